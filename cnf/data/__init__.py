@@ -1,0 +1,9 @@
+"""Data to learn from: known densities, pictures as densities, and one's own points."""
+
+from cnf.data.density import Toy
+from cnf.data.pictures import Picture
+from cnf.data.source import load
+from cnf.data.tabular import Points, read_table
+from cnf.data.toys import TOYS, toy
+
+__all__ = ["TOYS", "Picture", "Points", "Toy", "load", "read_table", "toy"]

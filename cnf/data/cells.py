@@ -1,0 +1,69 @@
+"""Densities that are constant on the cells of a grid."""
+
+import torch
+from torch import Tensor
+
+from cnf.data.density import Toy, uniform
+
+
+class Cells(Toy):
+    r"""A box cut into equal cells, the density constant on each.
+
+    .. math:: p(x) = w_{ij} \,/\, (A \textstyle\sum w) \quad\text{on cell } ij \text{ of area } A
+
+    A cell holds its lower and left edge, not its upper and right one. Outside the box the
+    log-density is -inf; its gradient is zero everywhere.
+
+    Args:
+        name: What the density is called.
+        weights: Mass of each cell up to a common factor, shape (rows, columns), row 0 the lowest.
+        low: Lower corner (x, y) of the box.
+        high: Upper corner (x, y) of the box.
+    """
+
+    _chunk = 1 << 18  # a few numbers per point, and no table of pairs
+
+    def __init__(
+        self, name: str, weights: Tensor, low: tuple[float, float], high: tuple[float, float]
+    ) -> None:
+        rows, columns = weights.shape
+        super().__init__(name, low, high, (columns, rows))
+        area = (high[0] - low[0]) * (high[1] - low[1]) / weights.numel()
+        mass = weights.double() / weights.double().sum()
+        self._cumulative = mass.flatten().cumsum(0)
+        self._log_weights = (mass / area).log()
+        self._edges = [
+            torch.linspace(low[axis], high[axis], n + 1, dtype=torch.float64)
+            for axis, n in enumerate((columns, rows))
+        ]
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        u = uniform(n, generator=generator)
+        cumulative = self._cumulative.to(u.device)
+        # right=True: never a cell without mass, whose cumulative mass is that of the cell before
+        cell = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
+        columns = len(self._edges[0]) - 1
+        jitter = uniform(n, 2, generator=generator)
+        index = torch.stack([cell % columns, cell // columns], -1)
+        return torch.stack(
+            [place(self._edges[k].to(u.device), index[:, k], jitter[:, k]) for k in (0, 1)], -1
+        )
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        inside = torch.ones_like(x[:, 0], dtype=torch.bool)
+        index = []
+        for edges, values in zip(self._edges, x.detach().unbind(-1), strict=True):
+            cell = torch.bucketize(values.contiguous(), edges.to(x.device), right=True) - 1
+            inside &= (cell >= 0) & (cell < len(edges) - 1)
+            index.append(cell.clamp(0, len(edges) - 2))
+        table = self._log_weights.to(x.device)[index[1], index[0]]
+        return table.where(inside, -torch.inf)
+
+
+def place(edges: Tensor, cell: Tensor, jitter: Tensor) -> Tensor:
+    """Points at the fraction `jitter` of their cells, which float32 rounding leaves there."""
+    low, high = edges[cell], edges[cell + 1]
+    x = torch.lerp(low, high, jitter).float()
+    up, down = torch.full_like(x, torch.inf), torch.full_like(x, -torch.inf)
+    x = torch.where(x.double() < low, x.nextafter(up), x)
+    return torch.where(x.double() >= high, x.nextafter(down), x).double()

@@ -1,0 +1,143 @@
+"""What every two-dimensional density with a known formula has in common."""
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cnf.errors import expect_event
+
+
+class Toy(ABC):
+    r"""A density on the plane that is known exactly: draw from it, evaluate it, know its entropy.
+
+    A subclass says how to draw rows and how to evaluate rows, both in float64; shapes, dtypes and
+    memory are looked after here. `cnf.data.toy(name)` makes the ones with a name.
+
+    Args:
+        name: What the density is called.
+        low: Lower corner (x, y) of a box holding all but a negligible part of the mass (1e-5).
+        high: Upper corner (x, y) of that box.
+        shape: Cells along x and along y at which the midpoint rule over the box is accurate.
+
+    Attributes:
+        dim: 2.
+        support: The box as a float32 tensor of shape (2, 2): row 0 its low corner, row 1 its high
+            corner.
+    """
+
+    dim = 2
+
+    def __init__(
+        self,
+        name: str,
+        low: tuple[float, float],
+        high: tuple[float, float],
+        shape: tuple[int, int],
+    ) -> None:
+        self.name = name
+        self.support = torch.tensor([low, high], dtype=torch.float32)
+        self._low, self._high, self._shape = low, high, shape
+
+    @abstractmethod
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """Independent rows, shape (n, 2), float64."""
+
+    @abstractmethod
+    def _log_density(self, x: Tensor) -> Tensor:
+        """Log-density in nats, shape (N,), of at most `_chunk` float64 rows x, shape (N, 2)."""
+
+    _chunk = 1024  # times a few hundred quadrature nodes: float64 tables of a few megabytes
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Independent draws, shape (n, 2), float32, on the generator's device (else the CPU).
+
+        Raises:
+            ValueError: n is not an integer of at least 0.
+        """
+        expect_count(f"{self.name}.sample", n)
+        return self._draw(n, generator).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density in nats, shape (\\*batch,), at points x of shape (\\*batch, 2).
+
+        It is -inf where there is no mass. Computed in float64, returned in x's dtype and on its
+        device; differentiable in x.
+
+        Raises:
+            ValueError: x is not a floating tensor of shape (\\*batch, 2).
+        """
+        expect_event(f"{self.name}.log_prob", "x", x, (2,))
+        # Clamped, so that the square of a row at infinity is a number.
+        rows = x.reshape(-1, 2).double().clamp(-1e100, 1e100)
+        value = torch.cat([self._log_density(part) for part in rows.split(self._chunk)])
+        # A zero that depends on x: NaN stays NaN, and a constant density has a zero gradient.
+        value = value + 0 * rows.clamp(-1, 1).sum(-1)
+        return value.reshape(x.shape[:-1]).to(x)
+
+    def grid(self) -> tuple[Tensor, float]:
+        """Midpoints of cells over the support, float64, shape (nx, ny, 2), and the area of a cell.
+
+        Fine enough for the midpoint rule: sums of the density times the area are integrals over
+        the plane.
+        """
+        axes = []
+        for low, high, count in zip(self._low, self._high, self._shape, strict=True):
+            edges = torch.linspace(low, high, count + 1, dtype=torch.float64)
+            axes.append((edges[1:] + edges[:-1]) / 2)
+        box = zip(self._low, self._high, self._shape, strict=True)
+        area = math.prod((high - low) / count for low, high, count in box)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1), area
+
+    @cached_property
+    def entropy(self) -> float:
+        r"""Entropy :math:`-\int p \log p` in nats, by the midpoint rule on `grid()`."""
+        points, area = self.grid()
+        with torch.no_grad():
+            return float(torch.special.entr(self.log_prob(points).exp()).sum() * area)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+def expect_count(who: str, n: object) -> None:
+    """Raise unless n is an integer of at least 0."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"{who}: expected n to be an integer of at least 0, got {n!r}")
+
+
+def uniform(*shape: int, generator: torch.Generator | None) -> Tensor:
+    """Uniform on [0, 1), float64, on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+
+
+def normal(*shape: int, generator: torch.Generator | None) -> Tensor:
+    """Standard normal, float64, on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+
+
+def choice(options: int, n: int, generator: torch.Generator | None) -> Tensor:
+    """n indices below `options`, equally likely."""
+    device = generator.device if generator is not None else None
+    return torch.randint(options, (n,), generator=generator, device=device)
+
+
+def cells(extent: float, scale: float) -> int:
+    """Cells along an extent that resolve features of a normal's standard deviation `scale`.
+
+    Three to a standard deviation: the midpoint rule's relative error on a normal is then below
+    1e-70.
+    """
+    return math.ceil(3 * extent / scale)
+
+
+def grouped_logsumexp(terms: Tensor, group: Tensor, groups: int) -> Tensor:
+    """logsumexp over the terms of each group, shape (groups,)."""
+    floor = torch.full((groups,), -math.inf, dtype=terms.dtype, device=terms.device)
+    top = floor.scatter_reduce(0, group, terms.detach(), "amax")
+    total = torch.zeros_like(top).index_add(0, group, (terms - top[group]).exp())
+    return total.log() + top

@@ -1,0 +1,66 @@
+"""From what a user has in hand, a name, a file or an array, to something to draw from."""
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cnf.data.density import Toy
+from cnf.data.pictures import PICTURES, Picture
+from cnf.data.tabular import TABLES, Points, read_table, table_kind
+from cnf.data.toys import TOYS, toy
+from cnf.errors import UnknownNameError
+
+Source = Toy | Points
+
+
+def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
+    """What `source` stands for, as something with `name`, `dim`, `support` and `sample`.
+
+    Args:
+        source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
+            points as a tensor or array of shape (N, D), or what this function returns, which comes
+            back as it is.
+
+    Returns:
+        A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points.
+
+    Raises:
+        ValueError: A string that is neither a name nor a file of a known kind, or points that are
+            unusable.
+        FileNotFoundError: A path of a known kind where there is no file.
+        TypeError: Something else altogether.
+
+    >>> load("moons")
+    Curves('moons')
+    >>> load("mons")
+    Traceback (most recent call last):
+    ValueError: load: unknown density 'mons'; known: ... Did you mean 'moons'? ...
+    """
+    if isinstance(source, Toy | Points):
+        return source
+    if isinstance(source, Tensor | np.ndarray):
+        return Points(source)
+    if isinstance(source, str) and source in TOYS:
+        return toy(source)
+    if not isinstance(source, str | PathLike):
+        raise TypeError(
+            "load: expected a name, a path, a tensor or an array, or a data source, "
+            f"got {type(source).__name__}"
+        )
+    path = Path(source)
+    if path.suffix.lower() in PICTURES:
+        return Picture(path)
+    if (kind := table_kind(path)) is not None:
+        return Points(read_table(path), path.name[: -len(kind)])
+    raise ValueError(_refusal(str(source), path))
+
+
+def _refusal(source: str, path: Path) -> str:
+    kinds = f"pictures ({', '.join(PICTURES)}) and tables ({', '.join(TABLES)})"
+    if path.is_dir():
+        return f"load: expected a file or a name, got the folder {source}; files may be {kinds}"
+    if path.exists():
+        return f"load: expected a file of a known kind, got {source}; files may be {kinds}"
+    return f"load: {UnknownNameError('density', source, TOYS)} Or give a file: {kinds}."

@@ -1,0 +1,148 @@
+"""The two-dimensional densities with a name.
+
+The first eight are those of FFJORD's code (Grathwohl et al. 2019,
+https://arxiv.org/abs/1810.01367), with uniform angles instead of evenly spaced ones, so that draws
+are independent and the formula is the density. Below, u is uniform on [0, 1), ξ and η are standard
+normal, and where there is a choice all are equally likely.
+"""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cnf.data.cells import Cells
+from cnf.data.curves import BlurredSquare, Curves, Gaussian, Rings
+from cnf.data.density import Toy
+from cnf.data.pinwheel import Pinwheel
+from cnf.registry import Registry
+
+TOYS = Registry("density")
+
+
+def toy(name: str) -> Toy:
+    """The density of that name.
+
+    Raises:
+        UnknownNameError: No density has that name.
+
+    >>> moons = toy("moons")
+    >>> moons.sample(3, torch.Generator().manual_seed(0)).shape
+    torch.Size([3, 2])
+    >>> moons.log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    >>> round(moons.entropy, 3)
+    2.394
+    """
+    TOYS[name]
+    return _made(name)
+
+
+@cache  # a toy never changes, and its entropy and quadrature nodes are worth keeping
+def _made(name: str) -> Toy:
+    return TOYS[name]()
+
+
+@TOYS.register("swissroll")
+def swissroll() -> Toy:
+    """s = 1.5π(1 + 2u); (s·cos s, s·sin s) + (ξ, η); divided by 5."""
+    return Curves("swissroll", _swissroll_arms, Gaussian(1 / 5))
+
+
+def _swissroll_arms(v: Tensor) -> Tensor:
+    s = 1.5 * math.pi * (1 + 2 * v)
+    return torch.stack([s * s.cos(), s * s.sin()], -1)[None] / 5
+
+
+@TOYS.register("8gaussians")
+def eight_gaussians() -> Toy:
+    """Centre 4·(cos, sin)(kπ/4), k = 0…7; + 0.5·(ξ, η); divided by 1.414."""
+    return Curves("8gaussians", _octagon_arms, Gaussian(0.5 / 1.414), nodes=1)
+
+
+def _octagon_arms(v: Tensor) -> Tensor:
+    angle = torch.arange(8, dtype=v.dtype, device=v.device) * math.pi / 4
+    centres = 4 / 1.414 * torch.stack([angle.cos(), angle.sin()], -1)
+    return centres[:, None].expand(-1, len(v), -1)
+
+
+@TOYS.register("pinwheel")
+def pinwheel() -> Toy:
+    """a = 1 + 0.3ξ, b = 0.1η, turned by 2πk/5 + eᵃ/4, k = 0…4, and doubled; see `Pinwheel`."""
+    return Pinwheel("pinwheel")
+
+
+@TOYS.register("circles")
+def circles() -> Toy:
+    """Radius 1 or ½, angle 2πu; + 0.08·(ξ, η); times 3."""
+    return Rings("circles", (3.0, 1.5), 3 * 0.08)
+
+
+@TOYS.register("moons")
+def moons() -> Toy:
+    """(cos πu, sin πu) or (1 − cos πu, ½ − sin πu); + 0.1·(ξ, η); times 2; − (1, 0.2)."""
+    return Curves("moons", _moons_arms, Gaussian(2 * 0.1), nodes=256)
+
+
+def _moons_arms(v: Tensor) -> Tensor:
+    cos, sin = (math.pi * v).cos(), (math.pi * v).sin()
+    upper, lower = torch.stack([cos, sin], -1), torch.stack([1 - cos, 0.5 - sin], -1)
+    return 2 * torch.stack([upper, lower]) - v.new_tensor([1.0, 0.2])
+
+
+@TOYS.register("2spirals")
+def two_spirals() -> Toy:
+    """s = 3π√u; p = (−s·cos s + ½u′, s·sin s + ½u″); p or −p; divided by 3; + 0.1·(ξ, η)."""
+    noise = BlurredSquare(width=0.5 / 3, sigma=0.1)
+    return Curves("2spirals", _spiral_arms, noise, power=2)
+
+
+def _spiral_arms(v: Tensor) -> Tensor:
+    s = 3 * math.pi * v
+    # ½u′ has the mean ¼, which belongs to the curve: the noise is centred, alike for p and −p.
+    arm = torch.stack([0.25 - s * s.cos(), 0.25 + s * s.sin()], -1) / 3
+    return torch.stack([arm, -arm])
+
+
+@TOYS.register("checkerboard")
+def checkerboard() -> Toy:
+    """Uniform on eight squares of side 2 of the board [-4, 4]², the lower left one included."""
+    board = 1 - (torch.arange(4)[:, None] + torch.arange(4)) % 2
+    return Cells("checkerboard", board, (-4.0, -4.0), (4.0, 4.0))
+
+
+@TOYS.register("rings")
+def rings() -> Toy:
+    """Radius 1, ¾, ½ or ¼, angle 2πu; times 3; + 0.08·(ξ, η)."""
+    return Rings("rings", (3.0, 2.25, 1.5, 0.75), 0.08)
+
+
+@TOYS.register("25gaussians")
+def twenty_five_gaussians() -> Toy:
+    """Centre (2i, 2j), i, j = −2…2; + 0.05·(ξ, η); divided by 2.828.
+
+    Source: the code of Gulrajani et al. (2017), https://arxiv.org/abs/1704.00028.
+    """
+    return Curves("25gaussians", _grid_arms, Gaussian(0.05 / 2.828), nodes=1)
+
+
+def _grid_arms(v: Tensor) -> Tensor:
+    steps = torch.arange(-2, 3, dtype=v.dtype, device=v.device) * 2 / 2.828
+    return torch.cartesian_prod(steps, steps)[:, None].expand(-1, len(v), -1)
+
+
+@TOYS.register("scurve")
+def scurve() -> Toy:
+    """t = 3πu/2; (sin t, cos t − 1) or its negative; + 0.05·(ξ, η); times 1.5.
+
+    The first and last coordinate of scikit-learn's s-curve, with the noise and scale of Tong et
+    al. (2024), https://arxiv.org/abs/2302.00482.
+    """
+    return Curves("scurve", _scurve_arms, Gaussian(1.5 * 0.05), nodes=256)
+
+
+def _scurve_arms(v: Tensor) -> Tensor:
+    t = 1.5 * math.pi * v
+    half = 1.5 * torch.stack([t.sin(), t.cos() - 1], -1)
+    return torch.stack([half, -half])

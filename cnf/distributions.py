@@ -1,0 +1,164 @@
+"""Base distributions: standard normal, mixtures, uniform, any torch.distributions object, a toy
+density."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Base(nn.Module, ABC):
+    """The distribution that a flow starts from.
+
+    Attributes:
+        event_shape: Shape of one z.
+    """
+
+    _like: Tensor  # follows the module's dtype and device
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density in nats of z, shape (*batch, *event_shape) → (*batch,)."""
+
+    @abstractmethod
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Independent draws, shape (*sample_shape, *event_shape), of the module's dtype and
+        device."""
+
+    def _randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        device = self._like.device if generator is None else generator.device
+        draw = torch.randn(
+            tuple(shape), generator=generator, device=device, dtype=self._like.dtype
+        )
+        return draw.to(self._like.device)
+
+
+class StandardNormal(Base):
+    """N(0, I).
+
+    >>> StandardNormal((2,)).log_prob(torch.zeros(2)).item()      # -log 2π
+    -1.8378770351409912
+    """
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        dims = len(self.event_shape)
+        squares = (z * z).flatten(-dims).sum(-1)
+        return -0.5 * (squares + math.prod(self.event_shape) * LOG_2PI)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self._randn((*sample_shape, *self.event_shape), generator)
+
+
+class FromTorch(Base):
+    """Any `torch.distributions.Distribution`, its batch dimensions counted as part of the event.
+
+    Its parameters stay where they were made: give it tensors of the flow's dtype and device.
+
+    Args:
+        distribution: The distribution; moved batch dimensions make one joint event.
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        if distribution.batch_shape:
+            distribution = torch.distributions.Independent(
+                distribution, len(distribution.batch_shape)
+            )
+        super().__init__(distribution.event_shape)
+        self.distribution = distribution
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.distribution.log_prob(z)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        with seeded_from(generator):  # torch.distributions draw from the global generator only
+            return self.distribution.sample(torch.Size(sample_shape))
+
+
+class FromDensity(Base):
+    """A toy density (anything with `dim`, `sample(n, generator)` and `log_prob`) as a base."""
+
+    def __init__(self, density: Any) -> None:
+        super().__init__((density.dim,))
+        self.density = density
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.density.log_prob(z)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        drawn = self.density.sample(math.prod(sample_shape), generator)
+        return drawn.reshape(*sample_shape, *self.event_shape).to(self._like)
+
+
+def gaussian_mixture(means: Tensor, scales: Tensor, weights: Tensor | None = None) -> FromTorch:
+    """A mixture of K Gaussians with diagonal covariance.
+
+    >>> means = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
+    >>> gaussian_mixture(means, torch.ones(2, 2)).sample((3,)).shape
+    torch.Size([3, 2])
+
+    Args:
+        means: Centres, shape (K, D).
+        scales: Standard deviations, shape (K, D).
+        weights: Mixture weights, shape (K,), equal if None; they need not sum to one.
+    """
+    weights = torch.ones_like(means[:, 0]) if weights is None else weights
+    parts = torch.distributions.Independent(torch.distributions.Normal(means, scales), 1)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(weights), parts
+    )
+    return FromTorch(mixture)
+
+
+def uniform(low: Tensor, high: Tensor) -> FromTorch:
+    """The uniform distribution on the box [low, high), both of shape (D,); density 0 outside."""
+    return FromTorch(torch.distributions.Uniform(low, high, validate_args=False))
+
+
+def as_base(base: Any, event_shape: Sequence[int]) -> Base:
+    """A `Base` from what a user gives: None (standard normal), a Base, a torch distribution or a
+    density."""
+    if base is None:
+        return StandardNormal(event_shape)
+    if isinstance(base, Base):
+        return base
+    if isinstance(base, Distribution):
+        return FromTorch(base)
+    if all(hasattr(base, name) for name in ("dim", "sample", "log_prob")):
+        return FromDensity(base)
+    raise ValueError(
+        "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, or a "
+        f"density such as cnf.data.toy('moons'); got {type(base).__name__}"
+    )
+
+
+@contextmanager
+def seeded_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Inside, torch's global generators are seeded by one draw from `generator`; outside they are
+    as before."""
+    if generator is None:
+        yield
+        return
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed))
+        yield

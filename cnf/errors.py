@@ -1,0 +1,91 @@
+"""What a user reads when something is wrong: who, what was expected, what came, what to try."""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SolverError(RuntimeError):
+    """An ODE solve that could not be finished; the message says why, where and what to try.
+
+    Args:
+        cause: What went wrong, in words.
+        remedy: What to try.
+        t: Time of the last evaluation.
+        nfe: Evaluations of the vector field so far.
+        settings: The solver's settings, in words.
+    """
+
+    def __init__(self, cause: str, remedy: str, *, t: float, nfe: int, settings: str) -> None:
+        super().__init__(f"{cause} at t={t:.4g} after {nfe} evaluations ({settings}). {remedy}")
+        self.cause, self.remedy, self.t, self.nfe, self.settings = cause, remedy, t, nfe, settings
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or put into the given flow."""
+
+
+class UnknownNameError(ValueError, KeyError):
+    """A name that no registry entry has; the message lists those there are."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(names)}.{hint}")
+
+    __str__ = ValueError.__str__  # KeyError would print the quoted repr
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Import a module that only the extra `extra` installs, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} is needed here; install it with: pip install 'cnf[{extra}]'"
+        ) from error
+
+
+def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
+    """Raise unless `value` is a floating tensor of shape (\\*, \\*event_shape)."""
+    event_shape = tuple(event_shape)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{who}: expected {name} of floating dtype, got {value.dtype}")
+    if tuple(value.shape[value.dim() - len(event_shape) :]) != event_shape:
+        wanted = ", ".join(["*", *map(str, event_shape)])
+        raise ValueError(f"{who}: expected {name} of shape ({wanted}), got {tuple(value.shape)}")
+
+
+def expect_finite(who: str, name: str, value: Tensor) -> None:
+    """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity."""
+    rows = (~torch.isfinite(value)).reshape(len(value), -1).any(-1).nonzero().flatten().tolist()
+    if rows:
+        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+        raise ValueError(
+            f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "
+            f"{len(value)} rows (rows {shown}); drop or impute them"
+        )
+
+
+def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{who}: expected {name} to be one of {known}, got {value!r}")
+
+
+def expect_positive(who: str, **values: float | None) -> None:
+    """Raise for the first value that is given (not None) and is not a finite number above zero."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{who}: expected {name} > 0, got {value!r}")

@@ -1,0 +1,92 @@
+"""What a vector field is, and how any network becomes one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from cnf.errors import expect_choice
+from cnf.registry import Registry
+
+FIELDS = Registry("field")
+
+
+class VectorField(nn.Module, ABC):
+    """A time-dependent velocity v(t, x, c).
+
+    Attributes:
+        event_shape: Shape of one x: (D,) for vectors, (C, H, W) for images.
+        context_dim: Size of the context vector c; 0 for an unconditional field.
+    """
+
+    def __init__(self, event_shape: Sequence[int], context_dim: int = 0) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.context_dim = context_dim
+
+    @abstractmethod
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity at (t, x).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event_shape).
+            context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
+        Returns:
+            dx/dt, of x's shape.
+        """
+
+
+@runtime_checkable
+class HasDivergence(Protocol):
+    """A field with its own exact trace."""
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity, of x's shape, and its divergence ∇·v, shape (*batch,)."""
+        ...
+
+
+@FIELDS.register("adapter")
+class Adapter(VectorField):
+    """Any `nn.Module` as a vector field.
+
+    >>> net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 2))
+    >>> field = Adapter(net, event_shape=(2,), call="concat")      # net(cat[x, t])
+    >>> field(torch.tensor(0.5), torch.zeros(5, 2)).shape
+    torch.Size([5, 2])
+
+    Args:
+        net: The network.
+        event_shape: Shape of one x.
+        context_dim: Size of the context; 0 for none.
+        call: How the net is called: "t, x", "x, t" (t expanded to (*batch,), the context following
+            as third argument where there is one), or "concat" for one tensor [x, t, context] along
+            the last axis.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        event_shape: Sequence[int],
+        context_dim: int = 0,
+        call: str = "t, x",
+    ) -> None:
+        super().__init__(event_shape, context_dim)
+        expect_choice("Adapter", "call", call, ("t, x", "x, t", "concat"))
+        self.net = net
+        self.call = call
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        t = t.expand(batch)
+        if context is not None:
+            context = context.expand(*batch, self.context_dim)
+        if self.call == "concat":
+            parts = [x, t.unsqueeze(-1)] + ([] if context is None else [context])
+            return self.net(torch.cat(parts, -1))
+        first, second = (t, x) if self.call == "t, x" else (x, t)
+        return self.net(first, second) if context is None else self.net(first, second, context)

@@ -1,0 +1,271 @@
+"""A flow: a base distribution and a transform, with what stands between it and the data."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from cnf.distributions import Base, as_base
+from cnf.dynamics.divergence import Divergence
+from cnf.dynamics.ode import Solver
+from cnf.errors import expect_event
+from cnf.fields.base import VectorField
+from cnf.transforms.base import Compose, Transform
+from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
+
+Shape = int | Sequence[int]
+
+
+class Dequantisation(Protocol):
+    """Discrete data made continuous: a draw, and what it adds to the bound on the
+    log-probability."""
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,)."""
+        ...
+
+    def decode(self, y: Tensor) -> Tensor:
+        """The discrete value that y stands for."""
+        ...
+
+
+class Flow(nn.Module):
+    """p(x) by change of variables: z from `base`, x = preprocess(transform(z)).
+
+    >>> import cnf
+    >>> flow = cnf.models.build("realnvp", dim=2)
+    >>> x = flow.sample(5)
+    >>> x.shape, flow.log_prob(x).shape
+    (torch.Size([5, 2]), torch.Size([5]))
+
+    Args:
+        base: A `cnf.distributions.Base`, a torch distribution, a density, or None for N(0, I).
+        transform: Base → (standardised) data.
+        preprocess: A transform without parameters to train, from what `transform` gives to data;
+            its log-determinant counts. Where it has a `fit` method, the first `cnf.fit` calls it
+            with the training data, once.
+        dequantisation: For discrete data. `log_prob` is then a lower bound of log P(x) from one
+            draw.
+        event_shape: Shape of one z, needed only when `base` is None.
+    """
+
+    def __init__(
+        self,
+        base: Base | Distribution | Any | None,
+        transform: Transform,
+        preprocess: Transform | None = None,
+        dequantisation: Dequantisation | None = None,
+        event_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if base is None and event_shape is None:
+            raise ValueError("Flow: expected event_shape=… where base is None")
+        self.base = as_base(base, event_shape or ())
+        self.transform = transform
+        self.preprocess = preprocess
+        self.dequantisation = dequantisation
+        self.event_shape = tuple(event_shape or self.base.event_shape)
+        self.context_dim = transform.context_dim
+        self.spec: dict[str, Any] | None = (
+            None  # what models.build was called with; stored in checkpoints
+        )
+
+    @property
+    def field(self) -> VectorField:
+        """The vector field of a continuous flow; any other flow has none (TypeError)."""
+        if not isinstance(self.transform, Continuous):
+            raise TypeError(
+                f"Flow.field: only a flow whose transform is a Continuous has a vector field; "
+                f"this one's is a {type(self.transform).__name__}"
+            )
+        return self.transform.field
+
+    def log_prob(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence | None = None,
+    ) -> Tensor:
+        """Log-density of data, shape (*batch, *event) → (*batch,), in nats; exact unless an
+        estimator is asked for.
+
+        Args:
+            x: Data.
+            context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
+            divergence: An estimator for continuous flows, such as `Hutchinson(probes=8)`; None for
+                what the flow was built with, which is exact.
+        Raises:
+            ValueError: A wrong shape or dtype; a context missing or not expected.
+            SolverError: An ODE solve failed.
+        """
+        z, ladj = self._inverse(x, context, "log_prob", divergence)
+        return self.base.log_prob(z) + ladj
+
+    def sample(
+        self,
+        sample_shape: Shape = (),
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws, shape (*sample_shape, *context batch, *event), without gradients; an int is
+        (int,)."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, context, generator=generator)
+
+    def rsample(
+        self,
+        sample_shape: Shape = (),
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `sample`, with gradients to the parameters and the context."""
+        z, context = self._draw_base(sample_shape, context, generator, "rsample")
+        return self.decode(z, context)
+
+    def sample_and_log_prob(
+        self,
+        sample_shape: Shape = (),
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws and their log-density from one solve, both with gradients (wrap in no_grad to have
+        none)."""
+        z, context = self._draw_base(sample_shape, context, generator, "sample_and_log_prob")
+        if self.dequantisation is not None:
+            raise TypeError(
+                "Flow.sample_and_log_prob: a dequantised flow has no density of its samples; "
+                "call sample, then log_prob for the bound"
+            )
+        x, ladj = self._whole(None)(z, context)
+        return x, self.base.log_prob(z) - ladj
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Data → base sample z, of the same batch shape."""
+        return self._inverse(x, context, "encode", "off")[0]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Base sample → data."""
+        expect_event("Flow.decode", "z", z, self.base.event_shape)
+        x, _ = self._whole("off")(
+            z, self._check_context("decode", context, z.shape[: self._batch(z)])
+        )
+        return x if self.dequantisation is None else self.dequantisation.decode(x)
+
+    def trajectory(
+        self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
+    ) -> Tensor:
+        """Where z is at each of `times` (ascending from 0, its own time), in data space:
+        (len(times), *batch, *event)."""
+        expect_event("Flow.trajectory", "z", z, self.event_shape)
+        _ = self.field  # raises for a flow that has none
+        assert isinstance(self.transform, Continuous)
+        times = [float(t) for t in times]
+        if times[0] != 0 or any(b <= a for a, b in zip(times[:-1], times[1:], strict=True)):
+            raise ValueError("Flow.trajectory: expected times ascending from 0.0")
+        context = self._check_context("trajectory", context, z.shape[: self._batch(z)])
+        path = self.transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
+        return path if self.preprocess is None else self.preprocess(path)[0]
+
+    def with_solver(self, solver: Solver) -> "Flow":
+        """The same weights under another solver: few-step sampling, tighter evaluation."""
+        if not is_continuous(self.transform):
+            raise TypeError(
+                f"Flow.with_solver: no ODE is solved in a {type(self.transform).__name__}"
+            )
+        flow = copy.copy(self)
+        flow._modules = {**self._modules, "transform": reconfigured(self.transform, solver=solver)}
+        return flow
+
+    def distribution(self, context: Tensor | None = None) -> Distribution:
+        """This flow as a `torch.distributions.Distribution`, for Pyro and friends."""
+        return _FlowDistribution(self, context)
+
+    def _whole(self, divergence: str | Divergence | None) -> Transform:
+        """The transform with preprocessing; divergence "off" leaves log-determinants out, None
+        leaves all as it is."""
+        transform = self.transform
+        if divergence is not None and is_continuous(transform):
+            setting = None if divergence == "off" else divergence
+            transform = reconfigured(transform, divergence=setting)
+        return transform if self.preprocess is None else Compose([transform, self.preprocess])
+
+    def _inverse(
+        self, x: Tensor, context: Tensor | None, who: str, divergence: str | Divergence | None
+    ) -> tuple[Tensor, Tensor]:
+        expect_event(f"Flow.{who}", "x", x, self.event_shape)
+        context = self._check_context(who, context, x.shape[: self._batch(x)])
+        if self.dequantisation is None:
+            return self._whole(divergence).inverse(x, context)
+        y, log_weight = self.dequantisation.encode(x)
+        z, ladj = self._whole(divergence).inverse(y, context)
+        return z, ladj + log_weight
+
+    def _batch(self, value: Tensor) -> int:
+        return value.dim() - len(self.event_shape)
+
+    def _check_context(
+        self, who: str, context: Tensor | None, batch: Sequence[int] | None
+    ) -> Tensor | None:
+        """The context, checked and, where a batch shape is given, expanded to it."""
+        if not self.context_dim:
+            if context is not None:
+                raise ValueError(
+                    f"Flow.{who}: this flow is unconditional, got a context of shape "
+                    f"{tuple(context.shape)}; build it with context={context.shape[-1]}"
+                )
+            return None
+        if context is None:
+            raise ValueError(
+                f"Flow.{who}: expected a context of shape (*, {self.context_dim}), got None"
+            )
+        expect_event(f"Flow.{who}", "context", context, (self.context_dim,))
+        if batch is None:
+            return context
+        try:
+            return context.expand(*batch, self.context_dim)
+        except RuntimeError:
+            raise ValueError(
+                f"Flow.{who}: expected a context that broadcasts to {(*batch, self.context_dim)}, "
+                f"got {tuple(context.shape)}"
+            ) from None
+
+    def _draw_base(
+        self,
+        sample_shape: Shape,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        who: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+        context = self._check_context(who, context, None)
+        if context is not None:
+            shape = (*shape, *context.shape[:-1])
+            context = context.expand(*shape, self.context_dim)
+        return self.base.sample(shape, generator), context
+
+
+class _FlowDistribution(Distribution):
+    has_rsample = True
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, flow: Flow, context: Tensor | None) -> None:
+        batch = torch.Size() if context is None else context.shape[:-1]
+        self.flow, self.context = flow, context
+        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.flow.rsample(sample_shape, self.context)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.flow.log_prob(value, self.context)

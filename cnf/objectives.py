@@ -1,0 +1,237 @@
+"""What is minimised: maximum likelihood, flow matching. Both train the same flow."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cnf.dynamics.divergence import Hutchinson, as_divergence
+from cnf.dynamics.ode import Solver
+from cnf.dynamics.regularizers import REGULARIZERS
+from cnf.errors import expect_positive
+from cnf.flow import Flow
+from cnf.matching.couplings import COUPLINGS
+from cnf.matching.paths import PATHS
+from cnf.registry import Registry
+from cnf.transforms.continuous import Continuous
+
+OBJECTIVES = Registry("objective")
+
+
+@dataclass
+class Batch:
+    """Rows to train on. Every tensor's first axis is the row, so that a batch can be split between
+    processes.
+
+    Attributes:
+        x: Data, shape (N, *event).
+        context: Condition, shape (N, C).
+        x0: Base samples paired with x, shape (N, *event).
+        weight: Weight of each row, shape (N,).
+        t: Times, shape (N,).
+        probe: Hutchinson probes, shape (N, probes, *event).
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    x0: Tensor | None = None
+    weight: Tensor | None = None
+    t: Tensor | None = None
+    probe: Tensor | None = None
+
+    def map(self, function: Any) -> "Batch":
+        """The batch with `function` applied to each tensor that is there."""
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Batch(**{name: function(value) for name, value in tensors if value is not None})
+
+
+class Loss(NamedTuple):
+    """A scalar to differentiate, and what training logs."""
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """A loss for a module on a batch.
+
+    All random draws are made in `prepare`, for the whole batch, so that the same seed gives the
+    same numbers however many processes share the rows, and so that it may run ahead of the step.
+    """
+
+    @abstractmethod
+    def prepare(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        """The batch with everything random that the loss needs: tensors only, no gradients."""
+
+    @abstractmethod
+    def __call__(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Loss:
+        """The loss; a batch that was not prepared is prepared first."""
+
+    def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
+        """What is trained."""
+        return module.parameters()
+
+
+@OBJECTIVES.register("maximum-likelihood")
+@dataclass(frozen=True)
+class MaximumLikelihood(Objective):
+    """Mean negative log-likelihood in nats, plus penalties along the trajectories of a continuous
+    flow.
+
+    Args:
+        divergence: "exact", or an estimator such as "hutchinson" or `Hutchinson(probes=2)`.
+        penalties: Weights of regularisers by name, such as {"kinetic": 0.01}; continuous flows
+            only.
+        solver: A solver for training only, such as a few fixed steps; the flow's own if None.
+    """
+
+    divergence: Any = "exact"
+    penalties: dict[str, float] = field(default_factory=dict)
+    solver: Solver | None = None
+
+    def __post_init__(self) -> None:
+        as_divergence(self.divergence)
+        for name, weight in self.penalties.items():
+            _ = REGULARIZERS[name]
+            expect_positive("MaximumLikelihood", **{name: weight})
+
+    def prepare(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        divergence = as_divergence(self.divergence)
+        if not isinstance(divergence, Hutchinson):
+            return batch
+        return replace(batch, probe=divergence.draw(batch.x, generator).movedim(0, 1))
+
+    def __call__(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Loss:
+        divergence = as_divergence(self.divergence)
+        if isinstance(divergence, Hutchinson):
+            if batch.probe is None:
+                batch = self.prepare(module, batch, generator)
+            assert batch.probe is not None
+            divergence = replace(divergence, probe=batch.probe.movedim(1, 0))
+        flow = as_flow("MaximumLikelihood", module)
+        if self.solver is not None:
+            flow = flow.with_solver(self.solver)
+        if not self.penalties:
+            setting = divergence if isinstance(divergence, Hutchinson) else None
+            nll = _mean(-flow.log_prob(batch.x, batch.context, divergence=setting), batch.weight)
+            return Loss(nll, {"nll": nll.detach()})
+        return self._penalised(flow, batch, divergence)
+
+    def _penalised(self, flow: Flow, batch: Batch, divergence: Any) -> Loss:
+        transform = require_continuous("MaximumLikelihood(penalties=…)", flow)
+        y, outer = batch.x, 0.0
+        if flow.preprocess is not None:
+            y, outer = flow.preprocess.inverse(y)
+        solved = transform.integrate(
+            y, batch.context, towards="base", divergence=divergence,
+            integrands=[REGULARIZERS[name] for name in self.penalties],
+        )  # fmt: skip
+        nll = _mean(-(flow.base.log_prob(solved.value) + solved.ladj + outer), batch.weight)
+        means = [_mean(integral, batch.weight) for integral in solved.integrals]
+        costs = dict(zip(self.penalties, means, strict=True))
+        value = nll + sum(weight * costs[name] for name, weight in self.penalties.items())
+        logged = {name: cost.detach() for name, cost in costs.items()}
+        return Loss(value, {"nll": nll.detach(), **logged})
+
+
+@OBJECTIVES.register("flow-matching")
+@dataclass(frozen=True)
+class FlowMatching(Objective):
+    """E‖v(t, xt) - ut‖² over t ~ U(0, 1), pairs (x0, x1) of the coupling, and (xt, ut) of the
+    path; no ODE is solved.
+
+    Source: Lipman et al. (2023), https://arxiv.org/abs/2210.02747; Tong et al. (2024),
+    https://arxiv.org/abs/2302.00482.
+
+    Args:
+        path: A name in `PATHS`, or a `Path`.
+        coupling: A name in `COUPLINGS`, or a coupling function.
+    """
+
+    path: Any = "linear"
+    coupling: Any = "independent"
+
+    def __post_init__(self) -> None:
+        for name, registry in ((self.path, PATHS), (self.coupling, COUPLINGS)):
+            if isinstance(name, str):
+                _ = registry[name]
+
+    def prepare(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Batch:
+        flow = as_flow("FlowMatching", module)
+        require_continuous("FlowMatching", flow)
+        x, context = batch.x, batch.context
+        with torch.no_grad():
+            if batch.t is None:
+                device = x.device if generator is None else generator.device
+                t = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype)
+                batch = replace(batch, t=t.to(x.device))
+            if batch.x0 is not None:
+                return batch
+            x0 = flow.base.sample((len(x),), generator)
+            couple = COUPLINGS[self.coupling] if isinstance(self.coupling, str) else self.coupling
+            x1 = x if flow.preprocess is None else flow.preprocess.inverse(x)[0]
+            i, j, weight = couple(x0, x1, context, generator)
+        x0 = x0 if i is None else x0[i]
+        if j is not None:
+            x, context = x[j], None if context is None else context[j]
+        return replace(batch, x=x, x0=x0, context=context, weight=_product(batch.weight, weight))
+
+    def __call__(
+        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+    ) -> Loss:
+        flow = as_flow("FlowMatching", module)
+        if batch.x0 is None or batch.t is None:
+            batch = self.prepare(flow, batch, generator)
+        assert batch.x0 is not None and batch.t is not None
+        path = PATHS[self.path]() if isinstance(self.path, str) else self.path
+        x1 = batch.x if flow.preprocess is None else flow.preprocess.inverse(batch.x)[0]
+        t, xt, ut = path.sample(batch.x0, x1, batch.t)
+        error = (flow.field(t, xt, batch.context) - ut).square().flatten(1).sum(1)
+        value = _mean(error, batch.weight)
+        return Loss(value, {"fm": value.detach()})
+
+    def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
+        """The field's; the base stays as it is."""
+        flow = as_flow("FlowMatching", module)
+        require_continuous("FlowMatching", flow)
+        return flow.field.parameters()
+
+
+def as_flow(who: str, module: nn.Module) -> Flow:
+    """The module, which must be a `Flow`."""
+    if not isinstance(module, Flow):
+        raise TypeError(f"{who}: expected a cnf.Flow, got {type(module).__name__}")
+    return module
+
+
+def require_continuous(who: str, flow: Flow) -> Continuous:
+    """The flow's `Continuous`, or a TypeError that says what is needed."""
+    if not isinstance(flow.transform, Continuous):
+        raise TypeError(
+            f"{who}: expected a flow whose transform is a Continuous (it has a vector field), got "
+            f"a {type(flow.transform).__name__}; train this flow with MaximumLikelihood()"
+        )
+    return flow.transform
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values.mean() if weight is None else (weight * values).sum() / weight.sum()
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b

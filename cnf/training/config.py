@@ -1,0 +1,95 @@
+"""What a training run is made of: every setting with its default and unit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnf.errors import expect_choice, expect_positive
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `fit`. A budget is given in steps (repeats bit for bit) or in seconds of
+    training.
+
+    Args:
+        steps: Budget in optimiser steps.
+        seconds: Budget in seconds of training; validation and saving are not counted.
+        batch_size: Rows per step, over all processes together.
+        lr: Highest learning rate.
+        optimizer: "adam" or "adamw".
+        weight_decay: Weight decay of the optimiser.
+        schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".
+        warmup: Part of the budget in which the learning rate rises.
+        clip: Largest norm of the gradient; null for no clipping.
+        ema: Decay of the moving average of the weights; null for none. What is validated and kept
+            is the average.
+        seed: Every draw of step k is seeded by (seed, k).
+        validations: How many times, evenly over the budget, held-out data are scored; 0 for never.
+        validation_rows: Rows scored at most; of one's own data a tenth at most is held out.
+        patience: Stop after so many validations without a better one, and keep the best weights;
+            null to go on.
+        checkpoint_seconds: Seconds between checkpoints.
+        folder: The run's folder, which must not exist; null to write nothing.
+        resume: Go on with the run in `folder` from its last checkpoint.
+        device: "auto", "cpu", "cuda", or "mps".
+        devices: Processes, one for each device.
+        strategy: Lightning Fabric's strategy for several processes ("auto", "ddp", "ddp_spawn",
+            …).
+        precision: Fabric's precision; null for the module's own dtype, "bf16-mixed" for autocast.
+        progress: Show a progress bar.
+        ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
+            with `steps` it repeats.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int = 512
+    lr: float = 2e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.02
+    clip: float | None = 10.0
+    ema: float | None = 0.999
+    seed: int = 0
+    validations: int = 10
+    validation_rows: int = 10_000
+    patience: int | None = None
+    checkpoint_seconds: float = 60.0
+    folder: Path | None = None
+    resume: bool = False
+    device: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    precision: str | None = None
+    progress: bool = True
+    ticks: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        who = "TrainConfig"
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(
+                f"{who}: expected a budget, either steps or seconds, "
+                f"got steps={self.steps}, seconds={self.seconds}"
+            )
+        expect_positive(
+            who, steps=self.steps, seconds=self.seconds, batch_size=self.batch_size, lr=self.lr,
+            clip=self.clip, patience=self.patience, checkpoint_seconds=self.checkpoint_seconds,
+            devices=self.devices, validation_rows=self.validation_rows,
+        )  # fmt: skip
+        expect_choice(who, "optimizer", self.optimizer, ("adam", "adamw"))
+        expect_choice(who, "schedule", self.schedule, ("cosine", "constant"))
+        for name, value in (("warmup", self.warmup), ("ema", self.ema)):
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{who}: expected 0 <= {name} < 1, got {value!r}")
+        for name in ("weight_decay", "validations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{who}: expected {name} >= 0, got {getattr(self, name)!r}")
+        if self.resume and self.folder is None:
+            raise ValueError(f"{who}: resume=True needs folder=…, the run to go on with")
+        if self.batch_size % self.devices:
+            raise ValueError(
+                f"{who}: expected batch_size divisible by devices, "
+                f"got {self.batch_size} and {self.devices}"
+            )
+        self.folder = None if self.folder is None else Path(self.folder)

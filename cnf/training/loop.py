@@ -1,0 +1,304 @@
+"""Training: one loop for every objective, in plain sight."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cnf.dynamics import ode
+from cnf.errors import CheckpointError, optional
+from cnf.objectives import Batch, Loss, Objective
+from cnf.training import checkpoint
+from cnf.training.budget import Budget
+from cnf.training.config import TrainConfig
+from cnf.training.describe import configuration, machine, objective_name
+from cnf.training.progress import ProgressBar
+from cnf.training.run import Run
+from cnf.training.stream import as_stream, mixed, seeded
+from cnf.training.validation import Validation
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+RECORDS = 200  # rows of metrics.csv over a budget
+
+
+@dataclass
+class History:
+    """What a run has done.
+
+    Attributes:
+        records: One dict per logged step: step, seconds, loss, lr, nfe, the objective's metrics,
+            and val_nll where it was scored.
+        steps: Steps taken.
+        seconds: Seconds of training.
+        reason: Why it ended: "budget", "patience" or "interrupted".
+        skipped: Steps left out because their gradient was NaN or infinite.
+        ticks: See `TrainConfig.ticks`.
+    """
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    reason: str = "budget"
+    skipped: int = 0
+    ticks: list[int] = field(default_factory=list)
+
+    def column(self, name: str) -> list[float]:
+        """The values of one metric, where it was logged."""
+        return [record[name] for record in self.records if name in record]
+
+
+def fit(
+    module: nn.Module,
+    objective: Objective,
+    data: Any,
+    config: TrainConfig,
+    *,
+    context: Any = None,
+    validation: Any = None,
+) -> History:
+    """Train `module` by `objective`; afterwards it holds the averaged (EMA) weights.
+
+    Ctrl-C ends training after the step in hand, saves, and returns with reason "interrupted".
+
+    Args:
+        module: A flow, or any module that the objective understands.
+        objective: `MaximumLikelihood()`, `FlowMatching()`, …
+        data: A density (fresh draws each step), a tensor or array (N, D), a map-style dataset, an
+            iterable of batches, or None where the objective needs none.
+        config: Budget, optimiser, averaging, where to write.
+        context: Condition of each row of an array, shape (N, C).
+        validation: Held-out rows, x or (x, context); drawn from the density, or a tenth of one's
+            own data, if None.
+    Returns:
+        What was logged, and why training ended.
+    Raises:
+        ValueError: Data that are too few, of the wrong shape, NaN; a folder that exists.
+        CheckpointError: The run's folder cannot be written or resumed.
+    """
+    return _Trainer(module, objective, data, config, context, validation).run()
+
+
+class _Trainer:
+    def __init__(
+        self, module: nn.Module, objective: Objective, data: Any, config: TrainConfig,
+        context: Any, validation: Any,
+    ) -> None:  # fmt: skip
+        from cnf.training.learner import Learner  # loads Fabric, which `cnf.load` can do without
+
+        self.module, self.objective, self.config = module, objective, config
+        self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+        self.stream = as_stream(data, config, context, validation)
+        _refuse_misfit(module, self.stream.head)
+        self.fabric = _fabric(config, self.dtype)
+        main = self.fabric.is_global_zero
+        self.folder = Run(config.folder, config.resume) if config.folder and main else None
+        self.description = configuration(module, objective, data, config)
+        _fit_preprocessing(module, self.stream.head)
+        self.learner = Learner(module, objective, config, self.fabric)
+        self.budget, self.history = Budget(config), History()
+        held_out = self.stream.validation
+        held_out = None if held_out is None else self._placed(held_out)
+        self.validation = Validation(objective, config, held_out)
+        self.saved_at = time.perf_counter()
+        if config.resume:
+            self._restore()
+
+    def run(self) -> History:
+        show = self.config.progress and self.fabric.is_global_zero
+        self._describe("running")
+        with (
+            torch.random.fork_rng(),
+            _interruptible() as interrupted,
+            ProgressBar(show, objective_name(self.objective)) as bar,
+        ):
+            while not self.budget.done:
+                with ode.record() as stats:
+                    start = time.perf_counter()
+                    loss = self._step()
+                    self._spend(time.perf_counter() - start)
+                nfe = stats.forward + stats.backward
+                if bar.due:
+                    bar.update(self.budget.fraction, self.budget.step, loss.value.item(), nfe)
+                scored = None
+                if self.validation.due(self.budget.fraction) or self.budget.done:
+                    scored = self._validate(bar)
+                self._record(loss, nfe, scored)
+                if self.validation.exhausted:
+                    self.history.reason = "patience"
+                    break
+                if interrupted():
+                    self.history.reason = "interrupted"
+                    break
+                if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
+                    self._save()
+            self._finish(bar)
+        return self.history
+
+    def _step(self) -> Loss:
+        step, config, fabric = self.budget.step, self.config, self.fabric
+        torch.manual_seed(mixed(config.seed, step, fabric.global_rank, 1))  # dropout and such
+        generator = seeded(config.seed, step)
+        batch = self._placed(self.stream.batch(step, generator))
+        batch = self.objective.prepare(self.module, batch, generator)
+        # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
+        share = len(batch.x) // fabric.world_size
+        if fabric.world_size > 1:
+            rows = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
+            batch = batch.map(lambda value: value[rows])
+        return self.learner.step(batch, config.lr * self.budget.lr_factor())
+
+    def _placed(self, batch: Batch) -> Batch:
+        device = self.fabric.device
+        return batch.map(lambda v: v.to(device, self.dtype if v.is_floating_point() else None))
+
+    def _spend(self, seconds: float) -> None:
+        if self.fabric.world_size > 1 and self.config.seconds is not None:
+            seconds = self.fabric.broadcast(seconds)  # one clock, so that all stop at one step
+        self.budget.spend(seconds)
+
+    def _validate(self, bar: ProgressBar) -> float | None:
+        if self.validation.held_out is None or not self.config.validations:
+            return None
+        score = self.validation.score(self.learner.kept, self.budget.fraction)
+        bar.validated(score)
+        return score
+
+    def _record(self, loss: Loss, nfe: int, scored: float | None) -> None:
+        records, budget = self.history.records, self.budget
+        before = records[-1]["fraction"] if records else 0.0
+        due = int(budget.fraction * RECORDS) > int(before * RECORDS)
+        if not due and scored is None and not budget.done:
+            return
+        record = {
+            "step": budget.step, "seconds": round(budget.seconds, 4), "fraction": budget.fraction,
+            "lr": self.config.lr * budget.lr_factor(), "loss": loss.value.item(), "nfe": nfe,
+            **{name: value.item() for name, value in loss.metrics.items()},
+        }  # fmt: skip
+        if scored is not None:
+            record[self.validation.name] = scored
+        records.append(record)
+        if self.folder is not None:
+            self.folder.log(record)
+
+    def _finish(self, bar: ProgressBar) -> None:
+        history, budget = self.history, self.budget
+        history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
+        history.skipped = self.learner.skipped
+        if history.reason == "interrupted":
+            where = (
+                f"saved; resume it in {self.config.folder}" if self.config.folder else "not saved"
+            )
+            bar.say(f"Interrupted at step {budget.step}: {where}.")
+        self._save()
+        self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
+        if self.folder is not None:
+            checkpoint.save(self.module, self.folder.checkpoints)
+            self.folder.close()
+        self._describe(history.reason)
+
+    def _save(self) -> None:
+        self.saved_at = time.perf_counter()
+        if self.folder is None:
+            return
+        self.folder.write_metrics(self.history.records)
+        checkpoint.save(self.learner.kept, self.folder.checkpoints)
+        state = {
+            "learner": self.learner.state(),
+            "budget": self.budget.state(),
+            "validation": self.validation.state(),
+            "records": self.history.records,
+        }
+        checkpoint.save_state(state, self.folder.checkpoints / checkpoint.STATE_FILE)
+
+    def _restore(self) -> None:
+        assert self.config.folder is not None
+        state = checkpoint.load_state(self.config.folder)
+        try:
+            self.learner.restore(state["learner"])
+            self.budget.restore(state["budget"])
+            self.validation.restore(state["validation"])
+            self.history.records = state["records"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"resume: the state in {self.config.folder} is of another model or objective "
+                f"({error})"
+            ) from error
+
+    def _describe(self, ended: str) -> None:
+        if self.folder is None:
+            return
+        budget, config = self.budget, self.config
+        description = self.description
+        if config.seconds is not None and ended != "running":  # so that the file repeats the run
+            spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
+            description = {**description, "train": {**description["train"], **spent}}
+        self.folder.write_config(description)
+        self.folder.write_manifest(
+            {
+                **machine(),
+                "device": str(self.fabric.device),
+                "processes": self.fabric.world_size,
+                "seed": config.seed,
+                "parameters": sum(p.numel() for p in self.module.parameters()),
+                "budget": {"steps": config.steps, "seconds": config.seconds},
+                "steps": budget.step,
+                "seconds": round(budget.seconds, 3),
+                "skipped_steps": self.learner.skipped,
+                "ended": ended,
+            }
+        )
+
+
+def _fabric(config: TrainConfig, dtype: torch.dtype) -> "Fabric":
+    fabric = optional("lightning_fabric", "train").Fabric(
+        accelerator=config.device,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=config.precision or ("64-true" if dtype == torch.float64 else "32-true"),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _refuse_misfit(module: nn.Module, head: torch.Tensor | None) -> None:
+    expected = getattr(module, "event_shape", None)
+    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
+        raise ValueError(
+            f"fit: the flow models points of shape {expected}, the data's are "
+            f"{tuple(head.shape[1:])}"
+        )
+
+
+def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:
+    preprocess = getattr(module, "preprocess", None)
+    if head is not None and hasattr(preprocess, "fit"):
+        preprocess.fit(head.to(next(iter(preprocess.buffers()))))  # pyright: ignore
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is seen between steps, a second one at once; outside the main thread it is as
+    ever."""
+    pressed = threading.Event()
+
+    def press(number: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,76 @@
+"""The progress bar of a training run."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from cnf.errors import optional
+
+
+class ProgressBar:
+    """Part of the budget, loss, held-out NLL, evaluations per step, steps per second, time left.
+
+    Args:
+        show: Whether anything is shown.
+        title: What stands before the bar.
+    """
+
+    def __init__(self, show: bool, title: str) -> None:
+        self._bar: Any = None
+        self._shown_at = self._step = 0.0
+        if show:
+            progress = optional("rich.progress", "train")
+            text = progress.TextColumn
+            self._bar = progress.Progress(
+                text("[bold]{task.description}"),
+                progress.BarColumn(bar_width=None),
+                text("{task.percentage:>3.0f}%"),
+                text("loss {task.fields[loss]}"),
+                text("NLL {task.fields[nll]}"),
+                text("NFE {task.fields[nfe]}"),
+                text("{task.fields[rate]} it/s"),
+                progress.TimeElapsedColumn(),
+                text("eta"),
+                progress.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(title, total=1.0, loss="–", nll="–", nfe="–", rate="–")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def due(self) -> bool:
+        """Whether the bar is shown and a quarter of a second has passed since it was last
+        redrawn."""
+        return self._bar is not None and time.perf_counter() - self._shown_at > 0.25
+
+    def update(self, fraction: float, step: int, loss: float, nfe: int) -> None:
+        """Redraw."""
+        if self._bar is None:
+            return
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._shown_at) if self._shown_at else 0.0
+        self._shown_at, self._step = now, step
+        fields = {"loss": f"{loss:.3f}", "nfe": str(nfe), "rate": f"{rate:.0f}"}
+        self._bar.update(self._task, completed=fraction, **fields)
+
+    def validated(self, nll: float) -> None:
+        """Show a new held-out score."""
+        if self._bar is not None:
+            self._bar.update(self._task, nll=f"{nll:.3f}")
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(message)

@@ -1,0 +1,89 @@
+"""A run's folder: config.yaml, manifest.json, metrics.csv, tensorboard/, checkpoints/,
+figures/."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cnf.errors import CheckpointError, optional
+
+
+class Run:
+    """Writes a run's folder; every file is replaced whole, so that an interruption leaves readable
+    ones.
+
+    Args:
+        folder: The folder.
+        resume: Whether it must be there already; else it must not.
+    Raises:
+        ValueError: It is there and `resume` is False, or the other way round.
+        CheckpointError: It cannot be made.
+    """
+
+    def __init__(self, folder: Path, resume: bool = False) -> None:
+        self.folder = folder
+        if resume and not folder.is_dir():
+            raise ValueError(f"fit: there is no run to resume in {folder}")
+        if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"fit: {folder} exists already; choose another folder, or resume that run"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (folder / "figures").mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"fit: cannot make the run's folder {folder} ({error})"
+            ) from error
+        self._events: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.folder / "checkpoints"
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """config.yaml, from which `cnf train --config` starts the same run again."""
+        yaml = optional("yaml", "train")
+        self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def write_manifest(self, facts: dict[str, Any]) -> None:
+        """manifest.json: what made the numbers."""
+        self._write("manifest.json", json.dumps(facts, indent=2) + "\n")
+
+    def write_metrics(self, records: list[dict[str, float]]) -> None:
+        """metrics.csv, one row per record."""
+        columns = list(dict.fromkeys(name for record in records for name in record))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        self._write("metrics.csv", text.getvalue())
+
+    def log(self, record: dict[str, float]) -> None:
+        """One record to TensorBoard."""
+        if self._events is None:
+            tensorboard = optional("torch.utils.tensorboard.writer", "train")
+            self._events = tensorboard.SummaryWriter(str(self.folder / "tensorboard"))
+        for name, value in record.items():
+            if name != "step":
+                self._events.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Flush what is open."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.folder / name
+        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise CheckpointError(f"fit: cannot write {path} ({error})") from error
+        finally:
+            temporary.unlink(missing_ok=True)

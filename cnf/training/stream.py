@@ -1,0 +1,195 @@
+"""Where batches come from: a density, rows in memory, a dataset, an iterable of batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from cnf.errors import expect_finite
+from cnf.objectives import Batch
+from cnf.training.config import TrainConfig
+
+
+class Stream(ABC):
+    """Batches by step number, so that a resumed run goes on with the rows it would have seen.
+
+    Attributes:
+        validation: Held-out rows, or None.
+        head: Rows that preprocessing is fitted to.
+    """
+
+    validation: Batch | None
+    head: Tensor | None
+
+    @abstractmethod
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """The whole batch of a step, over all processes."""
+
+
+class DensityStream(Stream):
+    """Fresh draws from a density each step, and one fixed draw to validate on."""
+
+    def __init__(self, density: Any, config: TrainConfig) -> None:
+        self.density, self.size = density, config.batch_size
+        held_out = seeded(config.seed, -1)
+        self.validation = Batch(density.sample(config.validation_rows, held_out))
+        self.head = density.sample(10_000, held_out)
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        return Batch(self.density.sample(self.size, generator))
+
+
+class RowStream(Stream):
+    """Rows of tensors or of a dataset, each once per epoch in an order seeded by (seed, epoch).
+
+    Args:
+        rows: Something of length N that, indexed with a tensor of row numbers, gives a Batch.
+        config: Its batch size, seed and validation rows are used.
+        validation: Rows to validate on; a tenth of the data is held out if None.
+    """
+
+    def __init__(self, rows: "Rows", config: TrainConfig, validation: Batch | None) -> None:
+        self.rows, self.size, self.seed = rows, config.batch_size, config.seed
+        order = torch.randperm(len(rows), generator=seeded(config.seed, -2))
+        held_out = 0
+        if validation is None and config.validations:
+            held_out = min(len(rows) // 10, config.validation_rows)
+            validation = rows[order[:held_out]] if held_out else None
+        self.train = order[held_out:]
+        if len(self.train) < self.size:
+            raise ValueError(
+                f"fit: expected at least batch_size={self.size} rows to train on, got "
+                f"{len(self.train)} ({len(rows)} less {held_out} held out); lower batch_size"
+            )
+        self.validation = validation
+        self.head = rows[self.train[:100_000]].x
+        self._epoch, self._order = -1, self.train
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        per_epoch = len(self.train) // self.size
+        epoch, place = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            shuffle = torch.randperm(len(self.train), generator=seeded(self.seed, -3 - epoch))
+            self._epoch, self._order = epoch, self.train[shuffle]
+        return self.rows[self._order[place * self.size : (place + 1) * self.size]]
+
+
+class IterableStream(Stream):
+    """An iterable of batches, begun again when it ends; a resumed run skips what it has seen."""
+
+    def __init__(self, batches: Iterable[Any], validation: Batch | None) -> None:
+        self.batches, self.validation = batches, validation
+        self.head = as_batch(next(self._begin())).x
+        self._iterator, self._next = self._begin(), 0
+
+    def _begin(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        while True:
+            item = next(self._iterator, None)
+            if item is None:
+                self._iterator = self._begin()
+                item = next(self._iterator, None)
+                if item is None:
+                    raise ValueError("fit: the iterable of batches is empty the second time round")
+            self._next += 1
+            if self._next > step:
+                return as_batch(item)
+
+
+class NoData(Stream):
+    """For objectives that need none: an empty batch of the size asked for."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.size, self.validation, self.head = config.batch_size, None, None
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        return Batch(torch.empty(self.size, 0))
+
+
+class Rows:
+    """Tensors or a map-style dataset, indexed by a tensor of row numbers."""
+
+    def __init__(self, data: Any, context: Tensor | None) -> None:
+        self.data, self.context = data, context
+        if context is not None and len(context) != len(data):
+            raise ValueError(f"fit: expected {len(data)} rows of context, got {len(context)}")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        if isinstance(self.data, Tensor):
+            return Batch(self.data[rows], None if self.context is None else self.context[rows])
+        return as_batch(default_collate([self.data[int(row)] for row in rows]))
+
+
+def as_stream(
+    data: Any, config: TrainConfig, context: Any = None, validation: Any = None
+) -> Stream:
+    """The stream that suits the data: see `fit`."""
+    held_out = None if validation is None else as_batch(validation)
+    if data is None:
+        return NoData(config)
+    if isinstance(data, Iterator):
+        raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
+    if hasattr(data, "sample") and hasattr(data, "log_prob") and not hasattr(data, "x"):
+        return DensityStream(data, config)
+    data = getattr(data, "x", data) if not isinstance(data, Dataset) else data
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        return RowStream(Rows(data, None), config, held_out)
+    if (
+        not isinstance(data, Tensor)
+        and not hasattr(data, "__array__")
+        and isinstance(data, Iterable)
+    ):
+        return IterableStream(data, held_out)
+    x = _checked("data", data)
+    return RowStream(
+        Rows(x, None if context is None else _checked("context", context)), config, held_out
+    )
+
+
+def as_batch(item: Any) -> Batch:
+    """A Batch from a tensor, a pair (x, context), or a Batch."""
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Sequence) and not isinstance(item, str):
+        if len(item) > 2:
+            raise ValueError(
+                f"fit: expected a batch to be x or (x, context), got {len(item)} parts"
+            )
+        return Batch(*(torch.as_tensor(part) for part in item))
+    return Batch(torch.as_tensor(item))
+
+
+def _checked(name: str, value: Any) -> Tensor:
+    value = torch.as_tensor(value)
+    if value.dim() < 2 or len(value) < 2:
+        raise ValueError(
+            f"fit: expected {name} of shape (N, D) with two rows or more, got {tuple(value.shape)}"
+        )
+    if value.is_floating_point():
+        expect_finite("fit", name, value)
+    return value
+
+
+def mixed(*numbers: int) -> int:
+    """One well-spread 32-bit seed from several integers (torch's CPU generator uses 32 bits of a
+    seed)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0xFFFFFFFF
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator seeded by several integers."""
+    return torch.Generator().manual_seed(mixed(*numbers))

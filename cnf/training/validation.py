@@ -1,0 +1,86 @@
+"""Held-out scores during training, and when to stop for want of a better one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnf.flow import Flow
+from cnf.objectives import Batch, Objective
+from cnf.training.config import TrainConfig
+from cnf.training.stream import seeded
+
+CHUNK = 10_000  # rows scored at once
+
+
+class Validation:
+    """Scores the kept weights, evenly over the budget, and remembers the best where patience is
+    set.
+
+    Attributes:
+        name: What the score is called: "val_nll" for a flow, "val_loss" for another module.
+    """
+
+    def __init__(self, objective: Objective, config: TrainConfig, held_out: Batch | None) -> None:
+        self.objective, self.config, self.held_out = objective, config, held_out
+        self.done = self.stale = 0
+        self.name = "val_loss"
+        self.best, self.best_weights = float("inf"), None
+
+    def due(self, fraction: float) -> bool:
+        """Whether it is time for the next one."""
+        reached = int(fraction * self.config.validations + 1e-9)
+        return self.held_out is not None and reached > self.done
+
+    def score(self, module: nn.Module, fraction: float) -> float:
+        """Mean negative log-likelihood of a flow on the held-out rows, in nats; another module's
+        loss."""
+        assert self.held_out is not None
+        self.done = int(fraction * self.config.validations + 1e-9)
+        with torch.no_grad():
+            score = self._nll(module) if isinstance(module, Flow) else self._loss(module)
+        self.name = "val_nll" if isinstance(module, Flow) else "val_loss"
+        if self.config.patience is not None:
+            if score < self.best:
+                weights = {name: value.clone() for name, value in module.state_dict().items()}
+                self.best, self.best_weights, self.stale = score, weights, 0
+            else:
+                self.stale += 1
+        return score
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.config.patience is not None and self.stale >= self.config.patience
+
+    def _nll(self, flow: Flow) -> float:
+        assert self.held_out is not None
+        total, count = 0.0, len(self.held_out.x)
+        for start in range(0, count, CHUNK):
+
+            def chunk(value: Tensor, start: int = start) -> Tensor:
+                return value[start : start + CHUNK]
+
+            rows = self.held_out.map(chunk)
+            total -= flow.log_prob(rows.x, rows.context).double().sum().item()
+        return total / count
+
+    def _loss(self, module: nn.Module) -> float:
+        assert self.held_out is not None
+        generator = seeded(self.config.seed, -4)  # the same draws every time
+        batch = self.objective.prepare(module, self.held_out, generator)
+        return self.objective(module, batch).value.item()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "done": self.done,
+            "stale": self.stale,
+            "best": self.best,
+            "weights": self.best_weights,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state."""
+        self.done, self.stale = state["done"], state["stale"]
+        self.best, self.best_weights = state["best"], state["weights"]

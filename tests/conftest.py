@@ -1,0 +1,63 @@
+"""Shared fixtures: seeded generators, and modules with random weights in float64."""
+
+import math
+
+import pytest
+import torch
+
+import cnf
+
+
+@pytest.fixture
+def generator():
+    """A generator of its own for each test, always the same."""
+    return torch.Generator().manual_seed(20240229)
+
+
+@pytest.fixture
+def randomised(generator):
+    """module → the module in float64 with every parameter drawn anew (a flow that starts as the
+    identity would hide a missing term), and preprocessing that is not the identity."""
+
+    def randomise(module, gain=0.9):
+        module.double()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(draw * gain / math.sqrt(fan_in))
+        for part in module.modules():
+            if callable(getattr(part, "fit", None)):
+                shape = (64, *part.loc.shape)
+                draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+                spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4
+                part.fit(draw * spread + 0.5)
+        return module
+
+    return randomise
+
+
+@pytest.fixture
+def small_flow(randomised):
+    """(name, context) → the named model, small, in float64, with random weights and a tight
+    solver where it has one."""
+
+    def build(name, context=0, dim=2, solver=None, **options):
+        code = cnf.models.MODELS[name].__code__
+        known = code.co_varnames[: code.co_argcount]
+        if "hidden" in known:
+            options.setdefault("hidden", (12, 12))
+        if context:
+            options["context"] = context
+        if "solver" in known:
+            options["solver"] = solver or cnf.Solver(rtol=1e-9, atol=1e-9)
+        return randomised(cnf.models.build(name, dim=dim, **options))
+
+    return build
+
+
+def pytest_configure(config):
+    """torch's own forward-mode decompositions are scripted at first use, which torch deprecates."""
+    config.addinivalue_line(
+        "filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+    )

@@ -1,0 +1,185 @@
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from cnf.data import Points, read_table
+
+TABLE = np.array([[1.0, 2.5], [3.0, -4.0], [5e-3, 6.0]])
+EXPECTED = torch.tensor(TABLE, dtype=torch.float32)
+
+
+@pytest.fixture
+def text(tmp_path):
+    def write(content, name="t.csv"):
+        path = tmp_path / name
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(path, "wt", encoding="utf-8") as file:
+            file.write(content)
+        return path
+
+    return write
+
+
+def rows(delimiter):
+    return "\n".join(delimiter.join(str(v) for v in row) for row in TABLE)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.txt", "t.txt.gz", "T.CSV"])
+@pytest.mark.parametrize("delimiter", [",", ", ", ";", "\t", " ", "   ", " \t"])
+@pytest.mark.parametrize("header", ["", "a{d}b\n", "# by hand\na{d}b\n", '"a"{d}"b"\n'])
+def test_text_is_read_whatever_its_layout(text, name, delimiter, header):
+    path = text(header.format(d=delimiter) + rows(delimiter) + "\n\n", name)
+    x = read_table(path)
+    assert x.dtype == torch.float32 and torch.equal(x, EXPECTED)
+
+
+def test_tab_separated_names_may_hold_spaces(text):
+    assert torch.equal(read_table(text("my a\tmy b\n" + rows("\t"))), EXPECTED)
+
+
+def test_one_column_is_read(text):
+    assert read_table(text("a\n1\n2\n3")).tolist() == [[1], [2], [3]]
+
+
+def test_npy_and_npz_are_read(tmp_path):
+    np.save(tmp_path / "t.npy", TABLE)
+    np.savez(tmp_path / "one.npz", whatever=TABLE)
+    np.savez(tmp_path / "named.npz", t=np.arange(3), x=TABLE)
+    for name in ["t.npy", "one.npz", "named.npz"]:
+        assert torch.equal(read_table(tmp_path / name), EXPECTED)
+    np.save(tmp_path / "flat.npy", np.arange(4))
+    assert read_table(tmp_path / "flat.npy").shape == (4, 1)
+
+
+def test_parquet_is_read(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"a": TABLE[:, 0], "b": TABLE[:, 1].astype(np.float32), "n": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    want = torch.cat([EXPECTED, torch.tensor([[1.0], [2.0], [3.0]])], 1)
+    assert torch.equal(read_table(tmp_path / "t.parquet"), want)
+
+
+def test_parquet_of_words_names_the_columns(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"a": [1, 2], "who": ["x", "y"]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"numbers in every column, got others in who \(string\)"):
+        read_table(tmp_path / "t.parquet")
+    parquet.write_table(arrow.table({"a": [1, None], "b": [1.0, 2.0]}), tmp_path / "n.parquet")
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 2 rows \(rows 1\)"):
+        read_table(tmp_path / "n.parquet")
+
+
+BAD_TEXT = {
+    "words": ("a,who\n1,ann\n2,bob", r"got others in who \('ann' in line 2\)"),
+    "words, no header": ("1,2\n3,x", r"got others in 2 \('x' in line 2\)"),
+    "gap": ("a,b\n1,\n2,3", r"got others in b \('' in line 2\)"),
+    "ragged": ("a,b\n1,2\n3,4,5", "expected 2 columns in every line, got 3 in line 3"),
+    "nan": ("1,2\n3,nan\n5,6", r"in 1 of 3 rows \(rows 1\)"),
+    "inf": ("1,2\n3,inf", "NaN or infinity"),
+    "too big for float32": ("1,2\n3,1e300", "NaN or infinity"),
+    "empty": ("", "got an empty file"),
+    "comments": ("# a\n# b\n", "got an empty file"),
+    "header": ("a,b\n", "got a header line and none"),
+    "one row": ("1,2\n", "expected at least 2 rows, got 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_bad_text_is_refused_in_one_line(text, case):
+    content, message = BAD_TEXT[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(text(content))
+    assert str(caught.value).startswith("read_table(t.csv): expected")
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_are_never_unpickled(tmp_path):
+    np.save(tmp_path / "t.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="objects are not unpickled"):
+        read_table(tmp_path / "t.npy")
+    np.savez(tmp_path / "t.npz", x=np.array([{}, 1], dtype=object))
+    with pytest.raises(ValueError, match="objects are not unpickled"):
+        read_table(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize("name", ["t.npy", "t.npz", "t.parquet", "t.csv.gz"])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04garbage", b"\x80\xff\x00"])
+def test_broken_binary_is_refused(tmp_path, name, content):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"read_table\(t") as caught:
+        read_table(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_under_a_text_name_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ValueError, match="expected readable text"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_ambiguous_npz_lists_its_arrays(tmp_path):
+    np.savez(tmp_path / "t.npz", a=TABLE, b=TABLE)
+    with pytest.raises(ValueError, match="expected one array or one called x, got a, b"):
+        read_table(tmp_path / "t.npz")
+
+
+def test_missing_file_and_unknown_kind_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match="which is no file"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"ending in \.csv, .*got \.xlsx"):
+        read_table(tmp_path / "t.xlsx")
+
+
+def test_points_draw_their_own_rows_with_replacement():
+    points = Points(EXPECTED, "mine")
+    sample = points.sample(3001, torch.Generator().manual_seed(0))
+    assert sample.shape == (3001, 2) and sample.dtype == torch.float32
+    matches = (sample[:, None] == EXPECTED).all(-1)
+    assert matches.any(-1).all()
+    # binomial of 3001 with chance 1/3: standard deviation 26
+    assert (matches.sum(0) - 1000).abs().max() < 110
+    assert torch.equal(sample, points.sample(3001, torch.Generator().manual_seed(0)))
+    assert points.sample(0).shape == (0, 2)
+
+
+def test_support_leaves_a_margin_around_the_bulk():
+    x = torch.linspace(0, 1, 1001)[:, None].repeat(1, 2)
+    x[:, 1] = 5
+    x[0, 0] = -1e6  # a stray point does not stretch the window
+    low, high = Points(x).support
+    assert -0.2 < low[0] < 0 and 1 < high[0] < 1.2
+    assert (low[1], high[1]) == (4.5, 5.5)
+
+
+def test_density_of_points_is_not_known():
+    points = Points(EXPECTED, "mine")
+    assert points.entropy is None and points.dim == 2
+    with pytest.raises(ValueError, match="mine.log_prob: the density .* is not known"):
+        points.log_prob(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 2, 2), r"of shape \(N, D\), got \(3, 2, 2\)"),
+        (torch.zeros(()), r"of shape \(N, D\), got \(\)"),
+        (torch.zeros(3, 0), r"of shape \(N, D\), got \(3, 0\)"),
+        (torch.zeros(1, 2), "at least 2 rows, got 1"),
+        (torch.tensor([[0.0], [float("nan")]]), "finite, got NaN or infinity in 1 of 2 rows"),
+        (torch.zeros(3, 2, dtype=torch.complex64), "real numbers"),
+        (np.array([["a"], ["b"]]), "array of numbers"),
+        (np.array([object(), None]), "array of numbers"),
+    ],
+)
+def test_points_refuse_what_is_no_table(x, message):
+    with pytest.raises(ValueError, match="Points: expected .*" + message):
+        Points(x)
+
+
+def test_points_take_integers_and_forget_gradients():
+    assert Points(np.arange(6).reshape(3, 2)).x.dtype == torch.float32
+    assert not Points(torch.zeros(2, 2, requires_grad=True)).x.requires_grad

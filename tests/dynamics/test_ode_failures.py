@@ -1,0 +1,171 @@
+"""What cannot be solved: each cause has its own words, forward and backward, and nothing hangs."""
+
+import math
+
+import pytest
+import torch
+
+from cnf.dynamics.ode import ADAPTIVE, FIXED, Solver, solve, solve_path
+from cnf.errors import SolverError
+
+F64 = torch.float64
+ONE = torch.ones(3, dtype=F64)
+
+
+def setting(method, **options):
+    return Solver(method, steps=10 if method in FIXED else None, **options)
+
+
+def cause(field, solver, state=ONE):
+    with pytest.raises(SolverError) as caught:
+        solve(field, (state,), 0.0, 1.0, solver, ())
+    return caught.value
+
+
+# implicit_adams warns, in torchdiffeq, before NaN reaches the end
+QUIET = [name for name in ADAPTIVE + FIXED if name != "implicit_adams"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", QUIET)
+def test_nan_field_is_named(method, late):
+    def field(t, state):
+        return (torch.where(t >= 0.5 * late, math.nan, 1.0) * state[0],)
+
+    error = cause(field, setting(method))
+    assert "the field returned NaN or infinity" in str(error)
+    assert "Check the inputs' scale" in str(error) and error.nfe < 300
+    assert f"({method}, " in str(error)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_a_failure_at_the_first_step_has_its_time(method):
+    error = cause(lambda t, state: (state[0] * math.nan,), setting(method))
+    assert 0 <= error.t <= 1  # not NaN: the field was asked at t = 0
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_stiff_field_stops_at_max_nfe(method):
+    def field(t, state):
+        return (-1e6 * (state[0] - torch.cos(50 * t)),)
+
+    error = cause(field, setting(method, max_nfe=200))
+    assert "too many evaluations" in str(error) and "raise max_nfe" in str(error)
+    assert error.nfe == 200
+
+
+def test_fixed_method_stops_at_max_nfe_too():
+    error = cause(lambda t, state: (state[0],), Solver("rk4", steps=10, max_nfe=12))
+    assert error.nfe == 12 and "rk4, 10 steps" in str(error)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8"])
+def test_blow_up_in_finite_time_is_a_step_underflow(method):
+    error = cause(lambda t, state: (state[0] ** 3,), setting(method))  # escapes at t = ½
+    assert "the step fell below what the dtype resolves" in str(error)
+    assert error.t == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_narrow_dtype_is_refused(method, dtype):
+    error = cause(lambda t, state: (state[0],), setting(method), torch.ones(3, dtype=dtype))
+    assert str(dtype) in str(error) and "autocast inside the field" in str(error)
+    assert error.nfe == 0
+
+
+def backward(field, solver, cotangent=1.0):
+    """The gradient of a solve that goes well forward."""
+    weight = ONE.clone().requires_grad_()
+    (x,), _ = solve(lambda t, s: field(t, s, weight), (ONE,), 0.0, 1.0, solver, (weight,))
+    assert x.isfinite().all()
+    (x.sum() * cotangent).backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize("method", QUIET)
+def test_nan_gradient_of_a_finite_field_is_named(method):
+    def field(t, state, weight):
+        return (state[0] + torch.sqrt(0 * state[0] * weight),)  # √0: slope 0·∞
+
+    with pytest.raises(SolverError, match="the gradient became NaN or infinite in the backward"):
+        backward(field, setting(method, max_nfe=500))
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "heun3"])
+def test_nan_gradient_at_the_very_end_of_the_backward_solve_is_named(method):
+    def field(t, state, weight):
+        return (torch.sqrt(torch.where(t < 0.12, 0 * t, 1 + 0 * t) * weight) * state[0],)
+
+    with pytest.raises(SolverError, match="the gradient became NaN or infinite in the backward"):
+        backward(field, setting(method, max_nfe=2000))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_nan_cotangent_is_named(method, bad):
+    with pytest.raises(SolverError, match="the gradient became NaN or infinite in the backward"):
+        backward(lambda t, s, w: (w * s[0],), setting(method), cotangent=bad)
+
+
+def test_stiff_backward_solve_stops_at_max_nfe():
+    # contracting forward, so expanding backward: the adjoint needs far more steps
+    with pytest.raises(SolverError, match="too many evaluations") as caught:
+        backward(lambda t, s, w: (-40 * w * s[0],), Solver(max_nfe=300))
+    assert caught.value.nfe == 300
+
+
+def test_max_nfe_counts_each_backward_solve_anew():
+    weight = ONE.clone().requires_grad_()
+    solver = Solver(max_nfe=100)
+    (x,), nfe = solve(lambda t, s: (weight * s[0],), (ONE,), 0.0, 1.0, solver, (weight,))
+    for _ in range(20):  # twenty rows of a Jacobian, say
+        torch.autograd.grad(x.sum(), weight, retain_graph=True)
+    assert nfe < 40
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_an_assertion_in_the_field_is_the_users_own(method):
+    def field(t, state):
+        raise AssertionError("my own check")
+
+    with pytest.raises(AssertionError, match="my own check"):
+        solve(field, (ONE,), 0.0, 1.0, setting(method), ())
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_empty_batch_comes_back_empty(method, gradient):
+    weight = ONE.clone().requires_grad_()
+    solver = setting(method, gradient=gradient)
+    empty = torch.zeros(0, 3, dtype=F64)
+    (path,), _ = solve_path(lambda t, s: (weight * s[0],), (empty,), [0, 0.5, 1], solver, (weight,))
+    assert path.shape == (3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"method": "dopri"}, "unknown Solver method 'dopri'; known: .*dopri5"),
+        ({"method": "rk4"}, "rk4 has no step-size control; give it steps="),
+        ({"steps": 8}, "dopri5 chooses its own steps; drop steps=8"),
+        ({"method": "rk4", "steps": 0}, "expected steps > 0, got 0"),
+        ({"method": "rk4", "steps": 2.5}, "steps"),
+        ({"rtol": 0.0}, "expected rtol > 0"),
+        ({"atol": -1e-5}, "expected atol > 0"),
+        ({"rtol": math.nan}, "expected rtol > 0"),
+        ({"adjoint_rtol": 0}, "expected adjoint_rtol > 0"),
+        ({"adjoint_atol": math.inf}, "expected adjoint_atol > 0"),
+        ({"max_nfe": 0}, "expected max_nfe > 0"),
+        ({"gradient": "autograd"}, "expected gradient to be one of 'adjoint'"),
+    ],
+)
+def test_bad_solver_settings_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        Solver(**options)
+
+
+def test_solver_says_itself_in_words_and_is_a_value():
+    assert str(Solver()) == "dopri5, rtol=1e-05, atol=1e-05"
+    assert str(Solver("rk4", steps=8)) == "rk4, 8 steps"
+    assert Solver() == Solver() and hash(Solver()) == hash(Solver())

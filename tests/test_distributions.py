@@ -1,0 +1,141 @@
+"""Base distributions against torch.distributions and closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, Uniform
+
+from cnf.distributions import (
+    FromDensity,
+    FromTorch,
+    StandardNormal,
+    as_base,
+    gaussian_mixture,
+    uniform,
+)
+
+F64 = torch.float64
+
+
+class Stub:
+    """The least that a density must have."""
+
+    dim = 2
+
+    def sample(self, n, generator=None):
+        return 3 + torch.randn(n, 2, generator=generator, dtype=F64)
+
+    def log_prob(self, x):
+        return Normal(torch.tensor(3.0, dtype=F64), 1.0).log_prob(x).sum(-1)
+
+
+MEANS = torch.tensor([[-2.0, 0.5], [2.0, 1.0], [0.0, -3.0]], dtype=F64)
+SCALES = torch.tensor([[0.5, 1.0], [1.5, 0.3], [1.0, 1.0]], dtype=F64)
+BASES = {
+    "normal": lambda: StandardNormal((2,)).double(),
+    "mixture": lambda: gaussian_mixture(MEANS, SCALES),
+    "uniform": lambda: uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)),
+    "torch": lambda: FromTorch(Gamma(torch.tensor([2.0, 3.0], dtype=F64), 1.5)),
+    "density": lambda: FromDensity(Stub()).double(),
+}
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 3), (5,)])
+def test_standard_normal_is_torchs(shape, generator):
+    z = torch.randn(7, *shape, generator=generator, dtype=F64)
+    reference = Independent(Normal(torch.zeros(shape, dtype=F64), 1.0), len(shape))
+    torch.testing.assert_close(StandardNormal(shape).log_prob(z), reference.log_prob(z))
+
+
+def test_mixture_density_by_hand():
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=F64)  # not normalised
+    z = torch.tensor([[0.3, -0.4], [2.0, 1.0]], dtype=F64)
+    parts = [
+        MultivariateNormal(m, torch.diag(s**2)).log_prob(z).exp()
+        for m, s in zip(MEANS, SCALES, strict=True)
+    ]
+    expected = (parts[0] + 2 * parts[1] + 3 * parts[2]) / 6
+    actual = gaussian_mixture(MEANS, SCALES, weights).log_prob(z)
+    torch.testing.assert_close(actual, expected.log())
+
+
+def test_uniform_density_by_hand():
+    base = uniform(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 4.0]))
+    z = torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 0.0]])
+    inside, *outside = base.log_prob(z).tolist()
+    assert inside == pytest.approx(-math.log(6))
+    assert outside == [-math.inf, -math.inf]
+
+
+def test_batch_dimensions_become_event():
+    base = FromTorch(Normal(torch.zeros(3, 2), 1.0))
+    assert base.event_shape == (3, 2)
+    assert base.log_prob(torch.zeros(5, 3, 2)).shape == (5,)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_sample_shape_and_dtype(name, shape, generator):
+    base = BASES[name]()
+    z = base.sample(shape, generator)
+    assert z.shape == (*shape, 2) and z.dtype == F64
+    assert base.log_prob(z).shape == shape and base.log_prob(z).dtype == F64
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_seeded_draws_repeat_and_leave_the_global_generator_alone(name):
+    base = BASES[name]()
+    before = torch.get_rng_state()
+    first = base.sample((5,), torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    again = base.sample((5,), torch.Generator().manual_seed(3))
+    other = base.sample((5,), torch.Generator().manual_seed(4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_one_generator_gives_new_draws_each_time(name, generator):
+    base = BASES[name]()
+    assert not torch.equal(base.sample((5,), generator), base.sample((5,), generator))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_without_generator_the_global_seed_decides(name):
+    base = BASES[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = base.sample((5,))
+        torch.manual_seed(1)
+        assert torch.equal(first, base.sample((5,)))
+        assert not torch.equal(first, base.sample((5,)))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_samples_follow_the_density(name, generator):
+    # importance identity: E_p[q/p] = 1 for a q whose support lies inside p's
+    base = BASES[name]()
+    z = base.sample((40_000,), generator)
+    inner = Independent(Uniform(*torch.tensor([[0.2, 0.2], [0.9, 0.9]], dtype=F64)), 1)
+    inside = ((z >= 0.2) & (z < 0.9)).all(-1)
+    ratio = torch.zeros(len(z), dtype=F64)
+    ratio[inside] = (inner.log_prob(z[inside]) - base.log_prob(z[inside])).exp()
+    error = ratio.std() / math.sqrt(len(z))
+    assert abs(ratio.mean() - 1) < 4 * error  # four standard errors, seeded
+
+
+def test_standard_normal_follows_the_module():
+    base = StandardNormal((3,))
+    assert base.sample().dtype == torch.float32
+    assert base.double().sample().dtype == F64
+
+
+def test_as_base_takes_what_a_user_gives():
+    base = StandardNormal((2,))
+    assert as_base(base, ()) is base
+    assert as_base(None, (4,)).event_shape == (4,)
+    assert isinstance(as_base(Normal(torch.zeros(2), 1.0), ()), FromTorch)
+    assert isinstance(as_base(Stub(), ()), FromDensity)
+    with pytest.raises(ValueError, match="got str"):
+        as_base("normal", ())

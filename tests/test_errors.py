@@ -1,0 +1,96 @@
+"""What a user reads when something is wrong."""
+
+import math
+import pickle
+
+import pytest
+import torch
+
+from cnf.errors import (
+    SolverError,
+    UnknownNameError,
+    expect_choice,
+    expect_event,
+    expect_finite,
+    expect_positive,
+    optional,
+)
+
+
+def test_solver_error_says_cause_place_and_remedy():
+    error = SolverError("it broke", "Try less.", t=0.421234, nfe=118, settings="rk4, 8 steps")
+    assert str(error) == "it broke at t=0.4212 after 118 evaluations (rk4, 8 steps). Try less."
+    assert (error.t, error.nfe, error.cause) == (0.421234, 118, "it broke")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SolverError("it broke", "Try less.", t=0.5, nfe=1, settings="rk4"),
+        UnknownNameError("model", "rael", ["real"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error):
+    # data loaders and spawned ranks send their errors to the parent by pickle
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error)
+
+
+def test_unknown_name_lists_known_ones_and_the_nearest():
+    error = UnknownNameError("model", "relnvp", ["realnvp", "cnf"])
+    assert str(error) == "unknown model 'relnvp'; known: cnf, realnvp. Did you mean 'realnvp'?"
+    assert isinstance(error, ValueError) and isinstance(error, KeyError)
+
+
+def test_missing_extra_is_named():
+    with pytest.raises(ImportError, match=r"pip install 'cnf\[evaluation\]'"):
+        optional("no_such_module_anywhere", "evaluation")
+    assert optional("math", "evaluation") is math
+
+
+@pytest.mark.parametrize("shape", [(2,), (5, 2), (0, 2), (3, 4, 2)])
+def test_event_of_the_right_shape_passes(shape):
+    expect_event("f", "x", torch.zeros(shape), (2,))
+
+
+@pytest.mark.parametrize(
+    ("value", "event", "text"),
+    [
+        (torch.zeros(5, 3), (2,), r"f: expected x of shape (*, 2), got (5, 3)"),
+        (torch.zeros(()), (2,), r"f: expected x of shape (*, 2), got ()"),
+        (torch.zeros(4, 4), (1, 4, 4), r"f: expected x of shape (*, 1, 4, 4), got (4, 4)"),
+        (torch.zeros(5, 2).long(), (2,), r"f: expected x of floating dtype, got torch.int64"),
+        ([[0.0, 0.0]], (2,), r"f: expected x to be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_event_is_refused_in_words(value, event, text):
+    with pytest.raises(ValueError) as caught:
+        expect_event("f", "x", value, event)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_rows_are_named(bad):
+    x = torch.zeros(8, 2)
+    x[3, 1] = x[6, 0] = bad
+    with pytest.raises(ValueError, match=r"in 2 of 8 rows \(rows 3, 6\)"):
+        expect_finite("fit", "x", x)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4,), (0, 2), (2, 1, 3, 3)])
+def test_finite_rows_pass(shape):
+    expect_finite("fit", "x", torch.zeros(shape))
+
+
+def test_choice_is_refused_with_the_choices():
+    expect_choice("f", "mode", "a", ("a", None))
+    with pytest.raises(ValueError, match="f: expected mode to be one of 'a', None, got 'b'"):
+        expect_choice("f", "mode", "b", ("a", None))
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf])
+def test_not_positive_is_refused(bad):
+    expect_positive("f", rate=1e-3, other=None)
+    with pytest.raises(ValueError, match="f: expected rate > 0"):
+        expect_positive("f", other=2, rate=bad)

@@ -1,0 +1,223 @@
+"""Every transform: log-determinants against autograd in both directions, round trips, shapes."""
+
+import pytest
+import torch
+
+from cnf.dynamics import Solver
+from cnf.fields import MLPField
+from cnf.transforms import (
+    TRANSFORMS,
+    Compose,
+    Continuous,
+    Coupling,
+    Inverse,
+    Standardise,
+)
+
+F64 = torch.float64
+TIGHT = Solver(rtol=1e-10, atol=1e-10)
+DIM = 3
+
+
+def continuous(context):
+    return Continuous(MLPField(DIM, (8, 7), context), TIGHT)
+
+
+CASES = {
+    "coupling": lambda context: Coupling(DIM, context_dim=context),
+    "coupling, others kept": lambda context: Coupling(DIM, [2, 1], context_dim=context),
+    "standardise": lambda context: Standardise((DIM,)),
+    "continuous": continuous,
+    "compose": lambda context: Compose(
+        [Coupling(DIM, context_dim=context), Standardise((DIM,)), Coupling(DIM, [1])]
+    ),
+    "inverse": lambda context: Inverse(Coupling(DIM, context_dim=context)),
+    "nested": lambda context: Inverse(
+        Compose([continuous(context), Inverse(Coupling(DIM, [0, 2]))])
+    ),
+}
+# Registered transforms are tested whoever adds them, through their example.
+CASES |= {
+    f"example: {name}": lambda context, name=name: TRANSFORMS.examples[name](DIM)
+    for name in TRANSFORMS.examples
+}
+DIRECTIONS = ["forward", "inverse"]
+
+
+@pytest.fixture
+def case(randomised, generator):
+    def make(name, context=2, batch=(5,)):
+        transform = randomised(CASES[name](context))
+        value = torch.randn(*batch, DIM, generator=generator, dtype=F64)
+        condition = None
+        if transform.context_dim:
+            condition = torch.randn(*batch, context, generator=generator, dtype=F64)
+        return transform, value, condition
+
+    return make
+
+
+def row(context, k):
+    return None if context is None else context[k]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_ladj_is_autograd_slogdet(name, context, direction, case):
+    transform, value, condition = case(name, context)
+    apply = getattr(transform, direction)
+    _, ladj = apply(value, condition)
+    for k in range(len(value)):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda y, k=k: apply(y, row(condition, k))[0], value[k]
+        )
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(ladj[k], expected, rtol=0, atol=1e-7)  # solver rtol 1e-10
+    assert ladj.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_recovers_the_input_and_negates_ladj(name, case):
+    transform, value, condition = case(name)
+    x, forward = transform(value, condition)
+    z, inverse = transform.inverse(x, condition)
+    torch.testing.assert_close(z, value, rtol=0, atol=1e-7)
+    torch.testing.assert_close(inverse, -forward, rtol=0, atol=1e-7)
+    assert (x - value).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("name", CASES)
+def test_batch_shape_changes_no_row(name, batch, direction, case):
+    transform, value, condition = case(name, batch=batch)
+    y, ladj = getattr(transform, direction)(value, condition)
+    assert y.shape == value.shape and ladj.shape == batch and y.dtype == ladj.dtype == F64
+    rows = value.reshape(-1, DIM)
+    conditions = None if condition is None else condition.reshape(-1, condition.shape[-1])
+    for k in range(len(rows)):
+        yk, lk = getattr(transform, direction)(rows[k], row(conditions, k))
+        torch.testing.assert_close(y.reshape(-1, DIM)[k], yk, rtol=0, atol=1e-7)
+        torch.testing.assert_close(ladj.reshape(-1)[k], lk, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_empty_batch_stays_empty(name, direction, case):
+    transform, value, condition = case(name, batch=(0,))
+    y, ladj = getattr(transform, direction)(value, condition)
+    assert y.shape == (0, DIM) and ladj.shape == (0,)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_input_is_not_edited(name, direction, case):
+    transform, value, condition = case(name)
+    before = value.clone(), None if condition is None else condition.clone()
+    getattr(transform, direction)(value, condition)
+    assert torch.equal(value, before[0])
+    assert condition is None or torch.equal(condition, before[1])
+
+
+CONDITIONAL = [name for name in CASES if name != "standardise" and "example" not in name]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_context_broadcasts_matters_and_gets_its_gradient(name, direction, case):
+    transform, value, condition = case(name)
+    apply = getattr(transform, direction)
+    shared = condition[0].clone().requires_grad_()
+    y, ladj = apply(value, shared.expand(5, 2))
+    other, _ = apply(value, condition[1].expand(5, 2))
+    assert (y - other).abs().max() > 1e-3
+    for output in (y.sum(), ladj.sum()):
+        (grad,) = torch.autograd.grad(output, shared, retain_graph=True)
+        assert grad.abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", [name for name in CASES if "standardise" not in name])
+def test_every_parameter_gets_a_gradient(name, direction, case):
+    transform, value, condition = case(name)
+    y, ladj = getattr(transform, direction)(value, condition)
+    (y.square().sum() + ladj.sum()).backward()
+    for key, parameter in transform.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+def test_affine_coupling_has_closed_form():
+    # keep 0; x₁ = z₁·exp(s) + m with m, s = the net's bias: ladj = 3·tanh(s/3)
+    coupling = Coupling(2, hidden=()).double()
+    with torch.no_grad():
+        coupling.net.layers[-1].bias.copy_(torch.tensor([0.5, -1.5]))
+    x, ladj = coupling(torch.tensor([[0.25, 2.0]], dtype=F64))
+    s = 3 * torch.tanh(torch.tensor(-0.5, dtype=F64))
+    torch.testing.assert_close(x, torch.stack([0 * s + 0.25, 2 * s.exp() + 0.5])[None])
+    torch.testing.assert_close(ladj, s[None])
+
+
+def test_coupling_keeps_what_it_is_told(case):
+    transform, value, condition = case("coupling, others kept")
+    x, _ = transform(value, condition)
+    assert torch.equal(x[:, 1:], value[:, 1:]) and not torch.isclose(x[:, 0], value[:, 0]).any()
+
+
+def test_one_dimension_couples_to_its_context_alone(randomised, generator):
+    transform = randomised(Coupling(1, context_dim=2))
+    z = torch.randn(4, 1, generator=generator, dtype=F64)
+    c = torch.randn(4, 2, generator=generator, dtype=F64)
+    x, ladj = transform(z, c)
+    torch.testing.assert_close(transform.inverse(x, c)[0], z)
+    assert ladj.abs().min() > 1e-4
+    with pytest.raises(ValueError, match="some to stay"):
+        Coupling(1)
+
+
+@pytest.mark.parametrize("keep", [(), (0, 1), (5,), (0, 0)], ids=str)
+def test_coupling_that_keeps_nonsense_is_refused(keep):
+    with pytest.raises(ValueError, match="Coupling"):
+        Coupling(2, keep)
+
+
+def test_standardise_fits_once_and_gives_zero_mean_unit_variance(generator):
+    x = torch.randn(500, 3, generator=generator, dtype=F64) * torch.tensor([1.0, 4, 0.1]) + 7
+    x[:, 2] = 5.0  # constant: left as it is, not divided by zero
+    transform = Standardise((3,)).double()
+    assert torch.equal(transform.inverse(x)[0], x)
+    transform.fit(x)
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std(0), torch.tensor([1.0, 1.0, 0.0], dtype=F64))
+    expected = -(x[:, 0].std().log() + x[:, 1].std().log())
+    torch.testing.assert_close(ladj, expected.expand(500))
+    loc = transform.loc.clone()
+    transform.fit(x + 100)
+    assert torch.equal(transform.loc, loc) and list(transform.parameters()) == []
+
+
+def test_standardise_works_on_images(generator):
+    x = torch.randn(50, 1, 4, 4, generator=generator, dtype=F64) * 3
+    transform = Standardise((1, 4, 4)).double()
+    transform.fit(x)
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(ladj, -x.std(0).log().sum().expand(50))
+    torch.testing.assert_close(transform(z)[0], x)
+
+
+def test_compose_applies_the_first_transform_first():
+    shift, scale = Standardise((1,)).double(), Standardise((1,)).double()
+    shift.loc.fill_(1.0)
+    scale.scale.fill_(10.0)
+    z = torch.tensor([2.0], dtype=F64)
+    assert Compose([shift, scale])(z)[0].item() == 30
+    assert Compose([scale, shift])(z)[0].item() == 21
+    assert Inverse(Compose([shift, scale]))(z)[0].item() == pytest.approx(-0.8)
+
+
+def test_compose_refuses_what_does_not_fit_together():
+    with pytest.raises(ValueError, match="at least one transform"):
+        Compose([])
+    with pytest.raises(ValueError, match=r"one event_dims for all, got \[1, 3\]"):
+        Compose([Standardise((2,)), Standardise((1, 4, 4))])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.ode import Solver, as_solver
 from cnf.errors import expect_choice
 from cnf.fields.mlp import MLPField
 from cnf.flow import Flow
@@ -66,7 +66,7 @@ def cnf(
         preprocess: "standardise" or None.
     """
     field = MLPField(dim, hidden, context, activation, frequencies)
-    transform = Continuous(field, _as_solver(solver))
+    transform = Continuous(field, as_solver(solver))
     return Flow(None, transform, _as_preprocess(preprocess, dim), event_shape=(dim,))
 
 
@@ -89,7 +89,7 @@ def ffjord(
     Args: as for `cnf`.
     """
     field = MLPField(dim, hidden, context, activation, frequencies=0)
-    transform = Continuous(field, _as_solver(solver))
+    transform = Continuous(field, as_solver(solver))
     return Flow(None, transform, _as_preprocess(preprocess, dim), event_shape=(dim,))
 
 
@@ -131,10 +131,6 @@ def realnvp(
         ]
     )
     return Flow(None, transform, _as_preprocess(preprocess, dim), event_shape=(dim,))
-
-
-def _as_solver(solver: Solver | Mapping[str, Any] | None) -> Solver:
-    return solver if isinstance(solver, Solver) else Solver(**(solver or {}))
 
 
 def _as_preprocess(name: str | None, dim: int) -> Transform | None:

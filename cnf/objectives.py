@@ -1,7 +1,7 @@
 """What is minimised: maximum likelihood, flow matching. Both train the same flow."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics.divergence import Hutchinson, as_divergence
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.ode import Solver, as_solver
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.errors import expect_positive
 from cnf.flow import Flow
@@ -94,7 +94,7 @@ class MaximumLikelihood(Objective):
 
     divergence: Any = "exact"
     penalties: dict[str, float] = field(default_factory=dict)
-    solver: Solver | None = None
+    solver: Solver | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         as_divergence(self.divergence)
@@ -121,7 +121,7 @@ class MaximumLikelihood(Objective):
             divergence = replace(divergence, probe=batch.probe.movedim(1, 0))
         flow = as_flow("MaximumLikelihood", module)
         if self.solver is not None:
-            flow = flow.with_solver(self.solver)
+            flow = flow.with_solver(as_solver(self.solver))
         if not self.penalties:
             setting = divergence if isinstance(divergence, Hutchinson) else None
             nll = _mean(-flow.log_prob(batch.x, batch.context, divergence=setting), batch.weight)

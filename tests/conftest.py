@@ -49,6 +49,8 @@ def small_flow(randomised):
             options.setdefault("hidden", (12, 12))
         if context:
             options["context"] = context
+        if "frequencies" in known:
+            options.setdefault("frequencies", 1)  # four make the field turn fast: many evaluations
         if "solver" in known:
             options["solver"] = solver or cnf.Solver(rtol=1e-9, atol=1e-9)
         return randomised(cnf.models.build(name, dim=dim, **options))

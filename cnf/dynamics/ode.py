@@ -1,7 +1,7 @@
 """Solving ODEs: the one file that touches torchdiffeq."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -82,6 +82,11 @@ class Solver:
         if self.fixed:
             return f"{self.method}, {self.steps} steps"
         return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"
+
+
+def as_solver(solver: "Solver | Mapping[str, Any] | None") -> Solver:
+    """A `Solver` as it is, or one from its arguments (as a config file holds them)."""
+    return solver if isinstance(solver, Solver) else Solver(**(solver or {}))
 
 
 class Solution(NamedTuple):

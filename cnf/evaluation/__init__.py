@@ -1,6 +1,7 @@
 """Evaluation: metrics, diagnostics, the race, pictures and the report."""
 
-from cnf.evaluation.comparison import CONTESTANTS, Contestant, Results, Stage, compare
+from cnf.evaluation.comparison import Results, compare
+from cnf.evaluation.contestants import CONTESTANTS, Contestant, Stage
 from cnf.evaluation.metrics import METRICS
 
 __all__ = [

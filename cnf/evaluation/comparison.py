@@ -3,108 +3,25 @@
 import csv
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cnf import models
 from cnf.data import load
-from cnf.dynamics.ode import Solver
-from cnf.evaluation import metrics
+from cnf.evaluation.contestants import CONTESTANTS, Contestant
+from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
-from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
-from cnf.registry import Registry
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.describe import machine
 from cnf.training.stream import seeded
-from cnf.transforms.continuous import Continuous
 
-TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # evaluation: solver error far below the gaps
 TEST_POINTS = 10_000
-FEW_STEPS = (1, 2, 4, 8, 16, 32)
-
-CONTESTANTS = Registry("contestant")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a contestant's training.
-
-    Args:
-        objective: What is minimised.
-        share: Part of the budget.
-        settings: `TrainConfig` fields that this stage sets, such as lr or batch_size.
-    """
-
-    objective: Objective
-    share: float = 1.0
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A model and the way it is trained.
-
-    Args:
-        title: Its name in tables and pictures.
-        model: A name in `MODELS`.
-        stages: What is done one after the other; the shares sum to one.
-        options: The model's options.
-    """
-
-    title: str
-    model: str
-    stages: tuple[Stage, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-# Cheap, exact-for-what-it-computes gradients; the evaluation's solver is another and tight.
-TRAINING_SOLVER = Solver("rk4", steps=8, gradient="backprop")
-LIKELIHOOD = MaximumLikelihood(solver=TRAINING_SOLVER)
-LIKELIHOOD_SETTINGS = {"batch_size": 256, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
-MATCHING_SETTINGS = {"batch_size": 512, "lr": 3e-3}
-
-for _name, _contestant in {
-    "cnf-likelihood": Contestant(
-        "CNF, likelihood", "cnf", (Stage(LIKELIHOOD, settings=LIKELIHOOD_SETTINGS),)
-    ),
-    "cnf-flow-matching": Contestant(
-        "CNF, flow matching", "cnf", (Stage(FlowMatching(), settings=MATCHING_SETTINGS),)
-    ),
-    "cnf-both": Contestant(
-        "CNF, flow matching then likelihood",
-        "cnf",
-        (
-            Stage(FlowMatching(), 0.7, MATCHING_SETTINGS),
-            Stage(LIKELIHOOD, 0.3, LIKELIHOOD_SETTINGS),
-        ),
-    ),
-    "ffjord": Contestant(
-        "FFJORD, as published",
-        "ffjord",
-        (
-            Stage(
-                MaximumLikelihood(divergence="hutchinson"),
-                settings={
-                    "batch_size": 100, "lr": 1e-3, "weight_decay": 1e-5, "optimizer": "adamw",
-                    "schedule": "constant", "clip": None, "warmup": 0.0,
-                },
-            ),
-        ),
-    ),
-    "realnvp": Contestant(
-        "RealNVP",
-        "realnvp",
-        (Stage(MaximumLikelihood(), settings={"batch_size": 512, "lr": 2e-3}),),
-    ),
-}.items():  # fmt: skip
-    CONTESTANTS.register(_name)(_contestant)
+VALIDATION_POINTS = 4_000
 
 
 @dataclass
@@ -240,7 +157,7 @@ def compare(
     folder = None if folder is None else Path(folder)
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"compare: {folder} exists already; choose another folder")
-    judge = _Judge(density, w2_points)
+    judge, train = _prepared(density, w2_points)
     entries = []
     for name, contestant in contestants.items():
         for seed in seeds:
@@ -248,15 +165,20 @@ def compare(
             base = TrainConfig(
                 seconds=seconds, steps=steps, seed=seed, device=device, progress=progress,
                 folder=folder and folder / "runs" / f"{name}-seed-{seed}",
+                validation_rows=VALIDATION_POINTS, validations=8,
             )  # fmt: skip
-            flow, histories, memory = _train(contestant, judge.train, density.dim, base)
-            entries.append(judge.entry(name, contestant, seed, flow, histories, memory))
+            flow, histories, memory = _train(contestant, train, density.dim, base)
+            costs = _training_costs(histories, memory)
+            scores = {**judge.scores(flow, seed), **costs}
+            curve, few = _curve(histories, density, seed), judge.few_steps(flow, seed)
+            entries.append(Entry(name, contestant.title, seed, scores, curve, few, flow))
     results = Results(
         data=density.name, density=density, entries=entries, floor=judge.floor,
         entropy=getattr(density, "entropy", None),
         settings={
-            "seconds": seconds, "steps": steps, "seeds": list(seeds), "test_points": len(judge.test),
-            "w2_points": w2_points, "evaluation_solver": str(TIGHT),
+            "seconds": seconds, "steps": steps, "seeds": list(seeds),
+            "test_points": len(judge.test), "w2_points": w2_points,
+            "evaluation_solver": str(TIGHT),
         },
         machine=machine(),
     )  # fmt: skip
@@ -289,138 +211,56 @@ def _train(
     return flow, histories, memory
 
 
-class _Judge:
-    """Measures every flow on the same points."""
-
-    def __init__(self, density: Any, w2_points: int) -> None:
-        self.density, self.n = density, w2_points
-        self.known = getattr(density, "entropy", None) is not None
-        if self.known:
-            self.train = density
-            self.test, other = (density.sample(TEST_POINTS, seeded(seed, -9)) for seed in (1, 2))
-        else:
-            order = torch.randperm(len(density.x), generator=seeded(0, -9))
-            held_out = max(1, len(order) // 5)
-            self.test, rest = density.x[order[:held_out]], density.x[order[held_out:]]
-            self.train = other = rest
-        self.floor = self._distances(other[: len(self.test)])
-
-    def entry(
-        self, name: str, contestant: Contestant, seed: int, flow: Flow,
-        histories: list[History], memory: float,
-    ) -> Entry:  # fmt: skip
-        flow.eval()
-        device = next(flow.parameters()).device
-        continuous = isinstance(flow.transform, Continuous)
-        exact = flow.with_solver(TIGHT) if continuous else flow
-        test = self.test.to(device)
-        with torch.no_grad():
-            drawn = flow.sample((len(test),), generator=seeded(seed, -8))
-            scores = {**self._likelihood(exact, test), **self._distances(drawn.cpu())}
-            scores |= self._cost(flow, test, histories, memory)
-            scores["round_trip"] = metrics.round_trip_error(exact, test[:1000])
-            nan = float("nan")
-            scores["path_energy"] = metrics.path_energy(flow, 2000).value if continuous else nan
-            scores["straightness"] = metrics.straightness(flow, 2000).value if continuous else nan
-            few = self._few_steps(flow, seed) if continuous else [(0, scores["sliced_w2"])]
-        return Entry(name, contestant.title, seed, scores, self._curve(histories), few, flow)
-
-    def _likelihood(self, flow: Flow, test: Tensor) -> dict[str, float]:
-        nll = metrics.nll(flow, test)
-        scores = {"nll": nll.value, "nll_error": nll.error}
-        if self.known:
-            gap = metrics.gap(flow, self.density, test)
-            scores = {"gap": gap.value, "gap_error": gap.error, **scores}
-        return scores
-
-    def _distances(self, drawn: Tensor) -> dict[str, float]:
-        few, some = slice(self.n), slice(5_000)
-        draw = seeded(0, -7)
-        return {
-            "w2": float(metrics.wasserstein2(drawn[few], self.test[few])),
-            "sliced_w2": float(metrics.sliced_wasserstein2(drawn, self.test, 500, generator=draw)),
-            "mmd": float(metrics.mmd(drawn[some], self.test[some])),
-            "energy_distance": float(metrics.energy_distance(drawn[some], self.test[some])),
-            "c2st": float(metrics.c2st(self.test, drawn)),
-        }
-
-    def _cost(
-        self, flow: Flow, test: Tensor, histories: list[History], memory: float
-    ) -> dict[str, float]:
-        evaluations = metrics.nfe(flow, n=1000, generator=seeded(0, -6))
-        steps = sum(history.steps for history in histories)
-        seconds = sum(history.seconds for history in histories)
-        return {
-            "steps": steps,
-            "train_seconds": seconds,
-            "ms_per_step": 1e3 * seconds / steps,
-            "peak_memory_mb": memory,
-            "parameters": sum(p.numel() for p in flow.parameters()),
-            "nfe_sample": evaluations.sample,
-            "nfe_log_prob": evaluations.log_prob,
-            "ms_sample": _milliseconds(lambda: flow.sample((len(test),))),
-            "ms_log_prob": _milliseconds(lambda: flow.log_prob(test)),
-        }
-
-    def _few_steps(self, flow: Flow, seed: int) -> list[tuple[int, float]]:
-        solvers = [(steps, Solver("euler", steps=steps)) for steps in FEW_STEPS]
-        assert isinstance(flow.transform, Continuous)
-        own = metrics.nfe(flow, n=1000, generator=seeded(0, -6)).sample
-        points = []
-        for evaluations, solver in [*solvers, (own, flow.transform.solver)]:
-            drawn = flow.with_solver(solver).sample((len(self.test),), generator=seeded(seed, -8))
-            distance = metrics.sliced_wasserstein2(
-                drawn.cpu(), self.test, 500, generator=seeded(0, -7)
-            )
-            points.append((evaluations, float(distance)))
-        return points
-
-    def _curve(self, histories: list[History]) -> list[tuple[float, float]]:
-        """Held-out gap (NLL for one's own points) against seconds of training, over all stages."""
-        truth = 0.0
-        if self.known:
-            held_out = self.density.sample(TEST_POINTS, seeded(3, -9))
-            truth = -float(self.density.log_prob(held_out).mean())
-        curve, before = [], 0.0
-        for history in histories:
-            curve += [
-                (before + record["seconds"], record["val_nll"] - truth)
-                for record in history.records
-                if "val_nll" in record
-            ]
-            before += history.seconds
-        return curve
+def _prepared(density: Any, w2_points: int) -> tuple[Judge, Any]:
+    """The judge, and what is trained on: the density, or four fifths of one's own points."""
+    if density.entropy is not None:
+        test, other = (density.sample(TEST_POINTS, seeded(number, -9)) for number in (1, 2))
+        return Judge(test, other, density, w2_points), density
+    order = torch.randperm(len(density.x), generator=seeded(0, -9))
+    held_out = max(2, len(order) // 5)
+    test, train = density.x[order[:held_out]], density.x[order[held_out:]]
+    return Judge(test, train, None, w2_points), train
 
 
-def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+def _training_costs(histories: list[History], memory: float) -> dict[str, float]:
+    steps = sum(history.steps for history in histories)
+    seconds = sum(history.seconds for history in histories)
+    return {
+        "steps": steps,
+        "train_seconds": seconds,
+        "ms_per_step": 1e3 * seconds / steps,
+        "peak_memory_mb": memory,
+    }
 
-    once()
-    return statistics.median(once() for _ in range(repeats))
+
+def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[float, float]]:
+    """Held-out gap (NLL for one's own points) against seconds of training, over all stages."""
+    truth = 0.0
+    if density.entropy is not None:  # the very points that training was validated on
+        held_out = density.sample(VALIDATION_POINTS, seeded(seed, -1))
+        truth = -float(density.log_prob(held_out).mean())
+    curve, before = [], 0.0
+    for history in histories:
+        scored = (record for record in history.records if "val_nll" in record)
+        curve += [(before + record["seconds"], record["val_nll"] - truth) for record in scored]
+        before += history.seconds
+    return curve
 
 
 @contextmanager
 def _peak_memory() -> Iterator[Callable[[], float]]:
-    """Peak memory inside, in MB: the GPU's where there is one, else the process's resident set
-    (Linux; NaN elsewhere)."""
+    """Peak memory inside, in MB: the GPU's, else the process's resident set (NaN off Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield lambda: torch.cuda.max_memory_allocated() / 1e6
         return
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # resets VmHWM
 
     def peak() -> float:
         lines = status.read_text().splitlines() if status.exists() else []
-        return next(
-            (int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")),
-            float("nan"),
-        )
+        high = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+        return float(next(high, "nan")) / 1e3
 
-    if reset.exists():
-        reset.write_text("5")  # resets VmHWM
     yield peak

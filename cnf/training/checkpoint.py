@@ -36,7 +36,8 @@ def save(flow: nn.Module, path: str | Path) -> Path:
     safetensors = optional("safetensors.torch", "train")
     state = flow.state_dict().items()
     tensors = {name: value.detach().cpu().contiguous() for name, value in state}
-    metadata = {"format": FORMAT, "spec": json.dumps(getattr(flow, "spec", None))}
+    # One key: the library writes several in an order that differs between runs.
+    metadata = {FORMAT: json.dumps(getattr(flow, "spec", None))}
     data = safetensors.save(tensors, metadata=metadata)
     return _replace(path, lambda temporary: temporary.write_bytes(data))
 
@@ -61,12 +62,12 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
         tensors: dict[str, Tensor] = torch_side.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"load: {path} is no readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise CheckpointError(
-            f"load: {path} was not written by cnf (its format is {metadata.get('format')!r}, "
-            f"expected {FORMAT!r})"
+            f"load: {path} was not written by cnf (expected {FORMAT!r} in its header, "
+            f"got {sorted(metadata)})"
         )
-    flow = into if into is not None else _built(json.loads(metadata["spec"]), path)
+    flow = into if into is not None else _built(json.loads(metadata[FORMAT]), path)
     _fill(flow, tensors, path)
     return flow.to(device)
 

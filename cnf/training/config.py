@@ -13,7 +13,8 @@ class TrainConfig:
 
     Args:
         steps: Budget in optimiser steps.
-        seconds: Budget in seconds of training; validation and saving are not counted.
+        seconds: Budget in seconds of training, validation and saving not counted; 60 if neither
+            is given.
         batch_size: Rows per step, over all processes together.
         lr: Highest learning rate.
         optimizer: "adam" or "adamw".
@@ -67,9 +68,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         who = "TrainConfig"
-        if (self.steps is None) == (self.seconds is None):
+        if self.steps is None and self.seconds is None:
+            self.seconds = 60.0
+        if self.steps is not None and self.seconds is not None:
             raise ValueError(
-                f"{who}: expected a budget, either steps or seconds, "
+                f"{who}: expected a budget in steps or in seconds, not both, "
                 f"got steps={self.steps}, seconds={self.seconds}"
             )
         expect_positive(

@@ -23,15 +23,13 @@ def configuration(
     """What config.yaml says: the arguments of `cnf train`, less where to write and whether to
     resume."""
     spec = getattr(module, "spec", None) or {"model": type(module).__name__, "options": {}}
-    train = asdict(config)
-    for name in ("folder", "resume"):
-        train.pop(name)
+    train = {k: v for k, v in asdict(config).items() if k not in ("folder", "resume")}
     return {
         "data": str(getattr(data, "name", type(data).__name__)),
         **spec,
         "objective": objective_name(objective),
         "objective_options": _settings(objective),
-        "train": train,
+        **train,
     }
 
 

@@ -139,6 +139,9 @@ class _Trainer:
                     break
                 if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
                     self._save()
+            if self.history.records:
+                last = self.history.records[-1]
+                bar.update(self.budget.fraction, self.budget.step, last["loss"], int(last["nfe"]))
             self._finish(bar)
         return self.history
 
@@ -239,7 +242,7 @@ class _Trainer:
         description = self.description
         if config.seconds is not None and ended != "running":  # so that the file repeats the run
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
-            description = {**description, "train": {**description["train"], **spent}}
+            description = {**description, **spent}
         self.folder.write_config(description)
         self.folder.write_manifest(
             {

@@ -144,8 +144,7 @@ def test_nfe_is_the_recorded_count(linear, z):
     assert fast.integrate(z, towards="base").nfe == 6
 
 
-def test_float64_state_over_a_float32_field():
-    # the state keeps its dtype where the field computes in another
+def test_state_keeps_its_dtype_over_a_bfloat16_field():
     class Half(nn.Module):
         def forward(self, t, x):
             return (0.5 * x).to(torch.bfloat16)

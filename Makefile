@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv and install what
+# they use. With PYTHON=… they use that environment as it is and install nothing.
+
+ifdef PYTHON
+RUN := $(PYTHON)
+else
+BASE := $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell \
+	$(p) -c 'import sys; sys.version_info >= (3, 11) or exit(1)' 2>/dev/null && echo $(p))))
+RUN := .venv/bin/python
+READY := .venv/.ready
+endif
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(RUN) -m cnf compare pinwheel --seconds 20
+
+test: $(READY)
+	$(RUN) -m pytest
+
+check: $(READY)
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+	$(RUN) -m basedpyright
+
+bench: $(READY)
+	$(RUN) experiments/benchmark/run.py
+
+.venv/.ready: pyproject.toml constraints.txt
+	@test -n "$(BASE)" || { echo "Python 3.11 or newer is needed"; exit 1; }
+	test -x .venv/bin/python || $(BASE) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[all,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis dist build

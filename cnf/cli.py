@@ -1,0 +1,324 @@
+"""The command line: train, evaluate, sample, plot, compare, check, list."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnf import data as densities
+from cnf import models, objectives
+from cnf.dynamics import DIVERGENCES, REGULARIZERS
+from cnf.dynamics.ode import ADAPTIVE, FIXED, Solver
+from cnf.errors import CheckpointError, SolverError, optional
+from cnf.fields import FIELDS
+from cnf.flow import Flow
+from cnf.matching import COUPLINGS, PATHS
+from cnf.training import TrainConfig, fit, load
+from cnf.transforms import TRANSFORMS
+from cnf.transforms.continuous import is_continuous
+
+KINDS: dict[str, Any] = {
+    "models": models.MODELS,
+    "densities": densities.TOYS,
+    "objectives": objectives.OBJECTIVES,
+    "paths": PATHS,
+    "couplings": COUPLINGS,
+    "divergences": DIVERGENCES,
+    "regularizers": REGULARIZERS,
+    "fields": FIELDS,
+    "transforms": TRANSFORMS,
+    "solvers": {name: None for name in sorted(ADAPTIVE + FIXED)},
+}
+
+
+def train(
+    data: str,
+    model: str = "cnf",
+    options: dict[str, Any] | None = None,
+    objective: str | None = None,
+    objective_options: dict[str, Any] | None = None,
+    config: TrainConfig | None = None,
+) -> None:
+    """Train a model on a density or on one's own points, and keep everything in a run's folder.
+
+    Args:
+        data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
+            npy, parquet).
+        model: A model by name (see `cnf list models`).
+        options: The model's options, such as --options.hidden "[128, 128]".
+        objective: What is minimised (see `cnf list objectives`); flow matching for models with a
+            vector field, else maximum likelihood.
+        objective_options: The objective's options, such as --objective_options.divergence
+            hutchinson.
+        config: The settings of the run.
+    """
+    config = config or TrainConfig()
+    source = densities.load(data)
+    torch.manual_seed(config.seed)  # the first weights belong to what a seed repeats
+    flow = models.build(model, **{"dim": source.dim, **(options or {})})
+    if objective is None:
+        objective = "flow-matching" if is_continuous(flow.transform) else "maximum-likelihood"
+    goal = _objective(objective, objective_options or {})
+    if config.folder is None:
+        config.folder = _free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
+    history = fit(flow, goal, source, config)
+    scores = history.column("val_nll")
+    held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
+    _say(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
+    if history.reason == "interrupted":
+        raise SystemExit(130)
+
+
+def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
+    """Score a trained flow: gap or NLL, distances between samples, paths, cost.
+
+    Args:
+        run: A run's folder or a flow file.
+        data: Density, picture or file of held-out points; what the run was trained on if not
+            given.
+        points: Test points at most.
+    """
+    from cnf.evaluation.judge import Judge
+    from cnf.evaluation.tables import scores_table
+    from cnf.training.stream import seeded
+
+    flow, source = _flow_and_data(run, data)
+    test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
+    judge = Judge(test, other, source if source.entropy is not None else None)
+    scores = judge.scores(flow)
+    if run.is_dir():
+        (run / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
+    _console().print(scores_table(scores, judge.floor))
+
+
+def sample(
+    run: Path, output: Path, n: int = 1000, seed: int = 0, steps: int | None = None
+) -> None:
+    """Draw from a trained flow into a file.
+
+    Args:
+        run: A run's folder or a flow file.
+        output: The file, .npy or .csv; it must not exist.
+        n: How many points.
+        seed: Seed of the draws.
+        steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
+    """
+    if output.suffix not in (".npy", ".csv"):
+        raise ValueError(f"cnf sample: expected a .npy or .csv file, got {output.name}")
+    if output.exists():
+        raise ValueError(f"cnf sample: {output} exists already")
+    if n < 1:
+        raise ValueError(f"cnf sample: expected n >= 1, got {n}")
+    flow = load(run)
+    if steps is not None:
+        flow = flow.with_solver(Solver("midpoint", steps=steps))
+    drawn = flow.sample((n,), generator=torch.Generator().manual_seed(seed)).numpy()
+    import numpy
+
+    if output.suffix == ".npy":
+        numpy.save(output, drawn)
+    else:
+        numpy.savetxt(output, drawn, delimiter=",", fmt="%.8g")
+    _say(f"{n} points in {output}")
+
+
+def plot(run: Path, data: str | None = None) -> None:
+    """Draw a run's density, samples and trajectories, and an animation, into its figures folder.
+
+    Args:
+        run: A run's folder.
+        data: Density, picture or file of points to draw beside it; what it was trained on if not
+            given.
+    """
+    from cnf.evaluation.plotting import save_run_figures
+
+    flow, source = _flow_and_data(run, data)
+    folder = (run if run.is_dir() else run.parent) / "figures"
+    for path in save_run_figures(flow, source, folder).values():
+        _say(str(path))
+
+
+def compare(
+    data: str,
+    seconds: float | None = None,
+    steps: int | None = None,
+    contestants: list[str] | None = None,
+    seeds: list[int] = [0],  # noqa: B006 (jsonargparse reads it, nothing changes it)
+    folder: Path | None = None,
+    device: str = "auto",
+    w2_points: int = 2_000,
+) -> None:
+    """Race likelihood training, flow matching and discrete flows on one density; write a report.
+
+    Args:
+        data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
+            npy, parquet).
+        seconds: Budget of each contestant in seconds of training; 60 if neither is given.
+        steps: Budget of each contestant in optimiser steps.
+        contestants: Who runs; all if not given (see `cnf list contestants`).
+        seeds: One run for each.
+        folder: Where everything is written; it must not exist. runs/compare-… if not given.
+        device: "auto", "cpu", "cuda" or "mps".
+        w2_points: Points for the exact W2 distance.
+    """
+    from cnf.evaluation import comparison
+    from cnf.evaluation.report import write_report
+    from cnf.evaluation.tables import results_table
+
+    source = densities.load(data)
+    folder = folder or _free_folder(Path("runs") / f"compare-{source.name}")
+    if seconds is None and steps is None:
+        seconds = 60.0
+    results = comparison.compare(
+        contestants, source, seconds=seconds, steps=steps, seeds=seeds, folder=folder,
+        device=device, w2_points=w2_points, say=lambda line: _console().rule(line, align="left"),
+    )  # fmt: skip
+    page = write_report(results, folder)
+    _console().print(results_table(results))
+    _say(f"The report: {page.resolve()}")
+
+
+def check(run: Path, data: str | None = None) -> None:
+    """Look for what is wrong with a flow: mass, log-determinants, round trip, gradients, solver.
+
+    Exits with 1 where something is wrong.
+
+    Args:
+        run: A run's folder or a flow file.
+        data: Density, picture or file whose points are used; the flow's own samples if not given.
+    """
+    from cnf.evaluation import check as check_flow
+
+    x = None if data is None else densities.load(data).sample(64, torch.Generator().manual_seed(0))
+    report = check_flow(load(run), x)
+    _say(str(report))
+    if not report.ok:
+        raise SystemExit(1)
+
+
+def list_names(kind: str | None = None) -> None:
+    """Show the names that the other commands take.
+
+    Args:
+        kind: One kind only, such as models or densities.
+    """
+    from cnf.evaluation import CONTESTANTS, METRICS
+
+    kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"cnf list: unknown kind {kind!r}; known: {', '.join(kinds)}")
+    for name in [kind] if kind else kinds:
+        table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
+        table.title_justify, table.title_style = "left", "bold"
+        for entry, thing in kinds[name].items():
+            table.add_row(f"  {entry}", _first_line(thing))
+        _console().print(table)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "plot": plot,
+    "compare": compare,
+    "check": check,
+    "list": list_names,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `cnf` command. What a user can cause ends in one line and exit code 2."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    name = chosen.subcommand
+    options = chosen[name].as_dict()
+    try:
+        if name == "train":
+            options.pop("config", None)
+            names = {field.name for field in fields(TrainConfig)}
+            settings = {key: options.pop(key) for key in list(options) if key in names}
+            options["config"] = TrainConfig(**settings)
+        COMMANDS[name](**options)
+    except (ValueError, TypeError, OSError, ImportError, SolverError, CheckpointError) as error:
+        if os.environ.get("CNF_TRACEBACK"):
+            raise
+        print(f"cnf {name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> Any:
+    jsonargparse = optional("jsonargparse", "cli")
+    parser = jsonargparse.ArgumentParser(prog="cnf", description=__doc__)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        first = _first_line(function)
+        command = jsonargparse.ArgumentParser(description=first)
+        if name == "train":
+            command.add_argument(
+                "--config",
+                action="config",
+                help="YAML file of any of these, such as RUN/config.yaml.",
+            )
+            command.add_function_arguments(function, as_positional=False, skip={"config"})
+            command.add_class_arguments(TrainConfig)
+        elif name == "list":
+            command.add_argument("kind", nargs="?", help=f"One of {', '.join(KINDS)}, …; or all.")
+        else:
+            command.add_function_arguments(function)
+        commands.add_subcommand(name, command, help=first)
+    return parser
+
+
+def _objective(name: str, options: dict[str, Any]) -> objectives.Objective:
+    kind = objectives.OBJECTIVES[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}: unknown option {option!r}; known: {', '.join(known)}")
+    return kind(**options)
+
+
+def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
+    flow = load(run)
+    if data is None:
+        config = run / "config.yaml"
+        if not config.is_file():
+            raise ValueError(
+                f"{run} has no config.yaml to say what it was trained on; give --data"
+            )
+        data = str(optional("yaml", "cli").safe_load(config.read_text())["data"])
+    return flow, densities.load(data)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, … that is not there."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def _first_line(thing: Any) -> str:
+    thing = thing if callable(thing) or thing is None else type(thing)
+    return ((thing.__doc__ if thing else "") or "").strip().split("\n")[0]
+
+
+def _console() -> Any:
+    return optional("rich.console", "cli").Console()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _version() -> str:
+    from cnf import __version__
+
+    return f"cnf {__version__}, torch {torch.__version__}"

@@ -1,0 +1,85 @@
+"""Who runs in the race: a model and the way it is trained."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cnf.dynamics.ode import Solver
+from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
+from cnf.registry import Registry
+
+CONTESTANTS = Registry("contestant")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a contestant's training.
+
+    Args:
+        objective: What is minimised.
+        share: Part of the budget.
+        settings: `TrainConfig` fields that this stage sets, such as lr or batch_size.
+    """
+
+    objective: Objective
+    share: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model and the way it is trained.
+
+    Args:
+        title: Its name in tables and pictures.
+        model: A name in `MODELS`.
+        stages: What is done one after the other; the shares sum to one.
+        options: The model's options.
+    """
+
+    title: str
+    model: str
+    stages: tuple[Stage, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Cheap, exact-for-what-it-computes gradients; the evaluation's solver is another and tight.
+TRAINING_SOLVER = Solver("rk4", steps=8, gradient="backprop")
+LIKELIHOOD = MaximumLikelihood(solver=TRAINING_SOLVER)
+LIKELIHOOD_SETTINGS = {"batch_size": 256, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
+MATCHING_SETTINGS = {"batch_size": 512, "lr": 3e-3}
+
+for _name, _contestant in {
+    "cnf-likelihood": Contestant(
+        "CNF, likelihood", "cnf", (Stage(LIKELIHOOD, settings=LIKELIHOOD_SETTINGS),)
+    ),
+    "cnf-flow-matching": Contestant(
+        "CNF, flow matching", "cnf", (Stage(FlowMatching(), settings=MATCHING_SETTINGS),)
+    ),
+    "cnf-both": Contestant(
+        "CNF, flow matching then likelihood",
+        "cnf",
+        (
+            Stage(FlowMatching(), 0.7, MATCHING_SETTINGS),
+            Stage(LIKELIHOOD, 0.3, LIKELIHOOD_SETTINGS),
+        ),
+    ),
+    "ffjord": Contestant(
+        "FFJORD, as published",
+        "ffjord",
+        (
+            Stage(
+                MaximumLikelihood(divergence="hutchinson"),
+                settings={
+                    "batch_size": 100, "lr": 1e-3, "weight_decay": 1e-5, "optimizer": "adamw",
+                    "schedule": "constant", "clip": None, "warmup": 0.0,
+                },
+            ),
+        ),
+    ),
+    "realnvp": Contestant(
+        "RealNVP",
+        "realnvp",
+        (Stage(MaximumLikelihood(), settings={"batch_size": 512, "lr": 2e-3}),),
+    ),
+}.items():  # fmt: skip
+    CONTESTANTS.register(_name)(_contestant)

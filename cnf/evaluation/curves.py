@@ -1,0 +1,198 @@
+"""Curves of a race: learning against time, quality against the evaluations it takes."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from cnf.errors import optional
+from cnf.evaluation.comparison import Entry, Results
+from cnf.evaluation.style import FAINT, TRUTH, colours, dashes, new_figure, styled, titles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.0, 4.6  # legible at a phone's width
+SAME = "two sets of true samples"
+
+
+def plot_gap_over_time(results: Results) -> "Figure":
+    """Held-out gap to the truth against seconds of training, or the NLL of one's own points.
+
+    A line is the mean over seeds, its band the least and the most of them. The gap's axis is
+    logarithmic, around zero linear where a gap came out negative within its error.
+
+    Args:
+        results: Of a race.
+    """
+    names, colour, dash = titles(results), colours(results), dashes(results)
+    known, values = results.score == "gap", []
+    with styled():
+        figure = new_figure(WIDTH, HEIGHT)
+        ax = figure.subplots()
+        for name, title in names.items():
+            curve = _over_seeds([entry.curve for entry in results.of(name)])
+            if curve is None:
+                ax.plot([], [], color=colour[name], label=f"{title} (no finite value)")
+                continue
+            time, mean, low, high = curve
+            ax.plot(time, mean, dash[name], color=colour[name], lw=2, label=title)
+            ax.plot(time[-1:], mean[-1:], "o", color=colour[name], ms=5)
+            if len(results.of(name)) > 1:
+                ax.fill_between(time, low, high, color=colour[name], alpha=0.18, lw=0)
+            values += [*low, *high]
+        if known and values:
+            _log_axis(ax, min(values))
+        ax.set(
+            xlabel="seconds of training",
+            ylabel="gap to the truth (nats)" if known else "held-out NLL (nats)",
+        )
+        ax.set_xlim(left=0)
+        ax.grid(True)
+        _legend(figure, ax)
+    return figure
+
+
+def plot_quality_against_nfe(results: Results) -> "Figure":
+    """Sliced W2 of samples against evaluations of the field, both logarithmic.
+
+    Lines are Euler's method with few steps, stars each flow's own solver, dashed lines discrete
+    flows, which evaluate no field; the grey line is what two sets of true samples score.
+
+    Args:
+        results: Of a race.
+    """
+    names, colour, dash = titles(results), colours(results), dashes(results)
+    with styled():
+        figure = new_figure(WIDTH, HEIGHT)
+        ax = figure.subplots()
+        ax.set(xscale="log", yscale="log")
+        for name, title in names.items():
+            _quality_line(ax, results.of(name), title, colour[name], dash[name])
+        floor = results.floor.get("sliced_w2", math.nan)
+        if math.isfinite(floor) and floor > 0:
+            ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
+        _powers_of_two(ax, _largest_nfe(results))
+        _sparse_log(ax.yaxis, ax.get_ylim())
+        ax.set(xlabel="evaluations of the field per sample", ylabel="sliced W2 to true samples")
+        if _largest_nfe(results) > 0:
+            ax.plot([], [], "*", color=FAINT, ms=11, ls="none", label="a flow's own solver")
+        ax.grid(True)
+        _legend(figure, ax)
+    return figure
+
+
+def plot_histograms(results: Results, samples: dict[str, Tensor | str]) -> "Figure":
+    """Samples of one dimension: the true ones filled, each contestant's as an outline.
+
+    Args:
+        results: Of a race.
+        samples: Contestant → samples (N, 1), or words where there are none; the true ones at "".
+    """
+    names, colour, dash = titles(results), colours(results), dashes(results)
+    low, high = results.density.support[:, 0].tolist()
+    bins = np.linspace(low, high, 61)
+    with styled():
+        figure = new_figure(WIDTH, HEIGHT)
+        ax = figure.subplots()
+        for name, values in samples.items():
+            if isinstance(values, str):
+                ax.plot([], [], color=colour[name], label=f"{names[name]} (failed)")
+                continue
+            finite = values[:, 0].cpu().numpy()
+            finite = finite[np.isfinite(finite)]
+            heights = np.histogram(finite, bins)[0] / max(len(finite), 1) / (bins[1] - bins[0])
+            if name == "":
+                ax.stairs(heights, bins, fill=True, color=TRUTH, alpha=0.25, label="true samples")
+            else:
+                ax.stairs(
+                    heights, bins, color=colour[name], ls=dash[name], lw=1.8, label=names[name]
+                )
+        ax.set(xlabel="value", ylabel="density", xlim=(low, high))
+        _legend(figure, ax)
+    return figure
+
+
+def _over_seeds(
+    curves: list[list[tuple[float, float]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Mean, least and most over seeds where all seeds have been; None without a finite value."""
+    finite = [np.array([point for point in curve if math.isfinite(point[1])]) for curve in curves]
+    finite = [curve[np.argsort(curve[:, 0], kind="stable")] for curve in finite if len(curve)]
+    if not finite:
+        return None
+    start, end = max(curve[0, 0] for curve in finite), min(curve[-1, 0] for curve in finite)
+    if start > end:  # seeds that share no time: show the one that went furthest
+        finite = [max(finite, key=lambda curve: curve[-1, 0])]
+        start, end = finite[0][0, 0], finite[0][-1, 0]
+    times = np.unique(np.concatenate([curve[:, 0] for curve in finite]))
+    times = times[(times >= start) & (times <= end)]
+    values = np.stack([np.interp(times, curve[:, 0], curve[:, 1]) for curve in finite])
+    return times, values.mean(0), values.min(0), values.max(0)
+
+
+def _quality_line(ax: "Axes", entries: list[Entry], title: str, colour: str, dash: Any) -> None:
+    runs = [entry.few_steps for entry in entries if entry.few_steps]
+    if not runs or len({len(run) for run in runs}) > 1:
+        return
+    # A mean that a NaN of one seed spoils is left out; the page's table names the seed's score.
+    points = np.array(runs, dtype=float)
+    nfe, mean = points[..., 0].mean(0), points[..., 1].mean(0)
+    if points.shape[1] == 1 and nfe[0] == 0:
+        if math.isfinite(mean[0]):
+            ax.axhline(mean[0], color=colour, ls=(0, (6, 3)), lw=2, label=f"{title} (one pass)")
+        return
+    if points.shape[1] > 1:
+        euler = slice(0, -1)
+        ax.plot(nfe[euler], mean[euler], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title)
+        if len(runs) > 1:
+            low, high = points[:, euler, 1].min(0), points[:, euler, 1].max(0)
+            ax.fill_between(nfe[euler], low, high, color=colour, alpha=0.18, lw=0)
+    ax.plot(nfe[-1:], mean[-1:], "*", color=colour, ms=15, mec="white", mew=0.8, zorder=4)
+
+
+def _largest_nfe(results: Results) -> float:
+    return max((nfe for entry in results.entries for nfe, _ in entry.few_steps), default=0)
+
+
+def _log_axis(ax: "Axes", least: float) -> None:
+    if least > 0:
+        ax.set_yscale("log")
+    else:
+        ax.set_yscale("symlog", linthresh=0.01, linscale=0.5)
+        ax.axhline(0, color="#9aa1ad", lw=0.8)
+    _sparse_log(ax.yaxis, ax.get_ylim())
+
+
+def _sparse_log(axis: Any, limits: tuple[float, float]) -> None:
+    """Plain numbers at 1, 2 and 5 of each power of ten, fewer of them on a long axis; no 10⁻²."""
+    ticker = optional("matplotlib.ticker", "evaluation")
+    low, high = limits
+    decades = math.log10(high / low) if low > 0 else 9.0
+    steps = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    if low > 0:
+        if decades < 0.5:
+            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        else:
+            axis.set_major_locator(ticker.LogLocator(subs=steps))
+        axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _powers_of_two(ax: "Axes", largest: float) -> None:
+    ticker = optional("matplotlib.ticker", "evaluation")
+    top = max(largest, 32)
+    ticks = [2**k for k in range(math.floor(math.log2(top)) + 1)]
+    ax.set_xlim(0.85, top * 1.35)
+    ax.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0f}"))
+
+
+def _legend(figure: "Figure", ax: "Axes") -> None:
+    """Below the axes, so that nothing is hidden and the picture stays narrow."""
+    handles, labels = ax.get_legend_handles_labels()
+    wide = max(map(len, labels), default=0) > 24
+    figure.legend(handles, labels, loc="outside lower left", ncols=1 if wide else 2)

@@ -1,0 +1,211 @@
+"""How the pictures and the page look: one palette, one set of fonts, one way to write numbers."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cnf.errors import optional
+from cnf.evaluation.comparison import Results
+from cnf.flow import Flow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B4BA0")
+# Colours repeat after seven contestants; dashes then tell the lines apart.
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
+TRUTH = "#4d5562"
+INK, FAINT = "#1f2430", "#6b7280"
+
+_RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titlepad": 8,
+    "axes.labelsize": 12,
+    "axes.edgecolor": "#9aa1ad",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "grid.color": "#e4e7ec",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+DPI = 150
+
+
+def styled() -> AbstractContextManager[None]:
+    """The style, for as long as the context lasts; nothing global is changed."""
+    return optional("matplotlib", "evaluation").rc_context(_RC)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure that no global state knows of, so that it is freed with its last reference."""
+    figure = optional("matplotlib.figure", "evaluation").Figure
+    return figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def panels(count: int, aspect: float = 1.0, side: float = 2.4) -> tuple["Figure", list["Axes"]]:
+    """A grid of `count` equal panels without ticks, at most three in a row.
+
+    Args:
+        count: How many.
+        aspect: Height of a panel by its width.
+        side: Width of a panel in inches.
+    """
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows = math.ceil(count / columns)
+    figure = new_figure(side * columns, rows * (side * min(aspect, 2.0) + 0.55))
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(grid)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def frame(ax: "Axes", window: Tensor, title: str) -> None:
+    """Fix what an axis shows: the window, one scale for both coordinates, no ticks."""
+    (left, bottom), (right, top) = window.tolist()
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+    ax.set_title(wrapped(title))
+    for spine in ax.spines.values():
+        spine.set(visible=True, color="#d5d9e0")
+
+
+def say_failed(ax: "Axes", why: str) -> None:
+    """Words in place of a picture that could not be made."""
+    ax.text(
+        0.5, 0.5, textwrap.fill(why, 26), ha="center", va="center", color=FAINT, fontsize=10,
+        transform=ax.transAxes, wrap=True,
+    )  # fmt: skip
+
+
+def colours(results: Results) -> dict[str, str]:
+    """Contestant → its colour, the same in every picture and in the page."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.contestants)}
+
+
+def dashes(results: Results) -> dict[str, Any]:
+    """Contestant → line style; solid until the colours repeat."""
+    names = results.contestants
+    return {name: DASHES[i // len(PALETTE) % len(DASHES)] for i, name in enumerate(names)}
+
+
+def titles(results: Results) -> dict[str, str]:
+    """Contestant → its title."""
+    return {name: results.of(name)[0].title for name in results.contestants}
+
+
+def window_of(density: Any, *others: Tensor) -> Tensor:
+    """What pictures show: the density's support and a little beyond, low and high corner (2, 2).
+
+    Args:
+        density: Anything with `support`, else with `sample`.
+        others: Points of shape (N, D) that should be seen too, short of far outliers.
+    """
+    box = getattr(density, "support", None)
+    if box is None:
+        drawn = density.sample(4000, generator=torch.Generator().manual_seed(0))
+        box = drawn.detach().cpu().double().quantile(drawn.new_tensor([0.002, 0.998]).double(), 0)
+    low, high = box.cpu().double()[:, :2]
+    reach = 1.5 * (high - low).max()  # a model gone astray must not shrink the rest to a dot
+    for points in others:
+        seen = points.reshape(-1, points.shape[-1])[:, :2].cpu().double()
+        seen = seen[torch.isfinite(seen).all(-1)]
+        if len(seen):
+            edge = seen[:100_000].quantile(torch.tensor([0.005, 0.995], dtype=torch.float64), 0)
+            low = torch.maximum(torch.minimum(low, edge[0]), low - reach)
+            high = torch.minimum(torch.maximum(high, edge[1]), high + reach)
+    margin = 0.04 * (high - low).max()
+    return torch.stack([low - margin, high + margin])
+
+
+def device_of(flow: Flow) -> torch.device:
+    """Where the flow lives."""
+    return next((tensor.device for tensor in flow.parameters()), torch.device("cpu"))
+
+
+def wrapped(title: str, width: int = 22) -> str:
+    """A title that fits over a panel; lines that are there already stay."""
+    return "\n".join(textwrap.fill(line, width) for line in title.splitlines())
+
+
+def number(value: float, error: float = math.nan) -> str:
+    """A number as a person reads it: three digits, or as many as its error supports.
+
+    >>> number(0.30000000004), number(12345.6), number(0.01234, 0.0031), number(float("nan"))
+    ('0.3', '12,346', '0.012 ± 0.003', '–')
+    """
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if math.isfinite(error) and error > 0 and abs(value) < 1e4 and error >= 1e-5:
+        # One digit of the error, two where it starts with 1: 0.012 ± 0.003, 2.50 ± 0.14.
+        exponent = math.floor(math.log10(error))
+        leading = error / 10**exponent
+        places = max(0, min(5, -exponent + (leading < 1.95)))
+        return f"{_signed(value, places)} ± {error:,.{places}f}"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-4:
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits.replace('-', '−')}·10{_superscript(int(exponent))}"
+    places = max(0, 2 - math.floor(math.log10(size)))
+    text = _signed(value, places)
+    return text.rstrip("0").rstrip(".") if "." in text and size < 100 else text
+
+
+def _signed(value: float, places: int) -> str:
+    text = f"{value:,.{places}f}".replace("-", "−")
+    return text.lstrip("−") if not any(digit in text for digit in "123456789") else text
+
+
+def _superscript(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def mean_and_error(results: Results, contestant: str, metric: str) -> tuple[float, float]:
+    """A score's mean over seeds and what stands behind its ±: the standard deviation over seeds,
+    or with one seed the standard error over test points; NaN where there is none."""
+    entries = results.of(contestant)
+    values = [entry.scores.get(metric, math.nan) for entry in entries]
+    errors = [entry.scores.get(f"{metric}_error", math.nan) for entry in entries]
+    if not all(map(math.isfinite, values)):
+        bad = next(value for value in values if not math.isfinite(value))
+        return bad, math.nan
+    spread = statistics.stdev(values) if len(values) > 1 else errors[0]
+    return statistics.fmean(values), spread
+
+
+def score_text(results: Results, contestant: str) -> str:
+    """The deciding score in words: "gap 0.012 ± 0.003 nats"."""
+    value, error = mean_and_error(results, contestant, results.score)
+    name = "gap" if results.score == "gap" else "NLL"
+    return f"{name} {number(value, error)} nats" if math.isfinite(value) else "failed"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,51 @@
+"""Scores as tables in a terminal."""
+
+from typing import Any
+
+from cnf.errors import optional
+from cnf.evaluation.comparison import Results
+
+COLUMNS = {
+    "gap (nats)": "gap",
+    "NLL (nats)": "nll",
+    "W2": "w2",
+    "C2ST": "c2st",
+    "NFE": "nfe_sample",
+    "sample (ms)": "ms_sample",
+    "log_prob (ms)": "ms_log_prob",
+    "straightness": "straightness",
+    "steps": "steps",
+    "memory (MB)": "peak_memory_mb",
+}
+
+
+def results_table(results: Results) -> Any:
+    """The race as a rich table, best first: mean over seeds, ± their standard deviation."""
+    title = f"{results.data}, best first. A perfect model scores W2 {results.floor['w2']:.3g}."
+    columns = {
+        name: metric
+        for name, metric in COLUMNS.items()
+        if metric == results.score or metric not in ("gap", "nll")
+    }
+    table = optional("rich.table", "cli").Table("contestant", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for contestant in results.ranking():
+        cells = (_cell(*results.mean(contestant, metric)) for metric in columns.values())
+        table.add_row(results.of(contestant)[0].title, *cells)
+    return table
+
+
+def scores_table(scores: dict[str, float], floor: dict[str, float]) -> Any:
+    """One flow's scores as a rich table, beside what two sets of true samples score."""
+    table = optional("rich.table", "cli").Table("score", "value", "floor")
+    for name, value in scores.items():
+        table.add_row(name.replace("_", " "), _cell(value), _cell(floor.get(name, float("nan"))))
+    return table
+
+
+def _cell(mean: float, spread: float = float("nan")) -> str:
+    if mean != mean:
+        return "–"
+    text = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
+    return text if spread != spread else f"{text} ± {spread:.2g}"

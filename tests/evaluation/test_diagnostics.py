@@ -1,0 +1,499 @@
+"""Every way to be wrong is planted in a copy, and the check of that name must find it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import cnf
+from cnf.dynamics.divergence import Divergence, Hutchinson, trace_of_jacobian
+from cnf.dynamics.ode import Solver
+from cnf.evaluation.diagnostics import CHECKS, CheckReport, Finding, check
+from cnf.fields import MLPField, VectorField
+from cnf.flow import Flow
+from cnf.models import MODELS
+from cnf.transforms import Compose, Continuous, Coupling, Standardise
+
+# torch itself calls its deprecated torch.jit.script in the first forward-mode derivative
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+
+def perturbed(module, spread=0.2, seed=0):
+    """`module` with weights far from where they start: an identity hides most faults."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def data(n=256, dim=2, seed=0):
+    """Correlated, off centre, of another scale in each direction."""
+    z = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+    return z * (0.5 + torch.arange(dim)) + 3.0 + 0.3 * z.roll(1, -1)
+
+
+def continuous(field, solver=None, divergence="exact", preprocess=None):
+    transform = Continuous(perturbed(field), solver or Solver(), divergence)
+    return Flow(None, transform, preprocess, event_shape=field.event_shape)
+
+
+def couplings(*kinds, context=0):
+    parts = [kind(2, [layer % 2], context_dim=context) for layer, kind in enumerate(kinds)]
+    return Flow(None, perturbed(Compose(parts)), event_shape=(2,))
+
+
+def small_field(kind=MLPField, context_dim=0):
+    return kind(2, (16, 16), context_dim=context_dim)
+
+
+def expect_failure(flow, name, *words, x=None, **options):
+    """`check` fails under `name`, with these words; the report."""
+    report = check(flow, x, **options)
+    assert not report and not report.ok
+    assert report[name].passed is False, str(report)
+    for word in words:
+        assert word in report[name].message, str(report)
+    return report
+
+
+def failed(report):
+    return {finding.name for finding in report.failures}
+
+
+# --- healthy flows pass ---
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_passes_with_random_weights(name, context, dim):
+    options = {"dim": dim, "context": context, "hidden": (16, 16)}
+    options = {k: v for k, v in options.items() if k in MODELS[name].__code__.co_varnames}
+    try:
+        flow = cnf.models.build(name, **options)
+    except ValueError:
+        assert dim == 1  # a coupling has nothing to condition on in one dimension
+        return
+    report = check(perturbed(flow, 0.1))
+    assert report.ok, str(report)
+    assert report["mass"].passed is (True if dim < 3 else None)
+    assert bool(report.notes) is bool(context)
+
+
+@pytest.mark.parametrize("name", ["cnf", "realnvp"])
+def test_fitted_preprocessing_and_data_pass(name):
+    flow = perturbed(cnf.models.build(name, dim=2, hidden=(16, 16)))
+    flow.preprocess.fit(data())
+    assert (flow.preprocess.scale - 1).abs().min() > 0.1
+    report = check(flow, data())
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["cnf", "realnvp"])
+def test_a_context_for_each_point_passes_in_float64(name):
+    flow = perturbed(cnf.models.build(name, dim=2, context=3, hidden=(16, 16))).double()
+    x = data(100).double().reshape(2, 50, 2)
+    context = torch.randn(2, 50, 3, dtype=torch.float64)
+    report = check(flow, x, context=context)
+    assert report.ok, str(report)
+    assert not report.notes
+
+
+def test_a_flow_at_initialisation_passes_although_zeros_hide_gradients():
+    flow = cnf.models.build("realnvp", dim=2, hidden=(16, 16))
+    assert check(flow)["gradients"].passed
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_either_gradient_and_a_fine_fixed_step_pass(method, gradient):
+    steps = 20 if method == "rk4" else None
+    report = check(continuous(small_field(), Solver(method, steps=steps, gradient=gradient)))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        cnf.distributions.uniform(torch.zeros(2), torch.ones(2)),
+        cnf.distributions.gaussian_mixture(
+            torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), torch.full((2, 2), 0.1)
+        ),
+        cnf.data.toy("pinwheel"),
+    ],
+    ids=["uniform", "sharp mixture", "toy"],
+)
+def test_other_bases_pass(base):
+    flow = Flow(base, perturbed(Coupling(2), 0.1), event_shape=(2,))
+    report = check(flow)
+    assert report.ok, str(report)
+
+
+def test_a_parameterless_flow_has_no_gradients_to_check():
+    flow = Flow(None, Standardise((2,)), event_shape=(2,))
+    report = check(flow)
+    assert report.ok and report["gradients"].passed is None
+    assert "nothing is trained" in report["gradients"].message
+
+
+@pytest.mark.slow
+def test_a_trained_sharp_density_passes():
+    torch.manual_seed(0)
+    toy = cnf.data.toy("pinwheel")
+    flow = cnf.models.build("cnf", dim=2, hidden=(64, 64))
+    cnf.fit(flow, cnf.FlowMatching(), toy, cnf.TrainConfig(steps=2000, batch_size=512, seed=0))
+    report = check(flow, toy.sample(1000, torch.Generator().manual_seed(1)))
+    assert report.ok, str(report)
+
+
+# --- planted faults are found, by name ---
+
+
+class FlippedTrace(MLPField):
+    def with_divergence(self, t, x, context=None):
+        v, div = super().with_divergence(t, x, context)
+        return v, -div
+
+
+def test_a_flipped_trace_sign_is_found():
+    report = expect_failure(
+        continuous(small_field(FlippedTrace)), "log-determinant", "FlippedTrace", "wrong sign"
+    )
+    assert failed(report) == {"mass", "log-determinant"}
+    assert "integrates to" in report["mass"].message and "sign" in report["mass"].message
+    assert report["round trip"].passed and report["consistency"].passed  # they cannot see it
+
+
+class ForgetfulCoupling(Coupling):
+    def forward(self, z, context=None):
+        x, ladj = super().forward(z, context)
+        return x, torch.zeros_like(ladj)
+
+    def inverse(self, x, context=None):
+        z, ladj = super().inverse(x, context)
+        return z, torch.zeros_like(ladj)
+
+
+def test_a_forgotten_log_determinant_is_found():
+    report = expect_failure(
+        couplings(Coupling, ForgetfulCoupling, Coupling),
+        "log-determinant", "ForgetfulCoupling.inverse (part 2 of 3) is missing",
+    )  # fmt: skip
+    assert report["mass"].passed is False
+
+
+class OneWayCoupling(Coupling):
+    def forward(self, z, context=None):
+        x, ladj = super().forward(z, context)
+        return x, -ladj
+
+
+def test_a_log_determinant_wrong_in_forward_only_is_found():
+    report = expect_failure(
+        couplings(Coupling, OneWayCoupling), "log-determinant", "OneWayCoupling.forward", "sign"
+    )
+    assert "disagree" in report["consistency"].message
+    assert failed(report) == {"log-determinant", "consistency"}  # log_prob itself is right
+
+
+class ForgetfulStandardise(Standardise):
+    def _ladj(self, value):
+        return value.new_zeros(value.shape[:-1])
+
+
+@pytest.mark.parametrize("kind", ["continuous", "coupling"])
+def test_a_forgotten_log_determinant_of_preprocessing_is_found(kind):
+    preprocess = ForgetfulStandardise((2,))
+    preprocess.fit(data())
+    transform = Continuous(small_field()) if kind == "continuous" else Coupling(2)
+    flow = Flow(None, perturbed(transform), preprocess, event_shape=(2,))
+    report = expect_failure(
+        flow, "log-determinant", "ForgetfulStandardise.inverse", "is missing", x=data()
+    )
+    assert report["mass"].passed is False
+
+
+class DoublyCounted(Compose):
+    def inverse(self, x, context=None):
+        z, ladj = super().inverse(x, context)
+        return z, 2 * ladj
+
+
+def test_a_wrong_sum_of_right_log_determinants_is_found():
+    flow = Flow(None, perturbed(DoublyCounted([Coupling(2)])), event_shape=(2,))
+    expect_failure(flow, "log-determinant", "counted twice")
+
+
+class WrongInverse(Coupling):
+    def inverse(self, x, context=None):
+        kept, moved = x[..., self.order].split(self.split, -1)
+        shift, log_scale = self._parameters_for(kept, context).unbind(-1)
+        z = (moved + shift) * (-log_scale).exp()
+        return torch.cat([kept, z], -1)[..., self.restore], -log_scale.sum(-1)
+
+
+def test_an_inverse_that_is_not_one_is_found():
+    report = expect_failure(couplings(Coupling, WrongInverse), "round trip", "not invert")
+    assert "log-determinant" not in failed(report)
+
+
+class CutInEval(MLPField):
+    def with_divergence(self, t, x, context=None):
+        if self.training:
+            return super().with_divergence(t, x, context)
+        detached = {name: p.detach() for name, p in self.named_parameters()}
+        return functional_call(_Bound(self), {f"field.{n}": p for n, p in detached.items()},
+                               (t, x, context))  # fmt: skip
+
+
+class _Bound(nn.Module):
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t, x, context):
+        return MLPField.with_divergence(self.field, t, x, context)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_gradients_cut_in_eval_mode_are_found(gradient):
+    flow = continuous(small_field(CutInEval), Solver(gradient=gradient))
+    report = expect_failure(flow, "gradients", "zero in eval mode only", "enter.weight")
+    assert failed(report) == {"gradients"}
+
+
+class CutContext(MLPField):
+    def with_divergence(self, t, x, context=None):
+        return super().with_divergence(t, x, None if context is None else context.detach())
+
+
+def test_a_cut_gradient_of_the_context_is_found():
+    report = expect_failure(
+        continuous(small_field(CutContext, context_dim=3)), "gradients",
+        "depends on the context", "no gradient",
+    )  # fmt: skip
+    assert failed(report) == {"gradients"}
+
+
+class CutCoupling(Coupling):
+    def _parameters_for(self, kept, context):
+        return super()._parameters_for(kept, context).detach()
+
+
+def test_parameters_cut_in_both_modes_are_found():
+    report = expect_failure(couplings(Coupling, CutCoupling), "gradients", "transforms.1.net")
+    assert failed(report) == {"gradients"}
+
+
+class PartlyCut(Coupling):
+    def _parameters_for(self, kept, context):
+        shift, log_scale = super()._parameters_for(kept, context).unbind(-1)
+        return torch.stack([shift.detach(), log_scale], -1)
+
+
+def test_one_of_two_ways_cut_is_found_by_differences():
+    expect_failure(couplings(Coupling, PartlyCut), "gradients", "differences")
+
+
+class IdleParameter(Coupling):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+def test_a_parameter_of_no_use_is_found_unless_frozen():
+    flow = couplings(Coupling, IdleParameter)
+    expect_failure(flow, "gradients", "does not use transform.transforms.1.idle")
+    flow.transform.transforms[1].idle.requires_grad_(False)
+    assert check(flow).ok
+
+
+class Redrawn(Divergence):
+    def bind(self, field, x):
+        def estimate(t, y, context):
+            v, div = trace_of_jacobian(lambda z: field(t, z, context), y)
+            return v, div + torch.randn_like(div)
+
+        return estimate
+
+
+def test_noise_redrawn_on_every_evaluation_is_found():
+    report = expect_failure(
+        continuous(small_field(), divergence=Redrawn()), "determinism",
+        "divergence at one (t, x)", "drawn anew on every evaluation",
+    )  # fmt: skip
+    assert report["mass"].passed is None and "determinism failed" in report["mass"].message
+
+
+class DropoutField(MLPField):
+    def forward(self, t, x, context=None):
+        return super().forward(t, nn.functional.dropout(x, 0.2, self.training), context)
+
+    def with_divergence(self, t, x, context=None):
+        return super().with_divergence(t, nn.functional.dropout(x, 0.2, self.training), context)
+
+
+def test_dropout_is_found():
+    expect_failure(continuous(small_field(DropoutField)), "determinism", "train mode", "velocity")
+
+
+@pytest.mark.parametrize("divergence", ["hutchinson", Hutchinson(probe=torch.ones(1, 64, 2))])
+def test_an_estimator_as_the_default_is_found(divergence):
+    flow = continuous(small_field(), divergence=divergence)
+    expect_failure(flow, "determinism", "estimate (Hutchinson)", "divergence='exact'")
+
+
+class Whirl(VectorField):
+    """Rotation by half a turn with a pull, of another speed at another radius."""
+
+    def __init__(self):
+        super().__init__((2,))
+        self.pull = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, t, x, context=None):
+        speed = math.pi / (1 + x.square().sum(-1, keepdim=True))
+        return speed * torch.stack([-x[..., 1], x[..., 0]], -1) - self.pull * x
+
+
+def test_one_euler_step_is_found():
+    flow = continuous(Whirl(), Solver("euler", steps=1))
+    report = expect_failure(flow, "solver", "euler, 1 steps", "more steps")
+    assert "tight solver" in report["log-determinant"].message  # the maths is right
+    fine = flow.with_solver(Solver())
+    report = check(fine)
+    assert report.ok, str(report)
+
+
+class NaNInSomeRows(Coupling):
+    def inverse(self, x, context=None):
+        z, ladj = super().inverse(x, context)
+        return z, ladj + 0 * (x[..., 0] + 1.0).log()
+
+
+def test_nan_in_some_rows_is_found():
+    expect_failure(couplings(Coupling, NaNInSomeRows), "finite", "rows")
+
+
+class NaNField(MLPField):
+    def with_divergence(self, t, x, context=None):
+        v, div = super().with_divergence(t, x, context)
+        return v + 0 * (x[..., :1] + 1.0).sqrt(), div
+
+
+def test_a_solve_that_fails_is_a_finding_not_a_crash():
+    expect_failure(continuous(small_field(NaNField)), "finite", "SolverError", "NaN")
+
+
+class BatchNormed(MLPField):
+    def _first(self, t, x, context):
+        return super()._first(t, x - x.mean(0), context)
+
+
+class BatchNormedInTraining(MLPField):
+    def _first(self, t, x, context):
+        return super()._first(t, x - x.mean(0) if self.training else x, context)
+
+
+@pytest.mark.parametrize("kind", [BatchNormed, BatchNormedInTraining])
+def test_a_row_that_depends_on_its_neighbours_is_found(kind):
+    mode = "eval" if kind is BatchNormed else "train"
+    expect_failure(continuous(small_field(kind)), "batch independence", mode, "neighbours")
+
+
+class SinglePrecision(Coupling):
+    def forward(self, z, context=None):
+        x, ladj = super().forward(z, context)
+        return x.float(), ladj.float()
+
+    def inverse(self, x, context=None):
+        z, ladj = super().inverse(x, context)
+        return z.float(), ladj.float()
+
+
+def test_float32_out_of_a_float64_flow_is_found():
+    expect_failure(couplings(SinglePrecision), "dtype", "float32", "dtype=x.dtype")
+
+
+def test_no_divergence_at_all_is_found():
+    expect_failure(continuous(small_field(), divergence=None), "finite", "divergence=None")
+
+
+# --- the report, and what is left behind ---
+
+
+def test_the_report_is_a_line_for_each_check_with_its_mark():
+    report = CheckReport(
+        [
+            Finding("mass", True, 0.001, 0.01, "log_prob integrates to 1.001"),
+            Finding("round trip", False, 0.5, 0.001, "misses"),
+            Finding("solver", None, None, None, "no ODE is solved"),
+        ],
+        ("a note",),
+    )
+    marks = [line.strip()[0] for line in str(report).splitlines()]
+    assert marks == ["✓", "✗", "–", "a"]
+    assert not report and not report.ok and failed(report) == {"round trip"}
+    assert CheckReport(report.findings[::2])
+
+
+def test_every_check_is_reported_once_in_order():
+    report = check(couplings(Coupling, Coupling))
+    assert [finding.name for finding in report.findings] == list(CHECKS)
+    assert len(str(report).splitlines()) == len(CHECKS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_changed(training):
+    flow = perturbed(cnf.models.build("cnf", dim=2, hidden=(16,))).train(training)
+    flow.log_prob(data(8)).mean().backward()
+    before = copy.deepcopy(flow.state_dict())
+    gradients = {name: p.grad.clone() for name, p in flow.named_parameters()}
+    random, dtype, solver = torch.get_rng_state(), torch.get_default_dtype(), flow.transform.solver
+    check(flow, data())
+    assert all(module.training is training for module in flow.modules())
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in flow.named_parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in flow.parameters())
+    assert torch.equal(torch.get_rng_state(), random) and torch.get_default_dtype() == dtype
+    assert flow.transform.solver is solver and torch.is_grad_enabled()
+
+
+def test_the_same_seed_gives_the_same_report_even_without_gradients():
+    flow = couplings(Coupling, Coupling)
+    with torch.no_grad():
+        first = str(check(flow))
+    with torch.inference_mode():
+        assert str(check(flow)) == first
+    assert str(check(flow)) == first
+
+
+INVALID = {
+    "not a flow": (lambda flow: check(flow.transform), TypeError, "expected a cnf.Flow"),
+    "shape": (lambda flow: check(flow, torch.zeros(5, 3)), ValueError, r"shape \(\*, 2\)"),
+    "empty": (lambda flow: check(flow, torch.zeros(0, 2)), ValueError, "at least one point"),
+    "NaN": (lambda flow: check(flow, torch.full((5, 2), math.nan)), ValueError, "NaN"),
+    "n": (lambda flow: check(flow, n=0), ValueError, "n > 0"),
+    "context": (lambda flow: check(flow, context=torch.zeros(3)), ValueError, "unconditional"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_bad_arguments_are_refused_in_words(case):
+    call, error, words = INVALID[case]
+    with pytest.raises(error, match=words):
+        call(couplings(Coupling))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["cnf", "realnvp"])
+def test_a_flow_on_a_gpu_passes_and_leaves_its_random_state(name):
+    flow = perturbed(cnf.models.build(name, dim=2, context=2, hidden=(16, 16)), 0.1).cuda()
+    state = torch.cuda.get_rng_state()
+    report = check(flow)
+    assert report.ok, str(report)
+    assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -1,0 +1,60 @@
+"""Couplings: what every one of them owes its caller."""
+
+import pytest
+import torch
+
+from cnf.matching import COUPLINGS, Pairing
+
+F64 = torch.float64
+
+
+def rows(index, n):
+    return torch.arange(n) if index is None else index
+
+
+@pytest.fixture
+def data(generator):
+    x0 = torch.randn(16, 2, generator=generator, dtype=F64)
+    x1 = torch.randn(16, 2, generator=generator, dtype=F64) + 3
+    context = torch.randn(16, 1, generator=generator, dtype=F64)
+    return x0, x1, context
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_indices_are_rows_and_pairs_are_of_one_length(name, with_context, data, generator):
+    x0, x1, context = data
+    i, j, weight = COUPLINGS[name](x0, x1, context if with_context else None, generator)
+    i, j = rows(i, 16), rows(j, 16)
+    assert len(i) == len(j) > 0
+    for index in (i, j):
+        assert index.dtype == torch.int64 and index.min() >= 0 and index.max() < 16
+    if weight is not None:
+        assert weight.shape == i.shape and (weight >= 0).all() and weight.sum() > 0
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_same_generator_gives_same_pairs_and_global_state_is_left_alone(name, data):
+    before = torch.get_rng_state()
+    first, again = (
+        COUPLINGS[name](*data, torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(first, again, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_inputs_are_not_edited(name, data, generator):
+    before = [value.clone() for value in data]
+    COUPLINGS[name](*data, generator)
+    assert all(torch.equal(a, b) for a, b in zip(data, before, strict=True))
+
+
+def test_independent_leaves_the_order_alone(data):
+    assert COUPLINGS["independent"](*data) == Pairing(None, None, None)
+
+
+def test_independent_refuses_unequal_numbers(data):
+    with pytest.raises(ValueError, match="as many x0 as x1, got 16 and 15"):
+        COUPLINGS["independent"](data[0], data[1][:15])

@@ -1,0 +1,322 @@
+"""The one interface, for every model with random weights."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+import cnf
+from cnf import Flow, Hutchinson, Solver
+from cnf.dynamics import record
+from cnf.fields import Adapter, MLPField
+from cnf.models import MODELS
+from cnf.transforms import Compose, Continuous, Coupling, Standardise
+
+F64 = torch.float64
+MODES = [True, False]
+
+
+@pytest.fixture
+def points(generator):
+    return torch.randn(5, 2, generator=generator, dtype=F64) * 1.3 + 0.4
+
+
+@pytest.fixture
+def contexts(generator):
+    return torch.randn(5, 3, generator=generator, dtype=F64)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Linear(nn.Module):
+    matrix = torch.tensor([[0.3, -1.2], [0.9, 0.5]], dtype=F64)
+
+    def forward(self, t, x):
+        return x @ self.matrix.T
+
+
+def test_log_prob_of_a_linear_flow_is_a_gaussians(points):
+    # x = e^A z and then ·scale + loc: N(loc, S e^A e^Aᵀ S)
+    outer = Standardise((2,))
+    outer.loc.copy_(torch.tensor([1.0, -2.0]))
+    outer.scale.copy_(torch.tensor([0.5, 3.0]))
+    transform = Continuous(Adapter(Linear(), (2,)), Solver(rtol=1e-10, atol=1e-10))
+    flow = Flow(None, transform, outer, event_shape=(2,)).double()
+    root = outer.scale.diag() @ torch.matrix_exp(Linear.matrix)
+    gaussian = MultivariateNormal(outer.loc, root @ root.T)
+    torch.testing.assert_close(flow.log_prob(points), gaussian.log_prob(points), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_density_integrates_to_one(name, context, small_flow, contexts):
+    flow = small_flow(name, context, solver=Solver(rtol=1e-6, atol=1e-6))
+    c = contexts[0] if context else None
+    with torch.no_grad():
+        drawn = flow.sample(2000, c, generator=seeded())
+        low, high = drawn.amin(0), drawn.amax(0)
+        low, high = low - (high - low) / 2, high + (high - low) / 2
+        axes = [torch.linspace(a, b, 160, dtype=F64) for a, b in zip(low, high, strict=True)]
+        grid = torch.cartesian_prod(*axes)
+        mass = flow.log_prob(grid, c).exp().sum() * ((high - low) / 159).prod()
+    assert mass.item() == pytest.approx(1, abs=2e-3)  # grid of 160², solver rtol 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sample_shape_is_torchs_rule(name, small_flow, contexts):
+    flow = small_flow(name)
+    for shape, full in (((), ()), (4, (4,)), ((4,), (4,)), ((2, 3), (2, 3)), (torch.Size([3]), (3,))):
+        assert flow.sample(shape).shape == (*full, 2)
+        assert flow.sample_and_log_prob(shape)[1].shape == full
+    flow = small_flow(name, 3)
+    for context in (contexts[0], contexts, contexts.expand(4, 5, 3)):
+        for shape, full in (((), ()), (4, (4,)), ((2, 3), (2, 3))):
+            x, log_prob = flow.sample_and_log_prob(shape, context)
+            assert x.shape == (*full, *context.shape[:-1], 2)
+            assert log_prob.shape == x.shape[:-1] == flow.sample(shape, context).shape[:-1]
+            assert x.dtype == log_prob.dtype == F64
+
+
+@pytest.mark.parametrize("n", [0, (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_asked_nothing_given(name, n, small_flow):
+    x, log_prob = small_flow(name).sample_and_log_prob(n)
+    assert x.numel() == 0 and log_prob.shape == x.shape[:-1]
+    assert small_flow(name).log_prob(x).shape == x.shape[:-1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_prob_of_samples_is_log_prob(name, small_flow, contexts):
+    flow = small_flow(name, 3)
+    with record() as stats:
+        x, log_prob = flow.sample_and_log_prob(4, contexts, generator=seeded())
+    assert stats.solves <= 1
+    torch.testing.assert_close(flow.log_prob(x, contexts), log_prob, rtol=0, atol=1e-6)
+    torch.testing.assert_close(flow.sample(4, contexts, generator=seeded()), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encode_and_decode_are_inverse(name, small_flow, points, contexts):
+    flow = small_flow(name, 3)
+    z = flow.encode(points, contexts)
+    torch.testing.assert_close(flow.decode(z, contexts), points, rtol=0, atol=1e-6)
+    assert (z - points).abs().max() > 1e-2
+    shared = flow.encode(points, contexts[0])
+    torch.testing.assert_close(shared, flow.encode(points, contexts[0].expand(5, 3)), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_prob_is_change_of_variables(name, small_flow, points):
+    flow = small_flow(name)
+    jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
+    expected = flow.base.log_prob(flow.encode(points[0])) + jacobian.det().abs().log()
+    torch.testing.assert_close(flow.log_prob(points[0]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter_and_the_context(name, train, small_flow, points, contexts):
+    flow = small_flow(name, 3).train(train)
+    c = contexts.requires_grad_()
+    for output in (
+        flow.log_prob(points, c).sum(),
+        flow.rsample(2, c, generator=seeded()).square().sum(),
+        flow.sample_and_log_prob(2, c, generator=seeded())[1].sum(),
+    ):
+        flow.zero_grad()
+        (grad,) = torch.autograd.grad(output, c, retain_graph=True)
+        assert grad.abs().sum(-1).min() > 0
+        output.backward()
+        for key, parameter in flow.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_train_and_eval_give_the_same_and_repeat(name, small_flow, points):
+    flow = small_flow(name)
+    before = torch.get_rng_state()
+    first = flow.train().log_prob(points)
+    assert torch.equal(first, flow.log_prob(points))
+    assert torch.equal(first, flow.eval().log_prob(points))
+    assert torch.equal(torch.get_rng_state(), before)  # exact: nothing is drawn
+    assert first.requires_grad and not flow.sample(3, generator=seeded()).requires_grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sampling_repeats_and_leaves_the_global_generator_alone(name, small_flow):
+    flow, before = small_flow(name), torch.get_rng_state()
+    one = flow.sample(3, generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one, flow.sample(3, generator=seeded(1)))
+    assert not torch.equal(one, flow.sample(3, generator=seeded(2)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_does_not_depend_on_its_neighbours(name, small_flow, points):
+    flow = small_flow(name, solver=Solver(rtol=1e-7, atol=1e-7))
+    with torch.no_grad():
+        crowd = flow.log_prob(torch.cat([points, 8 * points.repeat(20, 1)]))[:5]
+        alone = torch.stack([flow.log_prob(point) for point in points])
+    torch.testing.assert_close(crowd, alone, rtol=0, atol=1e-4)  # solver rtol 1e-7
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_estimates_are_asked_for_and_unbiased(name, small_flow, points):
+    flow = small_flow(name, dim=2)
+    probe = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=F64)[:, None].expand(4, 5, 2)
+    estimate = flow.log_prob(points, divergence=Hutchinson(probe=probe))
+    torch.testing.assert_close(estimate, flow.log_prob(points), rtol=0, atol=1e-6)
+
+
+CONTINUOUS = ["cnf", "ffjord"]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_trajectory_runs_from_the_base_to_the_sample(name, small_flow, points, contexts):
+    flow = small_flow(name, 3)
+    path = flow.trajectory(points, [0, 0.25, 1], contexts)
+    assert path.shape == (3, 5, 2)
+    start = points if flow.preprocess is None else flow.preprocess(points)[0]
+    torch.testing.assert_close(path[0], start)
+    torch.testing.assert_close(path[-1], flow.decode(points, contexts), rtol=0, atol=1e-6)
+    assert flow.trajectory(points, torch.tensor([0.0]), contexts).shape == (1, 5, 2)
+    for times in ([], [0.5, 1.0], [0.0, 0.0], [0, 1, 0.5]):
+        with pytest.raises(ValueError, match="times ascending from 0"):
+            flow.trajectory(points, times, contexts)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_with_solver_shares_weights_and_changes_the_cost(name, small_flow, points):
+    flow = small_flow(name)
+    fast = flow.with_solver(Solver("rk4", steps=4))
+    assert all(a is b for a, b in zip(flow.parameters(), fast.parameters(), strict=True))
+    with record() as stats:
+        coarse = fast.log_prob(points)
+    assert stats.forward == 16 and not torch.equal(coarse, flow.log_prob(points))
+    with record() as stats:
+        flow.log_prob(points)
+    assert stats.forward != 16
+    with torch.no_grad():
+        flow.field.layers[-1].bias.add_(1.0)
+    assert (fast.log_prob(points) - coarse).abs().max() > 1e-2
+    assert fast.field is flow.field
+
+
+def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, points):
+    flow = small_flow("realnvp")
+    for call in (
+        lambda: flow.field,
+        lambda: flow.trajectory(points, [0, 1]),
+        lambda: flow.with_solver(Solver()),
+    ):
+        with pytest.raises(TypeError, match="Compose"):
+            call()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_distribution_is_a_torch_distribution(name, small_flow, points, contexts):
+    flow = small_flow(name, 3)
+    p = flow.distribution(contexts)
+    assert p.batch_shape == (5,) and p.event_shape == (2,) and p.has_rsample
+    assert p.sample((4,)).shape == (4, 5, 2) and not p.sample().requires_grad
+    assert p.rsample().requires_grad
+    torch.testing.assert_close(p.log_prob(points), flow.log_prob(points, contexts))
+    joint = Independent(p, 1)
+    torch.testing.assert_close(joint.log_prob(points), flow.log_prob(points, contexts).sum())
+    assert flow.distribution(contexts[0]).batch_shape == ()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_calls_are_value_errors_in_words(name, small_flow, points, contexts):
+    plain, conditional = small_flow(name), small_flow(name, 3)
+    for call, text in (
+        (lambda: plain.log_prob(points[:, :1]), r"Flow.log_prob: expected x of shape \(\*, 2\), got \(5, 1\)"),
+        (lambda: plain.encode(points.long()), "Flow.encode: expected x of floating dtype"),
+        (lambda: plain.decode(points[:, :1]), r"Flow.decode: expected z of shape \(\*, 2\)"),
+        (lambda: plain.log_prob(points.tolist()), "Flow.log_prob: expected x to be a torch.Tensor"),
+        (lambda: plain.log_prob(points, contexts), "this flow is unconditional, got a context"),
+        (lambda: plain.sample(2, contexts), "this flow is unconditional"),
+        (lambda: plain.log_prob(points, torch.tensor(1.0)), "this flow is unconditional"),
+        (lambda: conditional.log_prob(points), r"expected a context of shape \(\*, 3\), got None"),
+        (lambda: conditional.sample(2), r"expected a context of shape \(\*, 3\), got None"),
+        (lambda: conditional.log_prob(points, contexts[:, :2]), r"expected context of shape \(\*, 3\)"),
+        (lambda: conditional.log_prob(points, contexts[:4]), r"broadcasts to \(5, 3\), got \(4, 3\)"),
+        (lambda: plain.log_prob(points.float()), "float64"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(ValueError, match="event_shape"):
+        Flow(None, plain.transform)
+
+
+class Shifted:
+    """A density of 2-D data, as `cnf.data.toy` gives one."""
+
+    dim = 2
+    normal = Independent(Normal(torch.tensor([3.0, -1.0], dtype=F64), 0.5), 1)
+
+    def sample(self, n, generator=None):
+        return torch.randn(n, 2, generator=generator, dtype=F64) * 0.5 + self.normal.mean
+
+    def log_prob(self, x):
+        return self.normal.log_prob(x)
+
+
+def test_data_to_data_flow_keeps_an_exact_density(randomised, points):
+    flow = randomised(Flow(Shifted(), Compose([Coupling(2), Coupling(2, [1])])))
+    z = flow.encode(points)
+    jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
+    expected = Shifted().log_prob(z[0]) + jacobian.det().abs().log()
+    torch.testing.assert_close(flow.log_prob(points)[0], expected)
+    x, log_prob = flow.sample_and_log_prob((2, 3), generator=seeded())
+    torch.testing.assert_close(flow.log_prob(x), log_prob)
+
+
+class UniformNoise:
+    """y = (x + u)/4 for x in {0, 1, 2, 3}: -log q(y|x) = -D·log 4 for the change of scale."""
+
+    def encode(self, x, generator=None):
+        u = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+        return (x + u) / 4, torch.full(x.shape[:-1], -x.shape[-1] * math.log(4), dtype=x.dtype)
+
+    def decode(self, y):
+        return (y * 4).floor().clamp(0, 3)
+
+
+def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
+    # the uniform on [0, 1)² gives each of the 16 cells exactly 1/16, whatever is drawn
+    base = cnf.distributions.uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
+    flow = Flow(base, Standardise((2,)), dequantisation=UniformNoise()).double()
+    x = torch.tensor([[0.0, 3.0], [2.0, 1.0]], dtype=F64)
+    torch.testing.assert_close(flow.log_prob(x), torch.full((2,), -math.log(16), dtype=F64))
+    torch.testing.assert_close(flow.decode(flow.encode(x)), x)
+    assert set(flow.sample(200, generator=seeded()).flatten().tolist()) == {0.0, 1.0, 2.0, 3.0}
+    with pytest.raises(TypeError, match="call sample, then log_prob for the bound"):
+        flow.sample_and_log_prob(2)
+
+
+def test_image_flow_counts_its_event(generator):
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    field = Adapter(_Image(net), (1, 3, 3))
+    flow = Flow(None, Continuous(field), Standardise((1, 3, 3)), event_shape=(1, 3, 3)).double()
+    x, log_prob = flow.sample_and_log_prob((2, 2), generator=generator)
+    assert x.shape == (2, 2, 1, 3, 3) and log_prob.shape == (2, 2)
+    torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-3)  # solver rtol 1e-5
+
+
+class _Image(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x):
+        return self.net(x.flatten(0, -4)).tanh().reshape(x.shape)
+
+
+def test_field_is_the_transforms():
+    field = MLPField(2, (4,))
+    assert Flow(None, Continuous(field), event_shape=(2,)).field is field

@@ -1,0 +1,99 @@
+"""The named models."""
+
+import json
+
+import pytest
+import torch
+
+import cnf
+from cnf.models import MODELS, build
+
+
+def options_of(name, **wanted):
+    code = MODELS[name].__code__
+    known = code.co_varnames[: code.co_argcount]
+    return {key: value for key, value in wanted.items() if key in known}
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_build_gives_a_flow_of_that_size(name, context):
+    flow = build(name, dim=4, **({"context": context} if context else {}))
+    assert isinstance(flow, cnf.Flow)
+    assert flow.event_shape == (4,) and flow.context_dim == context
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spec_survives_json_and_rebuilds_the_same_architecture(name):
+    options = options_of(
+        name,
+        hidden=(9, 7),
+        context=2,
+        layers=3,
+        activation="tanh",
+        solver=cnf.Solver("rk4", steps=8),
+        preprocess="standardise",
+    )
+    flow = build(name, dim=3, **options)
+    spec = json.loads(json.dumps(flow.spec))
+    assert spec["model"] == name
+    again = build(spec["model"], **spec["options"])
+    again.load_state_dict(flow.state_dict())  # strict: same names, same shapes
+    x, c = torch.ones(4, 3), torch.ones(4, 2)
+    assert torch.equal(flow.log_prob(x, c), again.log_prob(x, c))
+    assert json.loads(json.dumps(again.spec)) == spec
+    if "solver" in options:
+        assert again.transform.solver == flow.transform.solver == options["solver"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if options_of(name, solver=None)])
+def test_spec_follows_the_solver(name):
+    flow = build(name, dim=2).with_solver(cnf.Solver("rk4", steps=8))
+    again = build(flow.spec["model"], **json.loads(json.dumps(flow.spec["options"])))
+    assert again.transform.solver == flow.transform.solver
+
+
+def test_spec_is_not_the_callers_list():
+    hidden = [8, 8]
+    flow = build("cnf", dim=2, hidden=hidden)
+    hidden.append(8)
+    assert flow.spec["options"]["hidden"] == [8, 8]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_misspelt_option_is_refused_and_the_known_are_named(name):
+    with pytest.raises(ValueError, match="unknown option 'hiden'; known: dim, .*hidden"):
+        build(name, dim=2, hiden=(64,))
+
+
+def test_unknown_name_and_missing_dim_are_refused():
+    with pytest.raises(ValueError, match="unknown model 'relnvp'; .*Did you mean 'realnvp'"):
+        build("relnvp", dim=2)
+    with pytest.raises(ValueError, match=r"models.build\('cnf'\): expected dim="):
+        build("cnf")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cnf", {"hidden": ()}),
+        ("cnf", {"hidden": (8, 0)}),
+        ("cnf", {"dim": 0}),
+        ("cnf", {"context": -1}),
+        ("cnf", {"activation": "slu"}),
+        ("cnf", {"frequencies": -1}),
+        ("cnf", {"solver": {"method": "rk4"}}),
+        ("cnf", {"preprocess": "whitened"}),
+        ("realnvp", {"layers": 0}),
+        ("realnvp", {"dim": 1}),
+    ],
+    ids=str,
+)
+def test_bad_option_values_are_refused(name, options):
+    with pytest.raises(ValueError):
+        build(name, **{"dim": 2, **options})
+
+
+def test_solver_may_be_given_as_its_arguments():
+    flow = build("cnf", dim=2, solver={"method": "rk4", "steps": 8})
+    assert flow.transform.solver == cnf.Solver("rk4", steps=8)

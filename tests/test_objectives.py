@@ -1,0 +1,226 @@
+"""Maximum likelihood and flow matching, against hand computations."""
+
+import pytest
+import torch
+from torch import nn
+
+import cnf
+from cnf import Batch, Flow, FlowMatching, Hutchinson, MaximumLikelihood, Solver
+from cnf.fields import Adapter
+from cnf.matching import Pairing
+from cnf.objectives import OBJECTIVES
+from cnf.transforms import Continuous
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def x(generator):
+    return torch.randn(6, 2, generator=generator, dtype=F64) * 1.5 + 0.5
+
+
+@pytest.fixture
+def context(generator):
+    return torch.randn(6, 3, generator=generator, dtype=F64)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_likelihood_is_the_mean_negative_log_prob(small_flow, x):
+    for name in cnf.models.MODELS:
+        flow = small_flow(name)
+        loss = MaximumLikelihood()(flow, Batch(x))
+        torch.testing.assert_close(loss.value, -flow.log_prob(x).mean())
+        assert loss.metrics["nll"] == loss.value and not loss.metrics["nll"].requires_grad
+
+
+def test_weights_are_a_weighted_mean(small_flow, x):
+    flow, weight = small_flow("realnvp"), torch.arange(6).double()
+    value = MaximumLikelihood()(flow, Batch(x, weight=weight)).value
+    torch.testing.assert_close(value, -(weight * flow.log_prob(x)).sum() / 15)
+
+
+def test_estimated_likelihood_is_log_prob_with_the_prepared_probes(small_flow, x):
+    flow, objective = small_flow("ffjord"), MaximumLikelihood(divergence=Hutchinson(probes=2))
+    batch = objective.prepare(flow, Batch(x), seeded())
+    assert batch.probe.shape == (6, 2, 2)
+    value = objective(flow, batch).value
+    expected = -flow.log_prob(x, divergence=Hutchinson(probe=batch.probe.movedim(1, 0))).mean()
+    torch.testing.assert_close(value, expected)
+    assert (value + flow.log_prob(x).mean()).abs() > 1e-4  # an estimate, not the exact one
+
+
+@pytest.mark.parametrize("name", ["cnf", "ffjord"])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_penalties_are_added_with_their_weight(name, divergence, small_flow, x):
+    flow = small_flow(name)
+    batch = MaximumLikelihood(divergence).prepare(flow, Batch(x), seeded())
+    plain = MaximumLikelihood(divergence)(flow, batch)
+    loss = MaximumLikelihood(divergence, {"kinetic": 0.3})(flow, batch)
+    torch.testing.assert_close(loss.metrics["nll"], plain.value.detach(), rtol=0, atol=1e-7)
+    expected = plain.value + 0.3 * loss.metrics["kinetic"]
+    torch.testing.assert_close(loss.value, expected, rtol=0, atol=1e-7)
+    assert loss.metrics["kinetic"] > 1e-2
+    y = x if flow.preprocess is None else flow.preprocess.inverse(x)[0]
+    times = torch.linspace(0, 1, 201, dtype=F64)
+    path = flow.transform.trajectory(flow.encode(x), times.tolist())
+    speed = torch.stack([flow.field(t, p).square().sum(-1) for t, p in zip(times, path, strict=True)])
+    torch.testing.assert_close(path[-1], y, rtol=0, atol=1e-6)
+    energy = torch.trapezoid(speed, times, dim=0).mean()
+    torch.testing.assert_close(loss.metrics["kinetic"], energy, rtol=1e-3, atol=0)  # trapezoid
+
+
+@pytest.mark.parametrize("name", ["cnf", "ffjord"])
+def test_penalised_loss_reaches_every_parameter_and_the_context(name, small_flow, x, context):
+    flow, leaf = small_flow(name, context=3), context.requires_grad_()
+    loss = MaximumLikelihood(penalties={"kinetic": 0.3})(flow, Batch(x, leaf))
+    loss.value.backward()
+    assert all(p.grad.abs().max() > 0 for p in flow.parameters()) and leaf.grad.abs().min() > 0
+
+
+def test_flow_matching_by_hand(small_flow, x, context):
+    flow = small_flow("cnf", context=3)
+    objective = FlowMatching()
+    batch = objective.prepare(flow, Batch(x, context), seeded())
+    x1 = (x - flow.preprocess.loc) / flow.preprocess.scale  # it works inside preprocess
+    t = batch.t[:, None]
+    xt = (1 - t) * batch.x0 + t * x1
+    error = flow.field(batch.t, xt, context) - (x1 - batch.x0)
+    loss = objective(flow, batch)
+    torch.testing.assert_close(loss.value, (error**2).sum(-1).mean())
+    assert (flow.preprocess.loc != 0).all() and loss.metrics["fm"] == loss.value
+    assert ((0 <= batch.t) & (batch.t < 1)).all() and batch.t.unique().numel() == 6
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(), MaximumLikelihood("hutchinson"), MaximumLikelihood("hutchinson", {"kinetic": 1})],
+    ids=str,
+)  # fmt: skip
+def test_prepare_makes_every_draw(objective, small_flow, x):
+    flow = small_flow("cnf")
+    before = torch.get_rng_state()
+    first, again, other = (
+        objective.prepare(flow, Batch(x), seeded(seed)) for seed in (1, 1, 2)
+    )
+    one = objective(flow, first, seeded(5)).value
+    assert torch.equal(one, objective(flow, again, seeded(6)).value)
+    assert torch.equal(one, objective(flow, Batch(x), seeded(1)).value)
+    assert not torch.equal(one, objective(flow, other).value)
+    assert torch.equal(torch.get_rng_state(), before)
+    halves = [first.map(lambda v, k=k: v[k : k + 3]) for k in (0, 3)]
+    values = [objective(flow, half).value for half in halves]
+    torch.testing.assert_close(sum(values) / 2, one, rtol=0, atol=1e-6)  # solver rtol 1e-9
+    assert abs(values[0] - one) > 1e-3
+    assert not any(v.requires_grad for v in vars(first).values() if v is not None)
+
+
+def test_coupling_carries_context_and_weight_with_x1(small_flow, x, context):
+    swap = torch.tensor([3, 0, 5, 1, 2, 4])
+    move = torch.tensor([1, 2, 3, 4, 5, 0])
+    extra = torch.arange(1, 7).double()
+
+    def couple(x0, x1, context, generator):
+        return Pairing(swap, move, extra)
+
+    flow, weight = small_flow("cnf", context=3), torch.tensor([1.0, 2, 3, 4, 5, 6]).double()
+    plain = FlowMatching().prepare(flow, Batch(x, context, weight=weight), seeded())
+    paired = FlowMatching(coupling=couple).prepare(flow, Batch(x, context, weight=weight), seeded())
+    assert torch.equal(paired.x0, plain.x0[swap])
+    assert torch.equal(paired.x, x[move]) and torch.equal(paired.context, context[move])
+    assert torch.equal(paired.weight, weight[move] * extra)
+
+
+def test_coupling_may_change_the_number_of_pairs(small_flow, x):
+    def couple(x0, x1, context, generator):
+        return Pairing(torch.tensor([0, 1, 2, 3]), torch.tensor([5, 5, 0, 1]))
+
+    flow, objective = small_flow("cnf"), FlowMatching(coupling=couple)
+    batch = objective.prepare(flow, Batch(x), seeded())
+    assert len(batch.t) == len(batch.x0) == len(batch.x) == 4
+    assert objective(flow, batch).value.isfinite()
+
+
+class Conditional(nn.Module):
+    """E[x1 - x0 | xt] for x0 ~ N(0, 1), x1 ~ N(m, s²), times a gain that should be one."""
+
+    def __init__(self, m, s):
+        super().__init__()
+        self.m, self.s = m, s
+        self.gain = nn.Parameter(torch.ones(2, dtype=F64))
+
+    def forward(self, t, x):
+        t = t.unsqueeze(-1)
+        variance = (1 - t) ** 2 + (t * self.s) ** 2
+        slope = (t * self.s**2 - (1 - t)) / variance
+        return self.gain[0] * self.m + self.gain[1] * slope * (x - t * self.m)
+
+
+def test_exact_field_of_gaussian_to_gaussian_minimises_flow_matching():
+    net = Conditional(2.0, 0.5)
+    flow = Flow(None, Continuous(Adapter(net, (1,)), Solver(rtol=1e-8, atol=1e-8)), event_shape=(1,))
+    flow.double()
+    x = 2 + 0.5 * torch.randn(100_000, 1, generator=seeded(1), dtype=F64)
+    objective = FlowMatching()
+    batch = objective.prepare(flow, Batch(x), seeded(2))
+
+    def slope():
+        (grad,) = torch.autograd.grad(objective(flow, batch).value, net.gain)
+        return grad
+
+    at_best = slope()
+    net.gain.data.fill_(1.2)
+    assert at_best.abs().max() < 0.02 < 0.15 < slope().abs().min()  # 10⁵ draws: 0.004 each
+    net.gain.data.fill_(1.0)
+    normal = torch.distributions.Normal(torch.tensor(2.0, dtype=F64), 0.5)
+    torch.testing.assert_close(flow.log_prob(x[:9]), normal.log_prob(x[:9, 0]), rtol=0, atol=1e-6)
+
+
+def test_flow_matching_trains_the_field_alone(small_flow):
+    flow = small_flow("cnf")
+    assert set(FlowMatching().parameters(flow)) == set(flow.field.parameters())
+    assert set(MaximumLikelihood().parameters(flow)) == set(flow.parameters())
+
+
+def test_x0_that_is_given_is_used(small_flow, x):
+    flow = small_flow("cnf")
+    batch = FlowMatching().prepare(flow, Batch(x, x0=x + 1), seeded())
+    assert torch.equal(batch.x0, x + 1)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood(penalties={"kinetic": 1})])
+def test_what_needs_a_field_refuses_a_discrete_flow(objective, small_flow, x):
+    with pytest.raises(TypeError, match="whose transform is a Continuous .* got a Compose"):
+        objective(small_flow("realnvp"), Batch(x))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_no_flow_is_refused(name, x):
+    with pytest.raises(TypeError, match="expected a cnf.Flow, got Linear"):
+        OBJECTIVES[name]()(nn.Linear(2, 2), Batch(x))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(), MaximumLikelihood(), MaximumLikelihood(penalties={"kinetic": 1})],
+    ids=str,
+)
+def test_context_missing_or_unexpected_is_a_value_error(objective, small_flow, x, context):
+    with pytest.raises(ValueError, match="context"):
+        objective(small_flow("cnf", context=3), Batch(x))
+    with pytest.raises(ValueError, match="unconditional"):
+        objective(small_flow("cnf"), Batch(x, context))
+
+
+def test_misspelt_settings_are_refused():
+    for make in (
+        lambda: FlowMatching(path="liner"),
+        lambda: FlowMatching(coupling="indep"),
+        lambda: MaximumLikelihood(divergence="exat"),
+        lambda: MaximumLikelihood(penalties={"kinetics": 1.0}),
+        lambda: MaximumLikelihood(penalties={"kinetic": -1.0}),
+    ):
+        with pytest.raises(ValueError):
+            make()

@@ -1,5 +1,4 @@
-"""Continuous normalizing flows and flow matching in PyTorch, beside discrete flows, behind one
-interface.
+"""Continuous normalizing flows and flow matching in PyTorch, beside discrete flows.
 
 >>> import cnf
 >>> flow = cnf.models.build("cnf", dim=2)

@@ -19,6 +19,7 @@ from cnf.fields import FIELDS
 from cnf.flow import Flow
 from cnf.matching import COUPLINGS, PATHS
 from cnf.training import TrainConfig, fit, load
+from cnf.training.run import free_folder
 from cnf.transforms import TRANSFORMS
 from cnf.transforms.continuous import is_continuous
 
@@ -63,9 +64,9 @@ def train(
     flow = models.build(model, **{"dim": source.dim, **(options or {})})
     if objective is None:
         objective = "flow-matching" if is_continuous(flow.transform) else "maximum-likelihood"
-    goal = _objective(objective, objective_options or {})
+    goal = objectives.build(objective, **(objective_options or {}))
     if config.folder is None:
-        config.folder = _free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
+        config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
     history = fit(flow, goal, source, config)
     scores = history.column("val_nll")
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
@@ -109,11 +110,11 @@ def sample(
         steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
     """
     if output.suffix not in (".npy", ".csv"):
-        raise ValueError(f"cnf sample: expected a .npy or .csv file, got {output.name}")
+        raise ValueError(f"expected a .npy or .csv file, got {output.name}")
     if output.exists():
-        raise ValueError(f"cnf sample: {output} exists already")
+        raise ValueError(f"{output} exists already")
     if n < 1:
-        raise ValueError(f"cnf sample: expected n >= 1, got {n}")
+        raise ValueError(f"expected n >= 1, got {n}")
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
@@ -171,7 +172,7 @@ def compare(
     from cnf.evaluation.tables import results_table
 
     source = densities.load(data)
-    folder = folder or _free_folder(Path("runs") / f"compare-{source.name}")
+    folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     if seconds is None and steps is None:
         seconds = 60.0
     results = comparison.compare(
@@ -211,7 +212,7 @@ def list_names(kind: str | None = None) -> None:
 
     kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}
     if kind is not None and kind not in kinds:
-        raise ValueError(f"cnf list: unknown kind {kind!r}; known: {', '.join(kinds)}")
+        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(kinds)}")
     for name in [kind] if kind else kinds:
         table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
         table.title_justify, table.title_style = "left", "bold"
@@ -275,15 +276,6 @@ def _parser() -> Any:
     return parser
 
 
-def _objective(name: str, options: dict[str, Any]) -> objectives.Objective:
-    kind = objectives.OBJECTIVES[name]
-    known = [field.name for field in fields(kind)]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name}: unknown option {option!r}; known: {', '.join(known)}")
-    return kind(**options)
-
-
 def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
     flow = load(run)
     if data is None:
@@ -294,15 +286,6 @@ def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
             )
         data = str(optional("yaml", "cli").safe_load(config.read_text())["data"])
     return flow, densities.load(data)
-
-
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, … that is not there."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
 
 
 def _first_line(thing: Any) -> str:

@@ -1,5 +1,4 @@
-"""Base distributions: standard normal, mixtures, uniform, any torch.distributions object, a toy
-density."""
+"""Base distributions: normal, mixtures, uniform, any torch distribution, a toy density."""
 
 import math
 from abc import ABC, abstractmethod
@@ -36,8 +35,7 @@ class Base(nn.Module, ABC):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent draws, shape (*sample_shape, *event_shape), of the module's dtype and
-        device."""
+        """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device."""
 
     def _randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
         device = self._like.device if generator is None else generator.device
@@ -135,8 +133,7 @@ def uniform(low: Tensor, high: Tensor) -> FromTorch:
 
 
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:
-    """A `Base` from what a user gives: None (standard normal), a Base, a torch distribution or a
-    density."""
+    """A `Base` from None (standard normal), a Base, a torch distribution or a density."""
     if base is None:
         return StandardNormal(event_shape)
     if isinstance(base, Base):
@@ -153,8 +150,7 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
 
 @contextmanager
 def seeded_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside, torch's global generators are seeded by one draw from `generator`; outside they are
-    as before."""
+    """Inside, torch's global generators are seeded by a draw from `generator`; then restored."""
     if generator is None:
         yield
         return

@@ -68,7 +68,7 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
 
 def expect_finite(who: str, name: str, value: Tensor) -> None:
     """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity."""
-    rows = (~torch.isfinite(value)).reshape(len(value), -1).any(-1).nonzero().flatten().tolist()
+    rows = (~torch.isfinite(value)).nonzero()[:, 0].unique().tolist()
     if rows:
         shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
         raise ValueError(

@@ -20,8 +20,7 @@ Shape = int | Sequence[int]
 
 
 class Dequantisation(Protocol):
-    """Discrete data made continuous: a draw, and what it adds to the bound on the
-    log-probability."""
+    """Discrete data made continuous: a draw, and its part of the bound on log P(x)."""
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,)."""
@@ -90,8 +89,7 @@ class Flow(nn.Module):
         *,
         divergence: str | Divergence | None = None,
     ) -> Tensor:
-        """Log-density of data, shape (*batch, *event) → (*batch,), in nats; exact unless an
-        estimator is asked for.
+        """Log-density in nats, (*batch, *event) → (*batch,); exact unless asked otherwise.
 
         Args:
             x: Data.
@@ -112,8 +110,7 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws, shape (*sample_shape, *context batch, *event), without gradients; an int is
-        (int,)."""
+        """Draws, (*sample_shape, *context batch, *event), without gradients; an int is (int,)."""
         with torch.no_grad():
             return self.rsample(sample_shape, context, generator=generator)
 
@@ -135,8 +132,7 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws and their log-density from one solve, both with gradients (wrap in no_grad to have
-        none)."""
+        """Draws and their log-density from one solve, both with gradients."""
         z, context = self._draw_base(sample_shape, context, generator, "sample_and_log_prob")
         if self.dequantisation is not None:
             raise TypeError(
@@ -161,8 +157,7 @@ class Flow(nn.Module):
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """Where z is at each of `times` (ascending from 0, its own time), in data space:
-        (len(times), *batch, *event)."""
+        """Where z is at `times` (ascending from 0), in data space: (times, *batch, *event)."""
         expect_event("Flow.trajectory", "z", z, self.event_shape)
         _ = self.field  # raises for a flow that has none
         assert isinstance(self.transform, Continuous)
@@ -188,8 +183,7 @@ class Flow(nn.Module):
         return _FlowDistribution(self, context)
 
     def _whole(self, divergence: str | Divergence | None) -> Transform:
-        """The transform with preprocessing; divergence "off" leaves log-determinants out, None
-        leaves all as it is."""
+        """Transform and preprocessing; "off" leaves out log-determinants, None changes nothing."""
         transform = self.transform
         if divergence is not None and is_continuous(transform):
             setting = None if divergence == "off" else divergence

@@ -79,8 +79,7 @@ def ffjord(
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = None,
 ) -> Flow:
-    """FFJORD's toy set-up: 64-64-64 tanh, plain time, dopri5 at 1e-5 with the adjoint, data as it
-    comes.
+    """FFJORD's toy set-up: 64-64-64 tanh, plain time, dopri5 at 1e-5 with the adjoint.
 
     The paper trains with Hutchinson's estimate, `MaximumLikelihood(divergence="hutchinson")`, and
     evaluates exactly; the field here is an MLP with time joined to the input.
@@ -102,8 +101,7 @@ def realnvp(
     activation: str = "silu",
     preprocess: str | None = "standardise",
 ) -> Flow:
-    """RealNVP: affine couplings with bounded log-scale and alternating masks; the identity at
-    initialisation.
+    """RealNVP: affine couplings, bounded log-scale, alternating masks; starts as identity.
 
     Source: Dinh et al. (2017), https://arxiv.org/abs/1605.08803.
 

@@ -23,8 +23,7 @@ OBJECTIVES = Registry("objective")
 
 @dataclass
 class Batch:
-    """Rows to train on. Every tensor's first axis is the row, so that a batch can be split between
-    processes.
+    """Rows to train on; every tensor's first axis is the row, so that processes can share it.
 
     Attributes:
         x: Data, shape (N, *event).
@@ -82,8 +81,7 @@ class Objective(ABC):
 @OBJECTIVES.register("maximum-likelihood")
 @dataclass(frozen=True)
 class MaximumLikelihood(Objective):
-    """Mean negative log-likelihood in nats, plus penalties along the trajectories of a continuous
-    flow.
+    """Mean negative log-likelihood in nats, plus penalties along a continuous flow's paths.
 
     Args:
         divergence: "exact", or an estimator such as "hutchinson" or `Hutchinson(probes=2)`.
@@ -148,8 +146,7 @@ class MaximumLikelihood(Objective):
 @OBJECTIVES.register("flow-matching")
 @dataclass(frozen=True)
 class FlowMatching(Objective):
-    """E‖v(t, xt) - ut‖² over t ~ U(0, 1), pairs (x0, x1) of the coupling, and (xt, ut) of the
-    path; no ODE is solved.
+    """E‖v(t, xt) - ut‖² over t ~ U(0, 1) and coupled pairs (x0, x1); no ODE is solved.
 
     Source: Lipman et al. (2023), https://arxiv.org/abs/2210.02747; Tong et al. (2024),
     https://arxiv.org/abs/2302.00482.
@@ -208,6 +205,26 @@ class FlowMatching(Objective):
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
         return flow.field.parameters()
+
+
+def build(name: str, **options: Any) -> Objective:
+    """Build a named objective.
+
+    >>> build("maximum-likelihood", divergence="hutchinson").divergence
+    'hutchinson'
+
+    Args:
+        name: A name in `OBJECTIVES`.
+        options: Its fields.
+    Raises:
+        ValueError: An unknown name, or an option that the objective does not have.
+    """
+    kind = OBJECTIVES[name]
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}: unknown option {option!r}; known: {', '.join(known)}")
+    return kind(**options)
 
 
 def as_flow(who: str, module: nn.Module) -> Flow:

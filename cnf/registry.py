@@ -1,5 +1,4 @@
-"""Public name → class or function: the tables that the command line, the tests and the docs
-read."""
+"""Public name → class or function: the tables that commands, tests and docs read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar

@@ -59,7 +59,7 @@ def small_flow(randomised):
 
 
 def pytest_configure(config):
-    """torch's own forward-mode decompositions are scripted at first use, which torch deprecates."""
+    """torch scripts its forward-mode decompositions at first use, which it deprecates itself."""
     config.addinivalue_line(
         "filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
     )

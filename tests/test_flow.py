@@ -1,18 +1,15 @@
 """The one interface, for every model with random weights."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import Independent, MultivariateNormal
 
-import cnf
 from cnf import Flow, Hutchinson, Solver
 from cnf.dynamics import record
-from cnf.fields import Adapter, MLPField
+from cnf.fields import Adapter
 from cnf.models import MODELS
-from cnf.transforms import Compose, Continuous, Coupling, Standardise
+from cnf.transforms import Continuous, Standardise
 
 F64 = torch.float64
 MODES = [True, False]
@@ -69,7 +66,13 @@ def test_density_integrates_to_one(name, context, small_flow, contexts):
 @pytest.mark.parametrize("name", MODELS)
 def test_sample_shape_is_torchs_rule(name, small_flow, contexts):
     flow = small_flow(name)
-    for shape, full in (((), ()), (4, (4,)), ((4,), (4,)), ((2, 3), (2, 3)), (torch.Size([3]), (3,))):
+    for shape, full in (
+        ((), ()),
+        (4, (4,)),
+        ((4,), (4,)),
+        ((2, 3), (2, 3)),
+        (torch.Size([3]), (3,)),
+    ):
         assert flow.sample(shape).shape == (*full, 2)
         assert flow.sample_and_log_prob(shape)[1].shape == full
     flow = small_flow(name, 3)
@@ -106,7 +109,9 @@ def test_encode_and_decode_are_inverse(name, small_flow, points, contexts):
     torch.testing.assert_close(flow.decode(z, contexts), points, rtol=0, atol=1e-6)
     assert (z - points).abs().max() > 1e-2
     shared = flow.encode(points, contexts[0])
-    torch.testing.assert_close(shared, flow.encode(points, contexts[0].expand(5, 3)), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        shared, flow.encode(points, contexts[0].expand(5, 3)), atol=1e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,7 +124,9 @@ def test_log_prob_is_change_of_variables(name, small_flow, points):
 
 @pytest.mark.parametrize("train", MODES)
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_reach_every_parameter_and_the_context(name, train, small_flow, points, contexts):
+def test_gradients_reach_every_parameter_and_the_context(
+    name, train, small_flow, points, contexts
+):
     flow = small_flow(name, 3).train(train)
     c = contexts.requires_grad_()
     for output in (
@@ -147,6 +154,17 @@ def test_train_and_eval_give_the_same_and_repeat(name, small_flow, points):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_gradients_in_eval_are_those_in_train(name, small_flow, points, contexts):
+    flow, c = small_flow(name, 3), contexts.requires_grad_()
+    inputs = [c, *flow.parameters()]
+    train, eval_ = (
+        torch.autograd.grad(flow.train(mode).log_prob(points, c).sum(), inputs) for mode in MODES
+    )
+    for one, other in zip(train, eval_, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_sampling_repeats_and_leaves_the_global_generator_alone(name, small_flow):
     flow, before = small_flow(name), torch.get_rng_state()
     one = flow.sample(3, generator=seeded(1))
@@ -167,7 +185,9 @@ def test_a_row_does_not_depend_on_its_neighbours(name, small_flow, points):
 @pytest.mark.parametrize("name", MODELS)
 def test_estimates_are_asked_for_and_unbiased(name, small_flow, points):
     flow = small_flow(name, dim=2)
-    probe = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=F64)[:, None].expand(4, 5, 2)
+    probe = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=F64)[:, None].expand(
+        4, 5, 2
+    )
     estimate = flow.log_prob(points, divergence=Hutchinson(probe=probe))
     torch.testing.assert_close(estimate, flow.log_prob(points), rtol=0, atol=1e-6)
 
@@ -234,89 +254,32 @@ def test_distribution_is_a_torch_distribution(name, small_flow, points, contexts
 def test_bad_calls_are_value_errors_in_words(name, small_flow, points, contexts):
     plain, conditional = small_flow(name), small_flow(name, 3)
     for call, text in (
-        (lambda: plain.log_prob(points[:, :1]), r"Flow.log_prob: expected x of shape \(\*, 2\), got \(5, 1\)"),
+        (
+            lambda: plain.log_prob(points[:, :1]),
+            r"Flow.log_prob: expected x of shape \(\*, 2\), got \(5, 1\)",
+        ),
         (lambda: plain.encode(points.long()), "Flow.encode: expected x of floating dtype"),
         (lambda: plain.decode(points[:, :1]), r"Flow.decode: expected z of shape \(\*, 2\)"),
-        (lambda: plain.log_prob(points.tolist()), "Flow.log_prob: expected x to be a torch.Tensor"),
+        (
+            lambda: plain.log_prob(points.tolist()),
+            "Flow.log_prob: expected x to be a torch.Tensor",
+        ),
         (lambda: plain.log_prob(points, contexts), "this flow is unconditional, got a context"),
         (lambda: plain.sample(2, contexts), "this flow is unconditional"),
         (lambda: plain.log_prob(points, torch.tensor(1.0)), "this flow is unconditional"),
         (lambda: conditional.log_prob(points), r"expected a context of shape \(\*, 3\), got None"),
         (lambda: conditional.sample(2), r"expected a context of shape \(\*, 3\), got None"),
-        (lambda: conditional.log_prob(points, contexts[:, :2]), r"expected context of shape \(\*, 3\)"),
-        (lambda: conditional.log_prob(points, contexts[:4]), r"broadcasts to \(5, 3\), got \(4, 3\)"),
+        (
+            lambda: conditional.log_prob(points, contexts[:, :2]),
+            r"expected context of shape \(\*, 3\)",
+        ),
+        (
+            lambda: conditional.log_prob(points, contexts[:4]),
+            r"broadcasts to \(5, 3\), got \(4, 3\)",
+        ),
         (lambda: plain.log_prob(points.float()), "float64"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=text):
             call()
     with pytest.raises(ValueError, match="event_shape"):
         Flow(None, plain.transform)
-
-
-class Shifted:
-    """A density of 2-D data, as `cnf.data.toy` gives one."""
-
-    dim = 2
-    normal = Independent(Normal(torch.tensor([3.0, -1.0], dtype=F64), 0.5), 1)
-
-    def sample(self, n, generator=None):
-        return torch.randn(n, 2, generator=generator, dtype=F64) * 0.5 + self.normal.mean
-
-    def log_prob(self, x):
-        return self.normal.log_prob(x)
-
-
-def test_data_to_data_flow_keeps_an_exact_density(randomised, points):
-    flow = randomised(Flow(Shifted(), Compose([Coupling(2), Coupling(2, [1])])))
-    z = flow.encode(points)
-    jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
-    expected = Shifted().log_prob(z[0]) + jacobian.det().abs().log()
-    torch.testing.assert_close(flow.log_prob(points)[0], expected)
-    x, log_prob = flow.sample_and_log_prob((2, 3), generator=seeded())
-    torch.testing.assert_close(flow.log_prob(x), log_prob)
-
-
-class UniformNoise:
-    """y = (x + u)/4 for x in {0, 1, 2, 3}: -log q(y|x) = -D·log 4 for the change of scale."""
-
-    def encode(self, x, generator=None):
-        u = torch.rand(x.shape, generator=generator, dtype=x.dtype)
-        return (x + u) / 4, torch.full(x.shape[:-1], -x.shape[-1] * math.log(4), dtype=x.dtype)
-
-    def decode(self, y):
-        return (y * 4).floor().clamp(0, 3)
-
-
-def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
-    # the uniform on [0, 1)² gives each of the 16 cells exactly 1/16, whatever is drawn
-    base = cnf.distributions.uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
-    flow = Flow(base, Standardise((2,)), dequantisation=UniformNoise()).double()
-    x = torch.tensor([[0.0, 3.0], [2.0, 1.0]], dtype=F64)
-    torch.testing.assert_close(flow.log_prob(x), torch.full((2,), -math.log(16), dtype=F64))
-    torch.testing.assert_close(flow.decode(flow.encode(x)), x)
-    assert set(flow.sample(200, generator=seeded()).flatten().tolist()) == {0.0, 1.0, 2.0, 3.0}
-    with pytest.raises(TypeError, match="call sample, then log_prob for the bound"):
-        flow.sample_and_log_prob(2)
-
-
-def test_image_flow_counts_its_event(generator):
-    net = nn.Conv2d(1, 1, 3, padding=1)
-    field = Adapter(_Image(net), (1, 3, 3))
-    flow = Flow(None, Continuous(field), Standardise((1, 3, 3)), event_shape=(1, 3, 3)).double()
-    x, log_prob = flow.sample_and_log_prob((2, 2), generator=generator)
-    assert x.shape == (2, 2, 1, 3, 3) and log_prob.shape == (2, 2)
-    torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-3)  # solver rtol 1e-5
-
-
-class _Image(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, t, x):
-        return self.net(x.flatten(0, -4)).tanh().reshape(x.shape)
-
-
-def test_field_is_the_transforms():
-    field = MLPField(2, (4,))
-    assert Flow(None, Continuous(field), event_shape=(2,)).field is field

@@ -66,7 +66,9 @@ def test_penalties_are_added_with_their_weight(name, divergence, small_flow, x):
     y = x if flow.preprocess is None else flow.preprocess.inverse(x)[0]
     times = torch.linspace(0, 1, 201, dtype=F64)
     path = flow.transform.trajectory(flow.encode(x), times.tolist())
-    speed = torch.stack([flow.field(t, p).square().sum(-1) for t, p in zip(times, path, strict=True)])
+    speed = torch.stack(
+        [flow.field(t, p).square().sum(-1) for t, p in zip(times, path, strict=True)]
+    )
     torch.testing.assert_close(path[-1], y, rtol=0, atol=1e-6)
     energy = torch.trapezoid(speed, times, dim=0).mean()
     torch.testing.assert_close(loss.metrics["kinetic"], energy, rtol=1e-3, atol=0)  # trapezoid
@@ -96,15 +98,17 @@ def test_flow_matching_by_hand(small_flow, x, context):
 
 @pytest.mark.parametrize(
     "objective",
-    [FlowMatching(), MaximumLikelihood("hutchinson"), MaximumLikelihood("hutchinson", {"kinetic": 1})],
+    [
+        FlowMatching(),
+        MaximumLikelihood("hutchinson"),
+        MaximumLikelihood("hutchinson", {"kinetic": 1}),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_prepare_makes_every_draw(objective, small_flow, x):
     flow = small_flow("cnf")
     before = torch.get_rng_state()
-    first, again, other = (
-        objective.prepare(flow, Batch(x), seeded(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (objective.prepare(flow, Batch(x), seeded(seed)) for seed in (1, 1, 2))
     one = objective(flow, first, seeded(5)).value
     assert torch.equal(one, objective(flow, again, seeded(6)).value)
     assert torch.equal(one, objective(flow, Batch(x), seeded(1)).value)
@@ -127,7 +131,9 @@ def test_coupling_carries_context_and_weight_with_x1(small_flow, x, context):
 
     flow, weight = small_flow("cnf", context=3), torch.tensor([1.0, 2, 3, 4, 5, 6]).double()
     plain = FlowMatching().prepare(flow, Batch(x, context, weight=weight), seeded())
-    paired = FlowMatching(coupling=couple).prepare(flow, Batch(x, context, weight=weight), seeded())
+    paired = FlowMatching(coupling=couple).prepare(
+        flow, Batch(x, context, weight=weight), seeded()
+    )
     assert torch.equal(paired.x0, plain.x0[swap])
     assert torch.equal(paired.x, x[move]) and torch.equal(paired.context, context[move])
     assert torch.equal(paired.weight, weight[move] * extra)
@@ -160,7 +166,9 @@ class Conditional(nn.Module):
 
 def test_exact_field_of_gaussian_to_gaussian_minimises_flow_matching():
     net = Conditional(2.0, 0.5)
-    flow = Flow(None, Continuous(Adapter(net, (1,)), Solver(rtol=1e-8, atol=1e-8)), event_shape=(1,))
+    flow = Flow(
+        None, Continuous(Adapter(net, (1,)), Solver(rtol=1e-8, atol=1e-8)), event_shape=(1,)
+    )
     flow.double()
     x = 2 + 0.5 * torch.randn(100_000, 1, generator=seeded(1), dtype=F64)
     objective = FlowMatching()
@@ -190,7 +198,9 @@ def test_x0_that_is_given_is_used(small_flow, x):
     assert torch.equal(batch.x0, x + 1)
 
 
-@pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood(penalties={"kinetic": 1})])
+@pytest.mark.parametrize(
+    "objective", [FlowMatching(), MaximumLikelihood(penalties={"kinetic": 1})]
+)
 def test_what_needs_a_field_refuses_a_discrete_flow(objective, small_flow, x):
     with pytest.raises(TypeError, match="whose transform is a Continuous .* got a Compose"):
         objective(small_flow("realnvp"), Batch(x))

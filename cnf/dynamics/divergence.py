@@ -45,8 +45,7 @@ def trace_of_jacobian(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tens
 def hutchinson(
     v: Velocity, x: Tensor, probe: Tensor, event_dims: int = 1
 ) -> tuple[Tensor, Tensor]:
-    r"""v(x) and the unbiased trace estimate :math:`\epsilon^\top J_v(x)\,\epsilon` (one
-    vector-Jacobian product each).
+    r"""v(x) and the trace estimate :math:`\epsilon^\top J_v(x)\,\epsilon`, a VJP for each probe.
 
     Unbiased for :math:`E[\epsilon\epsilon^\top]=I`; exact for a diagonal Jacobian with Rademacher
     probes.
@@ -71,7 +70,8 @@ def hutchinson(
         )
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        # Without a graph x may still carry one that the solver's own function hides.
+        x = x if graph and x.requires_grad else x.detach().requires_grad_()
         value = v(x)
         estimates = []
         for (
@@ -99,8 +99,7 @@ class Divergence(ABC):
 @DIVERGENCES.register("exact")
 @dataclass(frozen=True)
 class Exact(Divergence):
-    """The field's own closed form where it has one, else D tangents in one batched forward-mode
-    pass."""
+    """The field's own closed form where it has one, else D tangents in one forward-mode pass."""
 
     def bind(self, field: VectorField, x: Tensor) -> WithDivergence:
         if isinstance(field, HasDivergence):

@@ -98,8 +98,7 @@ class Solution(NamedTuple):
 
 @dataclass
 class Stats:
-    """Evaluations counted by `record`; the backward count goes on while gradients are taken, even
-    later."""
+    """Evaluations counted by `record`; those of backward solves are counted even afterwards."""
 
     _counters: list["_Counted"] = field(default_factory=list, repr=False)
 
@@ -140,8 +139,7 @@ def record() -> Iterator[Stats]:
 
 
 class _Counted:
-    """The dynamics, counted, stopped at `max_nfe`, and remembered so that a failure can be
-    explained."""
+    """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
 
     def __init__(self, dynamics: Dynamics, solver: Solver) -> None:
         self.dynamics, self.solver = dynamics, solver
@@ -228,8 +226,7 @@ def solve_path(
     solver: Solver,
     params: Sequence[Tensor],
 ) -> tuple[State, int]:
-    """As `solve`, with the state at each of `times` (monotone): tensors of shape (len(times),
-    …)."""
+    """As `solve`, with the state at each of `times` (monotone): shapes (len(times), …)."""
     dtype = state[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise SolverError(

@@ -13,8 +13,7 @@ Integrand = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @REGULARIZERS.register("kinetic")
 def kinetic_energy(t: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """‖v‖², shape (*batch,); integrated over a trajectory, the transport cost of Benamou & Brenier
-    (2000).
+    """‖v‖², shape (*batch,): over a trajectory, the cost of Benamou and Brenier (2000).
 
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
 

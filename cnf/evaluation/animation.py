@@ -2,17 +2,34 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnf.errors import expect_positive, optional
-from cnf.evaluation.style import FAINT, device_of, styled, window_of
+from cnf.evaluation.comparison import Results
+from cnf.evaluation.style import (
+    FAINT,
+    INK,
+    attempt,
+    colours,
+    device_of,
+    frame,
+    panels,
+    say_failed,
+    scatter,
+    styled,
+    titles,
+    window_of,
+)
 from cnf.flow import Flow
 from cnf.transforms.base import Compose, Transform
-from cnf.transforms.continuous import Continuous
+from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -28,8 +45,10 @@ def layer_path(flow: Flow, z: Tensor) -> Tensor:
     Returns:
         Positions, shape (layers + 1, *batch, D).
     """
-    values = [z]
-    for layer in _layers(flow.transform):
+    values, transform = [z], flow.transform
+    if is_continuous(transform):  # as in decode: no log-determinant is paid for
+        transform = reconfigured(transform, divergence=None)
+    for layer in _layers(transform):
         values.append(layer(values[-1])[0])
     path = torch.stack(values)
     return path if flow.preprocess is None else flow.preprocess(path)[0]
@@ -54,6 +73,43 @@ def particle_path(flow: Flow, z: Tensor, times: Tensor) -> Tensor:
     index = where.floor().long().clamp(max=len(path) - 2)
     share = (where - index)[:, None, None]
     return path[index] * (1 - share) + path[index + 1] * share
+
+
+def plot_trajectories(results: Results, particles: int = 120, points: int = 60) -> "Figure":
+    """The way of particles from noise to data: along the ODE of a continuous flow, from layer to
+    layer of a discrete one, whose title says so. Every contestant gets the same noise.
+
+    Args:
+        results: Of a race on data of two dimensions or more, of which the first two are shown.
+        particles: How many paths.
+        points: Times along each.
+    Raises:
+        ValueError: The data have one dimension.
+    """
+    if results.density.dim < 2:
+        raise ValueError("plot_trajectories: expected data of dim 2 or more, got 1")
+    ways = {
+        name: attempt(_way, results.of(name)[0].flow, particles, points)
+        for name in results.contestants
+    }
+    seen = [way.quantile(torch.tensor([0.02, 0.98]), 1) for way in ways.values() if _finite(way)]
+    window, names, colour = window_of(results.density, *seen), titles(results), colours(results)
+    collection = optional("matplotlib.collections", "evaluation").LineCollection
+    with styled():
+        figure, axes = panels(len(ways), window, 2.05 if len(ways) > 2 else 2.9, below=0.3)
+        for ax, (name, way) in zip(axes, ways.items(), strict=True):
+            frame(ax, window, names[name], _way_said(results.of(name)[0].flow, way))
+            if isinstance(way, str):
+                say_failed(ax, way)
+                continue
+            lines = way.transpose(0, 1).numpy()
+            ax.add_collection(
+                collection(lines, colors=colour[name], linewidths=0.8, alpha=0.35), autolim=False
+            )
+            scatter(ax, way[0], "#9aa1ad", size=9, alpha=0.9)
+            scatter(ax, way[-1], colour[name], size=9, alpha=0.95)
+        figure.supxlabel("grey dots: noise    coloured dots: data", color=FAINT, fontsize=11)
+    return figure
 
 
 def animate(
@@ -113,10 +169,8 @@ def _layers(transform: Transform) -> list[Transform]:
     return [layer for part in inner for layer in _layers(part)]
 
 
-def _frames(
-    moving: Tensor, times: Tensor, window: Tensor, title: str, colour: str
-) -> list[Any]:
-    """One picture a time, all with the palette of the last, which keeps the file small."""
+def _frames(moving: Tensor, times: Tensor, window: Tensor, title: str, colour: str) -> list[Any]:
+    """One picture a time, all with the same few shades, which keeps the file small."""
     image = optional("PIL.Image", "evaluation")
     agg = optional("matplotlib.backends.backend_agg", "evaluation")
     figures = optional("matplotlib.figure", "evaluation")
@@ -140,5 +194,36 @@ def _frames(
             canvas.draw()
             pixels.append(image.fromarray(np.array(canvas.buffer_rgba())[..., :3].copy()))
         figure.clear()
-    palette = pixels[-1].quantize(24, dither=image.Dither.NONE)
+    palette = image.new("P", (1, 1))
+    palette.putpalette(_shades(colour))
     return [picture.quantize(palette=palette, dither=image.Dither.NONE) for picture in pixels]
+
+
+def _shades(colour: str) -> list[int]:
+    """RGB of white to the colour and white to ink, 12 and 8 shades, as a GIF's palette."""
+    parse = optional("matplotlib.colors", "evaluation").to_rgb
+    shades = []
+    for end, count in ((parse(colour), 12), (parse(INK), 8)):
+        mix = np.linspace(0, 1, count)[:, None]
+        shades += (255 * ((1 - mix) + mix * np.array(end))).round().astype(int).ravel().tolist()
+    return shades
+
+
+def _way(flow: Flow, particles: int, points: int) -> Tensor:
+    """Paths of the first two coordinates, shape (T, N, 2): at even times, or after each layer."""
+    z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
+    z = z.to(device_of(flow))
+    if isinstance(flow.transform, Continuous):
+        return particle_path(flow, z, torch.linspace(0, 1, points))[..., :2].cpu().float()
+    return layer_path(flow, z)[..., :2].cpu().float()
+
+
+def _finite(way: Tensor | str) -> bool:
+    return isinstance(way, Tensor) and bool(torch.isfinite(way).all())
+
+
+def _way_said(flow: Flow, way: Tensor | str) -> str:
+    """Whether lines are paths of an ODE, or have the layers of a discrete flow for corners."""
+    if isinstance(flow.transform, Continuous):
+        return "along its ODE"
+    return "layer by layer" if isinstance(way, str) else f"layer by layer, {len(way) - 1} in all"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 6.0, 4.6  # legible at a phone's width
+WIDTH, HEIGHT = 6.0, 4.0  # legible at a phone's width
 SAME = "two sets of true samples"
 
 
@@ -118,18 +118,21 @@ def plot_histograms(results: Results, samples: dict[str, Tensor | str]) -> "Figu
 def _over_seeds(
     curves: list[list[tuple[float, float]]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Mean, least and most over seeds where all seeds have been; None without a finite value."""
+    """Time, mean, least and most over seeds; None without a finite value.
+
+    Seeds are compared at the same share of their training, so that the line ends at the mean of
+    where they end, although the same steps take one seed longer than another.
+    """
     finite = [np.array([point for point in curve if math.isfinite(point[1])]) for curve in curves]
     finite = [curve[np.argsort(curve[:, 0], kind="stable")] for curve in finite if len(curve)]
     if not finite:
         return None
-    start, end = max(curve[0, 0] for curve in finite), min(curve[-1, 0] for curve in finite)
-    if start > end:  # seeds that share no time: show the one that went furthest
-        finite = [max(finite, key=lambda curve: curve[-1, 0])]
-        start, end = finite[0][0, 0], finite[0][-1, 0]
-    times = np.unique(np.concatenate([curve[:, 0] for curve in finite]))
-    times = times[(times >= start) & (times <= end)]
-    values = np.stack([np.interp(times, curve[:, 0], curve[:, 1]) for curve in finite])
+    shares = [curve[:, 0] / max(curve[-1, 0], 1e-12) for curve in finite]
+    grid = np.unique(np.concatenate(shares).round(3))
+    grid = grid[grid >= max(share[0] for share in shares).round(3)]
+    pairs = list(zip(shares, finite, strict=True))
+    times = np.mean([np.interp(grid, share, curve[:, 0]) for share, curve in pairs], 0)
+    values = np.stack([np.interp(grid, share, curve[:, 1]) for share, curve in pairs])
     return times, values.mean(0), values.min(0), values.max(0)
 
 
@@ -146,7 +149,9 @@ def _quality_line(ax: "Axes", entries: list[Entry], title: str, colour: str, das
         return
     if points.shape[1] > 1:
         euler = slice(0, -1)
-        ax.plot(nfe[euler], mean[euler], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title)
+        ax.plot(
+            nfe[euler], mean[euler], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title
+        )
         if len(runs) > 1:
             low, high = points[:, euler, 1].min(0), points[:, euler, 1].max(0)
             ax.fill_between(nfe[euler], low, high, color=colour, alpha=0.18, lw=0)
@@ -171,7 +176,15 @@ def _sparse_log(axis: Any, limits: tuple[float, float]) -> None:
     ticker = optional("matplotlib.ticker", "evaluation")
     low, high = limits
     decades = math.log10(high / low) if low > 0 else 9.0
-    steps = (1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)
+    steps = (
+        (1, 2, 3, 5, 7)
+        if decades < 1
+        else (1, 2, 5)
+        if decades < 2
+        else (1, 3)
+        if decades < 3
+        else (1,)
+    )
     if low > 0:
         if decades < 0.5:
             axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -194,5 +207,7 @@ def _powers_of_two(ax: "Axes", largest: float) -> None:
 def _legend(figure: "Figure", ax: "Axes") -> None:
     """Below the axes, so that nothing is hidden and the picture stays narrow."""
     handles, labels = ax.get_legend_handles_labels()
-    wide = max(map(len, labels), default=0) > 24
-    figure.legend(handles, labels, loc="outside lower left", ncols=1 if wide else 2)
+    columns = 1 if max(map(len, labels), default=0) > 26 else 2
+    rows = math.ceil(len(labels) / columns)
+    figure.set_size_inches(WIDTH, HEIGHT + 0.24 * rows)
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, labelspacing=0.35)

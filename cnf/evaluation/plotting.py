@@ -1,8 +1,8 @@
 """Pictures of one flow and of a race: densities, samples, paths, learning, quality and cost.
 
-Every function returns a `matplotlib.figure.Figure` that pyplot does not know: show it in a notebook
-by naming it, write it with `figure.savefig(...)`. Contestants are shown by their first seed; curves
-show all seeds.
+Every function returns a `matplotlib.figure.Figure` that pyplot does not know: show it in a
+notebook by naming it, write it with `figure.savefig(...)`. Contestants are shown by their first
+seed; curves show all seeds.
 """
 
 import re
@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics.ode import Solver
-from cnf.errors import SolverError, optional
 from cnf.evaluation import curves
-from cnf.evaluation.animation import animate, layer_path, particle_path
+from cnf.evaluation.animation import animate, layer_path, plot_trajectories
 from cnf.evaluation.comparison import Results
 from cnf.evaluation.curves import plot_gap_over_time, plot_quality_against_nfe
 from cnf.evaluation.metrics import log_prob_chunked
 from cnf.evaluation.style import (
     FAINT,
     TRUTH,
+    attempt,
     colours,
-    device_of,
     frame,
-    new_figure,
     panels,
     say_failed,
+    scatter,
     score_text,
     styled,
     titles,
@@ -87,7 +86,7 @@ def plot_density(
         if ax is not None:
             _draw(ax, density, window, _brightest([density]) if vmax is None else vmax)
             return ax.get_figure(root=True)  # pyright: ignore[reportReturnType]
-        figure, (own,) = panels(1, side=4.6)
+        figure, (own,) = panels(1, window, side=4.6, below=0.5)
         drawn = _draw(own, density, window, _brightest([density]) if vmax is None else vmax)
         frame(own, window, "")
         _colour_bar(figure, drawn, [own])
@@ -108,22 +107,22 @@ def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
         raise ValueError(f"plot_densities: expected data of dim 2, got {results.density.dim}")
     window, names, known = window_of(results.density), titles(results), results.score == "gap"
     grids: dict[str, Tensor | str] = {
-        name: _attempt(_on_grid, results.of(name)[0].flow, window, resolution) for name in names
+        name: attempt(_on_grid, results.of(name)[0].flow, window, resolution) for name in names
     }
     truth = _on_grid(results.density, window, resolution) if known else None
     vmax = _brightest([grid for grid in grids.values() if isinstance(grid, Tensor)])
     vmax = vmax if truth is None else _brightest([truth])
     with styled():
-        figure, axes = panels(len(names) + 1, _aspect(window))
+        figure, axes = panels(len(names) + 1, window, below=0.7)
         if truth is not None:
             drawn = _draw(axes[0], truth, window, vmax)
-            frame(axes[0], window, f"True density\n{results.data}")
+            frame(axes[0], window, "True density", results.data)
         else:
             drawn = _draw(axes[0], torch.zeros(2, 2), window, vmax)
-            _dots(axes[0], results.density.x[:4000], "white", size=2.0)
-            frame(axes[0], window, f"Your points\n{results.data}")
+            scatter(axes[0], results.density.x[:4000], "white", size=2.0)
+            frame(axes[0], window, "Your points", results.data)
         for ax, (name, grid) in zip(axes[1:], grids.items(), strict=True):
-            frame(ax, window, f"{names[name]}\n{score_text(results, name)}")
+            frame(ax, window, names[name], score_text(results, name))
             _draw(ax, grid, window, vmax) if isinstance(grid, Tensor) else say_failed(ax, grid)
         _colour_bar(figure, drawn, axes)
     return figure
@@ -140,59 +139,24 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
     draw = torch.Generator().manual_seed(0)
     true = results.density.sample(points, generator=draw)
     shown = {"": true} | {
-        name: _attempt(_samples, results.of(name)[0].flow, points) for name in results.contestants
+        name: attempt(_samples, results.of(name)[0].flow, points) for name in results.contestants
     }
     if results.density.dim == 1:
         return curves.plot_histograms(results, shown)
     window, names, colour = window_of(results.density), titles(results), colours(results)
     real = "True samples" if results.score == "gap" else "Your points"
     with styled():
-        figure, axes = panels(len(shown), _aspect(window))
+        figure, axes = panels(len(shown), window, below=0.3)
         for ax, (name, dots) in zip(axes, shown.items(), strict=True):
             frame(ax, window, names.get(name, real))
             if isinstance(dots, Tensor):
-                _dots(ax, dots, colour.get(name, TRUTH))
+                scatter(ax, dots, colour.get(name, TRUTH))
             else:
                 say_failed(ax, dots)
         if results.density.dim > 2:
-            figure.supxlabel(f"the first two of {results.density.dim} dimensions", color=FAINT)
-    return figure
-
-
-def plot_trajectories(results: Results, particles: int = 120, points: int = 60) -> "Figure":
-    """The way of particles from noise to data: along the ODE of a continuous flow, from layer to
-    layer of a discrete one, whose title says so. Every contestant gets the same noise.
-
-    Args:
-        results: Of a race on data of two dimensions or more, of which the first two are shown.
-        particles: How many paths.
-        points: Times along each.
-    Raises:
-        ValueError: The data have one dimension.
-    """
-    if results.density.dim < 2:
-        raise ValueError("plot_trajectories: expected data of dim 2 or more, got 1")
-    ways = {
-        name: _attempt(_way, results.of(name)[0].flow, particles, points)
-        for name in results.contestants
-    }
-    seen = [way.quantile(torch.tensor([0.02, 0.98]), 1) for way in ways.values() if _finite(way)]
-    window, names, colour = window_of(results.density, *seen), titles(results), colours(results)
-    collection = optional("matplotlib.collections", "evaluation").LineCollection
-    with styled():
-        figure, axes = panels(len(ways), _aspect(window), side=2.4 if len(ways) > 2 else 3.2)
-        for ax, (name, way) in zip(axes, ways.items(), strict=True):
-            frame(ax, window, names[name] + _layers_said(results.of(name)[0].flow, way))
-            if isinstance(way, str):
-                say_failed(ax, way)
-                continue
-            lines = way.transpose(0, 1).numpy()
-            ax.add_collection(
-                collection(lines, colors=colour[name], linewidths=0.8, alpha=0.35), autolim=False
+            figure.supxlabel(
+                f"the first two of {results.density.dim} dimensions", color=FAINT, fontsize=11
             )
-            _dots(ax, way[0], "#9aa1ad", size=9, alpha=0.9)
-            _dots(ax, way[-1], colour[name], size=9, alpha=0.95)
-        figure.supxlabel("grey dots: noise    coloured dots: data", color=FAINT, fontsize=11)
     return figure
 
 
@@ -221,7 +185,7 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
     for name, plot in plots.items():
         figure = plot(results)
         with styled():
-            figure.savefig(folder / f"{name}.png")
+            figure.savefig(folder / f"{name}.png", bbox_inches="tight", pad_inches=0.1)
         figure.clear()  # axes and figure hold each other; this frees the memory now
         files[name] = folder / f"{name}.png"
     return files | (_save_animations(results, folder) if plane else {})
@@ -233,21 +197,10 @@ def _save_animations(results: Results, folder: Path) -> dict[str, Path]:
     for number, name in enumerate(names):
         flow = results.of(name)[0].flow
         file = folder / f"flow-{re.sub(r'[^A-Za-z0-9._-]+', '-', name) or number}.gif"
-        made = _attempt(
-            animate, flow, file, window=window, title=names[name], colour=colour[name]
-        )
+        made = attempt(animate, flow, file, window=window, title=names[name], colour=colour[name])
         if isinstance(made, Path):
             files[f"flow-{name}"] = made
     return files
-
-
-def _attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What `make` returns, or words: one contestant whose ODE cannot be solved must not cost the
-    others their pictures."""
-    try:
-        return make(*arguments, **options)
-    except SolverError as error:
-        return f"The ODE could not be solved: {error.cause}"
 
 
 def _on_grid(flow_or_density: Any, window: Tensor, resolution: int) -> Tensor:
@@ -273,40 +226,12 @@ def _samples(flow: Flow, points: int) -> Tensor:
     return flow.sample((points,), generator=torch.Generator().manual_seed(0)).cpu()
 
 
-def _way(flow: Flow, particles: int, points: int) -> Tensor:
-    """Paths of the first two coordinates, shape (T, N, 2): at even times, or after each layer."""
-    z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
-    z = z.to(device_of(flow))
-    if isinstance(flow.transform, Continuous):
-        return particle_path(flow, z, torch.linspace(0, 1, points))[..., :2].cpu().float()
-    return layer_path(flow, z)[..., :2].cpu().float()
-
-
-def _finite(way: Tensor | str) -> bool:
-    return isinstance(way, Tensor) and bool(torch.isfinite(way).all())
-
-
-def _layers_said(flow: Flow, way: Tensor | str) -> str:
-    """What a discrete flow's title adds: that the corners are its layers."""
-    if isinstance(flow.transform, Continuous) or isinstance(way, str):
-        return ""
-    count = len(way) - 1
-    return f"\nlayer by layer ({count})" if count > 1 else "\none layer"
-
-
 def _draw(ax: "Axes", density: Tensor, window: Tensor, vmax: float) -> Any:
     (left, bottom), (right, top) = window.tolist()
     return ax.imshow(
         density.nan_to_num(0.0, posinf=vmax).numpy(), origin="lower", cmap=MAP, vmin=0.0,
         vmax=vmax, extent=(left, right, bottom, top), interpolation="bilinear",
     )  # fmt: skip
-
-
-def _dots(
-    ax: "Axes", points: Tensor, colour: str, size: float = 3.0, alpha: float = 0.35
-) -> None:
-    x, y = points[:, :2].cpu().float().unbind(-1)
-    ax.scatter(x.numpy(), y.numpy(), s=size, c=colour, alpha=alpha, linewidths=0, zorder=2)
 
 
 def _brightest(grids: list[Tensor]) -> float:
@@ -323,11 +248,6 @@ def _colour_bar(figure: "Figure", drawn: Any, axes: list["Axes"]) -> None:
     bar.set_label("density, one colour scale for all" if len(axes) > 1 else "density")
     bar.outline.set_visible(False)  # pyright: ignore
     bar.ax.locator_params(nbins=5)
-
-
-def _aspect(window: Tensor) -> float:
-    width, height = (window[1] - window[0]).tolist()
-    return height / width
 
 
 def _dim(flow_or_density: Any) -> int:

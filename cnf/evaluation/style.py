@@ -3,14 +3,14 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cnf.errors import optional
+from cnf.errors import SolverError, optional
 from cnf.evaluation.comparison import Results
 from cnf.flow import Flow
 
@@ -28,12 +28,13 @@ INK, FAINT = "#1f2430", "#6b7280"
 _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 12,
-    "axes.titlesize": 12,
+    "axes.titlesize": 11,
     "axes.titlepad": 8,
     "axes.labelsize": 12,
     "axes.edgecolor": "#9aa1ad",
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,
+    "axes.titleweight": "bold",
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,23 +60,28 @@ def styled() -> AbstractContextManager[None]:
     return optional("matplotlib", "evaluation").rc_context(_RC)
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float, layout: str = "constrained") -> "Figure":
     """A figure that no global state knows of, so that it is freed with its last reference."""
     figure = optional("matplotlib.figure", "evaluation").Figure
-    return figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure(figsize=(width, height), dpi=DPI, layout=layout)
 
 
-def panels(count: int, aspect: float = 1.0, side: float = 2.4) -> tuple["Figure", list["Axes"]]:
-    """A grid of `count` equal panels without ticks, at most three in a row.
+def panels(
+    count: int, window: Tensor, side: float = 2.05, below: float = 0.0
+) -> tuple["Figure", list["Axes"]]:
+    """A grid of `count` equal panels, at most three in a row.
 
     Args:
         count: How many.
-        aspect: Height of a panel by its width.
+        window: Low and high corner of what they show.
         side: Width of a panel in inches.
+        below: Room under them in inches.
     """
+    width, height = (window[1] - window[0]).tolist()
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows = math.ceil(count / columns)
-    figure = new_figure(side * columns, rows * (side * min(aspect, 2.0) + 0.55))
+    tall = side * min(height / width, 2.0) + 0.75
+    figure = new_figure(side * columns, rows * tall + below, layout="compressed")
     grid = figure.subplots(rows, columns, squeeze=False).flat
     axes = list(grid)
     for spare in axes[count:]:
@@ -83,11 +89,17 @@ def panels(count: int, aspect: float = 1.0, side: float = 2.4) -> tuple["Figure"
     return figure, axes[:count]
 
 
-def frame(ax: "Axes", window: Tensor, title: str) -> None:
-    """Fix what an axis shows: the window, one scale for both coordinates, no ticks."""
+def frame(ax: "Axes", window: Tensor, title: str, note: str = "") -> None:
+    """Fix what an axis shows, one scale for both coordinates, and write a title and a smaller note
+    above."""
     (left, bottom), (right, top) = window.tolist()
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
-    ax.set_title(wrapped(title))
+    ax.set_title(textwrap.fill(title, 19), pad=22 if note else 7)
+    if note:
+        ax.annotate(
+            note, (0.5, 1.0), (0, 6), "axes fraction", "offset points", ha="center", va="bottom",
+            fontsize=10.5, color=FAINT,
+        )  # fmt: skip
     for spine in ax.spines.values():
         spine.set(visible=True, color="#d5d9e0")
 
@@ -98,6 +110,14 @@ def say_failed(ax: "Axes", why: str) -> None:
         0.5, 0.5, textwrap.fill(why, 26), ha="center", va="center", color=FAINT, fontsize=10,
         transform=ax.transAxes, wrap=True,
     )  # fmt: skip
+
+
+def scatter(
+    ax: "Axes", points: Tensor, colour: str, size: float = 3.0, alpha: float = 0.35
+) -> None:
+    """Small translucent dots at the first two coordinates of points (N, D)."""
+    x, y = points[:, :2].cpu().float().unbind(-1)
+    ax.scatter(x.numpy(), y.numpy(), s=size, c=colour, alpha=alpha, linewidths=0, zorder=2)
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -117,37 +137,32 @@ def titles(results: Results) -> dict[str, str]:
 
 
 def window_of(density: Any, *others: Tensor) -> Tensor:
-    """What pictures show: the density's support and a little beyond, low and high corner (2, 2).
+    """What pictures show: where nearly all samples are, low and high corner, shape (2, 2).
 
     Args:
-        density: Anything with `support`, else with `sample`.
+        density: Anything with `sample`.
         others: Points of shape (N, D) that should be seen too, short of far outliers.
     """
-    box = getattr(density, "support", None)
-    if box is None:
-        drawn = density.sample(4000, generator=torch.Generator().manual_seed(0))
-        box = drawn.detach().cpu().double().quantile(drawn.new_tensor([0.002, 0.998]).double(), 0)
-    low, high = box.cpu().double()[:, :2]
+    drawn = density.sample(4000, generator=torch.Generator().manual_seed(0)).detach()
+    edges = torch.tensor([0.002, 0.998], dtype=torch.float64)
+    low, high = drawn[:, :2].cpu().double().quantile(edges, 0)
+    beyond = 0.08 * (high - low)  # the support itself reaches far into tails that no eye can see
+    low, high = low - beyond, high + beyond
     reach = 1.5 * (high - low).max()  # a model gone astray must not shrink the rest to a dot
     for points in others:
         seen = points.reshape(-1, points.shape[-1])[:, :2].cpu().double()
         seen = seen[torch.isfinite(seen).all(-1)]
         if len(seen):
-            edge = seen[:100_000].quantile(torch.tensor([0.005, 0.995], dtype=torch.float64), 0)
+            edge = seen[:100_000].quantile(edges, 0)
             low = torch.maximum(torch.minimum(low, edge[0]), low - reach)
             high = torch.minimum(torch.maximum(high, edge[1]), high + reach)
-    margin = 0.04 * (high - low).max()
+    margin = 0.02 * (high - low).max() + 1e-6
     return torch.stack([low - margin, high + margin])
 
 
 def device_of(flow: Flow) -> torch.device:
     """Where the flow lives."""
     return next((tensor.device for tensor in flow.parameters()), torch.device("cpu"))
-
-
-def wrapped(title: str, width: int = 22) -> str:
-    """A title that fits over a panel; lines that are there already stay."""
-    return "\n".join(textwrap.fill(line, width) for line in title.splitlines())
 
 
 def number(value: float, error: float = math.nan) -> str:
@@ -164,8 +179,10 @@ def number(value: float, error: float = math.nan) -> str:
         # One digit of the error, two where it starts with 1: 0.012 ± 0.003, 2.50 ± 0.14.
         exponent = math.floor(math.log10(error))
         leading = error / 10**exponent
-        places = max(0, min(5, -exponent + (leading < 1.95)))
-        return f"{_signed(value, places)} ± {error:,.{places}f}"
+        digits = 3 - math.floor(math.log10(max(abs(value), error)))  # of four digits in all
+        places = max(0, min(5, -exponent + (leading < 1.95), digits))
+        small = round(error, places) == 0
+        return f"{_signed(value, places)} ± {'<' * small}{max(error, 10**-places):,.{places}f}"
     if value == 0:
         return "0"
     size = abs(value)
@@ -187,16 +204,16 @@ def _superscript(exponent: int) -> str:
 
 
 def mean_and_error(results: Results, contestant: str, metric: str) -> tuple[float, float]:
-    """A score's mean over seeds and what stands behind its ±: the standard deviation over seeds,
-    or with one seed the standard error over test points; NaN where there is none."""
+    """A score's mean over seeds and what stands behind its ±: the standard deviation over seeds or
+    the standard error over test points, whichever is larger; NaN where there is neither."""
     entries = results.of(contestant)
     values = [entry.scores.get(metric, math.nan) for entry in entries]
     errors = [entry.scores.get(f"{metric}_error", math.nan) for entry in entries]
     if not all(map(math.isfinite, values)):
         bad = next(value for value in values if not math.isfinite(value))
         return bad, math.nan
-    spread = statistics.stdev(values) if len(values) > 1 else errors[0]
-    return statistics.fmean(values), spread
+    known = [*errors, statistics.stdev(values) if len(values) > 1 else math.nan]
+    return statistics.fmean(values), max(filter(math.isfinite, known), default=math.nan)
 
 
 def score_text(results: Results, contestant: str) -> str:
@@ -209,3 +226,12 @@ def score_text(results: Results, contestant: str) -> str:
 def joined(names: Sequence[str]) -> str:
     """Names as a list in a sentence: "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What `make` returns, or words: one contestant whose ODE cannot be solved must not cost the
+    others their pictures."""
+    try:
+        return make(*arguments, **options)
+    except SolverError as error:
+        return f"The ODE could not be solved: {error.cause}"

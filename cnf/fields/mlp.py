@@ -13,8 +13,7 @@ from cnf.nets import ACTIVATIONS, TimeFeatures, linear_sizes, zero_
 
 @FIELDS.register("mlp")
 class MLPField(VectorField):
-    r"""v(t, x, c) = W_L σ(… σ(W_1 [x, τ(t), c] + b_1) …) + b_L, with its exact trace in closed
-    form.
+    r"""v(t, x, c) = W_L σ(… σ(W_1 [x, τ(t), c] + b_1) …) + b_L, with its exact trace.
 
     With g_l = σ'(a_l) the gates of one row, the Jacobian is W_L diag(g_{L-1}) W_{L-1} … diag(g_1)
     W_1x. For two hidden layers its trace is :math:`g_2^\top (W_2 \circ (W_{1x} W_3)^\top)\, g_1`:
@@ -107,8 +106,7 @@ class MLPField(VectorField):
 
 
 def _init_as_part(layer: nn.Linear, fan_in: int) -> None:
-    """torch's own initialisation of a Linear, for a layer that holds some columns of a wider
-    one."""
+    """torch's own initialisation, for a layer that holds some columns of a wider one."""
     bound = 1 / math.sqrt(fan_in)
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -bound, bound)

@@ -1,5 +1,4 @@
-"""Probability paths: how a noise sample and a data sample are joined, and the velocity along the
-way."""
+"""Probability paths: how noise and data are joined, and the velocity along the way."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -43,8 +42,7 @@ class Path(ABC):
 @PATHS.register("linear")
 @dataclass(frozen=True)
 class Linear(Path):
-    """xt = (1 - (1 - σ)t)·x0 + t·x1, ut = x1 - (1 - σ)·x0: the conditional OT path; a straight
-    line for σ = 0.
+    """xt = (1 - (1 - σ)t)·x0 + t·x1, ut = x1 - (1 - σ)·x0: the conditional OT path.
 
     Source: Lipman et al. (2023), https://arxiv.org/abs/2210.02747; Liu et al. (2023),
     https://arxiv.org/abs/2209.03003.

@@ -50,8 +50,7 @@ class Budget:
             self.fraction = bisect_right(self.ticks, self.step) / TICKS
 
     def lr_factor(self) -> float:
-        """Learning rate now, as a part of the highest: linear warm-up, then cosine to zero or
-        constant."""
+        """Learning rate now, as a part of the highest: warm-up, then cosine or constant."""
         warmup = self.config.warmup
         if self.fraction < warmup:
             return (self.fraction + 1 / TICKS) / (warmup + 1 / TICKS)

@@ -8,8 +8,7 @@ from cnf.errors import expect_choice, expect_positive
 
 @dataclass
 class TrainConfig:
-    """Settings of `fit`. A budget is given in steps (repeats bit for bit) or in seconds of
-    training.
+    """Settings of `fit`; the budget is in steps, which repeat bit for bit, or in seconds.
 
     Args:
         steps: Budget in optimiser steps.

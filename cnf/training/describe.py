@@ -20,8 +20,7 @@ PACKAGES = ("cnf", "torch", "torchdiffeq", "numpy", "lightning-fabric")
 def configuration(
     module: nn.Module, objective: Objective, data: Any, config: TrainConfig
 ) -> dict[str, Any]:
-    """What config.yaml says: the arguments of `cnf train`, less where to write and whether to
-    resume."""
+    """What config.yaml says: the arguments of `cnf train`, less where to write."""
     spec = getattr(module, "spec", None) or {"model": type(module).__name__, "options": {}}
     train = {k: v for k, v in asdict(config).items() if k not in ("folder", "resume")}
     return {
@@ -76,8 +75,7 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """The git revision of this package's checkout, with "+" where files differ; None outside
-    one."""
+    """The git revision of this package's checkout, "+" if files differ; None outside one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -1,11 +1,13 @@
 """What learns: a module with its optimiser and the running average of its weights."""
 
+import copy
+import math
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.config import TrainConfig
@@ -44,34 +46,40 @@ class Learner:
         )
         self._step = fabric.setup_module(_Step(module, objective))
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.average: AveragedModel | None = None
+        self.kept = module
         if config.ema is not None:
-            self.average = AveragedModel(module, multi_avg_fn=_averaging(config.ema))
-        self.skipped = self._bad_in_a_row = 0
-
-    @property
-    def kept(self) -> nn.Module:
-        return self.module if self.average is None else self.average.module
+            self.kept = copy.deepcopy(module).requires_grad_(False)
+        self._averages: list[Any] = list(self.kept.parameters())
+        self._weights: list[Any] = list(module.parameters())
+        self._buffers = list(zip(self.kept.buffers(), module.buffers(), strict=True))
+        self.steps = self.skipped = self._bad_in_a_row = 0
 
     def step(self, batch: Batch, lr: float) -> Loss:
-        """Take one step on this process's rows; a step whose gradient is not finite is left
-        out."""
+        """Take one step on this process's rows, unless the gradient is NaN or infinite."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss.value)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm):
             self._skip(loss)
             return loss
         self._bad_in_a_row = 0
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         self._optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.module)
+        self._average()
         return loss
+
+    def _average(self) -> None:
+        if self.config.ema is None:
+            return
+        self.steps += 1
+        # The decay begins low, so that the first weights are soon forgotten.
+        decay = min(self.config.ema, self.steps / (self.steps + 9))
+        with torch.no_grad():
+            get_ema_multi_avg_fn(decay)(self._averages, self._weights, self.steps)
+            for kept, current in self._buffers:
+                kept.copy_(current)
 
     def _skip(self, loss: Loss) -> None:
         self.skipped += 1
@@ -87,7 +95,8 @@ class Learner:
         """What a checkpoint keeps."""
         return {
             "module": self.module.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "kept": self.kept.state_dict(),
+            "steps": self.steps,
             "optimizer": self._optimizer.state_dict(),
             "skipped": self.skipped,
         }
@@ -95,18 +104,7 @@ class Learner:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
         self.module.load_state_dict(state["module"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        self.kept.load_state_dict(state["kept"])
+        self.steps = state["steps"]
         self._optimizer.load_state_dict(state["optimizer"])
         self.skipped = state["skipped"]
-
-
-def _averaging(decay: float) -> Any:
-    """torch's exponential average; its decay begins low, so that the first weights are
-    forgotten."""
-
-    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-        step = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, weights, count)
-
-    return update

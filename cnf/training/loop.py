@@ -1,10 +1,6 @@
 """Training: one loop for every objective, in plain sight."""
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +14,7 @@ from cnf.training import checkpoint
 from cnf.training.budget import Budget
 from cnf.training.config import TrainConfig
 from cnf.training.describe import configuration, machine, objective_name
+from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Run
 from cnf.training.stream import as_stream, mixed, seeded
@@ -116,7 +113,7 @@ class _Trainer:
         self._describe("running")
         with (
             torch.random.fork_rng(),
-            _interruptible() as interrupted,
+            interruptible() as interrupted,
             ProgressBar(show, objective_name(self.objective)) as bar,
         ):
             while not self.budget.done:
@@ -147,7 +144,7 @@ class _Trainer:
 
     def _step(self) -> Loss:
         step, config, fabric = self.budget.step, self.config, self.fabric
-        torch.manual_seed(mixed(config.seed, step, fabric.global_rank, 1))  # dropout and such
+        self._seed_module(mixed(config.seed, step, fabric.global_rank, 1))
         generator = seeded(config.seed, step)
         batch = self._placed(self.stream.batch(step, generator))
         batch = self.objective.prepare(self.module, batch, generator)
@@ -157,6 +154,12 @@ class _Trainer:
             rows = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
             batch = batch.map(lambda value: value[rows])
         return self.learner.step(batch, config.lr * self.budget.lr_factor())
+
+    def _seed_module(self, seed: int) -> None:
+        """For what the module itself draws (dropout); torch.manual_seed takes a millisecond."""
+        torch.default_generator.manual_seed(seed)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _placed(self, batch: Batch) -> Batch:
         device = self.fabric.device
@@ -284,24 +287,3 @@ def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:
     preprocess = getattr(module, "preprocess", None)
     if head is not None and hasattr(preprocess, "fit"):
         preprocess.fit(head.to(next(iter(preprocess.buffers()))))  # pyright: ignore
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is seen between steps, a second one at once; outside the main thread it is as
-    ever."""
-    pressed = threading.Event()
-
-    def press(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

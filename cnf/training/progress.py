@@ -51,8 +51,7 @@ class ProgressBar:
 
     @property
     def due(self) -> bool:
-        """Whether the bar is shown and a quarter of a second has passed since it was last
-        redrawn."""
+        """Whether a quarter of a second has passed since the bar, if shown, was redrawn."""
         return self._bar is not None and time.perf_counter() - self._shown_at > 0.25
 
     def update(self, fraction: float, step: int, loss: float, nfe: int) -> None:

@@ -1,5 +1,4 @@
-"""A run's folder: config.yaml, manifest.json, metrics.csv, tensorboard/, checkpoints/,
-figures/."""
+"""A run's folder: its configuration, manifest, metrics and checkpoints."""
 
 import csv
 import io
@@ -12,8 +11,7 @@ from cnf.errors import CheckpointError, optional
 
 
 class Run:
-    """Writes a run's folder; every file is replaced whole, so that an interruption leaves readable
-    ones.
+    """Writes a run's folder; files are replaced whole, so that each is readable at any time.
 
     Args:
         folder: The folder.
@@ -87,3 +85,12 @@ class Run:
             raise CheckpointError(f"fit: cannot write {path} ({error})") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, … that is not there."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

@@ -179,8 +179,7 @@ def _checked(name: str, value: Any) -> Tensor:
 
 
 def mixed(*numbers: int) -> int:
-    """One well-spread 32-bit seed from several integers (torch's CPU generator uses 32 bits of a
-    seed)."""
+    """One well-spread 32-bit seed (all that torch's CPU generator uses) from integers."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

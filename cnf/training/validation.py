@@ -14,8 +14,7 @@ CHUNK = 10_000  # rows scored at once
 
 
 class Validation:
-    """Scores the kept weights, evenly over the budget, and remembers the best where patience is
-    set.
+    """Scores the kept weights, evenly over the budget; remembers the best if patience is set.
 
     Attributes:
         name: What the score is called: "val_nll" for a flow, "val_loss" for another module.
@@ -33,8 +32,7 @@ class Validation:
         return self.held_out is not None and reached > self.done
 
     def score(self, module: nn.Module, fraction: float) -> float:
-        """Mean negative log-likelihood of a flow on the held-out rows, in nats; another module's
-        loss."""
+        """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
         assert self.held_out is not None
         self.done = int(fraction * self.config.validations + 1e-9)
         with torch.no_grad():

@@ -11,8 +11,7 @@ TRANSFORMS = Registry("transform")
 
 
 class Transform(nn.Module, ABC):
-    """A bijection between a base sample z and data x, with log|det Jacobian| of the direction
-    computed.
+    """A bijection between base z and data x, with log|det Jacobian| of each direction.
 
     Abstract or final: a subclass implements `forward` and `inverse` and overrides nothing that is
     implemented.
@@ -37,8 +36,7 @@ class Transform(nn.Module, ABC):
 
 
 class Compose(Transform):
-    """f_n ∘ … ∘ f_1, listed from base to data: `forward` applies the first one first;
-    log-determinants add.
+    """f_n ∘ … ∘ f_1, listed from base to data; log-determinants add.
 
     Args:
         transforms: One or more transforms of the same event dims.

@@ -73,8 +73,7 @@ class Continuous(Transform):
         divergence: str | Divergence | None = "exact",
         integrands: Sequence[Integrand] = (),
     ) -> Integral:
-        """Solve from one end to the other, with the log-determinant and any integrals along the
-        way.
+        """Solve from one end to the other, with log-determinant and integrals along the way.
 
         Args:
             value: Starting points, shape (*batch, *event).
@@ -109,8 +108,7 @@ class Continuous(Transform):
     def trajectory(
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """Points of the ODE at each of `times` (monotone), starting from `value` at times[0]:
-        (len(times), *batch, *event)."""
+        """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event)."""
 
         def dynamics(t: Tensor, state: ode.State) -> ode.State:
             return (self.field(t, state[0], context).to(state[0].dtype),)
@@ -124,8 +122,7 @@ class Continuous(Transform):
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:
-    """The same transform, sharing its weights, with `settings` (solver=…, divergence=…) in every
-    `Continuous` of it."""
+    """The same transform and weights, with solver=… or divergence=… in every `Continuous`."""
 
     def copied(module: nn.Module) -> nn.Module:
         if not isinstance(module, Transform | nn.ModuleList):

@@ -46,16 +46,14 @@ class Affine(ElementwiseMap):
 
 
 def bounded_affine(raw: Tensor, bound: float = 3.0) -> Tensor:
-    """Parametrisation of `Affine`: the log-scale is held within ±bound by a tanh, so that no layer
-    can explode."""
+    """Parametrisation of `Affine`: a tanh holds the log-scale within ±bound."""
     shift, log_scale = raw.unbind(-1)
     return torch.stack([shift, bound * torch.tanh(log_scale / bound)], -1)
 
 
 @TRANSFORMS.register("standardise", example=lambda dim: Standardise((dim,)))
 class Standardise(Transform):
-    """x = z·scale + loc: its inverse gives data zero mean and unit variance. No trainable
-    parameters.
+    """x = z·scale + loc: the inverse gives data zero mean and unit variance; not trained.
 
     Until it is fitted it is the identity. `fit` sets it once; a second call changes nothing, so
     that training a flow again (fine-tuning) keeps the meaning of its weights.

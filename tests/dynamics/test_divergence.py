@@ -65,9 +65,7 @@ def test_trace_is_autograds_for_vectors(net, generator):
 
 
 def test_trace_is_autograds_for_images(randomised, generator):
-    conv = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1)
-    )
+    conv = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
     conv = randomised(conv)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=F64)
     v, div = trace_of_jacobian(conv, x, event_dims=3)
@@ -152,7 +150,9 @@ def test_gradients_of_the_estimate(create_graph, net, generator):
 
 
 def test_probe_of_another_shape_is_refused(net):
-    with pytest.raises(ValueError, match=r"expected probe of shape \(probes, 5, 3\), got \(5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"expected probe of shape \(probes, 5, 3\), got \(5, 3\)"
+    ):
         hutchinson(net, torch.zeros(5, 3), torch.zeros(5, 3))
 
 

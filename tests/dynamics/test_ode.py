@@ -132,7 +132,9 @@ def test_gradients_are_those_of_the_matrix_exponential(method, gradient):
         (answer(*leaves) @ weight).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    ours = gradients(lambda a, b, x0: solve(linear(a, b), (x0,), 0.0, 1.0, solver, (a, b)).state[0])
+    ours = gradients(
+        lambda a, b, x0: solve(linear(a, b), (x0,), 0.0, 1.0, solver, (a, b)).state[0]
+    )
     closed = gradients(lambda a, b, x0: exact(x0, 1.0, a, b))
     for one, other in zip(ours, closed, strict=True):
         atol = 1e-3 if method == "midpoint" else 1e-5

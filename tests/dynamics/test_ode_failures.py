@@ -139,7 +139,9 @@ def test_empty_batch_comes_back_empty(method, gradient):
     weight = ONE.clone().requires_grad_()
     solver = setting(method, gradient=gradient)
     empty = torch.zeros(0, 3, dtype=F64)
-    (path,), _ = solve_path(lambda t, s: (weight * s[0],), (empty,), [0, 0.5, 1], solver, (weight,))
+    (path,), _ = solve_path(
+        lambda t, s: (weight * s[0],), (empty,), [0, 0.5, 1], solver, (weight,)
+    )
     assert path.shape == (3, 0, 3)
 
 

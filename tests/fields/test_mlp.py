@@ -28,9 +28,7 @@ def autograd_divergence(field, t, x, context=None):
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 @pytest.mark.parametrize("context_dim", [0, 3])
-def test_divergence_is_the_trace_of_the_jacobian(
-    depth, dim, context_dim, randomised, generator
-):
+def test_divergence_is_the_trace_of_the_jacobian(depth, dim, context_dim, randomised, generator):
     widths = (7, 4, 9, 5)[:depth]  # unequal, so that a transposed product cannot fit
     field = randomised(MLPField(dim, widths, context_dim))
     x = torch.randn(6, dim, generator=generator, dtype=F64)

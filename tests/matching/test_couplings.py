@@ -36,9 +36,7 @@ def test_indices_are_rows_and_pairs_are_of_one_length(name, with_context, data, 
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_same_generator_gives_same_pairs_and_global_state_is_left_alone(name, data):
     before = torch.get_rng_state()
-    first, again = (
-        COUPLINGS[name](*data, torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    first, again = (COUPLINGS[name](*data, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(first, again, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)

@@ -1,0 +1,240 @@
+"""Is this flow right? `check` finds a wrong one, and says so in words."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from cnf.distributions import StandardNormal
+from cnf.errors import expect_event, expect_finite, expect_positive
+from cnf.evaluation import checks, density_checks
+from cnf.evaluation.checks import Case, NotApplicable, Outcome, reference
+from cnf.evaluation.gradient_checks import gradients
+from cnf.flow import Flow
+from cnf.transforms.continuous import Continuous
+
+__all__ = ["CHECKS", "CheckReport", "Finding", "check"]
+
+# What a flow is asked, in this order: nothing else can be measured where log_prob is noise.
+CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
+    "determinism": checks.determinism,  # the same x gives the same log_prob
+    "finite": checks.finite,  # no NaN or infinity
+    "dtype": checks.dtype,  # float64 in, float64 out
+    "mass": density_checks.mass,  # ∫p = 1
+    "log-determinant": density_checks.log_determinant,  # ladj = log|det Jacobian|, both ways
+    "round trip": checks.round_trip,  # decode(encode(x)) = x
+    "consistency": checks.consistency,  # sample_and_log_prob = log_prob of the samples
+    "batch independence": checks.batch_independence,  # a row does not see its neighbours
+    "solver": checks.solver,  # a tighter solver gives the same
+    "gradients": gradients,  # reach every parameter, the same in train and in eval mode
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: A name in `CHECKS`.
+        passed: None where the check does not apply; the message gives the reason.
+        measured: The error measured, or None where nothing could be.
+        tolerance: The largest error allowed.
+        message: What was measured; after a failure also what is likely wrong and what to do.
+    """
+
+    name: str
+    passed: bool | None
+    measured: float | None
+    tolerance: float | None
+    message: str
+
+    def __str__(self) -> str:
+        mark = {True: "✓", False: "✗", None: "–"}[self.passed]
+        bound = ""
+        if self.measured is not None and self.tolerance:
+            bound = f" ({self.measured:.2g} of {self.tolerance:.2g} allowed)"
+        return f"{mark} {self.name:<19}{self.message}{bound}"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The findings of `check`; true if none of them is a failure, and readable when printed.
+
+    Attributes:
+        findings: One for each check, in the order of `CHECKS`.
+        notes: What the reader should know about how it was checked.
+    """
+
+    findings: list[Finding]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Finding]:
+        """The findings that are failures."""
+        return [finding for finding in self.findings if finding.passed is False]
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __getitem__(self, name: str) -> Finding:
+        return {finding.name: finding for finding in self.findings}[name]
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.findings), *(f"  {note}" for note in self.notes)])
+
+
+def check(
+    flow: Flow,
+    x: Tensor | None = None,
+    *,
+    context: Tensor | None = None,
+    n: int = 64,
+    seed: int = 0,
+) -> CheckReport:
+    """Whether a flow is right: ∫p = 1, log-determinants, round trip, gradients, independence of
+    the batch, solver, dtype.
+
+    Works on copies: the flow, its mode and gradients, and torch's random state stay as they are.
+
+    >>> import cnf
+    >>> report = check(cnf.models.build("realnvp", dim=2))
+    >>> report.ok, report["mass"].passed
+    (True, True)
+
+    Args:
+        flow: Any flow; best after some training, or with random weights: in an identity, most of
+            what can be wrong is zero.
+        x: Data, shape (\\*batch, \\*event); at most n random rows are used. By default samples of
+            the flow, a quarter of them from the tails.
+        context: Condition, shape (\\*batch, C) or one that broadcasts to it; by default one row of
+            standard normal numbers, for a conditional flow.
+        n: Points.
+        seed: Seed of everything random.
+    Raises:
+        TypeError: Not a flow.
+        ValueError: x or context of a wrong shape, or x empty or not finite.
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"check: expected a cnf.Flow, got {type(flow).__name__}")
+    expect_positive("check", n=n)
+    x = None if x is None else _data(flow, x)
+    batch = None if x is None else x.shape[: x.dim() - len(flow.event_shape)]
+    generator = Generator().manual_seed(seed)
+    notes = []
+    if flow.context_dim and context is None:
+        context = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
+        notes.append("context: none was given; a row of standard normal numbers was taken")
+    context = flow._check_context("check", context, batch)
+    if flow.dequantisation is not None:
+        notes.append("dequantisation was left out: what is checked is the continuous density")
+    with _untouched(flow, seed), torch.no_grad():
+        try:
+            case = _case(flow, x, context, n, generator)
+        except Exception as error:
+            return CheckReport([Finding("set-up", False, None, None, _told(error))], tuple(notes))
+        return CheckReport(_findings(case), tuple(notes))
+
+
+def _findings(case: Case) -> list[Finding]:
+    findings: list[Finding] = []
+    for name in CHECKS:
+        noisy = findings and findings[0].passed is False and findings[0].measured is not None
+        if noisy:  # the first is determinism; adaptive steps would chase the noise without end
+            reason = f"not run, since {findings[0].name} failed"
+            findings.append(Finding(name, None, None, None, reason))
+        else:
+            findings.append(_run(name, case))
+    return findings
+
+
+def _run(name: str, case: Case) -> Finding:
+    try:
+        outcomes = CHECKS[name](case)
+    except NotApplicable as reason:
+        return Finding(name, None, None, None, str(reason))
+    except Exception as error:  # a wrong flow may raise anything; that is a finding too
+        return Finding(name, False, None, None, _told(error))
+    if isinstance(outcomes, Outcome):
+        outcomes = [outcomes]
+    worst = next((outcome for outcome in outcomes if not outcome.passed), outcomes[-1])
+    message = worst.words if worst.passed else f"{worst.words}: {worst.remedy}"
+    return Finding(name, worst.passed, worst.measured, worst.tolerance, message)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _data(flow: Flow, x: Tensor) -> Tensor:
+    expect_event("check", "x", x, flow.event_shape)
+    x = x.detach()
+    if x.numel() == 0:
+        raise ValueError(f"check: expected at least one point, got x of shape {tuple(x.shape)}")
+    expect_finite("check", "x", x.reshape(-1, *flow.event_shape))
+    return x
+
+
+def _case(
+    flow: Flow, x: Tensor | None, context: Tensor | None, n: int, generator: Generator
+) -> Case:
+    like = reference(flow)
+    rows = n
+    if x is not None:
+        rows = x[(...,) + (0,) * len(flow.event_shape)].numel()
+    elif context is not None:
+        context = context.reshape(-1, flow.context_dim)
+        context = context.repeat(-(-n // len(context)), 1)[:n]
+    flow = copy.deepcopy(flow).eval()
+    dequantisation, flow.dequantisation = flow.dequantisation, None
+    if x is not None:
+        chosen = torch.randperm(rows, generator=generator)[:n]
+        x = x.reshape(rows, *flow.event_shape)[chosen].to(like)
+        x = x if dequantisation is None else dequantisation.encode(x)[0]
+        if context is not None:
+            context = context.reshape(rows, -1)[chosen]
+    context = None if context is None else context.detach().to(like)
+    z = flow.base.sample((n if x is None else len(x),), generator).to(like)
+    x = _samples(flow, z, context) if x is None else x
+    double = copy.deepcopy(flow).double()
+    return Case(flow, double, _tightened(double), x, z, context, generator)
+
+
+def _samples(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
+    if isinstance(flow.base, StandardNormal):  # any other base may end where its samples do
+        z = torch.cat([1.5 * z[: len(z) // 4], z[len(z) // 4 :]])
+    try:
+        x = flow.decode(z, context)
+    except Exception:  # the checks themselves will meet it, and tell
+        return z.reshape(-1, *flow.event_shape)
+    return x if x.isfinite().all() else z.reshape(-1, *flow.event_shape)
+
+
+def _tightened(flow: Flow) -> Flow:
+    """Under dopri5 at 1e-8, which is as good as exact here, with the same way to gradients."""
+    solvers = [part.solver for part in flow.modules() if isinstance(part, Continuous)]
+    if not solvers:
+        return flow
+    tight = replace(
+        solvers[0], method="dopri5", rtol=1e-8, atol=1e-8, steps=None,
+        adjoint_rtol=None, adjoint_atol=None,
+    )  # fmt: skip
+    return flow.with_solver(tight)
+
+
+@contextmanager
+def _untouched(flow: Flow, seed: int) -> Iterator[None]:
+    """Draws of a flow's own (dropout, probes) are seeded, and leave torch's generators as they
+    were."""
+    device = reference(flow).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,262 @@
+"""The race as one self-contained page: verdict, scores, pictures, and how it was measured."""
+
+import base64
+import math
+import re
+import struct
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cnf.errors import optional
+from cnf.evaluation import verdict
+from cnf.evaluation.comparison import Results
+from cnf.evaluation.plotting import save_figures
+from cnf.evaluation.style import colours, mean_and_error, number, titles
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score in the table.
+
+    Attributes:
+        metric: Key of `Entry.scores`.
+        label: Head of the column.
+        unit: Under it.
+        about: What it is, in a sentence.
+        lower: Whether less is better; None where neither is.
+    """
+
+    metric: str
+    label: str
+    unit: str
+    about: str
+    lower: bool | None = True
+
+
+def columns(results: Results) -> list[Column]:
+    """The table's columns: those that some contestant has a number for."""
+    count = f"{results.settings.get('test_points', 10_000):,}"
+    few = f"{results.settings.get('w2_points', 2_000):,}"
+    every = [
+        Column("gap", "Gap", "nats", "Mean of log p − log q at test points: an estimate of KL"),
+        Column("nll", "NLL", "nats", "Mean negative log-likelihood of held-out points"),
+        Column("w2", "W2", f"{few} pts", "Exact 2-Wasserstein distance to true samples"),
+        Column("sliced_w2", "Sliced W2", f"{count} pts", "Of samples by the flow's own solver"),
+        Column("few_steps", "Sliced W2, few", "4 steps", "With 4 Euler steps, or one pass"),
+        Column("mmd", "MMD²", "unbiased", "Squared maximum mean discrepancy"),
+        Column("energy_distance", "Energy dist.", "unbiased", "Energy distance of samples"),
+        Column("c2st", "C2ST", "accuracy", "A classifier telling samples from data; 0.5 is best"),
+        Column("steps", "Steps", "count", "Optimiser steps", None),
+        Column("train_seconds", "Training", "s", "Seconds of training steps", None),
+        Column("steps_per_second", "Pace", "steps/s", "Training steps per second", False),
+        Column("ms_sample", "Sampling", f"ms / {count}", "Time to draw samples"),
+        Column("ms_log_prob", "log_prob", f"ms / {count}", "Time to evaluate the density"),
+        Column("nfe_sample", "NFE, sampling", "count", "Evaluations of the field; 0: no ODE"),
+        Column("nfe_log_prob", "NFE, log_prob", "count", "Evaluations of the field; 0: no ODE"),
+        Column("peak_memory_mb", "Memory", "MB, peak", "Of the GPU, else of the whole process"),
+        Column("parameters", "Parameters", "count", "Numbers that are trained", None),
+        Column("path_energy", "Path energy", "", "Energy of the paths from base to data", None),
+        Column("straightness", "Straightness", "", "0 is straight at constant speed"),
+        Column("round_trip", "Round trip", "max error", "Largest |decode(encode(x)) − x|"),
+    ]
+
+    def known(column: Column) -> bool:
+        numbers = (entry.scores.get(column.metric, math.nan) for entry in results.entries)
+        return column.metric == results.score or not all(map(math.isnan, numbers))
+
+    return [column for column in every if known(column)]
+
+
+def write_report(results: Results, folder: str | Path) -> Path:
+    """Write figures/ and report.html, a page that needs no other file and no network.
+
+    Args:
+        results: Of a race.
+        folder: Where to; results.csv and results.json are written too where they are missing.
+    Returns:
+        The page.
+    """
+    folder = Path(folder)
+    figures = save_figures(results, folder / "figures")
+    if not all((folder / name).exists() for name in ("results.csv", "results.json")):
+        results.save(folder)
+    page = folder / "report.html"
+    page.write_text(_render(verdict.with_derived(results), figures), encoding="utf-8")
+    return page
+
+
+def _render(results: Results, figures: dict[str, Path]) -> str:
+    jinja = optional("jinja2", "evaluation")
+    environment = jinja.Environment(
+        loader=jinja.PackageLoader("cnf.evaluation"), autoescape=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["emphasised"] = _emphasised
+    names, colour = titles(results), colours(results)
+    swatches = {name: {"title": names[name], "colour": colour[name]} for name in names}
+    shown = columns(results)
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        known=results.score == "gap",
+        subtitle=_subtitle(results),
+        lead=verdict.lead(results),
+        outcomes=[verdict.outcome(results, aspect) for aspect in verdict.aspects(results)],
+        swatches=swatches,
+        columns=shown,
+        rows=_rows(results, shown),
+        floor=[number(results.floor.get(column.metric, math.nan)) for column in shown],
+        pictures=[_picture(results, name, file) for name, file in figures.items()],
+        facts=_facts(results),
+    )
+
+
+def _rows(results: Results, shown: list[Column]) -> list[dict[str, Any]]:
+    """A row per contestant, best first; every cell's text, its number to sort by, and whether it
+    is the best of its column."""
+    best = {column.metric: _best(results, column) for column in shown}
+    rows = []
+    for name in verdict.ranking(results):
+        cells = []
+        for column in shown:
+            value, error = mean_and_error(results, name, column.metric)
+            cells.append(
+                {
+                    "text": number(value, error),
+                    "value": repr(float(value)),
+                    "best": value == best[column.metric],
+                }
+            )
+        rows.append({"name": name, "cells": cells})
+    return rows
+
+
+def _best(results: Results, column: Column) -> float:
+    """The best number of a column; NaN, which nothing equals, where none is better than others."""
+    values = [mean_and_error(results, name, column.metric)[0] for name in results.contestants]
+    values = [value for value in values if math.isfinite(value)]
+    if column.lower is None or len(values) < 2 or len(set(values)) == 1:
+        return math.nan
+    return min(values) if column.lower else max(values)
+
+
+def _picture(results: Results, name: str, file: Path) -> dict[str, Any]:
+    """A picture as the page holds it, and the words beside it."""
+    data = file.read_bytes()
+    kind = file.suffix[1:]
+    layout, start = (">II", 16) if kind == "png" else ("<HH", 6)  # where either format says so
+    width, height = struct.unpack_from(layout, data, start)
+    moving = kind == "gif"
+    if moving:
+        title = titles(results)[name.removeprefix("flow-")]
+        caption = ""
+    else:
+        title, caption = _captions(results)[name]
+    return {
+        "name": name,
+        "moving": moving,
+        "title": title,
+        "caption": caption,
+        "alt": f"Animation: noise becomes data, {title}" if moving else title,
+        "source": f"data:image/{kind};base64,{base64.b64encode(data).decode()}",
+        "width": width if moving else round(0.85 * width),
+        "height": height if moving else round(0.85 * height),
+    }
+
+
+def _captions(results: Results) -> dict[str, tuple[str, str]]:
+    """Title and caption of each picture: what to look for."""
+    known, dim = results.score == "gap", results.density.dim
+    which = "true samples" if known else "your points"
+    truth = "the true density" if known else "your points"
+    first = f" Only the first two of {dim} dimensions are shown." if dim > 2 else ""
+    scale = (
+        "Brightness means the same in every panel: the scale ends near the truth's peak."
+        if known
+        else "Brightness means the same in every panel."
+    )
+    learning = (
+        "Held-out gap to the true density against seconds of training; lower is better. Where two "
+        "lines cross, the winner depends on the budget. A line that is still falling was stopped "
+        "early."
+        if known
+        else "Negative log-likelihood of held-out points against seconds of training; lower is "
+        "better. A line that turns upwards is overfitting."
+    )
+    return {
+        "density": (
+            "What each one learnt",
+            f"Exact densities beside {truth}. {scale} Look for bridges between parts that should "
+            "be apart, blurred edges, and mass where there should be none.",
+        ),
+        "samples": (
+            "Samples",
+            f"As many points from each, on the axes of {which}. Look for strays between the "
+            f"parts and for thin or missing regions.{first}",
+        ),
+        "trajectories": (
+            "From noise to data",
+            "The same noise, carried to data by each. Straight and even paths need few solver "
+            "steps; bends cost evaluations. A discrete flow has no time: its corners are its "
+            "layers.",
+        ),
+        "gap_over_time": ("Learning", learning),
+        "nll_over_time": ("Learning", learning),
+        "quality_against_nfe": (
+            "Quality against cost of sampling",
+            "Sliced W2 between samples and held-out points; lower is better, and nothing beats "
+            "the grey line by more than luck. A line that is flat early makes good samples in few "
+            "steps. Dashed flows need no solver.",
+        ),
+    }
+
+
+def _subtitle(results: Results) -> str:
+    settings = results.settings
+    seconds, steps = settings.get("seconds"), settings.get("steps")
+    budget = f"{number(seconds)} s" if seconds else f"{steps:,} steps" if steps else "own budget"
+    seeds = len(settings.get("seeds", [0]))
+    count = len(results.contestants)
+    return (
+        f"{count} contestant{'s' * (count > 1)} · {budget} of training each · "
+        f"{seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """How it was measured, as label and words."""
+    settings, machine = dict(results.settings), dict(results.machine)
+    seconds, steps = settings.pop("seconds", None), settings.pop("steps", None)
+    spent = f"{number(seconds)} seconds of training steps" if seconds else f"{steps} steps"
+    known = results.score == "gap"
+    test = f"{settings.pop('test_points', 0):,}" + (
+        " draws from the true density, the same for all" if known else " held-out points"
+    )
+    shown = {
+        "Data": f"{results.data}, {results.density.dim} dimensions",
+        "Entropy of the data": f"{number(results.entropy)} nats"
+        if results.entropy is not None
+        else None,
+        "Budget of each": spent if seconds or steps else None,
+        "Seeds": ", ".join(map(str, settings.pop("seeds", []))),
+        "Test points": test,
+        "Points for the exact W2": f"{settings.pop('w2_points', 0):,}",
+        "Solver of the evaluation": settings.pop("evaluation_solver", None),
+        "Processor": machine.pop("processor", None),
+        "GPU": machine.pop("gpu", None) or "none",
+        "Processor cores": machine.pop("cores", None),
+        "Threads used": machine.pop("threads", None),
+        "Revision of the code": machine.pop("revision", None),
+    }
+    rest = {key.replace("_", " "): value for key, value in {**settings, **machine}.items()}
+    facts = [(key, str(value)) for key, value in {**shown, **rest}.items() if value is not None]
+    return [*facts, ("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]
+
+
+def _emphasised(text: str) -> Any:
+    """Text made safe, and what stands between ** in it made bold."""
+    markup = optional("markupsafe", "evaluation")
+    return markup.Markup(
+        re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(markup.escape(text)))
+    )

@@ -1,0 +1,167 @@
+"""Fixtures for training: tiny budgets, small flows that repeat bit for bit, modules to break."""
+
+import pytest
+import torch
+from torch import nn
+
+import cnf
+from cnf.objectives import Objective
+
+FIXED = cnf.Solver("rk4", steps=2, gradient="backprop")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit-for-bit repetition is promised for a fixed number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config():
+    """TrainConfig with a tiny budget; any setting can be given."""
+
+    def make(**settings):
+        budget = {} if "seconds" in settings else {"steps": 6}
+        small = {"batch_size": 16, "validation_rows": 50, "progress": False, "device": "cpu"}
+        return cnf.TrainConfig(**{**budget, **small, **settings})
+
+    return make
+
+
+@pytest.fixture
+def small():
+    """(name) → a small model with the same first weights every time."""
+
+    def build(name="cnf", **options):
+        state = torch.random.get_rng_state()
+        torch.manual_seed(7)
+        options = {"dim": 2, "hidden": (8,), **options}
+        if name == "cnf":
+            options.setdefault("solver", FIXED)
+        flow = cnf.models.build(name, **options)
+        torch.random.set_rng_state(state)
+        return flow
+
+    return build
+
+
+@pytest.fixture
+def points():
+    """100 rows of distinct numbers."""
+    return torch.randn(100, 2, generator=torch.Generator().manual_seed(3)) * 2 + 1
+
+
+@pytest.fixture
+def same():
+    """Whether two modules, or a module and a state dict, have bitwise the same weights."""
+
+    def compare(a, b):
+        a, b = (m.state_dict() if isinstance(m, nn.Module) else m for m in (a, b))
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    return compare
+
+
+class Square(Objective):
+    """Mean of |net(x)|², whatever the net; remembers the rows it was given."""
+
+    def __init__(self):
+        self.seen, self.contexts = [], []
+
+    def prepare(self, module, batch, generator=None):
+        return batch
+
+    def __call__(self, module, batch, generator=None):
+        if torch.is_grad_enabled():
+            self.seen.append(batch.x)
+            self.contexts.append(batch.context)
+        value = module(batch.x).square().mean()
+        return cnf.Loss(value, {"square": value.detach()})
+
+
+@pytest.fixture
+def square():
+    return Square()
+
+
+class Broken(Objective):
+    """The gradient is NaN in the steps given."""
+
+    def __init__(self, bad_steps):
+        self.bad_steps, self.step = set(bad_steps), 0
+
+    def prepare(self, module, batch, generator=None):
+        return batch
+
+    def __call__(self, module, batch, generator=None):
+        value = module(batch.x).square().mean()
+        if torch.is_grad_enabled():
+            value = value * float("nan") if self.step in self.bad_steps else value
+            self.step += 1
+        return cnf.Loss(value, {})
+
+
+@pytest.fixture
+def broken():
+    return Broken
+
+
+class Watched:
+    """Density or batches that do something at one step: raise, or press Ctrl-C."""
+
+    def __init__(self, inner, at, action):
+        self.inner, self.at, self.action, self.calls = inner, at, action, 0
+
+    def act(self):
+        if self.calls == self.at:
+            self.action()
+        self.calls += 1
+
+
+class WatchedDensity(Watched):
+    dim = 2
+
+    def log_prob(self, x):
+        return self.inner.log_prob(x)
+
+    def sample(self, n, generator=None):
+        if n == 16:  # a training batch, neither the held-out draw nor preprocessing's
+            self.act()
+        return self.inner.sample(n, generator)
+
+
+class WatchedRows(Watched, torch.utils.data.Dataset):
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, row):
+        self.act()
+        return self.inner[row]
+
+
+class WatchedBatches(Watched):
+    def __iter__(self):
+        for batch in self.inner:
+            self.act()
+            yield batch
+
+
+@pytest.fixture
+def watched():
+    """(kind, action) → (data, the same data without the action), the action near step 4."""
+    toy = cnf.data.toy("moons")
+    rows = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
+
+    def make(kind, action):
+        if kind == "toy":
+            return WatchedDensity(toy, 3, action), WatchedDensity(toy, -1, None)
+        if kind == "rows":
+            head = 100  # the held-out rows and those preprocessing is fitted to
+            return WatchedRows(rows, head + 3 * 16, action), WatchedRows(rows, -1, None)
+        batches = list(rows[:96].split(16))
+        return WatchedBatches(batches, 1 + 3, action), WatchedBatches(batches, -1, None)
+
+    return make

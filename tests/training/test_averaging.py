@@ -1,0 +1,190 @@
+"""What is kept: averaged weights, the best weights; what happens to bad gradients."""
+
+import pytest
+import torch
+
+import cnf
+from cnf.training import checkpoint
+
+
+def hand_average(weights, decay):
+    average = weights[0].clone()
+    for step, weight in enumerate(weights[1:], 1):
+        rate = min(decay, step / (step + 9))  # the first weights are soon forgotten
+        average = rate * average + (1 - rate) * weight
+    return average
+
+
+@pytest.fixture
+def linear(points, config, square):
+    """Train a linear map → (net, its raw weights from the first to the last, the folder's state)."""
+
+    def train(folder, **settings):
+        net = torch.nn.Linear(2, 2, bias=False).double()
+        torch.nn.init.eye_(net.weight)
+        history = []
+        before = type(square).__call__
+
+        class Watching(type(square)):
+            def __call__(self, module, batch, generator=None):
+                if torch.is_grad_enabled():
+                    history.append(module.weight.detach().clone())
+                return before(self, module, batch, generator)
+
+        cnf.fit(net, Watching(), points, config(steps=8, folder=folder, **settings))
+        state = checkpoint.load_state(folder)
+        raw = state["learner"]["module"]["weight"]
+        return net, [*history, raw], state
+
+    return train
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.15, 0.999])
+def test_module_holds_the_hand_kept_average_afterwards(linear, decay, tmp_path):
+    net, raw, _ = linear(tmp_path / "run", ema=decay, lr=0.1)
+    assert len(raw) == 9
+    torch.testing.assert_close(net.weight.detach(), hand_average(raw, decay), rtol=0, atol=1e-14)
+    assert not torch.equal(net.weight, raw[-1])
+
+
+def test_checkpoint_holds_raw_and_averaged_weights(linear, tmp_path):
+    net, raw, state = linear(tmp_path / "run", ema=0.9, lr=0.1)
+    assert torch.equal(state["learner"]["module"]["weight"], raw[-1])
+    assert torch.equal(state["learner"]["kept"]["weight"], net.weight)
+
+
+def test_without_ema_the_last_weights_are_kept(linear, tmp_path):
+    net, raw, state = linear(tmp_path / "run", ema=None, lr=0.1)
+    assert torch.equal(net.weight, raw[-1])
+    assert not torch.equal(raw[-1], raw[-2])
+
+
+def test_buffers_are_those_of_training_and_not_of_validation(points, config, square):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    cnf.fit(net, square, points, config(steps=6, ema=0.9))
+    assert net[1].num_batches_tracked == 6
+
+
+@pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
+def test_validation_is_the_nll_of_the_kept_weights_on_held_out_rows(
+    objective, small, config, points
+):
+    flow, held_out = small(), points[:30] + 0.5
+    history = cnf.fit(flow, objective, points, config(steps=20), validation=held_out)
+    scores = history.column("val_nll")
+    assert len(scores) == 10
+    with torch.no_grad():
+        expected = -flow.log_prob(held_out).mean().item()
+    assert scores[-1] == pytest.approx(expected, rel=1e-6)  # float32 sum
+
+
+def test_toy_is_validated_on_a_fixed_draw(small, config):
+    settings = config(steps=4, lr=1e-30, ema=None)  # too small a step to change a weight
+    history = cnf.fit(small(), cnf.FlowMatching(), cnf.data.toy("moons"), settings)
+    assert len(history.column("val_nll")) == 4
+    assert len(set(history.column("val_nll"))) == 1
+
+
+def test_validations_spread_evenly_over_the_budget(small, config, points):
+    history = cnf.fit(small(), cnf.FlowMatching(), points, config(steps=12, validations=4))
+    scored = [record["step"] for record in history.records if "val_nll" in record]
+    assert scored == [3, 6, 9, 12]
+
+
+def test_no_validations_scores_nothing_and_trains_on_every_row(config, points, square):
+    history = cnf.fit(torch.nn.Linear(2, 2), square, points, config(steps=6, validations=0))
+    assert history.column("val_loss") == []
+    assert len(torch.cat(square.seen).unique(dim=0)) == 96  # six whole batches of sixteen
+
+
+@pytest.mark.parametrize("validation_rows, held_out", [(50, 10), (4, 4)])
+def test_a_tenth_of_the_rows_is_held_out_and_never_trained_on(
+    validation_rows, held_out, config, points, square, monkeypatch
+):
+    scored = []
+    original = cnf.training.validation.Validation.__init__
+
+    def spy(self, objective, config, rows):
+        scored.append(rows.x)
+        original(self, objective, config, rows)
+
+    monkeypatch.setattr(cnf.training.validation.Validation, "__init__", spy)
+    settings = config(steps=60, validation_rows=validation_rows)
+    cnf.fit(torch.nn.Linear(2, 2), square, points, settings)
+    trained = {tuple(row) for row in torch.cat(square.seen).tolist()}
+    kept_out = {tuple(row) for row in scored[0].tolist()}
+    assert len(kept_out) == held_out
+    assert not trained & kept_out
+    assert len(trained) == 100 - held_out
+
+
+def test_each_row_comes_once_an_epoch_in_another_order(config, points, square):
+    cnf.fit(torch.nn.Linear(2, 2), square, points[:96], config(steps=12, validations=0))
+    first, second = torch.cat(square.seen[:6]), torch.cat(square.seen[6:])
+    assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 96
+    assert not torch.equal(first, second)
+
+
+def test_patience_stops_and_keeps_the_best_weights(small, config, points):
+    flow = small()
+    held_out = points[:30]
+    settings = config(steps=400, lr=0.2, patience=2, validations=100, schedule="constant")
+    history = cnf.fit(flow, cnf.FlowMatching(), points, settings, validation=held_out)
+    scores = history.column("val_nll")
+    assert history.reason == "patience" and history.steps < 400
+    assert min(scores) == scores[-3] < scores[-2]
+    with torch.no_grad():
+        kept = -flow.log_prob(held_out).mean().item()
+    assert kept == pytest.approx(min(scores), rel=1e-6)  # float32 sum
+
+
+def test_patience_saves_the_best_weights(small, config, points, same, tmp_path):
+    flow = small()
+    settings = {"steps": 400, "lr": 0.2, "patience": 2, "validations": 100}
+    settings = config(folder=tmp_path / "run", schedule="constant", **settings)
+    assert cnf.fit(flow, cnf.FlowMatching(), points, settings).reason == "patience"
+    assert same(flow, cnf.load(tmp_path / "run"))
+
+
+def test_steps_with_nan_gradients_are_skipped_and_counted(config, points, broken):
+    net, twin = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    twin.load_state_dict(net.state_dict())
+    settings = {"validations": 0, "schedule": "constant", "ema": None, "warmup": 0.0}
+    history = cnf.fit(net, broken({0, 2, 3}), points, config(steps=6, **settings))
+    assert (history.skipped, history.steps) == (3, 6)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    cnf.fit(twin, broken(range(6)), points, config(steps=6, **settings))
+    assert not torch.equal(net.weight, twin.weight)
+
+
+def test_skipped_step_leaves_weights_and_average_alone(config, points, broken):
+    net = torch.nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    history = cnf.fit(net, broken(range(6)), points, config(steps=6, validations=0))
+    assert history.skipped == 6
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_twenty_nan_gradients_in_a_row_raise_with_advice(config, points, broken):
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"20 steps in a row.*lower lr=.*data's scale") as raised:
+        cnf.fit(net, broken(range(5, 99)), points, config(steps=99, validations=0))
+    assert "\n" not in str(raised.value)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_nineteen_nan_gradients_in_a_row_do_not_raise(config, points, broken):
+    bad = {*range(19), *range(20, 39)}
+    settings = config(steps=50, validations=0)
+    assert cnf.fit(torch.nn.Linear(2, 2), broken(bad), points, settings).skipped == 38
+
+
+def test_gradient_is_clipped_to_the_norm_given(config, points, square):
+    def first_step(clip):
+        net = torch.nn.Linear(2, 2, bias=False).double()
+        torch.nn.init.eye_(net.weight)
+        settings = config(steps=1, clip=clip, ema=None, validations=0, warmup=0.0)
+        cnf.fit(net, square, points * 1e-8, settings)  # so small that Adam's epsilon shows
+        return (net.weight - torch.eye(2)).norm()
+
+    assert first_step(1e-18) < first_step(None) / 10

@@ -1,0 +1,203 @@
+"""What a user can get wrong is answered in one line: who, what was expected, what came."""
+
+import re
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import cnf
+from cnf import CheckpointError, FlowMatching, MaximumLikelihood
+from cnf.objectives import Objective
+
+X = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
+BAD = X.clone()
+BAD[7, 1], BAD[40, 0] = float("nan"), float("inf")
+CONTEXT = X.sum(1, keepdim=True)
+
+
+def refused(act, *words, kinds=(ValueError,)):
+    """One line that has all the words (patterns)."""
+    with pytest.raises(kinds) as raised:
+        act()
+    assert type(raised.value) in (*kinds, cnf.errors.UnknownNameError)
+    message = str(raised.value)
+    assert "\n" not in message.strip(), message
+    for word in words:
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+
+
+DATA = {
+    "wrong width": (torch.randn(100, 3), {}, [r"^fit", r"\(2,\)", r"\(3,\)"]),
+    "images for points": (torch.randn(100, 1, 4, 4), {}, [r"^fit", r"\(2,\)", r"\(1, 4, 4\)"]),
+    "a vector": (X[:, 0], {}, [r"^fit", r"\(N, D\)", r"\(100,\)"]),
+    "a number": (torch.tensor(3.0), {}, [r"^fit", r"\(N, D\)"]),
+    "NaN rows": (BAD, {}, [r"^fit", "2 of 100 rows", r"rows 7, 40"]),
+    "NaN rows of an array": (BAD.numpy(), {}, [r"^fit", "rows 7, 40"]),
+    "NaN rows of a dataset": (TensorDataset(BAD), {}, [r"fit", "NaN", "rows"]),
+    "NaN rows of batches": ([X[:16], BAD[:16]], {}, [r"fit", "NaN", "rows"]),
+    "no rows": (X[:0], {}, [r"^fit", r"\(0, 2\)"]),
+    "an empty dataset": (TensorDataset(X[:0]), {}, [r"^fit", "got 0"]),
+    "one row": (X[:1], {}, [r"^fit", "two rows", r"\(1, 2\)"]),
+    "fewer rows than a batch": (X[:10], {}, [r"batch_size=16", "got 9", "lower batch_size"]),
+    "integers": (torch.arange(200).reshape(100, 2), {}, ["float", "int64"]),
+    "an iterator": (iter([X]), {}, [r"^fit", "iterable", "iterator"]),
+    "an empty iterable": ([], {}, [r"^fit", "empty"]),
+    "batches of another width": ([X[:16], torch.randn(16, 3)], {}, [r"\(2,\)|\*, 2", "3"]),
+    "batches of three parts": ([(X[:16], X[:16], X[:16])], {}, [r"^fit", "3 parts"]),
+    "no data for flow matching": (None, {}, ["data"]),
+    "too few rows of context": (X, {"context": CONTEXT[:50]}, [r"^fit", "100", "50"]),
+    "NaN in the context": (X, {"context": BAD}, [r"^fit", "context", "rows 7, 40"]),
+    "NaN in validation": (X, {"validation": BAD}, ["validation", "NaN"]),
+    "validation of another width": (X, {"validation": torch.randn(9, 3)}, ["3"]),
+    "context for a flow without": (X, {"context": CONTEXT}, ["context"]),
+    "context beside a toy": (cnf.data.toy("moons"), {"context": CONTEXT}, ["context"]),
+    "context beside a dataset": (TensorDataset(X), {"context": CONTEXT}, ["context"]),
+}
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood()])
+@pytest.mark.parametrize("kind", DATA)
+def test_unusable_data_are_refused_in_one_line(kind, objective, small, config):
+    data, options, words = DATA[kind]
+    refused(lambda: cnf.fit(small(), objective, data, config(), **options), *words)
+
+
+@pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood()])
+@pytest.mark.parametrize("validations", [0, 2])
+@pytest.mark.parametrize("context", [None, torch.randn(100, 3)])
+def test_context_missing_or_of_another_size_is_named(
+    context, validations, objective, small, config
+):
+    settings = config(validations=validations)
+    act = lambda: cnf.fit(small(context=2), objective, X, settings, context=context)  # noqa: E731
+    refused(act, "context", r"\(\*, 2\)|2", "None" if context is None else "3")
+
+
+def test_data_are_refused_before_the_module_is_touched(small, config, same):
+    flow = small()
+    with pytest.raises(ValueError):
+        cnf.fit(flow, FlowMatching(), BAD, config())
+    assert same(flow, small())
+
+
+SETTINGS = {
+    "negative steps": ({"steps": -1}, ["steps > 0", "-1"]),
+    "zero steps": ({"steps": 0}, ["steps > 0", "0"]),
+    "negative seconds": ({"seconds": -2.5}, ["seconds > 0", r"-2\.5"]),
+    "zero seconds": ({"seconds": 0.0}, ["seconds > 0"]),
+    "seconds without end": ({"seconds": float("inf")}, ["seconds"]),
+    "both budgets": ({"seconds": 3.0, "steps": 2}, ["not both", "steps=2", r"seconds=3\.0"]),
+    "unknown optimizer": ({"optimizer": "sgdd"}, ["optimizer", "'adam', 'adamw'", "'sgdd'"]),
+    "unknown schedule": ({"schedule": "linear"}, ["schedule", "'cosine'", "'linear'"]),
+    "no batch": ({"batch_size": 0}, ["batch_size > 0"]),
+    "no learning rate": ({"lr": 0.0}, ["lr > 0"]),
+    "NaN learning rate": ({"lr": float("nan")}, ["lr > 0", "nan"]),
+    "negative clip": ({"clip": -1.0}, ["clip > 0"]),
+    "warm-up too long": ({"warmup": 1.0}, ["warmup < 1", r"1\.0"]),
+    "ema of one": ({"ema": 1.0}, ["ema < 1"]),
+    "negative ema": ({"ema": -0.1}, ["ema"]),
+    "negative weight decay": ({"weight_decay": -1.0}, ["weight_decay >= 0"]),
+    "negative validations": ({"validations": -1}, ["validations >= 0"]),
+    "no patience": ({"patience": 0}, ["patience > 0"]),
+    "resume without a folder": ({"resume": True}, ["resume", "folder"]),
+    "batch that processes cannot share": (
+        {"batch_size": 15, "devices": 2},
+        ["batch_size", "divisible", "15", "2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_impossible_settings_are_refused_in_one_line(kind):
+    settings, words = SETTINGS[kind]
+    refused(lambda: cnf.TrainConfig(**settings), "^TrainConfig", *words)
+
+
+def test_misspelt_setting_is_refused():
+    refused(lambda: cnf.TrainConfig(stpes=3), "stpes", kinds=(TypeError,))  # pyright: ignore
+
+
+def test_a_minute_is_the_default_budget():
+    assert cnf.TrainConfig().seconds == 60.0 and cnf.TrainConfig(steps=3).seconds is None
+
+
+def test_misspelt_options_of_objectives_and_models_are_refused(small):
+    refused(lambda: FlowMatching(coupling="indpendent"), "coupling", "independent")
+    refused(lambda: FlowMatching(path="liner"), "path", "linear")
+    refused(lambda: MaximumLikelihood(divergence="hutch"), "divergence", "hutchinson")
+    refused(lambda: MaximumLikelihood(penalties={"kinetics": 0.1}), "kinetic")
+    refused(lambda: small("cnf", hiden=(3,)), "hiden", "hidden")
+    refused(lambda: small("cmf"), "cmf", "cnf")
+
+
+def test_flow_matching_of_a_discrete_flow_names_the_objective_to_take(small, config):
+    act = lambda: cnf.fit(small("realnvp"), FlowMatching(), X, config())  # noqa: E731
+    refused(act, "FlowMatching", r"MaximumLikelihood\(\)", kinds=(TypeError,))
+
+
+def test_likelihood_of_what_is_no_flow_is_refused(config):
+    act = lambda: cnf.fit(torch.nn.Linear(2, 2), MaximumLikelihood(), X, config())  # noqa: E731
+    refused(act, "MaximumLikelihood", "cnf.Flow", "Linear", kinds=(TypeError,))
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"device": "gpu0"}, ["gpu0"]),
+        ({"strategy": "dpp"}, ["dpp"]),
+        ({"precision": "15"}, ["15", "precision|Precision"]),
+        ({"strategy": "ddp_spawn", "devices": 2}, ["ddp_spawn"]),
+    ],
+)
+def test_unknown_engine_settings_are_refused_before_a_folder_is_made(
+    setting, words, small, config, tmp_path
+):
+    settings = config(folder=tmp_path / "run", **setting)
+    refused(lambda: cnf.fit(small(), FlowMatching(), X, settings), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_nothing_is_refused(small, config, tmp_path):
+    settings = config(folder=tmp_path / "run", resume=True)
+    refused(lambda: cnf.fit(small(), FlowMatching(), X, settings), "no run to resume", "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_a_folder_without_a_checkpoint_is_refused(small, config, tmp_path):
+    settings = config(folder=tmp_path, resume=True)
+    act = lambda: cnf.fit(small(), FlowMatching(), X, settings)  # noqa: E731
+    refused(act, "state.pt", str(tmp_path), kinds=(CheckpointError,))
+
+
+@pytest.mark.parametrize("other", [("cnf", {"hidden": (9,)}), ("ffjord", {}), ("realnvp", {})])
+def test_resume_with_another_model_is_refused_in_one_line(other, small, config, tmp_path):
+    cnf.fit(small(), MaximumLikelihood(), X, config(folder=tmp_path / "run"))
+    name, options = other
+    settings = config(folder=tmp_path / "run", resume=True)
+    act = lambda: cnf.fit(small(name, **options), MaximumLikelihood(), X, settings)  # noqa: E731
+    refused(act, "another model", str(tmp_path), kinds=(CheckpointError,))
+
+
+def test_resume_with_another_seed_is_refused(small, config, tmp_path):
+    cnf.fit(small(), FlowMatching(), X, config(folder=tmp_path / "run", seed=1))
+    settings = config(folder=tmp_path / "run", seed=2, resume=True)
+    act = lambda: cnf.fit(small(), FlowMatching(), X, settings)  # noqa: E731
+    refused(act, "seed", kinds=(CheckpointError, ValueError))
+
+
+def test_objective_without_defaults_trains_with_a_folder(config, tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Power(Objective):
+        exponent: float
+
+        def prepare(self, module, batch, generator=None):
+            return batch
+
+        def __call__(self, module, batch, generator=None):
+            return cnf.Loss(module(batch.x).abs().pow(self.exponent).mean(), {})
+
+    settings = config(folder=tmp_path / "run")
+    assert cnf.fit(torch.nn.Linear(2, 2), Power(3.0), X, settings).steps == 6

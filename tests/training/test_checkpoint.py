@@ -1,0 +1,226 @@
+"""Checkpoints: what is written is read again, what is foreign or broken is refused, unrun."""
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+
+import cnf
+from cnf.training import load, save
+from cnf.training.checkpoint import load_state, save_state
+
+MODELS = ["cnf", "ffjord", "realnvp"]
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def refusal(read, *arguments, **options):
+    """The one line that a CheckpointError says."""
+    with pytest.raises(cnf.CheckpointError) as raised:
+        read(*arguments, **options)
+    message = str(raised.value)
+    assert "\n" not in message.strip(), message
+    return message
+
+
+@pytest.fixture
+def written(small, tmp_path):
+    return save(small(), tmp_path / "flow.safetensors")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_save_load_gives_the_same_log_prob(name, dtype, small, points, tmp_path):
+    flow = small(name).to(dtype)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1)
+    flow.preprocess and flow.preprocess.fit(points.to(dtype))
+    read = load(save(flow, tmp_path / "flow.safetensors"))
+    x = points.to(dtype)
+    assert torch.equal(read.log_prob(x), flow.log_prob(x))
+    assert read.spec == flow.spec
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conditional_flow_is_built_again(name, small, points, tmp_path):
+    flow = small(name, context=3)
+    context = torch.randn(100, 3)
+    read = load(save(flow, tmp_path / "flow.safetensors"))
+    assert torch.equal(read.log_prob(points, context), flow.log_prob(points, context))
+
+
+def test_hand_built_flow_needs_into(small, points, tmp_path):
+    built = small("realnvp")
+    by_hand = cnf.Flow(None, built.transform, event_shape=(2,))
+    path = save(by_hand, tmp_path / "flow.safetensors")
+    assert "into=" in refusal(load, path)
+    into = cnf.Flow(None, small("realnvp").transform, event_shape=(2,))
+    assert load(path, into=into) is into
+    assert torch.equal(into.log_prob(points), by_hand.log_prob(points))
+
+
+def test_into_another_flow_is_refused_in_one_line(small, written):
+    message = refusal(load, written, into=small("realnvp"))
+    assert "do not fit" in message and str(written) in message
+
+
+def test_missing_file_and_empty_folder_are_named(tmp_path):
+    assert "nowhere" in refusal(load, tmp_path / "nowhere")
+    assert "flow.safetensors" in refusal(load, tmp_path)
+
+
+def test_truncated_checkpoint_is_refused(written, tmp_path):
+    data = written.read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    for length in (0, 1, 7, 8, 9, 50, len(data) // 2, len(data) - 1):
+        cut.write_bytes(data[:length])
+        assert str(cut) in refusal(load, cut)
+
+
+@pytest.mark.parametrize("data", [b"not a checkpoint", b"\xff" * 64, b"\x00" * 64, b"{}" * 40])
+def test_foreign_bytes_are_refused(data, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    assert str(path) in refusal(load, path)
+
+
+def test_another_programs_safetensors_file_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file({"w": torch.ones(2)}, path, metadata=metadata)
+        assert "not written by cnf" in refusal(load, path)
+
+
+SPECS = {
+    "no json": "{",
+    "a list": "[1]",
+    "no options": json.dumps({"model": "cnf"}),
+    "unknown model": json.dumps({"model": "os.system", "options": {"dim": 2}}),
+    "unknown option": json.dumps({"model": "cnf", "options": {"dim": 2, "evil": 1}}),
+    "wrong kind of option": json.dumps({"model": "cnf", "options": {"dim": "two"}}),
+    "negative size": json.dumps({"model": "cnf", "options": {"dim": -2}}),
+    "options are a list": json.dumps({"model": "cnf", "options": [1, 2]}),
+    "hidden is a number": json.dumps({"model": "cnf", "options": {"dim": 2, "hidden": 3}}),
+    "solver is a word": json.dumps({"model": "cnf", "options": {"dim": 2, "solver": "x"}}),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_broken_recipe_is_refused(kind, tmp_path):
+    path = tmp_path / "x.safetensors"
+    metadata = {"format": "cnf-flow-1", "spec": SPECS[kind]}
+    safetensors.torch.save_file({"w": torch.ones(2)}, path, metadata=metadata)
+    assert str(path) in refusal(load, path)
+
+
+def test_missing_recipe_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, path, metadata={"format": "cnf-flow-1"})
+    assert str(path) in refusal(load, path)
+
+
+@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb, 2)),
+                                   lambda bomb, path: torch.save({"learner": bomb}, path)])  # fmt: skip
+@pytest.mark.parametrize("name, read", [("x.safetensors", load), ("state.pt", load_state)])
+def test_pickle_bomb_runs_no_code(name, read, write, tmp_path):
+    mark, path = tmp_path / "exploded", tmp_path / name
+    write(Bomb(mark), path)
+    message = refusal(read, path)
+    assert str(path) in message
+    assert "to `False`" not in message  # torch's advice: run the code after all
+    assert not mark.exists()
+    with contextlib.suppress(RuntimeError, TypeError), open(path, "rb") as file:
+        torch.load(file, weights_only=False)
+    assert mark.exists()  # it was a live one
+
+
+def test_truncated_state_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state({"learner": {"w": torch.ones(1000)}, "records": [{"step": 1}]}, path)
+    data = path.read_bytes()
+    for length in (0, 1, 10, 100, len(data) // 2, len(data) - 10):
+        path.write_bytes(data[:length])
+        assert str(path) in refusal(load_state, path)
+
+
+@pytest.mark.parametrize("data", [b"not a state", b"PK\x03\x04" + bytes(90), b"\x80\x02" * 9])
+def test_foreign_state_is_refused(data, tmp_path):
+    path = tmp_path / "state.pt"
+    path.write_bytes(data)
+    assert str(path) in refusal(load_state, path)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_leaves_the_old_checkpoint_byte_for_byte(small, written, monkeypatch):
+    old, other = written.read_bytes(), small()
+    torch.nn.init.ones_(next(other.parameters()))
+
+    def half(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", half)
+        message = refusal(save, other, written)
+    assert "No space left" in message and str(written) in message
+    assert written.read_bytes() == old
+    assert os.listdir(written.parent) == [written.name]
+
+
+def test_full_disk_leaves_the_old_state_byte_for_byte(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    save_state({"a": 1}, path)
+    old = path.read_bytes()
+
+    def half(state, target):
+        with open(target, "wb") as file:
+            file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        assert "cannot write" in refusal(save_state, {"a": 2}, path)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_refused_replacement_leaves_no_temporary_file(small, written, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    old = written.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", denied)
+        assert "Permission denied" in refusal(save, small(), written)
+    assert written.read_bytes() == old
+    assert os.listdir(written.parent) == [written.name]
+
+
+def test_path_under_a_file_is_refused(small, written):
+    assert "cannot write" in refusal(save, small(), written / "flow.safetensors")
+
+
+def test_shared_weights_are_saved(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[1].weight = module[0].weight
+    path = save(module, tmp_path / "tied.safetensors")
+    read = safetensors.torch.load_file(path)
+    assert torch.equal(read["1.weight"], read["0.weight"])

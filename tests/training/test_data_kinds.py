@@ -1,0 +1,205 @@
+"""Everything that `fit` takes as data, and context that follows its rows."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import cnf
+from cnf.objectives import Objective
+
+ROWS = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
+CONTEXT = torch.cat([ROWS, ROWS.sum(1, keepdim=True)], 1)  # each row's context tells which it is
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, row):
+        return ROWS[row], CONTEXT[row]
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield ROWS[:16]
+
+
+class Counted(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS[:96].split(16))
+
+    def __len__(self):
+        return 6
+
+
+KINDS = {
+    "toy": lambda: cnf.data.toy("moons"),
+    "tensor": lambda: ROWS,
+    "float64 tensor": lambda: ROWS.double(),
+    "array": lambda: ROWS.numpy(),
+    "float64 array": lambda: ROWS.double().numpy(),
+    "map-style dataset of x": lambda: TensorDataset(ROWS),
+    "list of batches": lambda: list(ROWS.split(16)),
+    "list of array batches": lambda: [part.numpy() for part in ROWS.split(16)],
+    "DataLoader": lambda: DataLoader(TensorDataset(ROWS), batch_size=16),
+    "iterable dataset": Endless,
+    "iterable dataset with a length": Counted,
+    "points": lambda: cnf.data.load(ROWS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
+def test_every_kind_of_data_trains(kind, objective, small, config, same):
+    flow = small()
+    history = cnf.fit(flow, objective, KINDS[kind](), config(steps=8))
+    assert (history.steps, history.skipped) == (8, 0)
+    assert not same(flow, small())
+    assert all(p.dtype == torch.float32 for p in flow.parameters())
+
+
+@pytest.mark.parametrize("name", ["mine.npy", "mine.csv"])
+def test_points_of_a_file_train_like_the_tensor(name, small, config, same, tmp_path):
+    path = tmp_path / name
+    np.save(path, ROWS) if name.endswith("npy") else np.savetxt(path, ROWS, delimiter=",")
+    of_file, of_tensor = small(), small()
+    cnf.fit(of_file, cnf.FlowMatching(), cnf.data.load(path), config())
+    cnf.fit(of_tensor, cnf.FlowMatching(), ROWS, config())
+    assert same(of_file, of_tensor)
+
+
+@pytest.mark.parametrize("kind", ["array", "map-style dataset of x", "points"])
+def test_rows_in_other_clothes_train_like_the_tensor(kind, small, config, same):
+    one, other = small(), small()
+    cnf.fit(one, cnf.FlowMatching(), ROWS, config())
+    cnf.fit(other, cnf.FlowMatching(), KINDS[kind](), config())
+    assert same(one, other)
+
+
+def test_shuffled_dataloader_repeats_whatever_was_drawn_before(small, config, same):
+    def train(seed):
+        torch.manual_seed(seed)
+        flow = small()
+        loader = DataLoader(TensorDataset(ROWS[:96]), batch_size=16, shuffle=True)
+        before = torch.random.get_rng_state()
+        cnf.fit(flow, cnf.FlowMatching(), loader, config(steps=9))
+        assert torch.equal(before, torch.random.get_rng_state())
+        return flow
+
+    assert same(train(1), train(2))
+
+
+def test_iterable_is_begun_again_when_it_ends(config, square):
+    batches = list(ROWS[:48].split(16))
+    cnf.fit(nn.Linear(2, 2), square, batches, config(steps=7))
+    assert all(torch.equal(square.seen[k], batches[k % 3]) for k in range(7))
+
+
+@pytest.mark.parametrize("data", ["tensors", "arrays", "dataset", "batches"])
+def test_context_follows_its_rows(data, config, square):
+    context = None
+    if data == "tensors":
+        data, context = ROWS, CONTEXT
+    elif data == "arrays":
+        data, context = ROWS.numpy(), CONTEXT.numpy()
+    elif data == "dataset":
+        data = Pairs()
+    else:
+        data = list(zip(ROWS.split(16), CONTEXT.split(16), strict=True))
+    cnf.fit(nn.Linear(2, 2), square, data, config(steps=12), context=context)
+    x, c = torch.cat(square.seen), torch.cat(square.contexts)
+    assert len(x.unique(dim=0)) >= 80
+    assert torch.equal(c[:, :2], x)
+
+
+@pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
+def test_conditional_flow_trains_and_is_validated_with_its_context(objective, small, config):
+    flow = small(context=3)
+    history = cnf.fit(flow, objective, ROWS, config(steps=20), context=CONTEXT)
+    assert history.steps == 20 and len(history.column("val_nll")) == 10
+    field = flow.field
+    used = [p for p in field.parameters() if p.dim() == 2]
+    assert all(torch.isfinite(p).all() for p in used)
+
+
+def test_conditional_flow_learns_what_its_context_says(small, config):
+    """x ~ N(±3, 0.1²) with the sign in the context: rows that lost their context would be two
+    lumps, and cost log 2 and more."""
+    sign = torch.where(torch.arange(512) % 3 == 0, 1.0, -1.0)[:, None]
+    x = 3 * sign + 0.1 * torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
+    flow = small("realnvp", context=1, hidden=(16,), layers=2)
+    settings = config(steps=150, batch_size=128, lr=2e-2, ema=0.9)
+    cnf.fit(flow, cnf.MaximumLikelihood(), x, settings, context=sign)
+    for value in (1.0, -1.0):
+        drawn = flow.sample((200,), torch.full((1,), value))
+        assert (drawn[:, 0] * value > 2).float().mean() > 0.9
+
+
+class Encoder(nn.Module):
+    """A tiny variational autoencoder's parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(2, 2), nn.Linear(1, 2)
+
+
+class Elbo(Objective):
+    def prepare(self, module, batch, generator=None):
+        noise = torch.randn(len(batch.x), 1, generator=generator)
+        return cnf.Batch(batch.x, x0=noise)
+
+    def __call__(self, module, batch, generator=None):
+        mean, log_scale = module.encode(batch.x).split(1, 1)
+        z = mean + log_scale.exp() * batch.x0
+        error = (module.decode(z) - batch.x).square().sum(1)
+        kl = 0.5 * (mean.square() + (2 * log_scale).exp() - 2 * log_scale - 1).sum(1)
+        value = (error + kl).mean()
+        return cnf.Loss(value, {"error": error.mean().detach()})
+
+
+def test_any_module_trains_by_its_own_objective(config, tmp_path):
+    folder = tmp_path / "run"
+    settings = config(steps=60, lr=5e-2, folder=folder, ema=0.5)
+    history = cnf.fit(Encoder(), Elbo(), ROWS, settings)
+    assert history.column("loss")[-1] < history.column("loss")[0]
+    assert len(history.column("val_loss")) == 10 and history.column("val_nll") == []
+    assert history.column("val_loss")[-1] < history.column("val_loss")[0]
+    assert "error" in (folder / "metrics.csv").read_text().splitlines()[0]
+
+
+class Target(Objective):
+    """Needs no data: reverse KL's kind."""
+
+    def prepare(self, module, batch, generator=None):
+        return cnf.Batch(torch.randn(len(batch.x), 2, generator=generator))
+
+    def __call__(self, module, batch, generator=None):
+        assert len(batch.x) == 16
+        return cnf.Loss((module(batch.x) - 1).square().mean(), {})
+
+
+def test_no_data_where_the_objective_needs_none(config):
+    net = nn.Linear(2, 2)
+    history = cnf.fit(net, Target(), None, config(steps=300, lr=3e-2, ema=None))
+    assert history.column("loss")[-1] < 0.1
+    assert history.column("val_loss") == []
+
+
+def test_float64_module_takes_float32_data_and_stays_float64(small, config):
+    for objective in (cnf.FlowMatching(), cnf.MaximumLikelihood()):
+        flow = small().double()
+        cnf.fit(flow, objective, ROWS, config())
+        assert all(p.dtype == torch.float64 for p in flow.parameters())
+        assert flow.log_prob(ROWS.double()).dtype == torch.float64
+
+
+def test_preprocessing_is_fitted_to_training_rows_once(small, config):
+    flow = small()
+    cnf.fit(flow, cnf.FlowMatching(), ROWS * 3 + 5, config(validations=0))
+    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).mean(0))
+    torch.testing.assert_close(flow.preprocess.scale, (ROWS * 3).std(0))
+    cnf.fit(flow, cnf.MaximumLikelihood(), ROWS, config())
+    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).mean(0))

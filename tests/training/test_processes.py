@@ -1,0 +1,129 @@
+"""One process or two, torchrun's or Fabric's: the same weights, and only the first one writes."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cnf
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = '''
+import sys
+import torch
+import cnf
+
+torch.set_num_threads(1)
+out, devices = sys.argv[1], int(sys.argv[2])
+rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+runs = {
+    "flow-matching": (cnf.FlowMatching(), cnf.data.toy("moons")),
+    "likelihood": (cnf.MaximumLikelihood(), rows),
+    "hutchinson": (cnf.MaximumLikelihood(divergence="hutchinson"), list(rows.split(16))),
+}
+solver = cnf.Solver("rk4", steps=2, gradient="backprop")
+for name, (objective, data) in runs.items():
+    torch.manual_seed(7)
+    flow = cnf.models.build("cnf", dim=2, hidden=(8,), solver=solver).double()
+    config = cnf.TrainConfig(
+        steps=8, batch_size=16, device="cpu", devices=devices,
+        strategy="ddp" if devices > 1 else "auto", folder=f"{out}/{name}", progress=False,
+        validation_rows=50, lr=1e-2, patience=5, checkpoint_seconds=1e-9,
+    )
+    history = cnf.fit(flow, objective, data, config)
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+    print(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}", flush=True)
+'''
+RUNS = ["flow-matching", "likelihood", "hutchinson"]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment():
+    """This process's, without what another launcher may have left there."""
+    left = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "TORCHELASTIC", "SLURM", "NODE_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(left)}
+    path = os.pathsep.join([os.getcwd(), *filter(None, [kept.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MASTER_PORT": str(free_port())}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """launcher → (the folder of its three runs, what it printed); each is started once."""
+    done = {}
+
+    def launch(launcher):
+        if launcher in done:
+            return done[launcher]
+        folder = tmp_path_factory.mktemp(launcher)
+        path = folder / "script.py"
+        path.write_text(SCRIPT)
+        devices = 1 if launcher == "one" else 2
+        command = [sys.executable, str(path), str(folder), str(devices)]
+        if launcher == "torchrun":
+            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+            command[1:1] = [*torchrun, str(free_port())]
+        env = environment()
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        assert run.returncode == 0, run.stdout + run.stderr
+        done[launcher] = folder, run.stdout
+        return done[launcher]
+
+    return launch
+
+
+def weights(folder):
+    flow = cnf.load(folder)
+    return torch.cat([p.detach().flatten() for p in flow.parameters()])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_weights_of_one(launcher, name, launched):
+    (alone, _), (folder, said) = launched("one"), launched(launcher)
+    one, two = weights(alone / name), weights(folder / name)
+    assert one.dtype == torch.float64
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-10)  # float64; Adam divides by small √v
+    lines = [line for line in said.splitlines() if line.startswith(name)]
+    assert len(lines) == 2 and lines[0] == lines[1]  # both hold the kept weights afterwards
+
+
+def test_only_the_first_process_writes(launched):
+    folder = launched("fabric")[0] / "flow-matching"
+    files = {p.name for p in folder.rglob("*") if p.is_file()}
+    events = {name for name in files if name.startswith("events.out")}
+    assert len(events) == 1
+    assert files - events == {
+        "config.yaml", "manifest.json", "metrics.csv", "flow.safetensors", "state.pt",
+    }  # fmt: skip
+    assert '"processes": 2' in (folder / "manifest.json").read_text()
+
+
+def test_existing_folder_ends_both_processes(tmp_path):
+    """The second must not wait for a first that has gone."""
+    (tmp_path / "flow-matching").mkdir()
+    (tmp_path / "flow-matching" / "mine").write_text("mine")
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    command = [sys.executable, str(path), str(tmp_path), "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            _, errors = process.communicate(timeout=60)  # returns once no process holds the pipe
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "exists already" in errors

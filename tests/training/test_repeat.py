@@ -1,0 +1,120 @@
+"""The same config gives the same weights, bit for bit."""
+
+import pytest
+import torch
+import yaml
+
+import cnf
+from cnf.training.validation import Validation
+
+RUNS = {
+    "cnf by flow matching": ("cnf", cnf.FlowMatching()),
+    "cnf by likelihood": ("cnf", cnf.MaximumLikelihood()),
+    "cnf by estimated likelihood": ("cnf", cnf.MaximumLikelihood(divergence="hutchinson")),
+    "realnvp by likelihood": ("realnvp", cnf.MaximumLikelihood()),
+}
+
+
+@pytest.fixture
+def trained(small, config):
+    def train(kind, data, **settings):
+        name, objective = RUNS[kind]
+        flow = small(name)
+        cnf.fit(flow, objective, data, config(**settings))
+        return flow
+
+    return train
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_same_seed_gives_the_same_weights_bitwise(kind, trained, small, same):
+    toy = cnf.data.toy("moons")
+    first = trained(kind, toy, seed=1)
+    torch.manual_seed(12345)  # what the user drew before must not matter
+    torch.rand(7)
+    assert same(first, trained(kind, toy, seed=1))
+    assert not same(first, small(RUNS[kind][0]))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("data", ["toy", "points"])
+def test_other_seed_gives_other_weights(kind, data, trained, points, same):
+    data = cnf.data.toy("moons") if data == "toy" else points
+    assert not same(trained(kind, data, seed=1), trained(kind, data, seed=2))
+
+
+def test_folder_progress_and_checkpoints_change_no_weight(trained, points, same, tmp_path, capsys):
+    plain = trained("cnf by flow matching", points)
+    settings = {"folder": tmp_path / "run", "progress": True, "checkpoint_seconds": 1e-9}
+    assert same(plain, trained("cnf by flow matching", points, **settings))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_global_random_state_is_untouched(kind, trained, points):
+    before = torch.random.get_rng_state()
+    trained(kind, points)
+    trained(kind, cnf.data.toy("moons"))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_no_torch_default_is_changed(small, config, points):
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    cnf.fit(small().double(), cnf.MaximumLikelihood(), points, config())
+    assert before == (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+
+
+def test_dropout_repeats_and_differs_between_steps(config, points, square, same):
+    def train():
+        net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Dropout(0.5))
+        torch.nn.init.ones_(net[0].weight), torch.nn.init.ones_(net[0].bias)
+        cnf.fit(net, square, points, config(validations=0, schedule="constant", lr=1e-9))
+        return net
+
+    assert same(train(), train())
+
+
+def test_seconds_budget_records_steps_and_ticks(small, config, points, tmp_path):
+    settings = config(seconds=0.2, folder=tmp_path / "run")
+    history = cnf.fit(small(), cnf.FlowMatching(), points, settings)
+    assert history.reason == "budget" and history.seconds >= 0.2
+    assert history.ticks == sorted(history.ticks) and len(history.ticks) == 200
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["seconds"] is None
+    assert (written["steps"], written["ticks"]) == (history.steps, history.ticks)
+
+
+def test_seconds_budget_repeats_bitwise_from_its_written_config(
+    small, config, points, same, tmp_path
+):
+    first = small()
+    settings = config(seconds=0.2, folder=tmp_path / "run", patience=3, seed=5)
+    cnf.fit(first, cnf.FlowMatching(), points, settings)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    names = cnf.TrainConfig.__dataclass_fields__
+    repeated = cnf.TrainConfig(**{k: v for k, v in written.items() if k in names})
+    second = small()
+    cnf.fit(second, cnf.FlowMatching(), points, repeated)
+    assert same(first, second)
+
+
+def test_validation_time_is_not_charged_to_the_budget(small, config, points, monkeypatch):
+    score, spent = Validation.score, []
+
+    def slow(self, module, fraction):
+        start = clock[0]
+        clock[0] += 1000.0
+        spent.append(clock[0] - start)
+        return score(self, module, fraction)
+
+    clock = [0.0]
+
+    def tick():
+        clock[0] += 1e-3
+        return clock[0]
+
+    monkeypatch.setattr(Validation, "score", slow)
+    monkeypatch.setattr("cnf.training.loop.time.perf_counter", tick)
+    history = cnf.fit(small(), cnf.FlowMatching(), points, config(seconds=0.05, validations=4))
+    assert len(spent) >= 4
+    assert 0.05 <= history.seconds < 0.06
+    assert history.steps >= 40

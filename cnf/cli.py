@@ -13,7 +13,7 @@ import torch
 from cnf import data as densities
 from cnf import models, objectives
 from cnf.dynamics import DIVERGENCES, REGULARIZERS
-from cnf.dynamics.ode import ADAPTIVE, FIXED, Solver
+from cnf.dynamics.solver import ADAPTIVE, FIXED, Solver
 from cnf.errors import CheckpointError, SolverError, optional
 from cnf.fields import FIELDS
 from cnf.flow import Flow

@@ -107,11 +107,11 @@ class FromDensity(Base):
         return drawn.reshape(*sample_shape, *self.event_shape).to(self._like)
 
 
-def gaussian_mixture(means: Tensor, scales: Tensor, weights: Tensor | None = None) -> FromTorch:
-    """A mixture of K Gaussians with diagonal covariance.
+class GaussianMixture(Base):
+    """A mixture of K Gaussians with diagonal covariance, as buffers that follow the module.
 
     >>> means = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
-    >>> gaussian_mixture(means, torch.ones(2, 2)).sample((3,)).shape
+    >>> GaussianMixture(means, scales=torch.ones(2, 2)).sample((3,)).shape
     torch.Size([3, 2])
 
     Args:
@@ -119,17 +119,66 @@ def gaussian_mixture(means: Tensor, scales: Tensor, weights: Tensor | None = Non
         scales: Standard deviations, shape (K, D).
         weights: Mixture weights, shape (K,), equal if None; they need not sum to one.
     """
-    weights = torch.ones_like(means[:, 0]) if weights is None else weights
-    parts = torch.distributions.Independent(torch.distributions.Normal(means, scales), 1)
-    mixture = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(weights), parts
-    )
-    return FromTorch(mixture)
+
+    means: Tensor
+    scales: Tensor
+    weights: Tensor
+
+    def __init__(self, means: Tensor, scales: Tensor, weights: Tensor | None = None) -> None:
+        super().__init__(means.shape[1:])
+        weights = torch.ones_like(means[:, 0]) if weights is None else weights
+        self.register_buffer("means", means)
+        self.register_buffer("scales", scales)
+        self.register_buffer("weights", weights / weights.sum())
+        self.to(means.dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        standard = (z.unsqueeze(-2) - self.means) / self.scales
+        parts = -0.5 * (standard**2 + LOG_2PI) - self.scales.log()
+        return torch.logsumexp(parts.sum(-1) + self.weights.log(), -1)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        shape, count = tuple(sample_shape), math.prod(sample_shape)
+        weights = self.weights.to(self.weights.device if generator is None else generator.device)
+        rows = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
+        rows = rows[:count].reshape(shape).to(self.means.device)
+        noise = self._randn((*shape, *self.event_shape), generator)
+        return self.means[rows] + self.scales[rows] * noise
 
 
-def uniform(low: Tensor, high: Tensor) -> FromTorch:
-    """The uniform distribution on the box [low, high), both of shape (D,); density 0 outside."""
-    return FromTorch(torch.distributions.Uniform(low, high, validate_args=False))
+class Uniform(Base):
+    """The uniform distribution on a box, density 0 outside.
+
+    Args:
+        low: Lower corner, shape (D,).
+        high: Upper corner, shape (D,).
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        if not (high > low).all():
+            raise ValueError(f"Uniform: expected low < high, got {low.tolist()}, {high.tolist()}")
+        super().__init__(low.shape)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.to(low.dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        inside = ((z >= self.low) & (z < self.high)).all(-1)
+        density = -(self.high - self.low).log().sum()
+        return torch.where(inside, density, -torch.inf)
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        device = self.low.device if generator is None else generator.device
+        shape = (*sample_shape, *self.event_shape)
+        draw = torch.rand(shape, generator=generator, device=device, dtype=self.low.dtype)
+        return self.low + (self.high - self.low) * draw.to(self.low.device)
 
 
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:

@@ -25,6 +25,9 @@ class SolverError(RuntimeError):
         super().__init__(f"{cause} at t={t:.4g} after {nfe} evaluations ({settings}). {remedy}")
         self.cause, self.remedy, self.t, self.nfe, self.settings = cause, remedy, t, nfe, settings
 
+    def __reduce__(self) -> Any:  # across processes: by state, not by the constructor's arguments
+        return _restored, (type(self), self.args, self.__dict__)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or put into the given flow."""
@@ -39,7 +42,16 @@ class UnknownNameError(ValueError, KeyError):
         hint = f" Did you mean {close[0]!r}?" if close else ""
         super().__init__(f"unknown {kind} {name!r}; known: {', '.join(names)}.{hint}")
 
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), self.args, self.__dict__)
+
     __str__ = ValueError.__str__  # KeyError would print the quoted repr
+
+
+def _restored(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 def optional(module: str, extra: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from cnf.distributions import Base, as_base
-from cnf.dynamics.divergence import Divergence
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.divergence import Divergence, as_divergence
+from cnf.dynamics.solver import Solver
 from cnf.errors import expect_event
 from cnf.fields.base import VectorField
 from cnf.transforms.base import Compose, Transform
@@ -88,6 +89,7 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         *,
         divergence: str | Divergence | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Log-density in nats, (*batch, *event) → (*batch,); exact unless asked otherwise.
 
@@ -96,11 +98,13 @@ class Flow(nn.Module):
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
             divergence: An estimator for continuous flows, such as `Hutchinson(probes=8)`; None for
                 what the flow was built with, which is exact.
+            generator: Source of the dequantisation's draw.
         Raises:
             ValueError: A wrong shape or dtype; a context missing or not expected.
             SolverError: An ODE solve failed.
         """
-        z, ladj = self._inverse(x, context, "log_prob", divergence)
+        divergence = None if divergence is None else as_divergence(divergence)
+        z, ladj = self._inverse(x, context, "log_prob", divergence, generator)
         return self.base.log_prob(z) + ladj
 
     def sample(
@@ -149,8 +153,9 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data."""
         expect_event("Flow.decode", "z", z, self.base.event_shape)
+        self._expect_dtype("decode", "z", z)
         x, _ = self._whole("off")(
-            z, self._check_context("decode", context, z.shape[: self._batch(z)])
+            z, self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
         )
         return x if self.dequantisation is None else self.dequantisation.decode(x)
 
@@ -162,9 +167,10 @@ class Flow(nn.Module):
         _ = self.field  # raises for a flow that has none
         assert isinstance(self.transform, Continuous)
         times = [float(t) for t in times]
-        if times[0] != 0 or any(b <= a for a, b in zip(times[:-1], times[1:], strict=True)):
+        falls = any(b <= a for a, b in zip(times[:-1], times[1:], strict=True))
+        if not times or times[0] != 0 or falls:
             raise ValueError("Flow.trajectory: expected times ascending from 0.0")
-        context = self._check_context("trajectory", context, z.shape[: self._batch(z)])
+        context = self.checked_context("Flow.trajectory", context, z.shape[: self._batch(z)])
         path = self.transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
         return path if self.preprocess is None else self.preprocess(path)[0]
 
@@ -176,6 +182,9 @@ class Flow(nn.Module):
             )
         flow = copy.copy(self)
         flow._modules = {**self._modules, "transform": reconfigured(self.transform, solver=solver)}
+        if self.spec is not None:  # what is saved is what was evaluated
+            options = {**self.spec["options"], "solver": asdict(solver)}
+            flow.spec = {**self.spec, "options": options}
         return flow
 
     def distribution(self, context: Tensor | None = None) -> Distribution:
@@ -191,42 +200,56 @@ class Flow(nn.Module):
         return transform if self.preprocess is None else Compose([transform, self.preprocess])
 
     def _inverse(
-        self, x: Tensor, context: Tensor | None, who: str, divergence: str | Divergence | None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        who: str,
+        divergence: str | Divergence | None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
-        context = self._check_context(who, context, x.shape[: self._batch(x)])
+        self._expect_dtype(who, "x", x)
+        context = self.checked_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
         if self.dequantisation is None:
             return self._whole(divergence).inverse(x, context)
-        y, log_weight = self.dequantisation.encode(x)
+        y, log_weight = self.dequantisation.encode(x, generator)
         z, ladj = self._whole(divergence).inverse(y, context)
         return z, ladj + log_weight
+
+    def _expect_dtype(self, who: str, name: str, value: Tensor) -> None:
+        dtype = self.base._like.dtype
+        if value.dtype != dtype:
+            raise ValueError(
+                f"Flow.{who}: expected {name} of dtype {dtype}, the flow's, got {value.dtype}; "
+                f"convert one of them: {name}.to({dtype}) or flow.to({value.dtype})"
+            )
 
     def _batch(self, value: Tensor) -> int:
         return value.dim() - len(self.event_shape)
 
-    def _check_context(
+    def checked_context(
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
     ) -> Tensor | None:
         """The context, checked and, where a batch shape is given, expanded to it."""
         if not self.context_dim:
             if context is not None:
                 raise ValueError(
-                    f"Flow.{who}: this flow is unconditional, got a context of shape "
-                    f"{tuple(context.shape)}; build it with context={context.shape[-1]}"
+                    f"{who}: this flow is unconditional, got a context; "
+                    "build it with context=…, the context's size"
                 )
             return None
         if context is None:
             raise ValueError(
-                f"Flow.{who}: expected a context of shape (*, {self.context_dim}), got None"
+                f"{who}: expected a context of shape (*, {self.context_dim}), got None"
             )
-        expect_event(f"Flow.{who}", "context", context, (self.context_dim,))
+        expect_event(who, "context", context, (self.context_dim,))
         if batch is None:
             return context
         try:
             return context.expand(*batch, self.context_dim)
         except RuntimeError:
             raise ValueError(
-                f"Flow.{who}: expected a context that broadcasts to {(*batch, self.context_dim)}, "
+                f"{who}: expected a context that broadcasts to {(*batch, self.context_dim)}, "
                 f"got {tuple(context.shape)}"
             ) from None
 
@@ -238,7 +261,7 @@ class Flow(nn.Module):
         who: str,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
-        context = self._check_context(who, context, None)
+        context = self.checked_context(f"Flow.{who}", context, None)
         if context is not None:
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)

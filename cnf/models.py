@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cnf.dynamics.ode import Solver, as_solver
+from cnf.dynamics.solver import Solver, as_solver
 from cnf.errors import expect_choice
 from cnf.fields.mlp import MLPField
 from cnf.flow import Flow
@@ -39,6 +39,11 @@ def build(name: str, **options: Any) -> Flow:
             )
     if "dim" not in options:
         raise ValueError(f"models.build({name!r}): expected dim=…, the size of one data point")
+    for name_, least in (("dim", 1), ("context", 0)):
+        if options.get(name_, least) < least:
+            raise ValueError(
+                f"models.build({name!r}): expected {name_} >= {least}, got {options[name_]}"
+            )
     flow = builder(**options)
     flow.spec = {"model": name, "options": {key: _plain(value) for key, value in options.items()}}
     return flow
@@ -140,4 +145,4 @@ def _plain(value: Any) -> Any:
     """A value as JSON holds it."""
     if isinstance(value, Solver):
         return asdict(value)
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, list | tuple) else value

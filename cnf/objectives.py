@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics.divergence import Hutchinson, as_divergence
-from cnf.dynamics.ode import Solver, as_solver
 from cnf.dynamics.regularizers import REGULARIZERS
+from cnf.dynamics.solver import Solver, as_solver
 from cnf.errors import expect_positive
 from cnf.flow import Flow
 from cnf.matching.couplings import COUPLINGS
@@ -121,18 +121,23 @@ class MaximumLikelihood(Objective):
         if self.solver is not None:
             flow = flow.with_solver(as_solver(self.solver))
         if not self.penalties:
-            setting = divergence if isinstance(divergence, Hutchinson) else None
-            nll = _mean(-flow.log_prob(batch.x, batch.context, divergence=setting), batch.weight)
+            log_prob = flow.log_prob(
+                batch.x, batch.context, divergence=divergence, generator=generator
+            )
+            nll = _mean(-log_prob, batch.weight)
             return Loss(nll, {"nll": nll.detach()})
         return self._penalised(flow, batch, divergence)
 
     def _penalised(self, flow: Flow, batch: Batch, divergence: Any) -> Loss:
         transform = require_continuous("MaximumLikelihood(penalties=…)", flow)
+        context = flow.checked_context("MaximumLikelihood", batch.context, batch.x.shape[:1])
+        if flow.dequantisation is not None:
+            raise TypeError("MaximumLikelihood: penalties and dequantisation do not go together")
         y, outer = batch.x, 0.0
         if flow.preprocess is not None:
             y, outer = flow.preprocess.inverse(y)
         solved = transform.integrate(
-            y, batch.context, towards="base", divergence=divergence,
+            y, context, towards="base", divergence=divergence,
             integrands=[REGULARIZERS[name] for name in self.penalties],
         )  # fmt: skip
         nll = _mean(-(flow.base.log_prob(solved.value) + solved.ladj + outer), batch.weight)
@@ -169,22 +174,29 @@ class FlowMatching(Objective):
     ) -> Batch:
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
+        if flow.dequantisation is not None:
+            batch = replace(batch, x=flow.dequantisation.encode(batch.x, generator)[0])
         x, context = batch.x, batch.context
         with torch.no_grad():
-            if batch.t is None:
-                device = x.device if generator is None else generator.device
-                t = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype)
-                batch = replace(batch, t=t.to(x.device))
             if batch.x0 is not None:
-                return batch
+                return self._timed(batch, generator)
             x0 = flow.base.sample((len(x),), generator)
             couple = COUPLINGS[self.coupling] if isinstance(self.coupling, str) else self.coupling
             x1 = x if flow.preprocess is None else flow.preprocess.inverse(x)[0]
             i, j, weight = couple(x0, x1, context, generator)
         x0 = x0 if i is None else x0[i]
         if j is not None:
-            x, context = x[j], None if context is None else context[j]
-        return replace(batch, x=x, x0=x0, context=context, weight=_product(batch.weight, weight))
+            batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
+        batch = replace(batch, x0=x0, weight=_product(batch.weight, weight))
+        return self._timed(batch, generator)
+
+    def _timed(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        if batch.t is not None:
+            return batch
+        x = batch.x
+        device = x.device if generator is None else generator.device
+        t = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype)
+        return replace(batch, t=t.to(x.device))
 
     def __call__(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -196,7 +208,8 @@ class FlowMatching(Objective):
         path = PATHS[self.path]() if isinstance(self.path, str) else self.path
         x1 = batch.x if flow.preprocess is None else flow.preprocess.inverse(batch.x)[0]
         t, xt, ut = path.sample(batch.x0, x1, batch.t)
-        error = (flow.field(t, xt, batch.context) - ut).square().flatten(1).sum(1)
+        context = flow.checked_context("FlowMatching", batch.context, xt.shape[:1])
+        error = (flow.field(t, xt, context) - ut).square().flatten(1).sum(1)
         value = _mean(error, batch.weight)
         return Loss(value, {"fm": value.detach()})
 

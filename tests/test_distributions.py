@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Gamma, Independent, MultivariateNormal, Normal, Uniform
+from torch import distributions as torchd
+from torch.distributions import Gamma, Independent, MultivariateNormal, Normal
 
 from cnf.distributions import (
     FromDensity,
     FromTorch,
+    GaussianMixture,
     StandardNormal,
+    Uniform,
     as_base,
-    gaussian_mixture,
-    uniform,
 )
 
 F64 = torch.float64
@@ -34,8 +35,8 @@ MEANS = torch.tensor([[-2.0, 0.5], [2.0, 1.0], [0.0, -3.0]], dtype=F64)
 SCALES = torch.tensor([[0.5, 1.0], [1.5, 0.3], [1.0, 1.0]], dtype=F64)
 BASES = {
     "normal": lambda: StandardNormal((2,)).double(),
-    "mixture": lambda: gaussian_mixture(MEANS, SCALES),
-    "uniform": lambda: uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)),
+    "mixture": lambda: GaussianMixture(MEANS, SCALES),
+    "uniform": lambda: Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)),
     "torch": lambda: FromTorch(Gamma(torch.tensor([2.0, 3.0], dtype=F64), 1.5)),
     "density": lambda: FromDensity(Stub()).double(),
 }
@@ -56,12 +57,12 @@ def test_mixture_density_by_hand():
         for m, s in zip(MEANS, SCALES, strict=True)
     ]
     expected = (parts[0] + 2 * parts[1] + 3 * parts[2]) / 6
-    actual = gaussian_mixture(MEANS, SCALES, weights).log_prob(z)
+    actual = GaussianMixture(MEANS, SCALES, weights).log_prob(z)
     torch.testing.assert_close(actual, expected.log())
 
 
 def test_uniform_density_by_hand():
-    base = uniform(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 4.0]))
+    base = Uniform(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 4.0]))
     z = torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 0.0]])
     inside, *outside = base.log_prob(z).tolist()
     assert inside == pytest.approx(-math.log(6))
@@ -117,7 +118,7 @@ def test_samples_follow_the_density(name, generator):
     # importance identity: E_p[q/p] = 1 for a q whose support lies inside p's
     base = BASES[name]()
     z = base.sample((40_000,), generator)
-    inner = Independent(Uniform(*torch.tensor([[0.2, 0.2], [0.9, 0.9]], dtype=F64)), 1)
+    inner = Independent(torchd.Uniform(*torch.tensor([[0.2, 0.2], [0.9, 0.9]], dtype=F64)), 1)
     inside = ((z >= 0.2) & (z < 0.9)).all(-1)
     ratio = torch.zeros(len(z), dtype=F64)
     ratio[inside] = (inner.log_prob(z[inside]) - base.log_prob(z[inside])).exp()

@@ -1,8 +1,9 @@
 """Dynamics: solving ODEs, divergences along them, quantities integrated with them."""
 
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson
-from cnf.dynamics.ode import Solver, record, solve
+from cnf.dynamics.ode import record, solve
 from cnf.dynamics.regularizers import REGULARIZERS
+from cnf.dynamics.solver import Solver
 
 __all__ = [
     "DIVERGENCES",

@@ -1,7 +1,7 @@
 """Solving ODEs: the one file that touches torchdiffeq."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,82 +11,11 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from cnf.errors import SolverError, UnknownNameError, expect_choice, expect_positive
+from cnf.dynamics.solver import Solver
+from cnf.errors import SolverError
 
 State = tuple[Tensor, ...]
 Dynamics = Callable[[Tensor, State], State]
-
-ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2")
-FIXED = ("euler", "explicit_adams", "heun2", "heun3", "implicit_adams", "midpoint", "rk4")
-GRADIENTS = ("adjoint", "backprop")
-
-
-@dataclass(frozen=True)
-class Solver:
-    """How an ODE is solved and differentiated.
-
-    >>> Solver("rk4", steps=8, gradient="backprop").steps
-    8
-
-    Args:
-        method: Adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2) or fixed-step (euler,
-            midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams).
-        rtol: Relative tolerance of the adaptive methods.
-        atol: Absolute tolerance of the adaptive methods.
-        steps: Steps of a fixed-step method over the whole interval; required there, refused
-            elsewhere.
-        gradient: "adjoint" solves the adjoint ODE backwards (memory flat in the number of
-            evaluations; first derivatives only), "backprop" differentiates the solver's own
-            operations (memory grows with evaluations; exact gradient of what was computed, any
-            order).
-        adjoint_rtol: Relative tolerance of the backward solve; `rtol` if None.
-        adjoint_atol: Absolute tolerance of the backward solve; `atol` if None.
-        max_nfe: Evaluations of the dynamics allowed in one solve, and again in its backward solve,
-            before a `SolverError`.
-    Raises:
-        ValueError: An unknown method or gradient, a tolerance that is not positive, steps missing
-            or out of place.
-    """
-
-    method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    steps: int | None = None
-    gradient: str = "adjoint"
-    adjoint_rtol: float | None = None
-    adjoint_atol: float | None = None
-    max_nfe: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.method not in ADAPTIVE + FIXED:
-            raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
-        expect_choice("Solver", "gradient", self.gradient, GRADIENTS)
-        expect_positive(
-            "Solver", rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, steps=self.steps,
-            adjoint_rtol=self.adjoint_rtol, adjoint_atol=self.adjoint_atol,
-        )  # fmt: skip
-        if self.fixed and self.steps is None:
-            raise ValueError(f"Solver: {self.method} has no step-size control; give it steps=…")
-        if not self.fixed and self.steps is not None:
-            raise ValueError(
-                f"Solver: {self.method} chooses its own steps; drop steps={self.steps}, "
-                f"or take a fixed-step method: {', '.join(FIXED)}"
-            )
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the steps are set beforehand."""
-        return self.method in FIXED
-
-    def __str__(self) -> str:
-        if self.fixed:
-            return f"{self.method}, {self.steps} steps"
-        return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"
-
-
-def as_solver(solver: "Solver | Mapping[str, Any] | None") -> Solver:
-    """A `Solver` as it is, or one from its arguments (as a config file holds them)."""
-    return solver if isinstance(solver, Solver) else Solver(**(solver or {}))
 
 
 class Solution(NamedTuple):
@@ -97,10 +26,16 @@ class Solution(NamedTuple):
 
 
 @dataclass
+class _Counts:
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass
 class Stats:
     """Evaluations counted by `record`; those of backward solves are counted even afterwards."""
 
-    _counters: list["_Counted"] = field(default_factory=list, repr=False)
+    _counters: list[_Counts] = field(default_factory=list, repr=False)
 
     @property
     def solves(self) -> int:
@@ -141,17 +76,17 @@ def record() -> Iterator[Stats]:
 class _Counted:
     """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
 
-    def __init__(self, dynamics: Dynamics, solver: Solver) -> None:
+    def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
         self.dynamics, self.solver = dynamics, solver
-        self.forward = self.backward = 0
+        self.counts = _Counts()  # not self: a record must not keep the solve's tensors alive
         self.in_forward = True
-        self.last: tuple[Tensor, State] | None = None
+        self.restart(start)
         for stats in _recording.get():
-            stats._counters.append(self)
+            stats._counters.append(self.counts)
 
-    @property
-    def nfe(self) -> int:
-        return self.forward if self.in_forward else self.backward
+    def restart(self, start: float) -> None:
+        self.start, self.nfe = start, 0
+        self.last: tuple[Tensor, State] | None = None
 
     def __call__(self, t: Tensor, state: State) -> State:
         if self.nfe >= self.solver.max_nfe:
@@ -159,27 +94,52 @@ class _Counted:
                 "too many evaluations: the field is stiff or the tolerance out of reach",
                 "Loosen rtol and atol, lower the learning rate, regularise, or raise max_nfe.",
             )
+        self.nfe += 1
         if self.in_forward:
-            self.forward += 1
+            self.counts.forward += 1
         else:
-            self.backward += 1
+            self.counts.backward += 1
         rates = self.dynamics(t, state)
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
         return rates
 
     def error(self, cause: str, remedy: str) -> SolverError:
         t = math.nan if self.last is None else self.last[0].item()
+        t = t if math.isfinite(t) else self.start  # a NaN at the first point makes the step NaN
         return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
 
     def callback_step_adjoint(self, t: Tensor, state: State, dt: Tensor) -> None:
         """Called by torchdiffeq before each backward step, ahead of its own bare assertions."""
-        if not all(part.isfinite().all() for part in (dt, *state[1:3])):
+        self.check_gradients((dt, *state[1:3]))
+        if not self.solver.fixed and t + dt == t:
+            raise self.explain()
+
+    def check_gradients(self, parts: Sequence[Tensor | None]) -> None:
+        if not all(part is None or part.isfinite().all() for part in parts):
             raise self.error(
                 "the gradient became NaN or infinite in the backward solve",
                 "Check the inputs' scale, clip gradients, or lower the learning rate.",
             )
-        if not self.solver.fixed and t + dt == t:
-            raise self.explain()
+
+    def watch_backward(self, path: State, stop: float) -> None:
+        """Each backward solve is counted anew and its result checked; a second derivative, which
+        the adjoint would silently leave out, is refused."""
+        node: Any = path[0].grad_fn
+        while node is not None and not node.name().startswith("OdeintAdjoint"):
+            node = node.next_functions[0][0]
+        if node is None:
+            return
+
+        def before(_: Any) -> None:
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(
+                    "solve: the adjoint has first derivatives only; for a second one "
+                    'take Solver(gradient="backprop")'
+                )
+            self.restart(stop)
+
+        node.register_prehook(before)
+        node.register_hook(lambda inputs, _: self.check_gradients(inputs))
 
     def explain(self) -> SolverError:
         """Why the solver gave up, told from the last evaluation."""
@@ -234,7 +194,9 @@ def solve_path(
             "Keep the state in float32 or float64 and put autocast inside the field.",
             t=times[0], nfe=0, settings=str(solver),
         )  # fmt: skip
-    counted = _Counted(dynamics, solver)
+    if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
+        return tuple(part.expand(len(times), *part.shape) for part in state), 0
+    counted = _Counted(dynamics, solver, times[0])
     grid = torch.tensor(times, dtype=dtype, device=state[0].device)
     needs_adjoint = solver.gradient == "adjoint" and torch.is_grad_enabled()
     try:
@@ -246,12 +208,17 @@ def solve_path(
             )  # fmt: skip
         else:
             path = torchdiffeq.odeint(counted, state, grid, **_arguments(solver, times))
-    except AssertionError as error:  # torchdiffeq's "underflow in dt" and "non-finite values"
+    except AssertionError as error:
+        if not str(error).startswith(("underflow in dt", "non-finite values")):
+            raise  # the field's own
         raise counted.explain() from error
-    nfe = counted.forward
+    nfe = counted.nfe
     if solver.fixed and not all(torch.isfinite(values[-1]).all() for values in path):
         raise counted.explain()
-    counted.in_forward, counted.last = False, None
+    counted.in_forward = False
+    counted.restart(times[-1])
+    if needs_adjoint:
+        counted.watch_backward(path, times[-1])
     return path, nfe
 
 
@@ -273,4 +240,8 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
             return points if ends[0] < ends[1] else points.flip(0)
 
         arguments["options"] = {"grid_constructor": grid}
+    else:
+        # Land on each time: torchdiffeq steps past it and interpolates back, with an error that
+        # nothing controls, and asks the field for times that do not exist.
+        arguments["options"] = {"step_t": torch.tensor(times, dtype=torch.float64)}
     return arguments

@@ -2,6 +2,7 @@
 
 from cnf.evaluation.comparison import Results, compare
 from cnf.evaluation.contestants import CONTESTANTS, Contestant, Stage
+from cnf.evaluation.diagnostics import CheckReport, check
 from cnf.evaluation.metrics import METRICS
 
 __all__ = [

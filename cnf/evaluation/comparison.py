@@ -101,7 +101,7 @@ class Results:
         return sorted(self.contestants, key=key)
 
     def save(self, folder: Path) -> None:
-        """Write results.csv (a row per contestant and seed) and results.json (all but the flows)."""
+        """Write results.csv (a row per contestant and seed) and results.json (no flows)."""
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "results.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.solver import Solver
 from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
 from cnf.flow import Flow
 from cnf.training.stream import seeded

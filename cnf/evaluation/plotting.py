@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.solver import Solver
 from cnf.evaluation import curves
 from cnf.evaluation.animation import animate, layer_path, plot_trajectories
 from cnf.evaluation.comparison import Results

@@ -87,6 +87,13 @@ class Adapter(VectorField):
             context = context.expand(*batch, self.context_dim)
         if self.call == "concat":
             parts = [x, t.unsqueeze(-1)] + ([] if context is None else [context])
-            return self.net(torch.cat(parts, -1))
-        first, second = (t, x) if self.call == "t, x" else (x, t)
-        return self.net(first, second) if context is None else self.net(first, second, context)
+            v = self.net(torch.cat(parts, -1))
+        else:
+            first, second = (t, x) if self.call == "t, x" else (x, t)
+            v = self.net(first, second, *([] if context is None else [context]))
+        if v.shape != x.shape:
+            raise ValueError(
+                f"Adapter: expected {type(self.net).__name__} to give a velocity of x's shape "
+                f"{tuple(x.shape)}, got {tuple(v.shape)}"
+            )
+        return v

@@ -47,7 +47,8 @@ class Coupling(Transform):
         if dim == 1:
             kept = []
         moved = [index for index in range(dim) if index not in kept]
-        if not moved or not (kept or context_dim):
+        unknown = len(set(kept)) < len(kept) or not set(kept) <= set(range(dim))
+        if unknown or not moved or not (kept or context_dim):
             raise ValueError(
                 f"Coupling: expected some of {dim} dimensions to move and some to stay "
                 f"(or a context), got keep={tuple(kept)}"

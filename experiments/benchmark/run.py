@@ -1,4 +1,4 @@
-"""Side by side in one process, interleaved: training steps against zuko and against a bare network.
+"""Training steps beside those of zuko and of a bare network, interleaved in one process.
 
 `make bench` (with the extra `bench` for zuko). Prints a table and writes results.json beside this
 file. Ratios are what counts; absolute times are this machine's.
@@ -107,7 +107,10 @@ def main() -> None:
     calls = {"cnf": matching_step(2, 1024), "bare network": bare_step(2, 1024)}
     table["flow-matching step, batch 1024"] = interleaved(calls, 20 * options.repeats)
     base = "import torch, torchdiffeq"
-    seconds = {"torch, torchdiffeq": import_seconds(base), "and cnf": import_seconds(base + ", cnf")}
+    seconds = {
+        "torch, torchdiffeq": import_seconds(base),
+        "and cnf": import_seconds(base + ", cnf"),
+    }
     table["import"] = {name: 1e3 * value for name, value in seconds.items()}
     for title, times in table.items():
         print(title, ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))

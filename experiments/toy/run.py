@@ -48,7 +48,9 @@ def table(config: dict, found: list[dict[str, str]]) -> str:
         cells = []
         for contestant in config["contestants"]:
             mine = [r for r in found if (r["data"], r["contestant"]) == (name, contestant)]
-            cells.append(cell([float(r["gap"]) for r in mine], [float(r["gap_error"]) for r in mine]))
+            cells.append(
+                cell([float(r["gap"]) for r in mine], [float(r["gap_error"]) for r in mine])
+            )
         best = min(range(len(cells)), key=lambda k: cells[k][0])
         shown = [f"**{text}**" if k == best else text for k, (_, text) in enumerate(cells)]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
@@ -64,7 +66,7 @@ def cell(gaps: list[float], errors: list[float]) -> tuple[float, str]:
 
 
 def picture(config: dict) -> None:
-    """Every density beside what the best contestant on it has learned, on the density's own scale."""
+    """Every density above what the best contestant learned, on the density's own scale."""
     import matplotlib.figure
 
     from cnf import load
@@ -83,7 +85,9 @@ def picture(config: dict) -> None:
         for row, thing in enumerate((truth, flow)):
             plot_density(thing, window=truth.support, ax=axes[row, column], vmax=peak)
         axes[0, column].set_title(name)
-        axes[1, column].set_title(f"{best['contestant']}\ngap {float(best['gap']):.3f}", fontsize=9)
+        axes[1, column].set_title(
+            f"{best['contestant']}\ngap {float(best['gap']):.3f}", fontsize=9
+        )
     figure.savefig(HERE / "densities.png", dpi=110)
 
 

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from cnf.dynamics.ode import ADAPTIVE, FIXED, Solver, record, solve, solve_path
+from cnf.dynamics.ode import record, solve, solve_path
+from cnf.dynamics.solver import ADAPTIVE, FIXED, Solver
 
 F64 = torch.float64
 A = torch.tensor([[0.3, -1.2, 0.1], [0.9, -0.4, 0.5], [0.2, 0.3, 0.6]], dtype=F64)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cnf.dynamics.ode import ADAPTIVE, FIXED, Solver, solve, solve_path
+from cnf.dynamics.ode import solve, solve_path
+from cnf.dynamics.solver import ADAPTIVE, FIXED, Solver
 from cnf.errors import SolverError
 
 F64 = torch.float64

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import cnf
 from cnf.dynamics.divergence import Divergence, Hutchinson, trace_of_jacobian
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.solver import Solver
 from cnf.evaluation.diagnostics import CHECKS, CheckReport, Finding, check
 from cnf.fields import MLPField, VectorField
 from cnf.flow import Flow
@@ -130,8 +130,8 @@ def test_either_gradient_and_a_fine_fixed_step_pass(method, gradient):
 @pytest.mark.parametrize(
     "base",
     [
-        cnf.distributions.uniform(torch.zeros(2), torch.ones(2)),
-        cnf.distributions.gaussian_mixture(
+        cnf.distributions.Uniform(torch.zeros(2), torch.ones(2)),
+        cnf.distributions.GaussianMixture(
             torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), torch.full((2, 2), 0.1)
         ),
         cnf.data.toy("pinwheel"),

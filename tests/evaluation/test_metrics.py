@@ -6,7 +6,7 @@ import torch
 from torch import Generator
 from torch.distributions import Independent, Normal
 
-from cnf.dynamics.ode import Solver
+from cnf.dynamics.solver import Solver
 from cnf.evaluation.metrics import (
     METRICS,
     Estimate,

@@ -14,7 +14,7 @@ import cnf
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 import torch
 import cnf
@@ -39,7 +39,7 @@ for name, (objective, data) in runs.items():
     history = cnf.fit(flow, objective, data, config)
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     print(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}", flush=True)
-'''
+"""
 RUNS = ["flow-matching", "likelihood", "hutchinson"]
 
 

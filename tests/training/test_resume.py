@@ -104,9 +104,7 @@ def test_interrupting_says_where_it_was_saved(small, config, watched, tmp_path, 
     assert "".join(str(tmp_path / "run").split()) in said
 
 
-def test_interrupting_without_a_folder_says_that_nothing_was_saved(
-    small, config, watched, capsys
-):
+def test_interrupting_without_a_folder_says_that_nothing_was_saved(small, config, watched, capsys):
     data, _ = watched("toy", press)
     history = cnf.fit(small(), cnf.FlowMatching(), data, config(progress=True))
     assert history.reason == "interrupted"

@@ -1,0 +1,322 @@
+"""The command line: every command on one run, repeats from config.yaml, refusals in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cnf
+from cnf import cli
+
+SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
+SMALL += ["--batch_size", "32", "--validation_rows", "100"]
+TRAIN = [*SMALL, "--options.solver", "{method: rk4, steps: 4}"]
+
+
+@pytest.fixture
+def call(capsys):
+    """(arguments) → (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as end:
+            code = 0 if end.code is None else end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """(arguments) → the one line on standard error; exit code 2."""
+
+    def run(*arguments):
+        code, _, said = call(*arguments)
+        assert code == 2
+        assert "Traceback" not in said
+        lines = said.strip().splitlines()
+        assert len(lines) == 1, said
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small trained run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    cli.main(["train", *TRAIN, "--steps", "30", "--seed", "3", "--folder", str(folder)])
+    return folder
+
+
+def test_train_says_steps_score_and_folder(call, tmp_path):
+    code, said, errors = call("train", *TRAIN, "--steps", "5", "--folder", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    assert "5 steps" in said and "NLL" in said and str(tmp_path / "run") in said
+    assert (tmp_path / "run" / "checkpoints" / "flow.safetensors").is_file()
+
+
+def test_train_without_a_folder_chooses_a_free_one(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("moons-cnf-flow-matching", "moons-cnf-flow-matching-2"):
+        assert call("train", *TRAIN, "--steps", "2")[0] == 0
+        assert (tmp_path / "runs" / name / "manifest.json").is_file()
+
+
+def test_train_repeats_to_the_same_bytes_from_its_config(call, run, tmp_path):
+    config = run / "config.yaml"
+    assert call("train", "--config", config, "--folder", tmp_path / "new")[0] == 0
+    file = "checkpoints/flow.safetensors"
+    assert (tmp_path / "new" / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_seconds_run_repeats_to_the_same_bytes_from_its_config(call, tmp_path):
+    assert call("train", *TRAIN, "--seconds", "0.3", "--folder", tmp_path / "one")[0] == 0
+    config = tmp_path / "one" / "config.yaml"
+    assert call("train", "--config", config, "--folder", tmp_path / "two")[0] == 0
+    one, two = (tmp_path / name / "checkpoints" / "flow.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_other_settings_override_the_config(call, run, tmp_path):
+    config, file = run / "config.yaml", "checkpoints/flow.safetensors"
+    changed = ["--seed", "4", "--folder", tmp_path / "new"]
+    assert call("train", "--config", config, *changed)[0] == 0
+    assert (tmp_path / "new" / file).read_bytes() != (run / file).read_bytes()
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "realnvp", "--options.layers", "2"],
+        ["--objective", "maximum-likelihood", "--objective_options.divergence", "hutchinson"],
+        ["--objective", "maximum-likelihood", "--objective_options.penalties", "{kinetic: 0.1}"],
+        ["--objective_options.path", "linear", "--objective_options.coupling", "independent"],
+    ],
+)
+def test_models_objectives_and_their_options_repeat_from_the_config(options, call, tmp_path):
+    first, second = tmp_path / "one", tmp_path / "two"
+    code, _, said = call("train", *SMALL, *options, "--steps", "3", "--folder", first)
+    assert code == 0, said
+    code, _, said = call("train", "--config", first / "config.yaml", "--folder", second)
+    assert code == 0, said
+    one, two = (folder / "checkpoints" / "flow.safetensors" for folder in (first, second))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mine.npy", "mine.csv"])
+def test_own_file_trains_repeats_and_evaluates(name, call, tmp_path):
+    x, path = torch.randn(200, 2).numpy(), tmp_path / name
+    np.save(path, x) if name.endswith("npy") else np.savetxt(path, x, delimiter=",")
+    start = ["train", *TRAIN, "--data", path, "--steps", "3", "--folder", tmp_path / "one"]
+    assert call(*start)[0] == 0
+    config = tmp_path / "one" / "config.yaml"
+    code, _, said = call("train", "--config", config, "--folder", tmp_path / "two")
+    assert code == 0, said
+    code, _, said = call("evaluate", tmp_path / "one", "--points", "100")
+    assert code == 0, said
+
+
+def test_interrupted_train_resumes_to_the_same_bytes(call, run, tmp_path, monkeypatch):
+    folder, steps = tmp_path / "new", []
+    seed = "cnf.training.loop.seeded"
+    seeded = cnf.training.loop.seeded
+
+    def press(*numbers):
+        steps.append(numbers)
+        if len(steps) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return seeded(*numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(seed, press)
+        code, said, _ = call("train", "--config", run / "config.yaml", "--folder", folder)
+    assert code == 130
+    assert "resume" in said and str(folder) in said
+    resume = ["--config", folder / "config.yaml", "--folder", folder, "--resume", "true"]
+    assert call("train", *resume)[0] == 0
+    file = "checkpoints/flow.safetensors"
+    assert (folder / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_evaluate_prints_scores_and_keeps_them(call, run):
+    code, said, _ = call("evaluate", run, "--points", "200")
+    assert code == 0 and "gap" in said
+    scores = json.loads((run / "evaluation.json").read_text())
+    assert {"gap", "nll"} <= scores.keys()
+
+
+def test_evaluate_takes_a_flow_file_and_data(call, run):
+    file = run / "checkpoints" / "flow.safetensors"
+    assert call("evaluate", file, "--data", "moons", "--points", "200")[0] == 0
+
+
+@pytest.mark.parametrize("ending", [".npy", ".csv"])
+def test_sample_writes_what_the_flow_samples(ending, call, run, tmp_path):
+    output = tmp_path / f"x{ending}"
+    code, said, _ = call("sample", run, output, "--n", "7", "--seed", "5")
+    assert code == 0 and "7 points" in said and str(output) in said
+    drawn = np.load(output) if ending == ".npy" else np.loadtxt(output, delimiter=",")
+    expected = cnf.load(run).sample(7, generator=torch.Generator().manual_seed(5))
+    np.testing.assert_allclose(drawn, expected, rtol=1e-6)  # eight digits in the csv
+
+
+def test_sample_in_few_steps_is_another_solver(call, run, tmp_path):
+    assert call("sample", run, tmp_path / "a.npy", "--n", "7")[0] == 0
+    assert call("sample", run, tmp_path / "b.npy", "--n", "7", "--steps", "1")[0] == 0
+    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    assert a.shape == b.shape and not np.array_equal(a, b)
+
+
+def test_check_prints_a_report(call, run):
+    code, said, _ = call("check", run)
+    assert code in (0, 1) and len(said.splitlines()) > 3
+
+
+@pytest.mark.slow
+def test_plot_draws_into_the_figures_folder(call, run):
+    code, said, errors = call("plot", run)
+    assert code == 0, errors
+    assert os.listdir(run / "figures")
+    assert all(os.path.isfile(line) for line in said.split())
+
+
+@pytest.mark.slow
+def test_compare_writes_table_and_page(call, tmp_path):
+    folder = tmp_path / "race"
+    budget = ["--steps", "3", "--w2_points", "50", "--device", "cpu"]
+    code, said, errors = call("compare", "moons", *budget, "--folder", folder)
+    assert code == 0, errors
+    page = said.strip().splitlines()[-1].removeprefix("The report: ")
+    assert os.path.getsize(page) > 1000
+    assert list(folder.glob("*.csv"))
+
+
+@pytest.mark.parametrize("kind", [*cli.KINDS, "contestants", "metrics"])
+def test_list_shows_every_name_of_a_kind(kind, call):
+    code, said, _ = call("list", kind)
+    assert code == 0
+    names = cli.KINDS.get(kind) or {}
+    assert all(name in said for name in names) and said.strip()
+
+
+def test_list_shows_all_kinds(call):
+    code, said, _ = call("list")
+    assert code == 0 and all(kind in said for kind in cli.KINDS)
+
+
+def parsers():
+    commands = next(a for a in cli._parser()._actions if a.dest == "subcommand")
+    return commands._name_parser_map.items()
+
+
+@pytest.mark.parametrize("name, parser", parsers())
+def test_every_argument_has_help(name, parser):
+    actions = [action for action in parser._actions if action.help != "==SUPPRESS=="]
+    assert len(actions) > 1 and parser.description
+    for action in actions:
+        text = (action.help or "").split("(type:")[0].split("(default:")[0].strip()
+        assert len(text) > 5, f"cnf {name}: {action.dest} has no help"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command_is_shown(name, call):
+    code, said, _ = call(name, "--help")
+    assert code == 0 and said.startswith("usage: ")
+
+
+WRONG = {
+    "misspelt option": (["train", *TRAIN, "--stpes", "3"], "stpes"),
+    "no data": (["train", "--steps", "3"], "data"),
+    "unknown data": (["train", "--data", "mons"], "Did you mean 'moons'"),
+    "missing file of data": (["train", "--data", "no.csv"], "no.csv"),
+    "unknown model": (["train", *TRAIN, "--model", "cmf"], "Did you mean 'cnf'"),
+    "unknown objective": (["train", *TRAIN, "--objective", "likelihood"], "maximum-likelihood"),
+    "unknown model option": (["train", *TRAIN, "--options.hiden", "3"], "hidden"),
+    "unknown solver": (["train", *TRAIN, "--options.solver", "{method: rk5}"], "rk5"),
+    "unknown objective option": (["train", *TRAIN, "--objective_options.pth", "x"], "pth"),
+    "unknown coupling": (["train", *TRAIN, "--objective_options.coupling", "x"], "independent"),
+    "negative budget": (["train", *TRAIN, "--seconds", "-3"], "seconds > 0"),
+    "zero budget": (["train", *TRAIN, "--steps", "0"], "steps > 0"),
+    "both budgets": (["train", *TRAIN, "--steps", "3", "--seconds", "3"], "not both"),
+    "budget that is no number": (["train", *TRAIN, "--steps", "many"], "steps"),
+    "unknown device": (["train", *TRAIN, "--steps", "3", "--device", "gpu0"], "gpu0"),
+    "missing config": (["train", "--config", "no.yaml"], "no.yaml"),
+    "unknown command": (["trian"], "trian"),
+    "no run": (["evaluate", "nowhere"], "nowhere"),
+    "no run to sample": (["sample", "nowhere", "x.npy"], "nowhere"),
+    "no run to check": (["check", "nowhere"], "nowhere"),
+    "unknown kind of sample file": (["sample", "RUN", "x.txt"], ".npy or .csv"),
+    "sample into no folder": (["sample", "RUN", "no/x.npy"], "no/x.npy"),
+    "no samples": (["sample", "RUN", "x.npy", "--n", "0"], "n >= 1"),
+    "no steps": (["sample", "RUN", "x.npy", "--steps", "0"], "steps > 0"),
+    "data of another size": (["evaluate", "RUN", "--data", "three.npy"], "(*, 2)"),
+    "folder that exists": (["train", *TRAIN, "--steps", "3", "--folder", "RUN"], "exists already"),
+    "unknown kind of names": (["list", "model"], "models"),
+    "unknown contestant": (["compare", "moons", "--steps", "1", "--contestants", "[x]"], "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_user_errors_end_in_one_line_and_exit_code_2(kind, refused, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("three.npy", np.random.default_rng(0).normal(size=(50, 3)))
+    arguments, word = WRONG[kind]
+    said = refused(*(str(run) if part == "RUN" else part for part in arguments))
+    assert word in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreadable_checkpoint_and_config_end_in_one_line(refused, run, tmp_path):
+    broken = tmp_path / "flow.safetensors"
+    broken.write_bytes(b"nonsense")
+    assert "flow.safetensors" in refused("sample", broken, tmp_path / "x.npy")
+    copy = tmp_path / "copy"
+    (copy / "checkpoints").mkdir(parents=True)
+    flow = (run / "checkpoints" / "flow.safetensors").read_bytes()
+    (copy / "checkpoints" / "flow.safetensors").write_bytes(flow)
+    for text in ("data: [", "steps: 3", "- a list", ""):
+        (copy / "config.yaml").write_text(text)
+        assert "config.yaml" in refused("evaluate", copy)
+    (copy / "config.yaml").write_text("data: [")
+    assert "config.yaml" in refused("train", "--config", copy / "config.yaml")
+
+
+def start(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "cnf", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def test_version_names_cnf_and_torch():
+    with start("--version") as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert cnf.__version__ in said and torch.__version__ in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_train_exits_130_and_says_how_to_resume(tmp_path):
+    folder = tmp_path / "run"
+    with start("train", *TRAIN, "--seconds", "60", "--folder", folder) as process:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("tensorboard/*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "resume" in said + errors and str(folder) in said + errors
+    assert "Traceback" not in errors
+    assert (folder / "checkpoints" / "state.pt").is_file()

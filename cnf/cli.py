@@ -19,7 +19,7 @@ from cnf.fields import FIELDS
 from cnf.flow import Flow
 from cnf.matching import COUPLINGS, PATHS
 from cnf.training import TrainConfig, fit, load
-from cnf.training.run import free_folder
+from cnf.training.run import free_folder, scored_rows
 from cnf.transforms import TRANSFORMS
 from cnf.transforms.continuous import is_continuous
 
@@ -136,11 +136,15 @@ def plot(run: Path, data: str | None = None) -> None:
         data: Density, picture or file of points to draw beside it; what it was trained on if not
             given.
     """
-    from cnf.evaluation.plotting import save_run_figures
+    from cnf.evaluation.comparison import measured
+    from cnf.evaluation.plotting import save_figures
 
     flow, source = _flow_and_data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
-    for path in save_run_figures(flow, source, folder).values():
+    entropy = source.entropy or 0.0
+    curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in scored_rows(run)]
+    results = measured(flow, source, run.stem, curve)
+    for path in save_figures(results, folder).values():
         _say(str(path))
 
 
@@ -271,7 +275,7 @@ def _parser() -> Any:
         elif name == "list":
             command.add_argument("kind", nargs="?", help=f"One of {', '.join(KINDS)}, …; or all.")
         else:
-            command.add_function_arguments(function)
+            command.add_function_arguments(function, as_positional=True)
         commands.add_subcommand(name, command, help=first)
     return parser
 

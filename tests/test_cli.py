@@ -88,14 +88,6 @@ def test_seconds_run_repeats_to_the_same_bytes_from_its_config(call, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_other_settings_override_the_config(call, run, tmp_path):
-    config, file = run / "config.yaml", "checkpoints/flow.safetensors"
-    changed = ["--seed", "4", "--folder", tmp_path / "new"]
-    assert call("train", "--config", config, *changed)[0] == 0
-    assert (tmp_path / "new" / file).read_bytes() != (run / file).read_bytes()
-    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["seed"] == 4
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -143,7 +135,7 @@ def test_interrupted_train_resumes_to_the_same_bytes(call, run, tmp_path, monkey
         patch.setattr(seed, press)
         code, said, _ = call("train", "--config", run / "config.yaml", "--folder", folder)
     assert code == 130
-    assert "resume" in said and str(folder) in said
+    assert str(folder) in said and "resume" in said.replace(str(folder), "")
     resume = ["--config", folder / "config.yaml", "--folder", folder, "--resume", "true"]
     assert call("train", *resume)[0] == 0
     file = "checkpoints/flow.safetensors"
@@ -157,11 +149,6 @@ def test_evaluate_prints_scores_and_keeps_them(call, run):
     assert {"gap", "nll"} <= scores.keys()
 
 
-def test_evaluate_takes_a_flow_file_and_data(call, run):
-    file = run / "checkpoints" / "flow.safetensors"
-    assert call("evaluate", file, "--data", "moons", "--points", "200")[0] == 0
-
-
 @pytest.mark.parametrize("ending", [".npy", ".csv"])
 def test_sample_writes_what_the_flow_samples(ending, call, run, tmp_path):
     output = tmp_path / f"x{ending}"
@@ -170,13 +157,6 @@ def test_sample_writes_what_the_flow_samples(ending, call, run, tmp_path):
     drawn = np.load(output) if ending == ".npy" else np.loadtxt(output, delimiter=",")
     expected = cnf.load(run).sample(7, generator=torch.Generator().manual_seed(5))
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)  # eight digits in the csv
-
-
-def test_sample_in_few_steps_is_another_solver(call, run, tmp_path):
-    assert call("sample", run, tmp_path / "a.npy", "--n", "7")[0] == 0
-    assert call("sample", run, tmp_path / "b.npy", "--n", "7", "--steps", "1")[0] == 0
-    a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
-    assert a.shape == b.shape and not np.array_equal(a, b)
 
 
 def test_check_prints_a_report(call, run):
@@ -209,11 +189,6 @@ def test_list_shows_every_name_of_a_kind(kind, call):
     assert code == 0
     names = cli.KINDS.get(kind) or {}
     assert all(name in said for name in names) and said.strip()
-
-
-def test_list_shows_all_kinds(call):
-    code, said, _ = call("list")
-    assert code == 0 and all(kind in said for kind in cli.KINDS)
 
 
 def parsers():
@@ -317,6 +292,7 @@ def test_ctrl_c_in_train_exits_130_and_says_how_to_resume(tmp_path):
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "resume" in said + errors and str(folder) in said + errors
+    assert str(folder) in said + errors
+    assert "resume" in (said + errors).replace(str(folder), "")
     assert "Traceback" not in errors
     assert (folder / "checkpoints" / "state.pt").is_file()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnf import models
 from cnf.data import load
+from cnf.errors import SolverError
 from cnf.evaluation.contestants import CONTESTANTS, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
@@ -88,8 +91,9 @@ class Results:
     def mean(self, contestant: str, metric: str) -> tuple[float, float]:
         """Mean over seeds, and their standard deviation (NaN with one seed)."""
         values = [entry.scores[metric] for entry in self.of(contestant)]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        return statistics.fmean(values), spread
+        if len(values) < 2 or not all(map(math.isfinite, values)):
+            return sum(values) / len(values), math.nan
+        return statistics.fmean(values), statistics.stdev(values)
 
     def ranking(self) -> list[str]:
         """Contestants, best first by the deciding score; a NaN comes last."""
@@ -157,7 +161,7 @@ def compare(
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"compare: {folder} exists already; choose another folder")
     judge, train = _prepared(density, w2_points)
-    entries = []
+    entries, failed = [], {}
     for name, contestant in contestants.items():
         for seed in seeds:
             say(f"{contestant.title}, seed {seed}")
@@ -166,24 +170,48 @@ def compare(
                 folder=folder and folder / "runs" / f"{name}-seed-{seed}",
                 validation_rows=VALIDATION_POINTS, validations=8,
             )  # fmt: skip
-            flow, histories, memory = _train(contestant, train, density.dim, base)
-            costs = _training_costs(histories, memory)
-            scores = {**judge.scores(flow, seed), **costs}
-            curve, few = _curve(histories, density, seed), judge.few_steps(flow, seed)
+            try:
+                flow, histories, memory = _train(contestant, train, density.dim, base)
+                scores = {**judge.scores(flow, seed), **_training_costs(histories, memory)}
+                few = judge.few_steps(flow, seed)
+            except SolverError as error:  # it must not cost the others their race
+                failed[f"{contestant.title}, seed {seed}"] = str(error)
+                say(f"failed: {error}")
+                continue
+            curve = _curve(histories, density, seed)
             entries.append(Entry(name, contestant.title, seed, scores, curve, few, flow))
+    if not entries:
+        raise ValueError(f"compare: every contestant failed: {failed}")
     results = Results(
         data=density.name, density=density, entries=entries, floor=judge.floor,
         entropy=getattr(density, "entropy", None),
         settings={
             "seconds": seconds, "steps": steps, "seeds": list(seeds),
             "test_points": len(judge.test), "w2_points": w2_points,
-            "evaluation_solver": str(TIGHT),
+            "evaluation_solver": str(TIGHT), "failed": failed,
         },
         machine=machine(),
     )  # fmt: skip
     if folder is not None:
         results.save(folder)
     return results
+
+
+def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:
+    """One trained flow as `Results`, for its own figures.
+
+    Args:
+        flow: The flow.
+        density: What it was trained on.
+        title: Its title.
+        curve: As in `Entry`.
+    """
+    judge, _ = _prepared(density, w2_points=1_000)
+    entry = Entry(title, title, 0, judge.scores(flow), curve, judge.few_steps(flow), flow)
+    return Results(
+        density.name, density, [entry], judge.floor, density.entropy,
+        {"test_points": len(judge.test)}, machine(),
+    )  # fmt: skip
 
 
 def _train(
@@ -200,10 +228,11 @@ def _train(
             "steps": base.steps and max(1, round(base.steps * stage.share)),
             "folder": base.folder and base.folder / f"stage-{number}",
         }
+        settings = dict(stage.settings)
+        if isinstance(data, Tensor):  # small tables: whole batches of what there is
+            settings["batch_size"] = min(settings.get("batch_size", 512), len(data) * 9 // 10)
         with _peak_memory() as peak:
-            histories.append(
-                fit(flow, stage.objective, data, replace(base, **part, **stage.settings))
-            )
+            histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
         memory = max(memory, peak())
     if base.folder:
         checkpoint.save(flow, base.folder)
@@ -248,18 +277,19 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
 
 @contextmanager
 def _peak_memory() -> Iterator[Callable[[], float]]:
-    """Peak memory inside, in MB: the GPU's, else the process's resident set (NaN off Linux)."""
+    """Peak memory inside, in MB: the GPU's, else what the process grows by (NaN off Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield lambda: torch.cuda.max_memory_allocated() / 1e6
         return
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if reset.exists():
-        reset.write_text("5")  # resets VmHWM
+        reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
 
-    def peak() -> float:
+    def resident(kind: str) -> float:
         lines = status.read_text().splitlines() if status.exists() else []
-        high = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-        return float(next(high, "nan")) / 1e3
+        found = (line.split()[1] for line in lines if line.startswith(kind))
+        return float(next(found, "nan")) / 1e3
 
-    yield peak
+    before = resident("VmRSS")
+    yield lambda: resident("VmHWM") - before

@@ -132,7 +132,7 @@ def check(
     if flow.context_dim and context is None:
         context = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
         notes.append("context: none was given; a row of standard normal numbers was taken")
-    context = flow._check_context("check", context, batch)
+    context = flow.checked_context("check", context, batch)
     if flow.dequantisation is not None:
         notes.append("dequantisation was left out: what is checked is the continuous density")
     with _untouched(flow, seed), torch.no_grad():

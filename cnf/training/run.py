@@ -94,3 +94,12 @@ def free_folder(wanted: Path) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
+
+
+def scored_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv that hold a held-out NLL; none where there is no such file."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if row.get("val_nll")]

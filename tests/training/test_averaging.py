@@ -17,7 +17,7 @@ def hand_average(weights, decay):
 
 @pytest.fixture
 def linear(points, config, square):
-    """Train a linear map → (net, its raw weights from the first to the last, the folder's state)."""
+    """Train a linear map → (net, its raw weights from first to last, the folder's state)."""
 
     def train(folder, **settings):
         net = torch.nn.Linear(2, 2, bias=False).double()

@@ -133,8 +133,15 @@ def test_missing_recipe_is_refused(tmp_path):
     assert str(path) in refusal(load, path)
 
 
-@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb, 2)),
-                                   lambda bomb, path: torch.save({"learner": bomb}, path)])  # fmt: skip
+def write_pickle(bomb, path):
+    path.write_bytes(pickle.dumps(bomb, 2))
+
+
+def write_torch(bomb, path):
+    torch.save({"learner": bomb}, path)
+
+
+@pytest.mark.parametrize("write", [write_pickle, write_torch])
 @pytest.mark.parametrize("name, read", [("x.safetensors", load), ("state.pt", load_state)])
 def test_pickle_bomb_runs_no_code(name, read, write, tmp_path):
     mark, path = tmp_path / "exploded", tmp_path / name

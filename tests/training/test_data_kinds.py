@@ -203,3 +203,13 @@ def test_preprocessing_is_fitted_to_training_rows_once(small, config):
     torch.testing.assert_close(flow.preprocess.scale, (ROWS * 3).std(0))
     cnf.fit(flow, cnf.MaximumLikelihood(), ROWS, config())
     torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).mean(0))
+
+
+def test_preprocessing_never_sees_held_out_rows(small, config):
+    flow, rows = small(), torch.arange(200.0).reshape(100, 2).square()
+    cnf.fit(flow, cnf.FlowMatching(), rows, config(steps=1))
+    held_out = 100 * rows.mean(0) - 90 * flow.preprocess.loc  # the sum of ten rows, if it is so
+    assert (held_out > 0).all() and not torch.allclose(flow.preprocess.loc, rows.mean(0))
+    other = small()
+    cnf.fit(other, cnf.FlowMatching(), rows, config(steps=1), validation=rows[:10])
+    torch.testing.assert_close(other.preprocess.loc, rows.mean(0))

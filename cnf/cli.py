@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -72,6 +73,8 @@ def train(
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
     _say(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
     if history.reason == "interrupted":
+        again = f"--config {config.folder}/config.yaml --folder {config.folder} --resume true"
+        _say(f"Interrupted; go on with: cnf train {again}")
         raise SystemExit(130)
 
 
@@ -239,7 +242,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `cnf` command. What a user can cause ends in one line and exit code 2."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    try:
+        chosen = parser.parse_args(arguments)
+    except ArgumentError as error:
+        print("cnf: error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
     name = chosen.subcommand
     options = chosen[name].as_dict()
     try:
@@ -258,12 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> Any:
     jsonargparse = optional("jsonargparse", "cli")
-    parser = jsonargparse.ArgumentParser(prog="cnf", description=__doc__)
+    parser = jsonargparse.ArgumentParser(prog="cnf", description=__doc__, exit_on_error=False)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         first = _first_line(function)
-        command = jsonargparse.ArgumentParser(description=first)
+        command = jsonargparse.ArgumentParser(description=first, exit_on_error=False)
         if name == "train":
             command.add_argument(
                 "--config",
@@ -288,7 +295,11 @@ def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
             raise ValueError(
                 f"{run} has no config.yaml to say what it was trained on; give --data"
             )
-        data = str(optional("yaml", "cli").safe_load(config.read_text())["data"])
+        yaml = optional("yaml", "cli")
+        try:
+            data = str(yaml.safe_load(config.read_text())["data"])
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise ValueError(f"{config} is broken: it names no data; give --data") from None
     return flow, densities.load(data)
 
 

@@ -14,7 +14,7 @@ from cnf.dynamics.solver import Solver, as_solver
 from cnf.errors import expect_positive
 from cnf.flow import Flow
 from cnf.matching.couplings import COUPLINGS
-from cnf.matching.paths import PATHS
+from cnf.matching.paths import PATHS, Path
 from cnf.registry import Registry
 from cnf.transforms.continuous import Continuous
 
@@ -157,7 +157,7 @@ class FlowMatching(Objective):
     https://arxiv.org/abs/2302.00482.
 
     Args:
-        path: A name in `PATHS`, or a `Path`.
+        path: A name in `PATHS`, a `Path`, or {"name": …, **fields}.
         coupling: A name in `COUPLINGS`, or a coupling function.
     """
 
@@ -165,9 +165,15 @@ class FlowMatching(Objective):
     coupling: Any = "independent"
 
     def __post_init__(self) -> None:
-        for name, registry in ((self.path, PATHS), (self.coupling, COUPLINGS)):
-            if isinstance(name, str):
-                _ = registry[name]
+        self._path()
+        if isinstance(self.coupling, str):
+            _ = COUPLINGS[self.coupling]
+
+    def _path(self) -> Path:
+        if isinstance(self.path, Path):
+            return self.path
+        settings = {"name": self.path} if isinstance(self.path, str) else dict(self.path)
+        return PATHS[settings.pop("name")](**settings)
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -205,9 +211,8 @@ class FlowMatching(Objective):
         if batch.x0 is None or batch.t is None:
             batch = self.prepare(flow, batch, generator)
         assert batch.x0 is not None and batch.t is not None
-        path = PATHS[self.path]() if isinstance(self.path, str) else self.path
         x1 = batch.x if flow.preprocess is None else flow.preprocess.inverse(batch.x)[0]
-        t, xt, ut = path.sample(batch.x0, x1, batch.t)
+        t, xt, ut = self._path().sample(batch.x0, x1, batch.t)
         context = flow.checked_context("FlowMatching", batch.context, xt.shape[:1])
         error = (flow.field(t, xt, context) - ut).square().flatten(1).sum(1)
         value = _mean(error, batch.weight)

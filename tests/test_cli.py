@@ -13,6 +13,7 @@ import torch
 
 import cnf
 from cnf import cli
+from cnf.evaluation import CONTESTANTS
 
 SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
 SMALL += ["--batch_size", "32", "--validation_rows", "100"]
@@ -175,7 +176,8 @@ def test_plot_draws_into_the_figures_folder(call, run):
 @pytest.mark.slow
 def test_compare_writes_table_and_page(call, tmp_path):
     folder = tmp_path / "race"
-    budget = ["--steps", "3", "--w2_points", "50", "--device", "cpu"]
+    budget = ["--steps", "3", "--w2_points", "50", "--device", "cpu", "--contestants"]
+    budget.append(f"[{next(name for name in CONTESTANTS if 'nvp' in name)}]")
     code, said, errors = call("compare", "moons", *budget, "--folder", folder)
     assert code == 0, errors
     page = said.strip().splitlines()[-1].removeprefix("The report: ")

@@ -29,6 +29,7 @@ class Toy(ABC):
     """
 
     dim = 2
+    source: str | None = None  # the file it was read from
 
     def __init__(
         self,

@@ -51,10 +51,13 @@ def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
         )
     path = Path(source)
     if path.suffix.lower() in PICTURES:
-        return Picture(path)
-    if (kind := table_kind(path)) is not None:
-        return Points(read_table(path), path.name[: -len(kind)])
-    raise ValueError(_refusal(str(source), path))
+        found = Picture(path)
+    elif (kind := table_kind(path)) is not None:
+        found = Points(read_table(path), path.name[: -len(kind)])
+    else:
+        raise ValueError(_refusal(str(source), path))
+    found.source = str(path.resolve())  # so that a run's configuration can name it
+    return found
 
 
 def _refusal(source: str, path: Path) -> str:

@@ -41,6 +41,7 @@ class Points:
     """
 
     entropy = None
+    source: str | None = None  # the file they were read from
 
     def __init__(self, x: Tensor | np.ndarray, name: str = "points") -> None:
         self.name = name

@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -154,6 +154,9 @@ class Hutchinson(Divergence):
         return lambda t, x, context: hutchinson(lambda y: field(t, y, context), x, probe, dims)
 
 
-def as_divergence(divergence: "str | Divergence") -> Divergence:
-    """A `Divergence` as it is, or the registered one of that name with its defaults."""
-    return DIVERGENCES[divergence]() if isinstance(divergence, str) else divergence
+def as_divergence(divergence: "str | Mapping[str, Any] | Divergence") -> Divergence:
+    """A `Divergence` from itself, its name, or {"name": …, **fields} (as a config file says)."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    settings = {"name": divergence} if isinstance(divergence, str) else dict(divergence)
+    return DIVERGENCES[settings.pop("name")](**settings)

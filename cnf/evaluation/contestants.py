@@ -45,8 +45,8 @@ class Contestant:
 # Cheap, exact-for-what-it-computes gradients; the evaluation's solver is another and tight.
 TRAINING_SOLVER = Solver("rk4", steps=8, gradient="backprop")
 LIKELIHOOD = MaximumLikelihood(solver=TRAINING_SOLVER)
-LIKELIHOOD_SETTINGS = {"batch_size": 256, "lr": 1e-3, "ema": 0.99, "clip": 1.0}
-MATCHING_SETTINGS = {"batch_size": 512, "lr": 3e-3}
+LIKELIHOOD_SETTINGS = {"batch_size": 256, "lr": 3e-3, "ema": 0.99, "clip": 1.0}
+MATCHING_SETTINGS = {"batch_size": 1024, "lr": 6e-3}
 
 for _name, _contestant in {
     "cnf-likelihood": Contestant(
@@ -59,8 +59,8 @@ for _name, _contestant in {
         "CNF, flow matching then likelihood",
         "cnf",
         (
-            Stage(FlowMatching(), 0.7, MATCHING_SETTINGS),
-            Stage(LIKELIHOOD, 0.3, LIKELIHOOD_SETTINGS),
+            Stage(FlowMatching(), 0.65, MATCHING_SETTINGS),
+            Stage(LIKELIHOOD, 0.35, LIKELIHOOD_SETTINGS),
         ),
     ),
     "ffjord": Contestant(

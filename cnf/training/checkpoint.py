@@ -1,5 +1,6 @@
 """Checkpoints: a flow's weights with how to build it, and the state that training goes on from."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -35,7 +36,7 @@ def save(flow: nn.Module, path: str | Path) -> Path:
     path = path / FLOW_FILE if path.is_dir() else path
     safetensors = optional("safetensors.torch", "train")
     state = flow.state_dict().items()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state}
     # One key: the library writes several in an order that differs between runs.
     metadata = {FORMAT: json.dumps(getattr(flow, "spec", None))}
     data = safetensors.save(tensors, metadata=metadata)
@@ -90,7 +91,8 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         KeyError,
         pickle.UnpicklingError,
     ) as error:
-        raise CheckpointError(f"resume: {path} is no readable training state ({error})") from error
+        message = f"resume: {path} is broken, or no training state written by cnf"
+        raise CheckpointError(message) from error
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -102,7 +104,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
         message = f"save: cannot write {path} ({error}); what was there is kept"
         raise CheckpointError(message) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -132,5 +135,11 @@ def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         flow.to(next(dtypes, None)).load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"load: the weights in {path} do not fit the flow: {error}"
+            f"load: the weights in {path} do not fit the flow: {first_line(error)}"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first thing that load_state_dict complains of; its whole text fills a screen."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else str(error)

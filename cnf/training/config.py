@@ -5,6 +5,12 @@ from pathlib import Path
 
 from cnf.errors import expect_choice, expect_positive
 
+_NUMBERS = {
+    **dict.fromkeys(("steps", "batch_size", "seed", "validations", "validation_rows"), int),
+    **dict.fromkeys(("patience", "devices"), int),
+    **dict.fromkeys(("seconds", "lr", "weight_decay", "warmup", "clip", "ema"), float),
+}
+
 
 @dataclass
 class TrainConfig:
@@ -33,8 +39,7 @@ class TrainConfig:
         resume: Go on with the run in `folder` from its last checkpoint.
         device: "auto", "cpu", "cuda", or "mps".
         devices: Processes, one for each device.
-        strategy: Lightning Fabric's strategy for several processes ("auto", "ddp", "ddp_spawn",
-            …).
+        strategy: Lightning Fabric's strategy for several processes, such as "ddp".
         precision: Fabric's precision; null for the module's own dtype, "bf16-mixed" for autocast.
         progress: Show a progress bar.
         ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
@@ -67,6 +72,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         who = "TrainConfig"
+        for name, kind in _NUMBERS.items():  # numpy scalars too, which YAML cannot hold
+            value = getattr(self, name)
+            if value is not None:
+                if kind is int and int(value) != value:
+                    raise ValueError(f"{who}: expected {name} to be a whole number, got {value!r}")
+                setattr(self, name, kind(value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
         if self.steps is not None and self.seconds is not None:
@@ -87,6 +98,12 @@ class TrainConfig:
         for name in ("weight_decay", "validations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{who}: expected {name} >= 0, got {getattr(self, name)!r}")
+        if "spawn" in self.strategy or "fork" in self.strategy:
+            raise ValueError(
+                f"{who}: expected a strategy that runs the script again, such as 'ddp'"
+            )
+        if self.ticks is not None and self.seconds is not None:
+            raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")
         if self.resume and self.folder is None:
             raise ValueError(f"{who}: resume=True needs folder=…, the run to go on with")
         if self.batch_size % self.devices:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnf.dynamics.divergence import DIVERGENCES
+from cnf.matching.paths import PATHS
 from cnf.objectives import OBJECTIVES, Objective
 from cnf.training.config import TrainConfig
 
@@ -24,12 +26,19 @@ def configuration(
     spec = getattr(module, "spec", None) or {"model": type(module).__name__, "options": {}}
     train = {k: v for k, v in asdict(config).items() if k not in ("folder", "resume")}
     return {
-        "data": str(getattr(data, "name", type(data).__name__)),
+        "data": str(getattr(data, "source", None) or getattr(data, "name", type(data).__name__)),
         **spec,
         "objective": objective_name(objective),
         "objective_options": _settings(objective),
         **train,
     }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, what differs of all that must be the same for a run to go on as itself."""
+    names = ("model", "options", "objective", "objective_options", "seed", "batch_size")
+    changed = [name for name in names if before.get(name) != now[name]]
+    return ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
 
 
 def objective_name(objective: Objective) -> str:
@@ -39,18 +48,27 @@ def objective_name(objective: Objective) -> str:
 
 
 def _settings(objective: Objective) -> dict[str, Any]:
-    """The objective's fields that differ from their defaults, as YAML holds them."""
+    """The objective's fields, as YAML holds them."""
     if not is_dataclass(objective):
         return {}
-    default = type(objective)()
-    changed = {
-        field.name: getattr(objective, field.name)
-        for field in fields(objective)
-        if getattr(objective, field.name) != getattr(default, field.name)
-    }
-    plain = {k: asdict(v) if is_dataclass(v) else v for k, v in changed.items()}  # pyright: ignore
-    kinds = str | int | float | dict | list
-    return {k: v if isinstance(v, kinds) else repr(v) for k, v in plain.items()}
+    values = {field.name: getattr(objective, field.name) for field in fields(objective)}
+    return {name: _plain(value) for name, value in values.items() if value not in (None, {})}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as YAML holds it; a registered divergence, path, … by its name and fields."""
+    if isinstance(value, str | int | float | dict | list):
+        return value
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    settings = {k: v for k, v in asdict(value).items() if isinstance(v, str | int | float)}
+    names = [
+        name
+        for registry in (DIVERGENCES, PATHS)
+        for name, kind in registry.items()
+        if kind is type(value)
+    ]
+    return {"name": names[0], **settings} if names else settings
 
 
 def machine() -> dict[str, Any]:

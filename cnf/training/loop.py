@@ -80,7 +80,11 @@ def fit(
         ValueError: Data that are too few, of the wrong shape, NaN; a folder that exists.
         CheckpointError: The run's folder cannot be written or resumed.
     """
-    return _Trainer(module, objective, data, config, context, validation).run()
+    trainer = _Trainer(module, objective, data, config, context, validation)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
 
 
 class _Trainer:
@@ -95,11 +99,11 @@ class _Trainer:
         self.stream = as_stream(data, config, context, validation)
         _refuse_misfit(module, self.stream.head)
         self.fabric = _fabric(config, self.dtype)
-        main = self.fabric.is_global_zero
-        self.folder = Run(config.folder, config.resume) if config.folder and main else None
-        self.description = configuration(module, objective, data, config)
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
+        self.description = configuration(module, objective, data, config)
+        main = self.fabric.is_global_zero
+        self.folder = Run(config.folder, config.resume) if config.folder and main else None
         self.budget, self.history = Budget(config), History()
         held_out = self.stream.validation
         held_out = None if held_out is None else self._placed(held_out)
@@ -111,12 +115,13 @@ class _Trainer:
     def run(self) -> History:
         show = self.config.progress and self.fabric.is_global_zero
         self._describe("running")
+        self._save()  # from now on the run can be resumed
         with (
             torch.random.fork_rng(),
             interruptible() as interrupted,
             ProgressBar(show, objective_name(self.objective)) as bar,
         ):
-            while not self.budget.done:
+            while not (self.budget.done or self.validation.exhausted):
                 with ode.record() as stats:
                     start = time.perf_counter()
                     loss = self._step()
@@ -128,14 +133,13 @@ class _Trainer:
                 if self.validation.due(self.budget.fraction) or self.budget.done:
                     scored = self._validate(bar)
                 self._record(loss, nfe, scored)
-                if self.validation.exhausted:
-                    self.history.reason = "patience"
-                    break
-                if interrupted():
+                if self._agreed(interrupted()):
                     self.history.reason = "interrupted"
                     break
                 if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
                     self._save()
+            if self.validation.exhausted:
+                self.history.reason = "patience"
             if self.history.records:
                 last = self.history.records[-1]
                 bar.update(self.budget.fraction, self.budget.step, last["loss"], int(last["nfe"]))
@@ -160,6 +164,10 @@ class _Trainer:
         torch.default_generator.manual_seed(seed)
         if self.fabric.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether process 0 was interrupted: all must leave after the same step."""
+        return self.fabric.broadcast(stop) if self.fabric.world_size > 1 else stop
 
     def _placed(self, batch: Batch) -> Batch:
         device = self.fabric.device
@@ -207,7 +215,6 @@ class _Trainer:
         self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
         if self.folder is not None:
             checkpoint.save(self.module, self.folder.checkpoints)
-            self.folder.close()
         self._describe(history.reason)
 
     def _save(self) -> None:
@@ -221,12 +228,19 @@ class _Trainer:
             "budget": self.budget.state(),
             "validation": self.validation.state(),
             "records": self.history.records,
+            "description": self.description,
         }
         checkpoint.save_state(state, self.folder.checkpoints / checkpoint.STATE_FILE)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
 
     def _restore(self) -> None:
         assert self.config.folder is not None
         state = checkpoint.load_state(self.config.folder)
+        if told := differences(state.get("description", {}), self.description):
+            raise CheckpointError(f"resume: {self.config.folder} is another run: {told}")
         try:
             self.learner.restore(state["learner"])
             self.budget.restore(state["budget"])
@@ -235,7 +249,7 @@ class _Trainer:
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"resume: the state in {self.config.folder} is of another model or objective "
-                f"({error})"
+                f"({checkpoint.first_line(error)})"
             ) from error
 
     def _describe(self, ended: str) -> None:
@@ -243,7 +257,10 @@ class _Trainer:
             return
         budget, config = self.budget, self.config
         description = self.description
-        if config.seconds is not None and ended != "running":  # so that the file repeats the run
+        if config.seconds is not None and ended in (
+            "budget",
+            "patience",
+        ):  # so that the file repeats the run
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
             description = {**description, **spent}
         self.folder.write_config(description)

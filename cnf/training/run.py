@@ -97,7 +97,7 @@ def free_folder(wanted: Path) -> Path:
 
 
 def scored_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv that hold a held-out NLL; none where there is no such file."""
+    """The rows of a run's metrics.csv that hold a held-out NLL; none without that file."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return []

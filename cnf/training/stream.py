@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.errors import expect_finite
 from cnf.objectives import Batch
@@ -32,10 +33,11 @@ class Stream(ABC):
 class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
 
-    def __init__(self, density: Any, config: TrainConfig) -> None:
+    def __init__(self, density: Any, config: TrainConfig, validation: Batch | None) -> None:
         self.density, self.size = density, config.batch_size
         held_out = seeded(config.seed, -1)
-        self.validation = Batch(density.sample(config.validation_rows, held_out))
+        drawn = Batch(density.sample(config.validation_rows, held_out))
+        self.validation = drawn if validation is None else validation
         self.head = density.sample(10_000, held_out)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -78,24 +80,34 @@ class RowStream(Stream):
 
 
 class IterableStream(Stream):
-    """An iterable of batches, begun again when it ends; a resumed run skips what it has seen."""
+    """An iterable of batches, begun again when it ends; a resumed run skips what it has seen.
 
-    def __init__(self, batches: Iterable[Any], validation: Batch | None) -> None:
-        self.batches, self.validation = batches, validation
-        self.head = as_batch(next(self._begin())).x
-        self._iterator, self._next = self._begin(), 0
+    Each pass is begun under a seed of its own, so that a shuffling DataLoader repeats.
+    """
 
-    def _begin(self) -> Iterator[Any]:
-        return iter(self.batches)
+    def __init__(
+        self, batches: Iterable[Any], config: TrainConfig, validation: Batch | None
+    ) -> None:
+        self.batches, self.validation, self.seed = batches, validation, config.seed
+        self.head = as_batch(next(self._begin(0))).x
+        self._iterator, self._pass, self._next = self._begin(0), 0, 0
+
+    def _begin(self, number: int) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed(self.seed, -5, number))
+            iterator = iter(self.batches)
+            first = next(iterator, None)  # samplers seed themselves at the first item
+        if first is None:
+            raise ValueError(f"fit: the iterable of batches is empty in pass {number + 1}")
+        return chain([first], iterator)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         while True:
             item = next(self._iterator, None)
             if item is None:
-                self._iterator = self._begin()
-                item = next(self._iterator, None)
-                if item is None:
-                    raise ValueError("fit: the iterable of batches is empty the second time round")
+                self._pass += 1
+                self._iterator = self._begin(self._pass)
+                item = next(self._iterator)
             self._next += 1
             if self._next > step:
                 return as_batch(item)
@@ -133,38 +145,33 @@ def as_stream(
 ) -> Stream:
     """The stream that suits the data: see `fit`."""
     held_out = None if validation is None else as_batch(validation)
-    if data is None:
-        return NoData(config)
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
-    if hasattr(data, "sample") and hasattr(data, "log_prob") and not hasattr(data, "x"):
-        return DensityStream(data, config)
-    data = getattr(data, "x", data) if not isinstance(data, Dataset) else data
-    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+    points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
+    if isinstance(points, Tensor) or hasattr(points, "__array__"):
+        given = None if context is None else _checked("context", context)
+        return RowStream(Rows(_checked("data", points), given), config, held_out)
+    if context is not None:
+        raise ValueError("fit: context=… goes with an array; elsewhere batches are (x, context)")
+    if data is None:
+        return NoData(config)
+    if hasattr(data, "sample") and hasattr(data, "log_prob"):
+        return DensityStream(data, config, held_out)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return RowStream(Rows(data, None), config, held_out)
-    if (
-        not isinstance(data, Tensor)
-        and not hasattr(data, "__array__")
-        and isinstance(data, Iterable)
-    ):
-        return IterableStream(data, held_out)
-    x = _checked("data", data)
-    return RowStream(
-        Rows(x, None if context is None else _checked("context", context)), config, held_out
-    )
+    if isinstance(data, Iterable):
+        return IterableStream(data, config, held_out)
+    raise TypeError(f"fit: expected a density, rows or batches, got {type(data).__name__}")
 
 
 def as_batch(item: Any) -> Batch:
     """A Batch from a tensor, a pair (x, context), or a Batch."""
     if isinstance(item, Batch):
         return item
-    if isinstance(item, Sequence) and not isinstance(item, str):
-        if len(item) > 2:
-            raise ValueError(
-                f"fit: expected a batch to be x or (x, context), got {len(item)} parts"
-            )
-        return Batch(*(torch.as_tensor(part) for part in item))
-    return Batch(torch.as_tensor(item))
+    parts = item if isinstance(item, Sequence) and not isinstance(item, str) else [item]
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
+    return Batch(*(_checked(name, part) for name, part in zip(("x", "context"), parts)))  # noqa: B905
 
 
 def _checked(name: str, value: Any) -> Tensor:

@@ -35,8 +35,11 @@ class Validation:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
         assert self.held_out is not None
         self.done = int(fraction * self.config.validations + 1e-9)
+        training = module.training
+        module.eval()
         with torch.no_grad():
             score = self._nll(module) if isinstance(module, Flow) else self._loss(module)
+        module.train(training)
         self.name = "val_nll" if isinstance(module, Flow) else "val_loss"
         if self.config.patience is not None:
             if score < self.best:

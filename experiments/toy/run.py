@@ -7,7 +7,9 @@ runs/toy/. `--table` only writes the table and the picture again from what is th
 import argparse
 import csv
 import json
+import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,15 +23,20 @@ RUNS = Path("runs/toy")
 
 
 def race(config: dict) -> None:
+    todo = [n for n in config["densities"] if not (RUNS / n / "results.csv").exists()]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config["processes"], mp_context=spawn) as pool:
+        list(pool.map(race_on, todo, [config] * len(todo)))
+
+
+def race_on(name: str, config: dict) -> None:
     torch.set_num_threads(config["threads"])
-    for name in config["densities"]:
-        if (RUNS / name / "results.csv").exists():
-            continue
-        results = compare(
-            config["contestants"], name, seconds=config["seconds"], seeds=config["seeds"],
-            folder=RUNS / name, progress=False, say=lambda line, name=name: print(name, line),
-        )  # fmt: skip
-        write_report(results, RUNS / name)
+    results = compare(
+        config["contestants"], name, seconds=config["seconds"], seeds=config["seeds"],
+        folder=RUNS / name, progress=False,
+        say=lambda line: print(f"{name}: {line}", flush=True),
+    )  # fmt: skip
+    write_report(results, RUNS / name)
 
 
 def rows(config: dict) -> list[dict[str, str]]:
@@ -106,7 +113,7 @@ def main() -> None:
     machine = json.loads((RUNS / found[0]["data"] / "results.json").read_text())["machine"]
     about = (
         f"{config['seconds']} s of training per contestant, seeds {config['seeds']}, "
-        f"{machine['threads']} threads of {machine['processor']}, torch {machine['torch']}, "
+        f"{machine['threads']} thread of {machine['processor']} each, {config['processes']} at a time, torch {machine['torch']}, "
         f"revision {machine['revision']}."
     )
     (HERE / "table.md").write_text(table(config, found) + "\n\n" + about + "\n")

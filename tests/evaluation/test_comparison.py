@@ -1,0 +1,155 @@
+"""The race: same start, same data, same evaluation; what it returns and writes."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+import cnf
+from cnf.evaluation import CONTESTANTS, Contestant, Stage, comparison, metrics
+from cnf.evaluation.judge import Judge
+from cnf.evaluation.tables import results_table
+
+DRAW = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(comparison, "TEST_POINTS", 400)
+    monkeypatch.setattr(comparison, "VALIDATION_POINTS", 300)
+    monkeypatch.setattr(metrics, "c2st", lambda x, y: 0.5)  # seconds of scikit-learn
+
+
+def race(contestants, data, tmp_path=None, **settings):
+    settings = {"steps": 20, "progress": False, "w2_points": 100, **settings}
+    return cnf.compare(contestants, data, folder=tmp_path and tmp_path / "race", **settings)
+
+
+@pytest.mark.slow
+def test_every_contestant_runs_and_every_score_is_there(tmp_path):
+    results = race(None, "moons", tmp_path, steps=10)
+    assert results.contestants == list(CONTESTANTS)
+    rows = csv.DictReader((tmp_path / "race" / "results.csv").read_text().splitlines())
+    assert [row["contestant"] for row in rows] == list(CONTESTANTS)
+    entry = results.of("cnf-both")[0]
+    assert entry.scores["steps"] == 10 and len(entry.curve) >= 8
+    finite = {k for k, v in results.of("realnvp")[0].scores.items() if math.isfinite(v)}
+    assert set(entry.scores) - finite == {"path_energy", "straightness"}  # RealNVP has no paths
+    assert [nfe for nfe, _ in entry.few_steps[:-1]] == [1, 2, 4, 8, 16, 32]
+
+
+def test_results_json_holds_what_made_the_numbers(tmp_path):
+    race(["realnvp"], "moons", tmp_path, seeds=[3])
+    told = json.loads((tmp_path / "race" / "results.json").read_text())
+    assert told["settings"]["seeds"] == [3] and told["machine"]["torch"]
+    assert told["entries"][0]["scores"]["gap"] > 0
+    again = cnf.load(tmp_path / "race" / "runs" / "realnvp-seed-3")
+    assert again.spec["model"] == "realnvp"
+
+
+def test_gap_is_the_mean_difference_to_the_truth_at_the_test_points():
+    results = race(["realnvp"], "circles")
+    flow, toy = results.of("realnvp")[0].flow, cnf.data.toy("circles")
+    test, _ = (toy.sample(400, comparison.seeded(number, -9)) for number in (1, 2))
+    expected = (toy.log_prob(test).double() - flow.log_prob(test).double()).mean().item()
+    assert results.mean("realnvp", "gap")[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
+    seen = []
+
+    def remember(flow, objective, data, config):
+        seen.append([p.clone() for p in flow.parameters()])
+        return cnf.training.History(steps=1, seconds=1.0)
+
+    monkeypatch.setattr(comparison, "fit", remember)
+    race(["cnf-likelihood", "cnf-flow-matching"], "moons")
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_seeds_have_a_mean_and_a_spread():
+    results = race(["realnvp"], "moons", seeds=[0, 1])
+    gaps = [entry.scores["gap"] for entry in results.of("realnvp")]
+    mean, spread = results.mean("realnvp", "gap")
+    assert mean == pytest.approx(sum(gaps) / 2)
+    assert spread == pytest.approx(abs(gaps[0] - gaps[1]) / 2**0.5)
+
+
+def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypatch):
+    points = torch.randn(300, 3, generator=DRAW)
+    trained_on = []
+    real = comparison.fit
+
+    def watch(flow, objective, data, config):
+        trained_on.append(data)
+        return real(flow, objective, data, config)
+
+    monkeypatch.setattr(comparison, "fit", watch)
+    results = race(["realnvp"], points)
+    assert results.score == "nll" and results.entropy is None
+    assert len(trained_on[0]) == 240 and results.settings["test_points"] == 60
+
+
+def test_a_contestant_that_fails_does_not_stop_the_race(monkeypatch):
+    real = comparison._train
+
+    def fails(contestant, *rest):
+        if contestant.model == "ffjord":
+            raise cnf.SolverError("stiff", "loosen", t=0.5, nfe=3, settings="dopri5")
+        return real(contestant, *rest)
+
+    monkeypatch.setattr(comparison, "_train", fails)
+    results = race(["ffjord", "realnvp"], "moons")
+    assert results.contestants == ["realnvp"]
+    assert "stiff" in results.settings["failed"]["FFJORD, as published, seed 0"]
+
+
+def test_ranking_puts_nan_last_and_the_table_shows_it():
+    results = race(["realnvp", "cnf-flow-matching"], "moons")
+    results.of("realnvp")[0].scores["gap"] = math.nan
+    assert results.ranking() == ["cnf-flow-matching", "realnvp"]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    lines = [line for line in capture.get().splitlines() if "RealNVP" in line or "CNF" in line]
+    assert "flow matching" in lines[0] and "–" in lines[1]
+
+
+def test_ones_own_contestant_races_by_its_name():
+    mine = Contestant("Mine", "realnvp", (Stage(cnf.MaximumLikelihood()),), {"layers": 2})
+    results = race({"mine": mine}, "moons")
+    assert results.of("mine")[0].title == "Mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"contestants": ["realnvpp"]}, "Did you mean 'realnvp'"),
+        ({"steps": -1}, "steps > 0"),
+        ({"seconds": 5.0}, "not both"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(arguments, words, tmp_path):
+    contestants = arguments.pop("contestants", ["realnvp"])
+    with pytest.raises(ValueError, match=words):
+        race(contestants, "moons", tmp_path, **arguments)
+    assert not (tmp_path / "race").exists()
+
+
+def test_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "race").mkdir()
+    (tmp_path / "race" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        race(["realnvp"], "moons", tmp_path)
+
+
+def test_perfect_flow_scores_the_floor():
+    normal = torch.randn(1000, 2, generator=DRAW)
+    judge = Judge(normal[:500], normal[500:], w2_points=300)
+    identity = cnf.models.build("realnvp", dim=2, layers=2)  # the identity at initialisation
+    scores = judge.scores(identity)
+    assert scores["w2"] == pytest.approx(judge.floor["w2"], rel=0.5)
+    assert scores["nll"] == pytest.approx(2.8379, abs=4 * scores["nll_error"])

@@ -13,11 +13,11 @@ from cnf.objectives import Batch, Loss, Objective
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
 from cnf.training.config import TrainConfig
-from cnf.training.describe import configuration, machine, objective_name
+from cnf.training.describe import configuration, differences, machine, objective_name
 from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Run
-from cnf.training.stream import as_stream, mixed, seeded
+from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded
 from cnf.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class _Trainer:
         self.module, self.objective, self.config = module, objective, config
         self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
         self.stream = as_stream(data, config, context, validation)
-        _refuse_misfit(module, self.stream.head)
+        refuse_misfit(module, self.stream.head)
         self.fabric = _fabric(config, self.dtype)
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
@@ -289,15 +289,6 @@ def _fabric(config: TrainConfig, dtype: torch.dtype) -> "Fabric":
     )
     fabric.launch()
     return fabric
-
-
-def _refuse_misfit(module: nn.Module, head: torch.Tensor | None) -> None:
-    expected = getattr(module, "event_shape", None)
-    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
-        raise ValueError(
-            f"fit: the flow models points of shape {expected}, the data's are "
-            f"{tuple(head.shape[1:])}"
-        )
 
 
 def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.errors import expect_finite
@@ -172,6 +172,21 @@ def as_batch(item: Any) -> Batch:
     if not 1 <= len(parts) <= 2:
         raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
     return Batch(*(_checked(name, part) for name, part in zip(("x", "context"), parts)))  # noqa: B905
+
+
+def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
+    """Raise where the data cannot be what the module models."""
+    expected = getattr(module, "event_shape", None)
+    discrete = getattr(module, "dequantisation", None) is not None
+    if head is not None and not head.is_floating_point() and not discrete:
+        raise ValueError(
+            f"fit: expected data of floating dtype, got {head.dtype}; use data.float()"
+        )
+    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
+        raise ValueError(
+            f"fit: the flow models points of shape {expected}, the data's are "
+            f"{tuple(head.shape[1:])}"
+        )
 
 
 def _checked(name: str, value: Any) -> Tensor:

@@ -113,7 +113,8 @@ def main() -> None:
     machine = json.loads((RUNS / found[0]["data"] / "results.json").read_text())["machine"]
     about = (
         f"{config['seconds']} s of training per contestant, seeds {config['seeds']}, "
-        f"{machine['threads']} thread of {machine['processor']} each, {config['processes']} at a time, torch {machine['torch']}, "
+        f"{machine['threads']} thread of {machine['processor']} each, "
+        f"{config['processes']} densities at a time, torch {machine['torch']}, "
         f"revision {machine['revision']}."
     )
     (HERE / "table.md").write_text(table(config, found) + "\n\n" + about + "\n")

@@ -16,7 +16,7 @@ demo: $(READY)
 	$(RUN) -m cnf compare pinwheel --seconds 20
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(shell $(RUN) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
 
 check: $(READY)
 	$(RUN) -m ruff format --check

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cnf import __version__ as cnf_version
 from cnf import data as densities
 from cnf import models, objectives
 from cnf.dynamics import DIVERGENCES, REGULARIZERS
@@ -20,10 +21,11 @@ from cnf.fields import FIELDS
 from cnf.flow import Flow
 from cnf.matching import COUPLINGS, PATHS
 from cnf.training import TrainConfig, fit, load
-from cnf.training.run import free_folder, scored_rows
+from cnf.training.run import free_folder, scored_rows, trained_on
 from cnf.transforms import TRANSFORMS
 from cnf.transforms.continuous import is_continuous
 
+VERSION = f"cnf {cnf_version}, torch {torch.__version__}"
 KINDS: dict[str, Any] = {
     "models": models.MODELS,
     "densities": densities.TOYS,
@@ -71,10 +73,10 @@ def train(
     history = fit(flow, goal, source, config)
     scores = history.column("val_nll")
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
-    _say(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
+    print(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
     if history.reason == "interrupted":
         again = f"--config {config.folder}/config.yaml --folder {config.folder} --resume true"
-        _say(f"Interrupted; go on with: cnf train {again}")
+        print(f"Interrupted; go on with: cnf train {again}")
         raise SystemExit(130)
 
 
@@ -85,15 +87,20 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
         run: A run's folder or a flow file.
         data: Density, picture or file of held-out points; what the run was trained on if not
             given.
-        points: Test points at most.
+        points: Test points at most. Of one's own points every other one is scored, and the rest
+            says what two sets of true points are apart.
     """
     from cnf.evaluation.judge import Judge
     from cnf.evaluation.tables import scores_table
     from cnf.training.stream import seeded
 
     flow, source = _flow_and_data(run, data)
-    test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
-    judge = Judge(test, other, source if source.entropy is not None else None)
+    if source.entropy is None:
+        test, other, density = source.x[: 2 * points : 2], source.x[1 : 2 * points : 2], None
+    else:
+        test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
+        density = source
+    judge = Judge(test, other, density)
     scores = judge.scores(flow)
     if run.is_dir():
         (run / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
@@ -112,23 +119,14 @@ def sample(
         seed: Seed of the draws.
         steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
     """
-    if output.suffix not in (".npy", ".csv"):
-        raise ValueError(f"expected a .npy or .csv file, got {output.name}")
-    if output.exists():
-        raise ValueError(f"{output} exists already")
     if n < 1:
         raise ValueError(f"expected n >= 1, got {n}")
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
-    drawn = flow.sample((n,), generator=torch.Generator().manual_seed(seed)).numpy()
-    import numpy
-
-    if output.suffix == ".npy":
-        numpy.save(output, drawn)
-    else:
-        numpy.savetxt(output, drawn, delimiter=",", fmt="%.8g")
-    _say(f"{n} points in {output}")
+    drawn = flow.sample((n,), generator=torch.Generator().manual_seed(seed))
+    densities.write_table(output, drawn)
+    print(f"{n} points in {output}")
 
 
 def plot(run: Path, data: str | None = None) -> None:
@@ -148,7 +146,7 @@ def plot(run: Path, data: str | None = None) -> None:
     curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in scored_rows(run)]
     results = measured(flow, source, run.stem, curve)
     for path in save_figures(results, folder).values():
-        _say(str(path))
+        print(str(path))
 
 
 def compare(
@@ -188,7 +186,7 @@ def compare(
     )  # fmt: skip
     page = write_report(results, folder)
     _console().print(results_table(results))
-    _say(f"The report: {page.resolve()}")
+    print(f"The report: {page.resolve()}")
 
 
 def check(run: Path, data: str | None = None) -> None:
@@ -204,7 +202,7 @@ def check(run: Path, data: str | None = None) -> None:
 
     x = None if data is None else densities.load(data).sample(64, torch.Generator().manual_seed(0))
     report = check_flow(load(run), x)
-    _say(str(report))
+    print(str(report))
     if not report.ok:
         raise SystemExit(1)
 
@@ -245,7 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen = parser.parse_args(arguments)
     except ArgumentError as error:
-        print("cnf: error:", " ".join(str(error).split()), file=sys.stderr)
+        given = [str(argument) for argument in arguments or sys.argv[1:]]
+        where = f" (in {given[given.index('--config') + 1]})" if "--config" in given[:-1] else ""
+        print("cnf: error:", " ".join(str(error).split()) + where, file=sys.stderr)
         raise SystemExit(2) from None
     name = chosen.subcommand
     options = chosen[name].as_dict()
@@ -266,7 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> Any:
     jsonargparse = optional("jsonargparse", "cli")
     parser = jsonargparse.ArgumentParser(prog="cnf", description=__doc__, exit_on_error=False)
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--version", action="version", version=f"cnf {cnf_version}, torch {torch.__version__}"
+    )
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         first = _first_line(function)
@@ -288,19 +290,7 @@ def _parser() -> Any:
 
 
 def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
-    flow = load(run)
-    if data is None:
-        config = run / "config.yaml"
-        if not config.is_file():
-            raise ValueError(
-                f"{run} has no config.yaml to say what it was trained on; give --data"
-            )
-        yaml = optional("yaml", "cli")
-        try:
-            data = str(yaml.safe_load(config.read_text())["data"])
-        except (yaml.YAMLError, KeyError, TypeError):
-            raise ValueError(f"{config} is broken: it names no data; give --data") from None
-    return flow, densities.load(data)
+    return load(run), densities.load(data or trained_on(run))
 
 
 def _first_line(thing: Any) -> str:
@@ -310,13 +300,3 @@ def _first_line(thing: Any) -> str:
 
 def _console() -> Any:
     return optional("rich.console", "cli").Console()
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _version() -> str:
-    from cnf import __version__
-
-    return f"cnf {__version__}, torch {torch.__version__}"

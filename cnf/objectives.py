@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnf.dynamics.divergence import Hutchinson, as_divergence
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver, as_solver
-from cnf.errors import expect_positive
+from cnf.errors import expect_event, expect_positive
 from cnf.flow import Flow
 from cnf.matching.couplings import COUPLINGS
 from cnf.matching.paths import PATHS, Path
@@ -59,7 +59,12 @@ class Objective(ABC):
 
     All random draws are made in `prepare`, for the whole batch, so that the same seed gives the
     same numbers however many processes share the rows, and so that it may run ahead of the step.
+
+    Attributes:
+        needs_data: Whether a batch without rows makes no sense.
     """
+
+    needs_data = False
 
     @abstractmethod
     def prepare(
@@ -90,12 +95,18 @@ class MaximumLikelihood(Objective):
         solver: A solver for training only, such as a few fixed steps; the flow's own if None.
     """
 
+    needs_data = True
+
     divergence: Any = "exact"
     penalties: dict[str, float] = field(default_factory=dict)
     solver: Solver | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         as_divergence(self.divergence)
+        if isinstance(self.divergence, Mapping):  # from a config file
+            object.__setattr__(self, "divergence", as_divergence(self.divergence))
+        if isinstance(self.solver, Mapping):
+            object.__setattr__(self, "solver", as_solver(self.solver))
         for name, weight in self.penalties.items():
             _ = REGULARIZERS[name]
             expect_positive("MaximumLikelihood", **{name: weight})
@@ -161,11 +172,15 @@ class FlowMatching(Objective):
         coupling: A name in `COUPLINGS`, or a coupling function.
     """
 
+    needs_data = True
+
     path: Any = "linear"
     coupling: Any = "independent"
 
     def __post_init__(self) -> None:
-        self._path()
+        path = self._path()
+        if not isinstance(self.path, str):
+            object.__setattr__(self, "path", path)
         if isinstance(self.coupling, str):
             _ = COUPLINGS[self.coupling]
 
@@ -180,6 +195,7 @@ class FlowMatching(Objective):
     ) -> Batch:
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
+        expect_event("FlowMatching", "x", batch.x, flow.event_shape)
         if flow.dequantisation is not None:
             batch = replace(batch, x=flow.dequantisation.encode(batch.x, generator)[0])
         x, context = batch.x, batch.context

@@ -1,11 +1,17 @@
 """Shared fixtures: seeded generators, and modules with random weights in float64."""
 
 import math
+import os
 
 import pytest
 import torch
 
 import cnf
+
+# One thread, here and in what the tests start: nets this small gain nothing from a second one, and
+# two busy processes with two threads each are many times slower than with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from cnf.data.density import Toy
 from cnf.data.pictures import Picture
 from cnf.data.source import load
-from cnf.data.tabular import Points, read_table
+from cnf.data.tabular import Points, read_table, write_table
 from cnf.data.toys import TOYS, toy
 
-__all__ = ["TOYS", "Picture", "Points", "Toy", "load", "read_table", "toy"]
+__all__ = ["TOYS", "Picture", "Points", "Toy", "load", "read_table", "toy", "write_table"]

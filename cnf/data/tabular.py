@@ -231,3 +231,20 @@ TABLES: dict[str, Callable[[str, Path], np.ndarray]] = {
     ".npz": _read_numpy,
     ".parquet": _read_parquet,
 }
+
+
+def write_table(path: str | PathLike[str], x: Tensor) -> None:
+    """Write points, shape (N, D), to a new .npy or .csv file.
+
+    Raises:
+        ValueError: Another kind of file, or one that exists.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".csv"):
+        raise ValueError(f"write_table: expected a .npy or .csv file, got {path.name}")
+    if path.exists():
+        raise ValueError(f"write_table: {path} exists already")
+    if path.suffix == ".npy":
+        np.save(path, x.numpy())
+    else:
+        np.savetxt(path, x.numpy(), delimiter=",", fmt="%.8g")

@@ -100,7 +100,8 @@ class TrainConfig:
                 raise ValueError(f"{who}: expected {name} >= 0, got {getattr(self, name)!r}")
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(
-                f"{who}: expected a strategy that runs the script again, such as 'ddp'"
+                f"{who}: expected a strategy that reruns the script, such as 'ddp', "
+                f"got {self.strategy!r}"
             )
         if self.ticks is not None and self.seconds is not None:
             raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")

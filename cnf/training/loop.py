@@ -97,6 +97,8 @@ class _Trainer:
         self.module, self.objective, self.config = module, objective, config
         self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
         self.stream = as_stream(data, config, context, validation)
+        if data is None and objective.needs_data:
+            raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
         self.fabric = _fabric(config, self.dtype)
         _fit_preprocessing(module, self.stream.head)

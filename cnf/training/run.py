@@ -103,3 +103,14 @@ def scored_rows(folder: Path) -> list[dict[str, str]]:
         return []
     with path.open() as file:
         return [row for row in csv.DictReader(file) if row.get("val_nll")]
+
+
+def trained_on(folder: Path) -> str:
+    """The density or file that a run's config.yaml names; a ValueError where it names none."""
+    path, yaml = folder / "config.yaml", optional("yaml", "train")
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.yaml that names its data; give --data")
+    try:
+        return str(yaml.safe_load(path.read_text())["data"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        raise ValueError(f"{path} is broken: it names no data; give --data") from None

@@ -144,7 +144,7 @@ def as_stream(
     data: Any, config: TrainConfig, context: Any = None, validation: Any = None
 ) -> Stream:
     """The stream that suits the data: see `fit`."""
-    held_out = None if validation is None else as_batch(validation)
+    held_out = None if validation is None else as_batch(validation, "validation")
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
     points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
@@ -164,14 +164,14 @@ def as_stream(
     raise TypeError(f"fit: expected a density, rows or batches, got {type(data).__name__}")
 
 
-def as_batch(item: Any) -> Batch:
+def as_batch(item: Any, name: str = "x") -> Batch:
     """A Batch from a tensor, a pair (x, context), or a Batch."""
     if isinstance(item, Batch):
         return item
     parts = item if isinstance(item, Sequence) and not isinstance(item, str) else [item]
     if not 1 <= len(parts) <= 2:
         raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
-    return Batch(*(_checked(name, part) for name, part in zip(("x", "context"), parts)))  # noqa: B905
+    return Batch(*(_checked(name, part) for name, part in zip((name, "context"), parts)))  # noqa: B905
 
 
 def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:

@@ -153,8 +153,10 @@ def test_likelihood_of_what_is_no_flow_is_refused(config):
 def test_unknown_engine_settings_are_refused_before_a_folder_is_made(
     setting, words, small, config, tmp_path
 ):
-    settings = config(folder=tmp_path / "run", **setting)
-    refused(lambda: cnf.fit(small(), FlowMatching(), X, settings), *words)
+    def act():
+        cnf.fit(small(), FlowMatching(), X, config(folder=tmp_path / "run", **setting))
+
+    refused(act, *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +178,7 @@ def test_resume_with_another_model_is_refused_in_one_line(other, small, config, 
     name, options = other
     settings = config(folder=tmp_path / "run", resume=True)
     act = lambda: cnf.fit(small(name, **options), MaximumLikelihood(), X, settings)  # noqa: E731
-    refused(act, "another model", str(tmp_path), kinds=(CheckpointError,))
+    refused(act, "another run", str(tmp_path), kinds=(CheckpointError,))
 
 
 def test_resume_with_another_seed_is_refused(small, config, tmp_path):

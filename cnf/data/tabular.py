@@ -233,7 +233,7 @@ TABLES: dict[str, Callable[[str, Path], np.ndarray]] = {
 }
 
 
-def write_table(path: str | PathLike[str], x: Tensor) -> None:
+def write_table(path: str | Path, x: Tensor) -> None:
     """Write points, shape (N, D), to a new .npy or .csv file.
 
     Raises:

@@ -277,7 +277,7 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
 
 @contextmanager
 def _peak_memory() -> Iterator[Callable[[], float]]:
-    """Peak memory inside, in MB: the GPU's, else what the process grows by (NaN off Linux)."""
+    """Peak memory inside, in MB: the GPU's, else the whole process's (NaN off Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield lambda: torch.cuda.max_memory_allocated() / 1e6
@@ -286,10 +286,9 @@ def _peak_memory() -> Iterator[Callable[[], float]]:
     if reset.exists():
         reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
 
-    def resident(kind: str) -> float:
+    def peak() -> float:
         lines = status.read_text().splitlines() if status.exists() else []
-        found = (line.split()[1] for line in lines if line.startswith(kind))
+        found = (line.split()[1] for line in lines if line.startswith("VmHWM"))
         return float(next(found, "nan")) / 1e3
 
-    before = resident("VmRSS")
-    yield lambda: resident("VmHWM") - before
+    yield peak

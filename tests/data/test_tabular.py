@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf.data import Points, read_table
+from cnf.data import Points, read_table, write_table
 
 TABLE = np.array([[1.0, 2.5], [3.0, -4.0], [5e-3, 6.0]])
 EXPECTED = torch.tensor(TABLE, dtype=torch.float32)
@@ -183,3 +183,18 @@ def test_points_refuse_what_is_no_table(x, message):
 def test_points_take_integers_and_forget_gradients():
     assert Points(np.arange(6).reshape(3, 2)).x.dtype == torch.float32
     assert not Points(torch.zeros(2, 2, requires_grad=True)).x.requires_grad
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.npy"])
+def test_what_is_written_is_read_again(name, tmp_path):
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    write_table(tmp_path / name, x)
+    torch.testing.assert_close(read_table(tmp_path / name), x, rtol=1e-7, atol=1e-7)
+
+
+def test_write_table_refuses_other_kinds_and_existing_files(tmp_path):
+    with pytest.raises(ValueError, match=r"\.npy or \.csv"):
+        write_table(tmp_path / "x.xlsx", torch.zeros(2, 2))
+    write_table(tmp_path / "x.npy", torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="exists already"):
+        write_table(tmp_path / "x.npy", torch.zeros(2, 2))

@@ -29,6 +29,7 @@ class Batch:
         x: Data, shape (N, *event).
         context: Condition, shape (N, C).
         x0: Base samples paired with x, shape (N, *event).
+        x1: x as the transform gives it, inside preprocessing, shape (N, *event).
         weight: Weight of each row, shape (N,).
         t: Times, shape (N,).
         probe: Hutchinson probes, shape (N, probes, *event).
@@ -37,6 +38,7 @@ class Batch:
     x: Tensor
     context: Tensor | None = None
     x0: Tensor | None = None
+    x1: Tensor | None = None
     weight: Tensor | None = None
     t: Tensor | None = None
     probe: Tensor | None = None
@@ -196,42 +198,47 @@ class FlowMatching(Objective):
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
         expect_event("FlowMatching", "x", batch.x, flow.event_shape)
-        if flow.dequantisation is not None:
-            batch = replace(batch, x=flow.dequantisation.encode(batch.x, generator)[0])
-        x, context = batch.x, batch.context
+        x1 = batch.x
         with torch.no_grad():
-            if batch.x0 is not None:
-                return self._timed(batch, generator)
-            x0 = flow.base.sample((len(x),), generator)
-            couple = COUPLINGS[self.coupling] if isinstance(self.coupling, str) else self.coupling
-            x1 = x if flow.preprocess is None else flow.preprocess.inverse(x)[0]
-            i, j, weight = couple(x0, x1, context, generator)
-        x0 = x0 if i is None else x0[i]
+            if flow.dequantisation is not None:
+                x1 = flow.dequantisation.encode(x1, generator)[0]
+            if flow.preprocess is not None:
+                x1 = flow.preprocess.inverse(x1)[0]
+            batch = replace(batch, x1=x1)
+            if batch.x0 is None:
+                batch = self._paired(flow, batch, x1, generator)
+            if batch.t is None:
+                device = x1.device if generator is None else generator.device
+                t = torch.rand(len(batch.x), generator=generator, device=device, dtype=x1.dtype)
+                batch.t = t.to(x1.device)
+        return batch
+
+    def _paired(
+        self, flow: Flow, batch: Batch, x1: Tensor, generator: torch.Generator | None
+    ) -> Batch:
+        x0 = flow.base.sample((len(x1),), generator)
+        couple = COUPLINGS[self.coupling] if isinstance(self.coupling, str) else self.coupling
+        i, j, weight = couple(x0, x1, batch.context, generator)
         if j is not None:
             batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
-        batch = replace(batch, x0=x0, weight=_product(batch.weight, weight))
-        return self._timed(batch, generator)
-
-    def _timed(self, batch: Batch, generator: torch.Generator | None) -> Batch:
-        if batch.t is not None:
-            return batch
-        x = batch.x
-        device = x.device if generator is None else generator.device
-        t = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype)
-        return replace(batch, t=t.to(x.device))
+        batch.x0 = x0 if i is None else x0[i]
+        batch.weight = _product(batch.weight, weight)
+        return batch
 
     def __call__(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Loss:
         flow = as_flow("FlowMatching", module)
-        if batch.x0 is None or batch.t is None:
+        if batch.x0 is None or batch.x1 is None or batch.t is None:
             batch = self.prepare(flow, batch, generator)
-        assert batch.x0 is not None and batch.t is not None
-        x1 = batch.x if flow.preprocess is None else flow.preprocess.inverse(batch.x)[0]
-        t, xt, ut = self._path().sample(batch.x0, x1, batch.t)
+        assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
+        t, xt, ut = self._path().sample(batch.x0, batch.x1, batch.t)
         context = flow.checked_context("FlowMatching", batch.context, xt.shape[:1])
-        error = (flow.field(t, xt, context) - ut).square().flatten(1).sum(1)
-        value = _mean(error, batch.weight)
+        error = (flow.field(t, xt, context) - ut).square()
+        if batch.weight is None:
+            value = error.sum() / len(error)
+        else:
+            value = _mean(error.flatten(1).sum(1), batch.weight)
         return Loss(value, {"fm": value.detach()})
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:

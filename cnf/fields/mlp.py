@@ -1,6 +1,5 @@
 """The default field: a time-conditioned MLP that knows its own divergence."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -45,32 +44,34 @@ class MLPField(VectorField):
         zero_last: bool = False,
     ) -> None:
         super().__init__((dim,), context_dim)
+        self.dim = dim
         if not hidden:
             raise ValueError("MLPField: expected at least one hidden layer, got hidden=()")
         self.time = TimeFeatures(frequencies)
         self.activation = ACTIVATIONS[activation]
-        # The first layer is split so that its x-part stands alone in the trace, and so that a time
-        # shared by the whole batch costs one vector, not a column of the batch.
-        self.enter = nn.Linear(dim, hidden[0], bias=False)
-        self.condition = nn.Linear(self.time.size + context_dim, hidden[0])
-        for part in (self.enter, self.condition):
-            _init_as_part(part, fan_in=dim + self.time.size + context_dim)
+        self.first = nn.Linear(dim + self.time.size + context_dim, hidden[0])
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in linear_sizes([*hidden, dim]))
         if zero_last:
             zero_(self.layers[-1])
 
-    def _first(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _enter(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """a_1 = W_1 [x, τ(t), c] + b_1."""
         features = self.time(t.to(x.dtype))
+        if t.dim() == 0 and context is None:
+            # In an ODE solve all rows share t: its part is one vector, not columns of the batch.
+            shared = F.linear(features, self.first.weight[:, self.dim :], self.first.bias)
+            return F.linear(x, self._weight_of_x) + shared
+        parts = [x, features.expand(*x.shape[:-1], -1)]
         if context is not None:
-            batch = torch.broadcast_shapes(features.shape[:-1], context.shape[:-1])
-            features = torch.cat(
-                [features.expand(*batch, -1), context.expand(*batch, self.context_dim)], -1
-            )
-        return self.enter(x) + self.condition(features)
+            parts.append(context.expand(*x.shape[:-1], -1))
+        return self.first(torch.cat(parts, -1))
+
+    @property
+    def _weight_of_x(self) -> Tensor:
+        return self.first.weight[:, : self.dim]
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        a = self._first(t, x, context)
+        a = self._enter(t, x, context)
         for layer in self.layers:
             a = layer(self.activation.function(a))
         return a
@@ -79,7 +80,7 @@ class MLPField(VectorField):
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,)."""
-        a = self._first(t, x, context)
+        a = self._enter(t, x, context)
         gates = []
         for layer in self.layers:
             h, gate = self.activation.with_derivative(a)
@@ -90,11 +91,11 @@ class MLPField(VectorField):
 
     def _trace_of_two(self, gates: list[Tensor]) -> Tensor:
         middle, last = self._weights()
-        weights = middle * (self.enter.weight @ last).T
+        weights = middle * (self._weight_of_x @ last).T
         return (F.linear(gates[0], weights) * gates[1]).sum(-1)
 
     def _trace_by_tangents(self, gates: list[Tensor]) -> Tensor:
-        tangents = self.enter.weight.T.expand(*gates[0].shape[:-1], -1, -1)  # (*batch, D, H)
+        tangents = self._weight_of_x.T.expand(*gates[0].shape[:-1], -1, -1)  # (*batch, D, H)
         *middle, last = self._weights()
         for gate, weight in zip(gates[:-1], middle, strict=True):
             tangents = F.linear(tangents * gate.unsqueeze(-2), weight)
@@ -103,10 +104,3 @@ class MLPField(VectorField):
 
     def _weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]  # pyright: ignore[reportReturnType]
-
-
-def _init_as_part(layer: nn.Linear, fan_in: int) -> None:
-    """torch's own initialisation, for a layer that holds some columns of a wider one."""
-    bound = 1 / math.sqrt(fan_in)
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -bound, bound)

@@ -56,9 +56,8 @@ def test_one_hidden_layer_has_closed_form():
     # v = w₂ tanh(w₁x + b), so ∇·v = w₁·w₂·(1 - tanh²) summed over the units
     field = MLPField(1, (2,), activation="tanh", frequencies=0).double()
     with torch.no_grad():
-        field.enter.weight.copy_(torch.tensor([[2.0], [-1.0]]))
-        field.condition.weight.zero_()
-        field.condition.bias.copy_(torch.tensor([0.5, 0.0]))
+        field.first.weight.copy_(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))  # no part of time
+        field.first.bias.copy_(torch.tensor([0.5, 0.0]))
         field.layers[0].weight.copy_(torch.tensor([[3.0, 0.75]]))
     x = torch.tensor([[0.1]], dtype=F64)
     expected = 6 / math.cosh(0.7) ** 2 - 0.75 / math.cosh(0.1) ** 2
@@ -139,11 +138,10 @@ def test_zero_last_is_the_identity_flow():
     assert not v.any() and not div.any()
 
 
-def test_first_layer_starts_as_one_linear_layer_would():
-    field = MLPField(3, (500,), context_dim=2, frequencies=2)
-    bound = 1 / math.sqrt(3 + 5 + 2)
-    for part in (field.enter.weight, field.condition.weight):
-        assert 0.9 * bound < part.abs().max() <= bound
+def test_time_shared_by_the_batch_gives_what_a_time_for_each_row_gives(randomised):
+    field = randomised(MLPField(3, (6, 5), frequencies=2))
+    x, t = torch.randn(4, 3, dtype=F64), torch.tensor(0.3, dtype=F64)
+    torch.testing.assert_close(field(t, x), field(t.expand(4), x), rtol=1e-12, atol=1e-12)
 
 
 def test_it_is_registered_and_has_a_divergence():

@@ -14,6 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _same_first_weights():
+    """Modules start from torch's own generator: the same in each test, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator():
     """A generator of its own for each test, always the same."""

@@ -54,7 +54,7 @@ __all__ = [
 
 MAP = "magma"  # perceptually uniform: equal steps of density look equal
 RESOLUTION = 160  # cells along the longer side
-PICTURE_SOLVER = Solver("dopri5", rtol=1e-4, atol=1e-4)  # far below what an eye can tell
+PICTURE_SOLVER = Solver("dopri5", rtol=1e-5, atol=1e-5)  # far below what an eye can tell
 
 
 def plot_density(

@@ -280,7 +280,7 @@ class _Bound(nn.Module):
 @pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
 def test_gradients_cut_in_eval_mode_are_found(gradient):
     flow = continuous(small_field(CutInEval), Solver(gradient=gradient))
-    report = expect_failure(flow, "gradients", "zero in eval mode only", "enter.weight")
+    report = expect_failure(flow, "gradients", "zero in eval mode only", "first.weight")
     assert failed(report) == {"gradients"}
 
 
@@ -410,13 +410,13 @@ def test_a_solve_that_fails_is_a_finding_not_a_crash():
 
 
 class BatchNormed(MLPField):
-    def _first(self, t, x, context):
-        return super()._first(t, x - x.mean(0), context)
+    def _enter(self, t, x, context):
+        return super()._enter(t, x - x.mean(0), context)
 
 
 class BatchNormedInTraining(MLPField):
-    def _first(self, t, x, context):
-        return super()._first(t, x - x.mean(0) if self.training else x, context)
+    def _enter(self, t, x, context):
+        return super()._enter(t, x - x.mean(0) if self.training else x, context)
 
 
 @pytest.mark.parametrize("kind", [BatchNormed, BatchNormedInTraining])

@@ -154,7 +154,7 @@ def compare(
     seconds: float | None = None,
     steps: int | None = None,
     contestants: list[str] | None = None,
-    seeds: list[int] = [0],  # noqa: B006 (jsonargparse reads it, nothing changes it)
+    seeds: list[int] | None = None,
     folder: Path | None = None,
     device: str = "auto",
     w2_points: int = 2_000,
@@ -167,7 +167,7 @@ def compare(
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
         steps: Budget of each contestant in optimiser steps.
         contestants: Who runs; all if not given (see `cnf list contestants`).
-        seeds: One run for each.
+        seeds: One run for each; 0 if none is given.
         folder: Where everything is written; it must not exist. runs/compare-… if not given.
         device: "auto", "cpu", "cuda" or "mps".
         w2_points: Points for the exact W2 distance.
@@ -178,10 +178,9 @@ def compare(
 
     source = densities.load(data)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
-    if seconds is None and steps is None:
-        seconds = 60.0
+    seconds = 60.0 if seconds is None and steps is None else seconds
     results = comparison.compare(
-        contestants, source, seconds=seconds, steps=steps, seeds=seeds, folder=folder,
+        contestants, source, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
         device=device, w2_points=w2_points, say=lambda line: _console().rule(line, align="left"),
     )  # fmt: skip
     page = write_report(results, folder)
@@ -256,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings = {key: options.pop(key) for key in list(options) if key in names}
             options["config"] = TrainConfig(**settings)
         COMMANDS[name](**options)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, ImportError, SolverError, CheckpointError) as error:
         if os.environ.get("CNF_TRACEBACK"):
             raise
@@ -274,11 +275,8 @@ def _parser() -> Any:
         first = _first_line(function)
         command = jsonargparse.ArgumentParser(description=first, exit_on_error=False)
         if name == "train":
-            command.add_argument(
-                "--config",
-                action="config",
-                help="YAML file of any of these, such as RUN/config.yaml.",
-            )
+            told = "YAML file of these flags, such as RUN/config.yaml."
+            command.add_argument("--config", action="config", help=told)
             command.add_function_arguments(function, as_positional=False, skip={"config"})
             command.add_class_arguments(TrainConfig)
         elif name == "list":

@@ -153,33 +153,27 @@ def compare(
         ValueError: An unknown contestant, a budget that is missing or not positive, a folder that
             exists.
     """
-    TrainConfig(seconds=seconds, steps=steps)  # refuses a bad budget before anything is made
+    base = TrainConfig(  # refuses a bad budget before anything is made
+        seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
+        validation_rows=VALIDATION_POINTS,
+    )  # fmt: skip
     if contestants is None or not isinstance(contestants, dict):
         contestants = {name: CONTESTANTS[name] for name in contestants or CONTESTANTS}
-    density = load(data)
-    folder = None if folder is None else Path(folder)
-    if folder is not None and folder.exists() and any(folder.iterdir()):
+    density, folder = load(data), folder and Path(folder)
+    if folder and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"compare: {folder} exists already; choose another folder")
     judge, train = _prepared(density, w2_points)
     entries, failed = [], {}
     for name, contestant in contestants.items():
         for seed in seeds:
             say(f"{contestant.title}, seed {seed}")
-            base = TrainConfig(
-                seconds=seconds, steps=steps, seed=seed, device=device, progress=progress,
-                folder=folder and folder / "runs" / f"{name}-seed-{seed}",
-                validation_rows=VALIDATION_POINTS, validations=8,
-            )  # fmt: skip
+            run = folder and folder / "runs" / f"{name}-seed-{seed}"
+            config = replace(base, seed=seed, folder=run)
             try:
-                flow, histories, memory = _train(contestant, train, density.dim, base)
-                scores = {**judge.scores(flow, seed), **_training_costs(histories, memory)}
-                few = judge.few_steps(flow, seed)
+                entries.append(_raced(name, contestant, judge, train, density, config))
             except SolverError as error:  # it must not cost the others their race
                 failed[f"{contestant.title}, seed {seed}"] = str(error)
                 say(f"failed: {error}")
-                continue
-            curve = _curve(histories, density, seed)
-            entries.append(Entry(name, contestant.title, seed, scores, curve, few, flow))
     if not entries:
         raise ValueError(f"compare: every contestant failed: {failed}")
     results = Results(
@@ -192,9 +186,19 @@ def compare(
         },
         machine=machine(),
     )  # fmt: skip
-    if folder is not None:
+    if folder:
         results.save(folder)
     return results
+
+
+def _raced(
+    name: str, contestant: Contestant, judge: Judge, train: Any, density: Any, config: TrainConfig
+) -> Entry:
+    flow, histories, memory = _train(contestant, train, density.dim, config)
+    scores = {**judge.scores(flow, config.seed), **_training_costs(histories, memory)}
+    curve = _curve(histories, density, config.seed)
+    few = judge.few_steps(flow, config.seed)
+    return Entry(name, contestant.title, config.seed, scores, curve, few, flow)
 
 
 def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:
@@ -234,6 +238,8 @@ def _train(
         with _peak_memory() as peak:
             histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
         memory = max(memory, peak())
+        if histories[-1].reason == "interrupted":
+            raise KeyboardInterrupt  # Ctrl-C is for the race, not for one contestant
     if base.folder:
         checkpoint.save(flow, base.folder)
     return flow, histories, memory

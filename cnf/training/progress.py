@@ -29,7 +29,6 @@ class ProgressBar:
                 text("NLL {task.fields[nll]}"),
                 text("NFE {task.fields[nfe]}"),
                 text("{task.fields[rate]} it/s"),
-                progress.TimeElapsedColumn(),
                 text("eta"),
                 progress.TimeRemainingColumn(),
             )

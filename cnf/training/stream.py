@@ -171,7 +171,8 @@ def as_batch(item: Any, name: str = "x") -> Batch:
     parts = item if isinstance(item, Sequence) and not isinstance(item, str) else [item]
     if not 1 <= len(parts) <= 2:
         raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
-    return Batch(*(_checked(name, part) for name, part in zip((name, "context"), parts)))  # noqa: B905
+    names = (name, "context")[: len(parts)]
+    return Batch(*(_checked(name, part) for name, part in zip(names, parts, strict=True)))
 
 
 def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:

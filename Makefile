@@ -13,7 +13,7 @@ endif
 .PHONY: demo test check bench clean
 
 demo: $(READY)
-	$(RUN) -m cnf compare pinwheel --seconds 20
+	$(RUN) -m cnf compare pinwheel --seconds 15
 
 test: $(READY)
 	$(RUN) -m pytest $(shell $(RUN) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)

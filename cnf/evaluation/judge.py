@@ -111,7 +111,7 @@ def _cost(flow: Flow, test: Tensor) -> dict[str, float]:
 
 
 def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Median time of a call, after one that does not count."""
+    """Median time of a call; the scores before have warmed everything up."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -120,5 +120,4 @@ def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - start)
 
-    once()
     return statistics.median(once() for _ in range(repeats))

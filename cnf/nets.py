@@ -139,3 +139,27 @@ class TimeFeatures(nn.Module):
             return t
         angle = t * self.multiples
         return torch.cat([t, torch.sin(angle), torch.cos(angle)], -1)
+
+
+class Condition(nn.Module):
+    """What a layer depends on beside its input: u = [τ(t), c].
+
+    In an ODE solve all rows share t: without a context u is then one vector, not a batch of them.
+
+    Args:
+        frequencies: As of `TimeFeatures`.
+        context_dim: Size of the context; 0 for none.
+    """
+
+    def __init__(self, frequencies: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.time = TimeFeatures(frequencies)
+        self.size = self.time.size + context_dim
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """t: () or (*batch,), x: (*batch, D), c: what broadcasts → (size,) or (*batch, size)."""
+        features = self.time(t.to(x.dtype))
+        if context is None:
+            return features
+        batch = x.shape[:-1]
+        return torch.cat([features.expand(*batch, -1), context.expand(*batch, -1)], -1)

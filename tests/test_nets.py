@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnf.nets import ACTIVATIONS, MLP, TimeFeatures, zero_
+from cnf.nets import ACTIVATIONS, MLP, Condition, TimeFeatures, zero_
 
 POINTS = torch.tensor([-30.0, -2.1, -0.7, -1e-3, 1e-3, 0.4, 1.9, 30.0], dtype=torch.float64)
 
@@ -92,3 +92,18 @@ def test_bad_width_and_activation_are_refused():
         MLP(2, 2, (8, 0))
     with pytest.raises(ValueError, match="Did you mean 'tanh'"):
         MLP(2, 2, activation="tahn")
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("own_time", [False, True])
+def test_condition_is_time_then_context_and_shared_without_one(batch, own_time, generator):
+    x = torch.randn(*batch, 5, generator=generator, dtype=torch.float64)
+    context = torch.randn(*batch, 2, generator=generator, dtype=torch.float64)
+    t = torch.rand(batch if own_time else (), generator=generator)
+    alone, joined = Condition(3).double(), Condition(3, 2).double()
+    u, v = alone(t, x), joined(t, x, context)
+    assert u.shape == (*t.shape, 7) and v.shape == (*batch, 9) and u.dtype == v.dtype == x.dtype
+    assert (alone.size, joined.size) == (7, 9)
+    assert torch.equal(u, alone.time(t.double())) and torch.equal(v[..., 7:], context)
+    assert torch.equal(v[..., :7], u.expand(*batch, 7))
+    assert torch.equal(joined(t, x, context.new_ones(2))[..., 7:], torch.ones_like(context))

@@ -1,5 +1,6 @@
 """What a vector field is, and how any network becomes one."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_choice
+from cnf.fields.trace import trace_of_jacobian
 from cnf.registry import Registry
 
 FIELDS = Registry("field")
+
+EXACT_LIMIT = 1024  # directions; above, D forward-mode passes per evaluation are out of reach
 
 
 class VectorField(nn.Module, ABC):
@@ -48,6 +52,26 @@ class HasDivergence(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Velocity, of x's shape, and its divergence ∇·v, shape (*batch,)."""
         ...
+
+
+def exact_divergence(
+    field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """v and ∇·v: the field's own closed form where it has one, else D tangents in one pass.
+
+    Raises:
+        ValueError: The field has no closed form and D is above `EXACT_LIMIT`.
+    """
+    if isinstance(field, HasDivergence):
+        return field.with_divergence(t, x, context)
+    size = math.prod(field.event_shape)
+    if size > EXACT_LIMIT:
+        raise ValueError(
+            f"log_prob: the exact divergence of {type(field).__name__} takes {size} "
+            f"forward-mode directions per evaluation (limit {EXACT_LIMIT}); "
+            "ask for an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
+        )
+    return trace_of_jacobian(lambda y: field(t, y, context), x, len(field.event_shape))
 
 
 @FIELDS.register("adapter")

@@ -1,24 +1,27 @@
 """The default field: a time-conditioned MLP that knows its own divergence."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnf.errors import expect_choice
 from cnf.fields.base import FIELDS, VectorField
-from cnf.nets import ACTIVATIONS, TimeFeatures, linear_sizes, zero_
+from cnf.fields.concat import LAYERS
+from cnf.fields.trace import trace_of_chain
+from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
 
 @FIELDS.register("mlp")
 class MLPField(VectorField):
-    r"""v(t, x, c) = W_L σ(… σ(W_1 [x, τ(t), c] + b_1) …) + b_L, with its exact trace.
+    r"""v(t, x, c) = W_L σ(… σ(W_1 x + b_1) …) + b_L, with its exact trace.
 
-    With g_l = σ'(a_l) the gates of one row, the Jacobian is W_L diag(g_{L-1}) W_{L-1} … diag(g_1)
-    W_1x. For two hidden layers its trace is :math:`g_2^\top (W_2 \circ (W_{1x} W_3)^\top)\, g_1`:
-    one more product of the size of the forward's own, whatever D is. For any other depth the D
-    tangents W_1x e_i go through the layers in one batched product. Neither builds an autograd
-    graph inside the trace, and both are differentiable.
+    Time and context enter as `layer` says. With g_l = σ'(a_l) the gates of one row, the Jacobian
+    is W_L diag(g_{L-1}) … diag(g_1) W_1, whose trace `cnf.fields.trace.trace_of_chain` has in a
+    few products: one more than the forward's own for two hidden layers, whatever D is. No
+    autograd graph is built inside, and it is differentiable.
 
     >>> field = MLPField(dim=3, hidden=(32, 32))
     >>> v, div = field.with_divergence(torch.tensor(0.1), torch.randn(5, 3))
@@ -31,6 +34,15 @@ class MLPField(VectorField):
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         frequencies: Fourier features of time (0 for plain t), see `TimeFeatures`.
+        layer: "input" joins time and context to the net's input; any name in
+            `cnf.fields.concat.LAYERS` makes every layer of that kind. "ignore" has neither time
+            nor context. A context's per-row scales in the last layer, and per-row weights, cost D
+            products instead of one.
+        fourier: Spatial Fourier features, x → [x, sin(Bx), cos(Bx)] with so many rows of B drawn
+            from N(0, fourier_scale²/D) and trained. Source: Tancik et al. (2020),
+            https://arxiv.org/abs/2006.10739. For the trace they are one hidden layer more.
+        fourier_scale: RMS angular frequency, in radians per unit of x.
+        skip: Add a linear map A x, with A = 0 at the start.
         zero_last: Start at v = 0, the identity flow.
     """
 
@@ -41,66 +53,74 @@ class MLPField(VectorField):
         context_dim: int = 0,
         activation: str = "silu",
         frequencies: int = 4,
+        layer: str = "input",
+        fourier: int = 0,
+        fourier_scale: float = 6.0,
+        skip: bool = False,
         zero_last: bool = False,
     ) -> None:
         super().__init__((dim,), context_dim)
-        self.dim = dim
+        expect_choice("MLPField", "layer", layer, ("input", *LAYERS))
         if not hidden:
             raise ValueError("MLPField: expected at least one hidden layer, got hidden=()")
-        self.time = TimeFeatures(frequencies)
+        if fourier < 0:
+            raise ValueError(f"MLPField: expected fourier >= 0, got {fourier}")
+        if layer == "ignore" and context_dim:
+            raise ValueError("MLPField: layer='ignore' has no place for a context")
+        self.dim = dim
+        self.condition = Condition(frequencies, context_dim)
         self.activation = ACTIVATIONS[activation]
-        self.first = nn.Linear(dim + self.time.size + context_dim, hidden[0])
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in linear_sizes([*hidden, dim]))
+        self.waves = _frequencies(fourier, dim, fourier_scale) if fourier else None
+        sizes = linear_sizes([dim + 2 * fourier, *hidden, dim])
+        kinds = [layer] * len(sizes)
+        if layer == "input":
+            kinds = ["concat"] + ["ignore"] * (len(sizes) - 1)
+        self.layers = nn.ModuleList(
+            LAYERS[kind](i, o, self.condition.size)
+            for kind, (i, o) in zip(kinds, sizes, strict=True)
+        )
+        self.skip = nn.Parameter(torch.zeros(dim, dim)) if skip else None
         if zero_last:
             zero_(self.layers[-1])
 
-    def _enter(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
-        """a_1 = W_1 [x, τ(t), c] + b_1."""
-        features = self.time(t.to(x.dtype))
-        if t.dim() == 0 and context is None:
-            # In an ODE solve all rows share t: its part is one vector, not columns of the batch.
-            shared = F.linear(features, self.first.weight[:, self.dim :], self.first.bias)
-            return F.linear(x, self._weight_of_x) + shared
-        parts = [x, features.expand(*x.shape[:-1], -1)]
-        if context is not None:
-            parts.append(context.expand(*x.shape[:-1], -1))
-        return self.first(torch.cat(parts, -1))
-
-    @property
-    def _weight_of_x(self) -> Tensor:
-        return self.first.weight[:, : self.dim]
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        a = self._enter(t, x, context)
-        for layer in self.layers:
-            a = layer(self.activation.function(a))
-        return a
+        h = x if self.waves is None else _waves(F.linear(x, self.waves), x)
+        *hidden, last = self._affines(t, x, context)
+        for affine in hidden:
+            h = self.activation.function(affine(h))
+        v = last(h)
+        return v if self.skip is None else v + F.linear(x, self.skip)
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,)."""
-        a = self._enter(t, x, context)
-        gates = []
-        for layer in self.layers:
-            h, gate = self.activation.with_derivative(a)
-            gates.append(gate)
-            a = layer(h)
-        trace = self._trace_of_two if len(gates) == 2 else self._trace_by_tangents
-        return a, trace(gates)
+        h, weights, gates = x, [], []
+        if self.waves is not None:
+            angle = F.linear(x, self.waves)
+            h = _waves(angle, x)
+            eye = torch.eye(self.dim, dtype=x.dtype, device=x.device)
+            weights.append(torch.cat([eye, self.waves, self.waves]))
+            gates.append(torch.cat([torch.ones_like(x), angle.cos(), -angle.sin()], -1))
+        *hidden, last = self._affines(t, x, context)
+        for affine in hidden:
+            h, gate = self.activation.with_derivative(affine(h))
+            weights.append(affine.weight)
+            gates.append(gate if affine.scale is None else gate * affine.scale)
+        v = last(h)
+        div = trace_of_chain([*weights, last.weight], gates, last.scale)
+        if self.skip is None:
+            return v, div
+        return v + F.linear(x, self.skip), div + self.skip.trace()
 
-    def _trace_of_two(self, gates: list[Tensor]) -> Tensor:
-        middle, last = self._weights()
-        weights = middle * (self._weight_of_x @ last).T
-        return (F.linear(gates[0], weights) * gates[1]).sum(-1)
+    def _affines(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
+        u = self.condition(t, x, context)
+        return (layer.affine(u) for layer in self.layers)  # pyright: ignore
 
-    def _trace_by_tangents(self, gates: list[Tensor]) -> Tensor:
-        tangents = self._weight_of_x.T.expand(*gates[0].shape[:-1], -1, -1)  # (*batch, D, H)
-        *middle, last = self._weights()
-        for gate, weight in zip(gates[:-1], middle, strict=True):
-            tangents = F.linear(tangents * gate.unsqueeze(-2), weight)
-        # The last product is needed on its diagonal only.
-        return ((tangents * last).sum(-2) * gates[-1]).sum(-1)
 
-    def _weights(self) -> list[Tensor]:
-        return [layer.weight for layer in self.layers]  # pyright: ignore[reportReturnType]
+def _waves(angle: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([x, angle.sin(), angle.cos()], -1)
+
+
+def _frequencies(count: int, dim: int, scale: float) -> nn.Parameter:
+    return nn.Parameter(torch.randn(count, dim) * scale / math.sqrt(dim))

@@ -4,144 +4,176 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cnf.fields import FIELDS, HasDivergence, MLPField
+from cnf.fields import FIELDS, LAYERS, HasDivergence, MLPField
 from cnf.nets import ACTIVATIONS
 
 F64 = torch.float64
+WIDTHS = (7, 4, 9, 5)  # unequal, so that a transposed product cannot fit
+KINDS = ["input", *LAYERS]
 
 
-def autograd_divergence(field, t, x, context=None):
-    """The trace of the full Jacobian of each row, differentiable."""
-    flat = x.reshape(-1, x.shape[-1])
-    t = t.expand(x.shape[:-1]).reshape(-1)
-    rows = []
-    for k, row in enumerate(flat):
-        c = None if context is None else context.reshape(-1, context.shape[-1])[k]
-        jacobian = torch.autograd.functional.jacobian(
-            lambda y, k=k, c=c: field(t[k], y, c), row, create_graph=True
-        )
-        rows.append(jacobian.trace())
-    return torch.stack(rows).reshape(x.shape[:-1])
+@pytest.fixture
+def build(randomised):
+    return lambda *args, **options: randomised(MLPField(*args, **options))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [1, 2, 5, 8])
 @pytest.mark.parametrize("context_dim", [0, 3])
-def test_divergence_is_the_trace_of_the_jacobian(depth, dim, context_dim, randomised, generator):
-    widths = (7, 4, 9, 5)[:depth]  # unequal, so that a transposed product cannot fit
-    field = randomised(MLPField(dim, widths, context_dim))
-    x = torch.randn(6, dim, generator=generator, dtype=F64)
-    context = torch.randn(6, context_dim, generator=generator, dtype=F64) if context_dim else None
-    t = torch.tensor(0.37, dtype=F64)
-    v, div = field.with_divergence(t, x, context)
-    torch.testing.assert_close(v, field(t, x, context), rtol=1e-12, atol=1e-12)
-    expected = autograd_divergence(field, t, x, context)
-    torch.testing.assert_close(div, expected, rtol=1e-10, atol=1e-10)
-    assert expected.abs().min() > 1e-4
+def test_divergence_is_the_trace_of_the_jacobian(
+    depth, dim, context_dim, build, assert_divergence
+):
+    assert_divergence(build(dim, WIDTHS[:depth], context_dim))
+
+
+@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("own_time", [False, True])
+def test_divergence_for_every_kind_of_layer(
+    layer, depth, context_dim, own_time, build, assert_divergence
+):
+    context_dim = 0 if layer == "ignore" else context_dim
+    assert_divergence(
+        build(3, WIDTHS[:depth], context_dim, layer=layer), batch=(2, 3), own_time=own_time
+    )
+
+
+@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"fourier": 3}, {"skip": True}, {"fourier": 1, "skip": True}])
+def test_divergence_with_fourier_features_and_a_skip(
+    layer, depth, options, build, assert_divergence
+):
+    context_dim = 0 if layer == "ignore" else 2
+    field = build(3, WIDTHS[:depth], context_dim, layer=layer, frequencies=0, **options)
+    assert_divergence(field, own_time=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4)])
-def test_divergence_for_every_activation(activation, hidden, randomised, generator):
-    field = randomised(MLPField(3, hidden, activation=activation, frequencies=0))
-    x = torch.randn(5, 3, generator=generator, dtype=F64)
-    t = torch.tensor(0.2, dtype=F64)
-    expected = autograd_divergence(field, t, x)
-    div = field.with_divergence(t, x)[1]
-    torch.testing.assert_close(div, expected, rtol=1e-10, atol=1e-10)
+def test_divergence_for_every_activation(activation, hidden, build, assert_divergence):
+    assert_divergence(build(3, hidden, activation=activation, frequencies=0))
 
 
 def test_one_hidden_layer_has_closed_form():
     # v = w₂ tanh(w₁x + b), so ∇·v = w₁·w₂·(1 - tanh²) summed over the units
     field = MLPField(1, (2,), activation="tanh", frequencies=0).double()
+    first, last = field.layers
     with torch.no_grad():
-        field.first.weight.copy_(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))  # no part of time
-        field.first.bias.copy_(torch.tensor([0.5, 0.0]))
-        field.layers[0].weight.copy_(torch.tensor([[3.0, 0.75]]))
+        first.linear.weight.copy_(torch.tensor([[2.0], [-1.0]]))
+        first.linear.bias.copy_(torch.tensor([0.5, 0.0]))
+        first.modulation.shift.weight.zero_()  # no part of time
+        last.linear.weight.copy_(torch.tensor([[3.0, 0.75]]))
     x = torch.tensor([[0.1]], dtype=F64)
     expected = 6 / math.cosh(0.7) ** 2 - 0.75 / math.cosh(0.1) ** 2
     div = field.with_divergence(torch.tensor(0.9, dtype=F64), x)[1]
     assert div.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_fourier_features_have_closed_form():
+    # v = 5 tanh(2x + 3 sin(7x) + 4 cos(7x)) + 6x
+    field = MLPField(1, (1,), activation="tanh", layer="ignore", fourier=1, skip=True).double()
+    first, last = (layer.linear for layer in field.layers)
+    with torch.no_grad():
+        field.waves.fill_(7.0)
+        field.skip.fill_(6.0)
+        first.weight.copy_(torch.tensor([[2.0, 3.0, 4.0]]))
+        last.weight.fill_(5.0)
+        for layer in (first, last):
+            layer.bias.zero_()
+    x = 0.3
+    a = 2 * x + 3 * math.sin(7 * x) + 4 * math.cos(7 * x)
+    slope = 2 + 21 * math.cos(7 * x) - 28 * math.sin(7 * x)
+    v, div = field.with_divergence(torch.tensor(0.9, dtype=F64), torch.tensor([x], dtype=F64))
+    assert v.item() == pytest.approx(5 * math.tanh(a) + 6 * x, rel=1e-12)
+    assert div.item() == pytest.approx(5 * slope / math.cosh(a) ** 2 + 6, rel=1e-12)
+
+
+def test_input_layer_is_an_mlp_of_point_time_and_context(build, points):
+    field = build(3, (6, 5), 2)
+    t, x, context = points(field, own_time=True)
+    first, *rest = field.layers
+    h = torch.cat([x, field.condition.time(t), context], -1)
+    weight = torch.cat([first.linear.weight, first.modulation.shift.weight], -1)
+    h = F.linear(h, weight, first.linear.bias)
+    for layer in rest:
+        h = layer.linear(F.silu(h))
+    torch.testing.assert_close(field(t, x, context), h, rtol=1e-12, atol=1e-12)
+    assert all(layer.modulation.shift is None for layer in rest)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_is_of_the_kind_asked_for(layer, build, points):
+    field = build(3, (6, 5), layer=layer)
+    t, x, _ = points(field, own_time=True)
+    u, h = field.condition(t, x), x
+    for k, part in enumerate(field.layers):
+        h = part.affine(u)(h if k == 0 else F.silu(h))
+    torch.testing.assert_close(field(t, x), h, rtol=1e-12, atol=1e-12)
+    assert [type(part) for part in field.layers] == [type(LAYERS[layer](1, 1, 1))] * 3
+
+
 @pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4)])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("context_dim", [0, 2])
-@pytest.mark.parametrize("batched_time", [False, True])
+@pytest.mark.parametrize("own_time", [False, True])
 def test_every_batch_shape_gives_the_rows_answers(
-    hidden, batch, context_dim, batched_time, randomised, generator
+    hidden, batch, context_dim, own_time, build, points
 ):
-    field = randomised(MLPField(2, hidden, context_dim))
-    x = torch.randn(*batch, 2, generator=generator, dtype=F64)
-    shape = batch if batched_time else ()
-    t = torch.rand(shape, generator=generator, dtype=F64)
-    context = None
-    if context_dim:
-        context = torch.randn(*batch, context_dim, generator=generator, dtype=F64)
+    field = build(2, hidden, context_dim)
+    t, x, context = points(field, batch, own_time)
     v, div = field.with_divergence(t, x, context)
     assert v.shape == x.shape and div.shape == batch and v.dtype == div.dtype == F64
     flat = None if context is None else context.reshape(-1, context_dim)
     for k, row in enumerate(x.reshape(-1, 2)):
         tk = t.expand(batch).reshape(-1)[k]
-        vk, dk = field.with_divergence(tk, row, None if flat is None else flat[k])
-        torch.testing.assert_close(v.reshape(-1, 2)[k], vk)
-        torch.testing.assert_close(div.reshape(-1)[k], dk)
+        alone = field.with_divergence(tk, row, None if flat is None else flat[k])
+        torch.testing.assert_close(alone, (v.reshape(-1, 2)[k], div.reshape(-1)[k]))
 
 
-def test_context_broadcasts_over_the_batch(randomised, generator):
-    field = randomised(MLPField(2, (6, 5), context_dim=3))
-    x = torch.randn(4, 3, 2, generator=generator, dtype=F64)
-    context = torch.randn(3, 3, generator=generator, dtype=F64)
-    t = torch.tensor(0.6, dtype=F64)
-    for each, whole in zip(
-        field.with_divergence(t, x, context),
-        field.with_divergence(t, x, context.expand(4, 3, 3)),
-        strict=True,
-    ):
-        torch.testing.assert_close(each, whole)
+@pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4), (6, 5, 4, 3)])
+def test_gradient_of_the_divergence_is_autograds(hidden, build, assert_gradients):
+    assert_gradients(build(2, hidden, context_dim=2))
 
 
-@pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4)])
-def test_gradient_of_the_divergence_is_autograds(hidden, randomised, generator):
-    field = randomised(MLPField(2, hidden, context_dim=2))
-    x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
-    context = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
-    t = torch.rand(4, generator=generator, dtype=F64)
-    inputs = [x, context, *field.parameters()]
-    weight = torch.randn(4, generator=generator, dtype=F64)
-
-    def gradients(divergence):
-        return torch.autograd.grad((weight * divergence).sum(), inputs, allow_unused=True)
-
-    ours = gradients(field.with_divergence(t, x, context)[1])
-    reference = gradients(autograd_divergence(field, t, x, context))
-    last_bias = len(inputs) - 1  # the one thing that the divergence does not depend on
-    for k, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        if k == last_bias:
-            assert a is None and (b is None or not b.any())
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-            assert b.abs().max() > 1e-4
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("hidden", [(5,), (5, 4, 3)])
+def test_gradient_of_the_divergence_for_every_kind_of_layer(
+    layer, hidden, build, assert_gradients
+):
+    timeless = layer == "ignore"
+    field = build(2, hidden, 0 if timeless else 2, layer=layer, fourier=1, skip=True)
+    assert_gradients(field, timeless)
 
 
-def test_time_moves_the_field(randomised):
-    field = randomised(MLPField(2, (6, 5)))
+def test_time_moves_the_field(build):
+    field = build(2, (6, 5))
     x = torch.ones(1, 2, dtype=F64)
     early, late = (field(torch.tensor(t, dtype=F64), x) for t in (0.1, 0.8))
     assert (early - late).abs().max() > 1e-2
 
 
-def test_zero_last_is_the_identity_flow():
-    field = MLPField(3, (8, 8), zero_last=True)
-    v, div = field.with_divergence(torch.tensor(0.5), torch.randn(5, 3))
+@pytest.mark.parametrize("layer", KINDS)
+def test_zero_last_is_the_identity_flow_and_learns(layer):
+    field = MLPField(3, (8, 8), layer=layer, fourier=2, skip=True, zero_last=True)
+    t, x = torch.tensor(0.5), torch.randn(5, 3)
+    v, div = field.with_divergence(t, x)
     assert not v.any() and not div.any()
+    (v - 1).square().sum().backward()
+    assert max(parameter.grad.abs().max() for parameter in field.layers[-1].parameters()) > 0
+    assert field.skip.grad.abs().max() > 0
 
 
-def test_time_shared_by_the_batch_gives_what_a_time_for_each_row_gives(randomised):
-    field = randomised(MLPField(3, (6, 5), frequencies=2))
-    x, t = torch.randn(4, 3, dtype=F64), torch.tensor(0.3, dtype=F64)
-    torch.testing.assert_close(field(t, x), field(t.expand(4), x), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("dim", [2, 5])
+def test_fourier_scale_is_the_rms_angular_frequency(dim):
+    waves = MLPField(dim, fourier=5_000, fourier_scale=3.0).waves
+    assert waves.shape == (5_000, dim) and waves.requires_grad
+    rms = waves.square().sum(-1).mean().sqrt().item()
+    assert rms == pytest.approx(3.0, rel=0.03)  # 4σ
+    assert waves.mean(0).abs().max() < 0.15  # 4σ
 
 
 def test_it_is_registered_and_has_a_divergence():
@@ -149,8 +181,18 @@ def test_it_is_registered_and_has_a_divergence():
     assert isinstance(MLPField(2), HasDivergence)
 
 
-def test_no_hidden_layer_is_refused():
-    with pytest.raises(ValueError, match="at least one hidden layer"):
-        MLPField(2, ())
-    with pytest.raises(ValueError, match="Did you mean 'silu'"):
-        MLPField(2, activation="slu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": ()}, "at least one hidden layer"),
+        ({"hidden": (8, 0)}, "every width >= 1"),
+        ({"activation": "slu"}, "Did you mean 'silu'"),
+        ({"layer": "concatsqush"}, "expected layer to be one of 'input', .* got 'concatsqush'"),
+        ({"layer": "ignore", "context_dim": 2}, "'ignore' has no place for a context"),
+        ({"fourier": -1}, "expected fourier >= 0, got -1"),
+        ({"frequencies": -1}, "expected frequencies >= 0, got -1"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MLPField(2, **options)

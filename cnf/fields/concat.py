@@ -1,0 +1,141 @@
+"""How time and context enter a layer: the kinds of FFJORD and its siblings.
+
+Every kind is an affine map of its input whose scale, shift or weights depend on the condition
+u = [t, sin, cos, …, c].
+Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.registry import Registry
+
+LAYERS = Registry("layer")
+
+
+class Affine(NamedTuple):
+    """h → scale ∘ (weight h) + bias.
+
+    Attributes:
+        weight: Shape (out, in), or (*batch, out, in) where rows have their own.
+        bias: Shape (out,) or (*batch, out).
+        scale: Shape (*batch, out); None where there is none or the weight holds it already,
+            because all rows share it.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self.weight.dim() > 2:
+            return (self.weight @ h.unsqueeze(-1)).squeeze(-1) + self.bias
+        if self.scale is not None:
+            return F.linear(h, self.weight) * self.scale + self.bias
+        if self.bias.dim() == 1:
+            return F.linear(h, self.weight, self.bias)
+        return F.linear(h, self.weight) + self.bias
+
+
+class Modulation(nn.Module):
+    """Scale σ(G u + g) and shift B u of a layer's outputs, as far as its kind has them.
+
+    Args:
+        features: Size of u.
+        outputs: How many outputs (channels, for images).
+        scale: Whether there is a scale in (0, 1).
+        shift: Whether there is a shift.
+    """
+
+    def __init__(self, features: int, outputs: int, scale: bool, shift: bool) -> None:
+        super().__init__()
+        self.scale = nn.Linear(features, outputs) if scale else None
+        self.shift = nn.Linear(features, outputs, bias=False) if shift else None
+
+    def forward(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """u: (*batch, features) → scale and shift, each (*batch, outputs) or None."""
+        scale = None if self.scale is None else torch.sigmoid(self.scale(u))
+        return scale, None if self.shift is None else self.shift(u)
+
+
+MODULATIONS = Registry("modulation")
+for _name, _scale, _shift in (
+    ("ignore", False, False),
+    ("concat", False, True),
+    ("squash", True, False),
+    ("concatsquash", True, True),
+):
+    MODULATIONS.register(_name)(partial(Modulation, scale=_scale, shift=_shift))
+
+
+class ModulatedLinear(nn.Module):
+    """A linear layer whose outputs are scaled and shifted by the condition.
+
+    Args:
+        inputs: Size of h.
+        outputs: Size of the output.
+        features: Size of u.
+        kind: A name in `MODULATIONS`: "concat" is a layer of [h, u]; "squash" scales by σ(G u);
+            "concatsquash" does both; "ignore" neither.
+    """
+
+    def __init__(self, inputs: int, outputs: int, features: int, kind: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.modulation = MODULATIONS[kind](features, outputs)
+
+    def affine(self, u: Tensor) -> Affine:
+        """The layer at u, shape (features,) or (*batch, features)."""
+        weight, bias = self.linear.weight, self.linear.bias
+        scale, shift = self.modulation(u)
+        if scale is not None:
+            bias = bias * scale
+        if shift is not None:
+            bias = bias + shift
+        if scale is not None and scale.dim() == 1:
+            return Affine(weight * scale.unsqueeze(-1), bias)
+        return Affine(weight, bias, scale)
+
+
+class HyperLinear(nn.Module):
+    """A linear layer whose weights and bias are an affine function of u; arguments as above."""
+
+    def __init__(self, inputs: int, outputs: int, features: int) -> None:
+        super().__init__()
+        self.shape = (outputs, inputs)
+        self.hyper = nn.Linear(features, outputs * (inputs + 1))
+        with torch.no_grad():  # at u = 0 the layer is one that torch would have drawn
+            start = nn.Linear(inputs, outputs)
+            self.hyper.bias.copy_(torch.cat([start.weight.flatten(), start.bias]))
+            self.hyper.weight.mul_(inputs**-0.5)
+
+    def affine(self, u: Tensor) -> Affine:
+        outputs, inputs = self.shape
+        weight, bias = self.hyper(u).split([outputs * inputs, outputs], -1)
+        return Affine(weight.unflatten(-1, (outputs, inputs)), bias)
+
+
+class BlendLinear(nn.Module):
+    """Two linear layers, one at t = 0 and one at t = 1, blended linearly between; the rest of u
+    shifts the outputs. Arguments as above."""
+
+    def __init__(self, inputs: int, outputs: int, features: int) -> None:
+        super().__init__()
+        self.start, self.end = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
+        self.shift = nn.Linear(features - 1, outputs, bias=False) if features > 1 else None
+
+    def affine(self, u: Tensor) -> Affine:
+        t, rest = u.split([1, u.shape[-1] - 1], -1)
+        weight = torch.lerp(self.start.weight, self.end.weight, t.unsqueeze(-1))
+        bias = torch.lerp(self.start.bias, self.end.bias, t)
+        return Affine(weight, bias if self.shift is None else bias + self.shift(rest))
+
+
+for _name in MODULATIONS:
+    LAYERS.register(_name)(partial(ModulatedLinear, kind=_name))
+LAYERS.register("hyper")(HyperLinear)
+LAYERS.register("blend")(BlendLinear)

@@ -1,0 +1,104 @@
+"""Traces of Jacobians: of any map by forward mode, of a chain of gated layers in closed form."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Velocity = Callable[[Tensor], Tensor]
+
+
+def jacobian_columns(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
+    """v(x) and J e_i for every i, by D tangents in one batched forward-mode pass.
+
+    Args:
+        v: Map from (*batch, *event) to the same shape, rows independent.
+        x: Points, shape (*batch, *event).
+        event_dims: How many trailing axes form the event.
+    Returns:
+        v(x), of x's shape, and the columns ∂v/∂x_i, shape (D, *batch, *event).
+    """
+    event = x.shape[x.dim() - event_dims :]
+    basis = torch.eye(math.prod(event), dtype=x.dtype, device=x.device).reshape(-1, *event)
+
+    def push(direction: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(v, (x,), (direction.expand_as(x),))  # pyright: ignore
+
+    values, columns = torch.func.vmap(push, randomness="same")(basis)
+    return values[0], columns
+
+
+def trace_of_jacobian(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
+    """v(x) and the exact trace of its Jacobian, shape (*batch,); arguments as above."""
+    value, columns = jacobian_columns(v, x, event_dims)
+    return value, columns.flatten(-event_dims).diagonal(dim1=0, dim2=-1).sum(-1)
+
+
+def gated_product(left: Tensor, gate: Tensor, right: Tensor) -> Tensor:
+    """left · diag(gate) · right for each row's gate, as one product with the shared matrices.
+
+    Args:
+        left: Shape (J, K).
+        gate: Shape (*batch, K).
+        right: Shape (K, D).
+    Returns:
+        The transposed products, shape (*batch, D, J).
+    """
+    if gate[..., 0].numel() < len(left):  # few rows: forming the shared product costs more
+        return F.linear(right.T * gate.unsqueeze(-2), left)
+    both = right.T.unsqueeze(1) * left  # (D, J, K), shared by the batch
+    return F.linear(gate, both.flatten(0, 1)).unflatten(-1, both.shape[:2])
+
+
+def trace_of_chain(
+    weights: Sequence[Tensor], gates: Sequence[Tensor], scale: Tensor | None = None
+) -> Tensor:
+    r"""Trace of diag(s) W_L diag(g_{L-1}) W_{L-1} … diag(g_1) W_1 for each row's gates.
+
+    With one gate it is a product of (batch × K) with a vector, with two
+    :math:`g_2^\top (W_2 \circ (W_1 W_3)^\top)\, g_1`: one product of batch × width², whatever D
+    is. With more, tangents from the right and cotangents from the left meet at a gate between
+    them: D products of batch × width² for each further layer.
+
+    Args:
+        weights: W_1 … W_L, shapes (K_l, K_{l-1}) with K_0 = K_L = D; with a batch before them
+            where they differ between rows.
+        gates: g_1 … g_{L-1}, shapes (*batch, K_l).
+        scale: s, shape (*batch, D); None for ones.
+    Returns:
+        Shape (*batch,).
+    """
+    if any(weight.dim() > 2 for weight in weights):
+        return _trace_by_tangents(weights, gates, scale)
+    first, *middle, last = weights
+    if len(gates) == 1:
+        diagonal = last.T * first
+        if scale is None:
+            return gates[0] @ diagonal.sum(-1)
+        return ((gates[0] @ diagonal) * scale).sum(-1)
+    if len(gates) == 2 and scale is None:
+        return (F.linear(gates[0], middle[0] * (first @ last).T) * gates[1]).sum(-1)
+    tangents = gated_product(middle[0], gates[0], first)  # (*batch, D, K_2)
+    for gate, weight in zip(gates[1:-2], middle[1:-1], strict=True):
+        tangents = F.linear(tangents * gate.unsqueeze(-2), weight)
+    if len(gates) == 2:
+        cotangents, gate = last, gates[1]
+    else:
+        cotangents, gate = gated_product(middle[-1].T, gates[-1], last.T), gates[-2]
+    products = tangents * cotangents
+    if scale is not None:
+        products = products * scale.unsqueeze(-1)
+    return (products.sum(-2) * gate).sum(-1)
+
+
+def _trace_by_tangents(
+    weights: Sequence[Tensor], gates: Sequence[Tensor], scale: Tensor | None
+) -> Tensor:
+    first, *middle, last = weights
+    tangents = first.mT
+    for gate, weight in zip(gates[:-1], middle, strict=True):
+        tangents = (tangents * gate.unsqueeze(-2)) @ weight.mT
+    diagonal = (tangents * gates[-1].unsqueeze(-2) * last).sum(-1)
+    return (diagonal if scale is None else diagonal * scale).sum(-1)

@@ -14,30 +14,15 @@ import torch
 from cnf import __version__ as cnf_version
 from cnf import data as densities
 from cnf import models, objectives
-from cnf.dynamics import DIVERGENCES, REGULARIZERS
-from cnf.dynamics.solver import ADAPTIVE, FIXED, Solver
+from cnf.catalogue import KINDS
+from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, optional
-from cnf.fields import FIELDS
 from cnf.flow import Flow
-from cnf.matching import COUPLINGS, PATHS
 from cnf.training import TrainConfig, fit, load
 from cnf.training.run import free_folder, scored_rows, trained_on
-from cnf.transforms import TRANSFORMS
-from cnf.transforms.continuous import is_continuous
 
+RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
 VERSION = f"cnf {cnf_version}, torch {torch.__version__}"
-KINDS: dict[str, Any] = {
-    "models": models.MODELS,
-    "densities": densities.TOYS,
-    "objectives": objectives.OBJECTIVES,
-    "paths": PATHS,
-    "couplings": COUPLINGS,
-    "divergences": DIVERGENCES,
-    "regularizers": REGULARIZERS,
-    "fields": FIELDS,
-    "transforms": TRANSFORMS,
-    "solvers": {name: None for name in sorted(ADAPTIVE + FIXED)},
-}
 
 
 def train(
@@ -55,8 +40,8 @@ def train(
             npy, parquet).
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden "[128, 128]".
-        objective: What is minimised (see `cnf list objectives`); flow matching for models with a
-            vector field, else maximum likelihood.
+        objective: What is minimised (see `cnf list objectives`). If not given, flow matching with
+            more times near the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
         config: The settings of the run.
@@ -66,7 +51,8 @@ def train(
     torch.manual_seed(config.seed)  # the first weights belong to what a seed repeats
     flow = models.build(model, **{"dim": source.dim, **(options or {})})
     if objective is None:
-        objective = "flow-matching" if is_continuous(flow.transform) else "maximum-likelihood"
+        objective, recipe = RECIPES.get(model, ("maximum-likelihood", {}))
+        objective_options = {**recipe, **(objective_options or {})}
     goal = objectives.build(objective, **(objective_options or {}))
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
@@ -166,7 +152,7 @@ def compare(
             npy, parquet).
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
         steps: Budget of each contestant in optimiser steps.
-        contestants: Who runs; all if not given (see `cnf list contestants`).
+        contestants: Who runs (see `cnf list contestants`); the first five if not given.
         seeds: One run for each; 0 if none is given.
         folder: Where everything is written; it must not exist. runs/compare-… if not given.
         device: "auto", "cpu", "cuda" or "mps".
@@ -214,6 +200,7 @@ def list_names(kind: str | None = None) -> None:
     """
     from cnf.evaluation import CONTESTANTS, METRICS
 
+    escape = optional("rich.markup", "cli").escape
     kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}
     if kind is not None and kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; known: {', '.join(kinds)}")
@@ -221,7 +208,7 @@ def list_names(kind: str | None = None) -> None:
         table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
         table.title_justify, table.title_style = "left", "bold"
         for entry, thing in kinds[name].items():
-            table.add_row(f"  {entry}", _first_line(thing))
+            table.add_row(f"  {entry}", escape(_first_line(thing)))
         _console().print(table)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -195,6 +195,28 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
         "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, or a "
         f"density such as cnf.data.toy('moons'); got {type(base).__name__}"
     )
+
+
+class FlowDistribution(Distribution):
+    """A flow, given its context, as a torch distribution; see `Flow.distribution`."""
+
+    has_rsample = True
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, flow: Any, context: Tensor | None) -> None:
+        batch = torch.Size() if context is None else context.shape[:-1]
+        self.flow, self.context = flow, context
+        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.flow.rsample(sample_shape, self.context)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.flow.log_prob(value, self.context)
 
 
 @contextmanager

@@ -7,15 +7,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
-from cnf.distributions import Base, as_base
+from cnf.distributions import Base, FlowDistribution, as_base
 from cnf.dynamics.divergence import Divergence, as_divergence
+from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_event
 from cnf.fields.base import VectorField
 from cnf.transforms.base import Compose, Transform
-from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
+from cnf.transforms.continuous import Continuous, Integral, is_continuous, reconfigured
 
 Shape = int | Sequence[int]
 
@@ -69,9 +70,7 @@ class Flow(nn.Module):
         self.dequantisation = dequantisation
         self.event_shape = tuple(event_shape or self.base.event_shape)
         self.context_dim = transform.context_dim
-        self.spec: dict[str, Any] | None = (
-            None  # what models.build was called with; stored in checkpoints
-        )
+        self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
     @property
     def field(self) -> VectorField:
@@ -106,6 +105,31 @@ class Flow(nn.Module):
         divergence = None if divergence is None else as_divergence(divergence)
         z, ladj = self._inverse(x, context, "log_prob", divergence, generator)
         return self.base.log_prob(z) + ladj
+
+    def log_prob_and_integral(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        divergence: str | Divergence = "exact",
+        integrands: Sequence[Integrand] = (),
+        stop: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Integral]:
+        """As `log_prob`, with all that the solve of a continuous flow gives.
+
+        Args: `integrands` and `stop` as of `Continuous.integrate`, the rest as of `log_prob`.
+        """
+        _ = self.field  # raises for a flow that has none
+        assert isinstance(self.transform, Continuous)
+        y, context, outer = self._enter(x, context, "log_prob", generator)
+        if self.preprocess is not None:
+            y, ladj = self.preprocess.inverse(y)
+            outer = outer + ladj
+        solved = self.transform.integrate(
+            y, context, towards="base", divergence=divergence, integrands=integrands, stop=stop
+        )
+        return self.base.log_prob(solved.value) + solved.ladj + outer, solved
 
     def sample(
         self,
@@ -189,7 +213,7 @@ class Flow(nn.Module):
 
     def distribution(self, context: Tensor | None = None) -> Distribution:
         """This flow as a `torch.distributions.Distribution`, for Pyro and friends."""
-        return _FlowDistribution(self, context)
+        return FlowDistribution(self, context)
 
     def _whole(self, divergence: str | Divergence | None) -> Transform:
         """Transform and preprocessing; "off" leaves out log-determinants, None changes nothing."""
@@ -207,14 +231,21 @@ class Flow(nn.Module):
         divergence: str | Divergence | None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
+        y, context, log_weight = self._enter(x, context, who, generator)
+        z, ladj = self._whole(divergence).inverse(y, context)
+        return z, ladj + log_weight
+
+    def _enter(
+        self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """x and context checked, x dequantised, and the log-weight of that."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_dtype(who, "x", x)
         context = self.checked_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
         if self.dequantisation is None:
-            return self._whole(divergence).inverse(x, context)
+            return x, context, 0.0
         y, log_weight = self.dequantisation.encode(x, generator)
-        z, ladj = self._whole(divergence).inverse(y, context)
-        return z, ladj + log_weight
+        return y, context, log_weight
 
     def _expect_dtype(self, who: str, name: str, value: Tensor) -> None:
         dtype = self.base._like.dtype
@@ -266,23 +297,3 @@ class Flow(nn.Module):
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
         return self.base.sample(shape, generator), context
-
-
-class _FlowDistribution(Distribution):
-    has_rsample = True
-    arg_constraints: dict[str, constraints.Constraint] = {}
-
-    def __init__(self, flow: Flow, context: Tensor | None) -> None:
-        batch = torch.Size() if context is None else context.shape[:-1]
-        self.flow, self.context = flow, context
-        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.flow.rsample(sample_shape, self.context)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.flow.log_prob(value, self.context)

@@ -14,6 +14,7 @@ ROOT = Path(cnf.__file__).parent
 
 FLOORS = {
     "cli": 9,
+    "catalogue": 7,
     "evaluation": 8,
     "training": 7,
     "models": 6,

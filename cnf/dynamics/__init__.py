@@ -1,7 +1,8 @@
 """Dynamics: solving ODEs, divergences along them, quantities integrated with them."""
 
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson
-from cnf.dynamics.ode import record, solve
+from cnf.dynamics.monitor import record
+from cnf.dynamics.ode import solve
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 

@@ -1,45 +1,34 @@
-"""Divergence of a vector field: exact, or estimated by random probes."""
+"""Divergence of a vector field along a solve: exact, or estimated by random probes."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cnf.errors import expect_choice
-from cnf.fields.base import HasDivergence, VectorField
+from cnf.fields.base import VectorField, exact_divergence
 from cnf.registry import Registry
 
 DIVERGENCES = Registry("divergence")
 
 Velocity = Callable[[Tensor], Tensor]
-WithDivergence = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-EXACT_LIMIT = 1024  # directions; above, D forward-mode passes per evaluation are out of reach
 
 
-def trace_of_jacobian(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
-    """v(x) and the exact trace of its Jacobian, by D tangents in one batched forward-mode pass.
+class Rates(NamedTuple):
+    """What one evaluation of a field gives.
 
-    Args:
-        v: Map from (*batch, *event) to the same shape, rows independent.
-        x: Points, shape (*batch, *event).
-        event_dims: How many trailing axes form the event.
-    Returns:
-        v(x), of x's shape, and tr ∂v/∂x, shape (*batch,).
+    Attributes:
+        velocity: Shape (*batch, *event).
+        divergence: Shape (*batch,), or (*batch, channels) with one estimate for each probe.
+        products: εᵀJ for each probe, shape (probes, *batch, *event), where the estimate made them.
     """
-    event = x.shape[x.dim() - event_dims :]
-    basis = torch.eye(math.prod(event), dtype=x.dtype, device=x.device).reshape(-1, *event)
 
-    def push(direction: Tensor) -> tuple[Tensor, Tensor]:
-        pushed = torch.func.jvp(v, (x,), (direction.expand_as(x),))
-        return pushed[0], (pushed[1] * direction).flatten(-event_dims).sum(-1)
-
-    values, diagonal = torch.func.vmap(push, randomness="same")(basis)
-    return values[0], diagonal.sum(0)
+    velocity: Tensor
+    divergence: Tensor
+    products: Tensor | None = None
 
 
 def hutchinson(
@@ -68,32 +57,57 @@ def hutchinson(
             f"hutchinson: expected probe of shape (probes, {', '.join(map(str, x.shape))}), "
             f"got {tuple(probe.shape)}"
         )
+    value, products = products_with(v, x, probe)
+    return value, (products * probe).flatten(-event_dims).sum(-1).mean(0)
+
+
+def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """v(x) and εᵀJ for each ε of `probe`, shape (n, *x.shape): a VJP each."""
+    if torch.compiler.is_compiling():  # which can trace this, and not autograd.grad
+        value, pull = torch.func.vjp(v, x)  # pyright: ignore
+        return value, torch.stack([pull(epsilon)[0] for epsilon in probe])
     graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Without a graph x may still carry one that the solver's own function hides.
-        x = x if graph and x.requires_grad else x.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        if not graph or not x.requires_grad:
+            # Without a graph x may still carry one that the solver's own function hides.
+            x = x.clone() if x.is_inference() else x.detach()
+            x.requires_grad_()
         value = v(x)
-        estimates = []
-        for (
-            epsilon
-        ) in probe:  # a loop: vmap over a backward pass refuses custom autograd functions
-            (product,) = torch.autograd.grad(
-                value, x, epsilon, create_graph=graph, retain_graph=True
-            )
-            estimates.append((product * epsilon).flatten(-event_dims).sum(-1))
-    estimate = torch.stack(estimates).mean(0)
-    return (value, estimate) if graph else (value.detach(), estimate.detach())
+        if not value.requires_grad:  # constant in x
+            return value, torch.zeros_like(probe)
+        products = [  # a loop: vmap over a backward pass refuses custom autograd functions
+            torch.autograd.grad(
+                value, x, epsilon, create_graph=graph, retain_graph=True, materialize_grads=True
+            )[0]
+            for epsilon in probe
+        ]
+    stacked = torch.stack(products)
+    return (value, stacked) if graph else (value.detach(), stacked.detach())
 
 
 class Divergence(ABC):
-    """A way to have ∇·v along a solve."""
+    """A way to have ∇·v along a solve.
+
+    Attributes:
+        channels: Shape of one row's divergence: () for one value, (k,) for k estimates.
+    """
+
+    channels: tuple[int, ...]
 
     @abstractmethod
-    def bind(self, field: VectorField, x: Tensor) -> WithDivergence:
-        """The function (t, x, context) → (velocity, divergence) of one solve that starts at `x`.
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """What a solve that starts at `x` keeps fixed: probes, shape (n, *x.shape), or None."""
 
-        What is random is drawn here, once per solve.
-        """
+    @abstractmethod
+    def rates(
+        self,
+        field: VectorField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+    ) -> Rates:
+        """Velocity and divergence at (t, x), given what `draw` drew."""
 
 
 @DIVERGENCES.register("exact")
@@ -101,45 +115,72 @@ class Divergence(ABC):
 class Exact(Divergence):
     """The field's own closed form where it has one, else D tangents in one forward-mode pass."""
 
-    def bind(self, field: VectorField, x: Tensor) -> WithDivergence:
-        if isinstance(field, HasDivergence):
-            return field.with_divergence
-        size = math.prod(field.event_shape)
-        if size > EXACT_LIMIT:
-            raise ValueError(
-                f"log_prob: the exact divergence of {type(field).__name__} takes {size} "
-                f"forward-mode directions per evaluation (limit {EXACT_LIMIT}); "
-                "ask for an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
-            )
-        dims = len(field.event_shape)
-        return lambda t, x, context: trace_of_jacobian(lambda y: field(t, y, context), x, dims)
+    channels = ()
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        return None
+
+    def rates(
+        self,
+        field: VectorField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+    ) -> Rates:
+        return Rates(*exact_divergence(field, t, x, context))
 
 
 @DIVERGENCES.register("hutchinson")
 @dataclass(frozen=True)
 class Hutchinson(Divergence):
-    """Hutchinson's estimate, see `hutchinson`; its probes are drawn once per solve.
+    r"""Hutchinson's estimate, see `hutchinson`; its probes are drawn once per solve.
+
+    With a sketch it is Hutch++: an orthonormal Q spans the products of `sketch` further probes,
+    the trace over Q is taken exactly, and the probes estimate what is left,
+
+    .. math:: \mathrm{tr}\,Q^\top J Q + g^\top (I - QQ^\top) J (I - QQ^\top)\, g
+
+    unbiased for any Q; exact where the sketch holds the whole row space. Q carries no gradient.
+    Source: Meyer et al. (2021), https://arxiv.org/abs/2010.09649.
 
     Args:
-        probes: How many probes are averaged.
+        probes: How many estimates, one log-density channel each: their mean is the answer, their
+            spread its error.
         noise: "rademacher" (least variance) or "gaussian".
         generator: Where the probes come from; torch's default generator if None.
-        probe: The probes themselves, shape (probes, *batch, *event), instead of drawing them.
+        probe: The probes themselves, shape (sketch + probes, *batch, *event), not drawn then.
+        sketch: Directions that are taken exactly; each costs two VJPs.
     """
 
     probes: int = 1
     noise: Literal["rademacher", "gaussian"] = "rademacher"
     generator: torch.Generator | None = None
     probe: Tensor | None = None
+    sketch: int = 0
 
     def __post_init__(self) -> None:
         expect_choice("Hutchinson", "noise", self.noise, ("rademacher", "gaussian"))
-        if self.probes < 1:
-            raise ValueError(f"Hutchinson: expected probes >= 1, got {self.probes}")
+        for name, least in (("probes", 1), ("sketch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Hutchinson: expected {name} >= {least}, got {getattr(self, name)}"
+                )
+
+    @property
+    def channels(self) -> tuple[int]:  # pyright: ignore
+        return (self.probes if self.probe is None else len(self.probe) - self.sketch,)
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Probes for points `x`: shape (probes, *x.shape)."""
-        shape = (self.probes, *x.shape)
+        if self.probe is not None:
+            if self.probe.shape[1:] != x.shape:
+                raise ValueError(
+                    f"Hutchinson: expected probe of shape (n, {', '.join(map(str, x.shape))}), "
+                    f"got {tuple(self.probe.shape)}"
+                )
+            return self.probe
+        generator = generator or self.generator
+        shape = (self.sketch + self.probes, *x.shape)
         device = x.device if generator is None else generator.device
         if self.noise == "gaussian":
             probe = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
@@ -148,10 +189,57 @@ class Hutchinson(Divergence):
             probe = bits.to(x.dtype) * 2 - 1
         return probe.to(x.device)
 
-    def bind(self, field: VectorField, x: Tensor) -> WithDivergence:
-        probe = self.draw(x, self.generator) if self.probe is None else self.probe
-        dims = len(field.event_shape)
-        return lambda t, x, context: hutchinson(lambda y: field(t, y, context), x, probe, dims)
+    def rates(
+        self,
+        field: VectorField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+    ) -> Rates:
+        assert probe is not None
+
+        def velocity(y: Tensor) -> Tensor:
+            return field(_normal(t), y, None if context is None else _normal(context))
+
+        start = x.dim() - len(field.event_shape) + 1  # of the event's axes in a probe
+        sketched = self.sketch
+        if sketched:
+            with torch.no_grad():
+                span = _orthonormal(products_with(velocity, x, probe[:sketched])[1], start)
+                probe = torch.cat([span, _without(probe[sketched:], span, start)])
+            sketched = len(span)
+        v, products = products_with(velocity, x, probe)
+        along = (products * probe).flatten(start).sum(-1)  # (n, *batch)
+        each = along[sketched:] + along[:sketched].sum(0)
+        return Rates(v, each.movedim(0, -1), None if sketched else products)
+
+
+@DIVERGENCES.register("hutch++")
+def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchinson:
+    """Hutch++: Hutchinson's estimate of what a sketch's exact trace leaves, see `Hutchinson`."""
+    return Hutchinson(probes=probes, sketch=sketch, **settings)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that a graph may hold of one made in inference mode."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def _orthonormal(vectors: Tensor, start: int) -> Tensor:
+    """An orthonormal basis of the span of (n, *batch, *event), over n: (min(n, D), …)."""
+    columns = vectors.flatten(start).movedim(0, -1)  # (*batch, D, n)
+    basis = torch.linalg.qr(columns).Q.movedim(-1, 0)
+    return basis.reshape(len(basis), *vectors.shape[1:])
+
+
+def _without(probe: Tensor, span: Tensor, start: int) -> Tensor:
+    """The part of each probe that is orthogonal to the span."""
+    flat, basis = probe.flatten(start), span.flatten(start)
+    inside = torch.einsum("n...d,m...d->nm...", flat, basis)
+    return (flat - torch.einsum("nm...,m...d->n...d", inside, basis)).reshape(probe.shape)
 
 
 def as_divergence(divergence: "str | Mapping[str, Any] | Divergence") -> Divergence:

@@ -1,21 +1,23 @@
 """Solving ODEs: the one file that touches torchdiffeq."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torchdiffeq
 from torch import Tensor
 
-from cnf.dynamics.solver import Solver
+from cnf.dynamics import fixed
+from cnf.dynamics.checkpoint import checkpointed
+from cnf.dynamics.monitor import Dynamics, State, TooMuchMemory, Watched, record
+from cnf.dynamics.solver import MULTISTEP, Solver
 from cnf.errors import SolverError
 
-State = tuple[Tensor, ...]
-Dynamics = Callable[[Tensor, State], State]
+__all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
+
+GIB = 2**30
 
 
 class Solution(NamedTuple):
@@ -23,135 +25,6 @@ class Solution(NamedTuple):
 
     state: State
     nfe: int
-
-
-@dataclass
-class _Counts:
-    forward: int = 0
-    backward: int = 0
-
-
-@dataclass
-class Stats:
-    """Evaluations counted by `record`; those of backward solves are counted even afterwards."""
-
-    _counters: list[_Counts] = field(default_factory=list, repr=False)
-
-    @property
-    def solves(self) -> int:
-        """Number of solves."""
-        return len(self._counters)
-
-    @property
-    def forward(self) -> int:
-        """Evaluations of the dynamics in forward solves."""
-        return sum(counter.forward for counter in self._counters)
-
-    @property
-    def backward(self) -> int:
-        """Evaluations in backward solves (the adjoint's; backprop evaluates nothing again)."""
-        return sum(counter.backward for counter in self._counters)
-
-
-_recording: ContextVar[tuple[Stats, ...]] = ContextVar("recording", default=())
-
-
-@contextmanager
-def record() -> Iterator[Stats]:
-    """Count the evaluations of every solve inside, under any nesting.
-
-    >>> with record() as stats:
-    ...     _ = solve(lambda t, y: y, (torch.ones(1),), 0.0, 1.0, Solver("rk4", steps=2), ())
-    >>> stats.forward, stats.backward, stats.solves
-    (8, 0, 1)
-    """
-    stats = Stats()
-    token = _recording.set((*_recording.get(), stats))
-    try:
-        yield stats
-    finally:
-        _recording.reset(token)
-
-
-class _Counted:
-    """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
-
-    def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
-        self.dynamics, self.solver = dynamics, solver
-        self.counts = _Counts()  # not self: a record must not keep the solve's tensors alive
-        self.in_forward = True
-        self.restart(start)
-        for stats in _recording.get():
-            stats._counters.append(self.counts)
-
-    def restart(self, start: float) -> None:
-        self.start, self.nfe = start, 0
-        self.last: tuple[Tensor, State] | None = None
-
-    def __call__(self, t: Tensor, state: State) -> State:
-        if self.nfe >= self.solver.max_nfe:
-            raise self.error(
-                "too many evaluations: the field is stiff or the tolerance out of reach",
-                "Loosen rtol and atol, lower the learning rate, regularise, or raise max_nfe.",
-            )
-        self.nfe += 1
-        if self.in_forward:
-            self.counts.forward += 1
-        else:
-            self.counts.backward += 1
-        rates = self.dynamics(t, state)
-        self.last = (t.detach(), tuple(rate.detach() for rate in rates))
-        return rates
-
-    def error(self, cause: str, remedy: str) -> SolverError:
-        t = math.nan if self.last is None else self.last[0].item()
-        t = t if math.isfinite(t) else self.start  # a NaN at the first point makes the step NaN
-        return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
-
-    def callback_step_adjoint(self, t: Tensor, state: State, dt: Tensor) -> None:
-        """Called by torchdiffeq before each backward step, ahead of its own bare assertions."""
-        self.check_gradients((dt, *state[1:3]))
-        if not self.solver.fixed and t + dt == t:
-            raise self.explain()
-
-    def check_gradients(self, parts: Sequence[Tensor | None]) -> None:
-        if not all(part is None or part.isfinite().all() for part in parts):
-            raise self.error(
-                "the gradient became NaN or infinite in the backward solve",
-                "Check the inputs' scale, clip gradients, or lower the learning rate.",
-            )
-
-    def watch_backward(self, path: State, stop: float) -> None:
-        """Each backward solve is counted anew and its result checked; a second derivative, which
-        the adjoint would silently leave out, is refused."""
-        node: Any = path[0].grad_fn
-        while node is not None and not node.name().startswith("OdeintAdjoint"):
-            node = node.next_functions[0][0]
-        if node is None:
-            return
-
-        def before(_: Any) -> None:
-            if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(
-                    "solve: the adjoint has first derivatives only; for a second one "
-                    'take Solver(gradient="backprop")'
-                )
-            self.restart(stop)
-
-        node.register_prehook(before)
-        node.register_hook(lambda inputs, _: self.check_gradients(inputs))
-
-    def explain(self) -> SolverError:
-        """Why the solver gave up, told from the last evaluation."""
-        if self.last is not None and not all(rate.isfinite().all() for rate in self.last[1]):
-            return self.error(
-                "the field returned NaN or infinity",
-                "Check the inputs' scale, or lower the learning rate.",
-            )
-        return self.error(
-            "the step fell below what the dtype resolves: the field is stiff or discontinuous",
-            "Loosen rtol/atol, compute in float64, or take a fixed-step method.",
-        )
 
 
 def solve(
@@ -164,19 +37,33 @@ def solve(
 ) -> Solution:
     """Solve d state/dt = dynamics(t, state) from t0 to t1 (t1 < t0 is allowed).
 
+    Under `torch.compile` or while a CUDA graph is captured, a fixed-step solve is one loop that
+    either can hold, differentiated by backprop.
+
     Args:
         dynamics: (t of shape (), state) → rates, one tensor for each of the state's, of its shape.
-        state: The initial state, tensors of one floating dtype, float32 or wider.
+        state: The initial state, tensors of one floating dtype, float32 or wider, rows along
+            their first axis (which only `norm="rows"` looks at).
         t0: Time of `state`.
         t1: Time of the answer.
         solver: Method, tolerances, gradient mode.
-        params: Every tensor, besides the state, that the adjoint must send a gradient to:
-            parameters and the context.
+        params: Every tensor, besides the state, that the adjoint and checkpoints must send a
+            gradient to: parameters and the context.
     Raises:
         SolverError: NaN in the field, a stiff field, too many evaluations, too narrow a dtype.
     """
+    if solver.evaluations is not None and _captured():
+        assert solver.steps is not None
+        end = fixed.integrate(dynamics, state, t0, t1, solver.method, solver.steps)
+        return Solution(end, solver.evaluations)
     path, nfe = solve_path(dynamics, state, [t0, t1], solver, params)
     return Solution(tuple(values[-1] for values in path), nfe)
+
+
+def _captured() -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def solve_path(
@@ -196,52 +83,167 @@ def solve_path(
         )  # fmt: skip
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
         return tuple(part.expand(len(times), *part.shape) for part in state), 0
-    counted = _Counted(dynamics, solver, times[0])
-    grid = torch.tensor(times, dtype=dtype, device=state[0].device)
-    needs_adjoint = solver.gradient == "adjoint" and torch.is_grad_enabled()
+    watched = Watched(dynamics, solver, times[0])
     try:
-        if needs_adjoint:
-            path: Any = torchdiffeq.odeint_adjoint(
-                counted, state, grid, **_arguments(solver, times),
-                adjoint_rtol=solver.adjoint_rtol, adjoint_atol=solver.adjoint_atol,
-                adjoint_params=tuple(p for p in params if p.requires_grad),
-            )  # fmt: skip
-        else:
-            path = torchdiffeq.odeint(counted, state, grid, **_arguments(solver, times))
+        path = _differentiable(watched, state, times, params)
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values")):
             raise  # the field's own
-        raise counted.explain() from error
-    nfe = counted.nfe
-    if solver.fixed and not all(torch.isfinite(values[-1]).all() for values in path):
-        raise counted.explain()
-    counted.in_forward = False
-    counted.restart(times[-1])
-    if needs_adjoint:
-        counted.watch_backward(path, times[-1])
+        raise watched.explain() from error
+    nfe = watched.nfe
+    if solver.unchecked and not all(torch.isfinite(values[-1]).all() for values in path):
+        raise watched.explain()
+    watched.forward_is_over(times[-1])
     return path, nfe
 
 
+def _differentiable(
+    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+) -> State:
+    """The path with the graph that `Solver.gradient` asks for, if one is wanted at all."""
+    solver = watched.solver
+    if not torch.is_grad_enabled():
+        return _odeint(watched, state, times)
+    if solver.gradient == "backprop":
+        return _odeint(watched, state, times)
+    if solver.gradient == "checkpoint":
+        return _checkpointed(watched, state, times, params)
+    if solver.gradient == "auto" and solver.method != "scipy_solver":
+        watched.limit = solver.memory * GIB
+        try:
+            return _odeint(watched, state, times)
+        except TooMuchMemory:
+            # Segments of an adaptive solve start with steps of their own: the adjoint is faster.
+            kept = watched.saved * (solver.evaluations or math.inf) / solver.segments
+            fits = kept <= watched.limit
+        finally:
+            watched.limit = None
+        watched.restart(times[0])
+        if fits:
+            return _checkpointed(watched, state, times, params)
+    return _odeint_adjoint(watched, state, times, params)
+
+
+def _odeint(watched: Watched, state: State, times: Sequence[float]) -> State:
+    arguments = _arguments(watched.solver, times)
+    if watched.solver.method in MULTISTEP and len(times) > 2:
+        # They assume the steps behind them to be equal: start anew at each time.
+        return _stitched(lambda y, a, b: _segment(watched, y, a, b, arguments), state, times)
+    return torchdiffeq.odeint(watched, state, _tensor(times, state), **arguments)  # pyright: ignore
+
+
+def _odeint_adjoint(
+    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+) -> State:
+    solver = watched.solver
+    arguments = _arguments(solver, times)
+    backward = {key: value for key, value in arguments["options"].items() if key != "norm"}
+    if "step_t" in backward and times[0] > times[-1]:
+        # torchdiffeq turns time around for itself, and forgets these options: it would step past
+        # the end, where there is no field, and interpolate back.
+        backward["step_t"] = -backward["step_t"]
+    if solver.adjoint_norm == "seminorm" and not solver.unchecked:
+        backward["norm"] = "seminorm"
+
+    def run(state: State, *times: float) -> State:
+        path: Any = torchdiffeq.odeint_adjoint(
+            watched, state, _tensor(times, state), **arguments, adjoint_options=backward,
+            adjoint_rtol=solver.adjoint_rtol, adjoint_atol=solver.adjoint_atol,
+            adjoint_params=tuple(p for p in params if p.requires_grad),
+        )  # fmt: skip
+        watched.watch_adjoint(path, times[-1])
+        return path
+
+    if solver.method in MULTISTEP and len(times) > 2:
+        return _stitched(lambda y, a, b: _last(run(y, a, b)), state, times)
+    return run(state, *times)
+
+
+def _checkpointed(
+    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+) -> State:
+    """Backprop that keeps the state at the knots only, and computes each segment again."""
+    arguments = _arguments(watched.solver, times)
+    knots = times if len(times) > 2 else _knots(watched.solver, times[0], times[1])
+
+    def run(state: State, t0: float, t1: float) -> State:
+        def segment(state: State) -> State:
+            if watched.in_forward:
+                watched.start = t0
+            else:
+                watched.restart(t0)
+            return _segment(watched, state, t0, t1, arguments)
+
+        return checkpointed(segment, state, params)
+
+    path = _stitched(run, state, knots)
+    return path if len(times) > 2 else tuple(values[[0, -1]] for values in path)
+
+
+def _stitched(
+    run: Callable[[State, float, float], State], state: State, times: Sequence[float]
+) -> State:
+    path = [state]
+    for t0, t1 in pairwise(times):
+        path.append(run(path[-1], t0, t1))
+    return tuple(torch.stack(values) for values in zip(*path, strict=True))
+
+
+def _segment(
+    watched: Watched, state: State, t0: float, t1: float, arguments: dict[str, Any]
+) -> State:
+    if "step_t" in arguments["options"]:
+        options = {**arguments["options"], "step_t": torch.tensor([t0, t1], dtype=torch.float64)}
+        arguments = {**arguments, "options": options}
+    return _last(torchdiffeq.odeint(watched, state, _tensor((t0, t1), state), **arguments))
+
+
+def _last(path: Any) -> State:
+    return tuple(values[-1] for values in path)
+
+
+def _knots(solver: Solver, t0: float, t1: float) -> list[float]:
+    """Ends of the segments; those of a fixed-step method lie between its steps."""
+    steps = solver.steps or solver.segments
+    count = min(solver.segments, steps)
+    return [t0 + (t1 - t0) * (k * steps // count) / steps for k in range(count)] + [t1]
+
+
+def _tensor(times: Sequence[float], state: State) -> Tensor:
+    return torch.tensor(times, dtype=state[0].dtype, device=state[0].device)
+
+
 def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"method": solver.method, "rtol": solver.rtol, "atol": solver.atol}
+    options: dict[str, Any] = {}
     if solver.fixed:
         # Not torchdiffeq's step_size: it rounds up, so that 1/49 takes 50 steps. Times between the
         # steps join the grid: the answer there is a solver's step, not a line between two of them.
         assert solver.steps is not None
-        start, stop, steps = times[0], times[-1], solver.steps
+        width = abs(times[-1] - times[0]) / solver.steps
 
         def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
             ends = (t[0].item(), t[-1].item())
             low, high = min(ends), max(ends)
-            width = abs(stop - start) / steps
             count = max(1, round((high - low) / width))
             regular = torch.linspace(low, high, count + 1, dtype=t.dtype, device=t.device)
             points = torch.unique(torch.cat([regular, t])) if len(t) > 2 else regular
             return points if ends[0] < ends[1] else points.flip(0)
 
-        arguments["options"] = {"grid_constructor": grid}
-    else:
+        options["grid_constructor"] = grid
+        if solver.method in MULTISTEP:
+            options["max_order"] = 5  # with torchdiffeq's 12 explicit_adams is unstable
+    elif solver.method != "scipy_solver":
         # Land on each time: torchdiffeq steps past it and interpolates back, with an error that
         # nothing controls, and asks the field for times that do not exist.
-        arguments["options"] = {"step_t": torch.tensor(times, dtype=torch.float64)}
-    return arguments
+        options["step_t"] = torch.tensor(times, dtype=torch.float64)
+        if solver.norm == "rows":
+            options["norm"] = _worst_row
+    return {
+        "method": solver.method, "rtol": solver.rtol, "atol": solver.atol, "options": options,
+    }  # fmt: skip
+
+
+def _worst_row(parts: Sequence[Tensor]) -> Tensor:
+    """The largest of the rows' RMS norms, over the parts of a state."""
+    rows = [part.reshape(len(part) if part.dim() else 1, -1) for part in parts]
+    return torch.stack([row.square().mean(-1).max() for row in rows]).max().sqrt()

@@ -6,9 +6,11 @@ from typing import Any
 
 from cnf.errors import UnknownNameError, expect_choice, expect_positive
 
-ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2")
-FIXED = ("euler", "heun2", "heun3", "midpoint", "rk4")
-GRADIENTS = ("adjoint", "backprop")
+ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
+STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
+MULTISTEP = ("explicit_adams", "implicit_adams")
+FIXED = (*STAGES, *MULTISTEP)
+GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,31 @@ class Solver:
     8
 
     Args:
-        method: Adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2) or fixed-step (euler,
+        method: Any of torchdiffeq's: adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2;
+            scipy_solver, SciPy's LSODA for stiff fields, on the CPU) or fixed-step (euler,
             midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams).
         rtol: Relative tolerance of the adaptive methods.
         atol: Absolute tolerance of the adaptive methods.
         steps: Steps of a fixed-step method over the whole interval; required there, refused
             elsewhere.
-        gradient: "adjoint" solves the adjoint ODE backwards (memory flat in the number of
-            evaluations; first derivatives only), "backprop" differentiates the solver's own
-            operations (memory grows with evaluations; exact gradient of what was computed, any
-            order).
+        gradient: "backprop" differentiates the solver's own operations: fastest, any order, the
+            exact gradient of what was computed, memory growing with the evaluations.
+            "checkpoint" does so segment by segment, computing each again: memory divided by
+            `segments`, for fixed-step methods at about 4/3 of the time. "adjoint" solves the
+            adjoint ODE backwards: memory flat in the evaluations, first derivatives only. "auto"
+            is backprop until the graph outgrows `memory`, then checkpoint (fixed-step methods),
+            then adjoint.
         adjoint_rtol: Relative tolerance of the backward solve; `rtol` if None.
         adjoint_atol: Absolute tolerance of the backward solve; `atol` if None.
+        adjoint_norm: What controls the backward solve's error: "seminorm" leaves out the
+            parameters' gradients, which nothing feeds back (Kidger et al. 2021,
+            https://arxiv.org/abs/2009.09457); "full" does not.
+        norm: Which error the tolerances bound: "rms" over all rows, so that a row's answer
+            hangs, within the tolerance, on its neighbours; "rows", the worst row's.
+        memory: GiB that "auto" may keep for one solve's graph.
+        segments: Segments of "checkpoint".
+        compile: Run the dynamics (velocity, divergence and integrands together) through
+            `torch.compile`; the solver's loop stays as it is.
         max_nfe: Evaluations of the dynamics allowed in one solve, and again in its backward solve,
             before a `SolverError`.
     Raises:
@@ -42,18 +57,26 @@ class Solver:
     rtol: float = 1e-5
     atol: float = 1e-5
     steps: int | None = None
-    gradient: str = "adjoint"
+    gradient: str = "auto"
     adjoint_rtol: float | None = None
     adjoint_atol: float | None = None
+    adjoint_norm: str = "seminorm"
+    norm: str = "rms"
+    memory: float = 2.0
+    segments: int = 8
+    compile: bool = False
     max_nfe: int = 10_000
 
     def __post_init__(self) -> None:
         if self.method not in ADAPTIVE + FIXED:
             raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
         expect_choice("Solver", "gradient", self.gradient, GRADIENTS)
+        expect_choice("Solver", "adjoint_norm", self.adjoint_norm, ("seminorm", "full"))
+        expect_choice("Solver", "norm", self.norm, ("rms", "rows"))
         expect_positive(
             "Solver", rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, steps=self.steps,
-            adjoint_rtol=self.adjoint_rtol, adjoint_atol=self.adjoint_atol,
+            adjoint_rtol=self.adjoint_rtol, adjoint_atol=self.adjoint_atol, memory=self.memory,
+            segments=self.segments,
         )  # fmt: skip
         if self.steps is not None and self.steps != int(self.steps):
             raise ValueError(f"Solver: expected steps to be a whole number, got {self.steps!r}")
@@ -64,11 +87,28 @@ class Solver:
                 f"Solver: {self.method} chooses its own steps; drop steps={self.steps}, "
                 f"or take a fixed-step method: {', '.join(FIXED)}"
             )
+        if self.method == "scipy_solver" and self.gradient in ("backprop", "checkpoint"):
+            raise ValueError(
+                f"Solver: scipy_solver leaves no graph to differentiate, got "
+                f"gradient={self.gradient!r}; its gradient is the adjoint's"
+            )
 
     @property
     def fixed(self) -> bool:
         """Whether the steps are set beforehand."""
         return self.method in FIXED
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether torchdiffeq controls no error, and so sees no NaN."""
+        return self.fixed or self.method == "scipy_solver"
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of one solve, where they are known beforehand."""
+        if self.steps is None or self.method not in STAGES:
+            return None
+        return self.steps * STAGES[self.method]
 
     def __str__(self) -> str:
         if self.fixed:

@@ -3,6 +3,7 @@
 from cnf.evaluation.comparison import Results, compare
 from cnf.evaluation.contestants import CONTESTANTS, Contestant, Stage
 from cnf.evaluation.diagnostics import CheckReport, check
+from cnf.evaluation.error_bars import LogProb, log_prob_with_error
 from cnf.evaluation.metrics import METRICS
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "METRICS",
     "CheckReport",
     "Contestant",
+    "LogProb",
     "Results",
     "Stage",
     "check",
     "compare",
+    "log_prob_with_error",
 ]

@@ -133,9 +133,10 @@ def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
     draw = torch.randn(8, *part.field.event_shape, generator=case.generator).to(like)
     context = torch.randn(8, part.context_dim, generator=case.generator).to(like)
     divergence = as_divergence("exact" if part.divergence is None else part.divergence)
-    rates = divergence.bind(part.field, draw)
+    probe = divergence.draw(draw)
     time = draw.new_tensor(0.4)
-    first, second = (rates(time, draw, context if part.context_dim else None) for _ in range(2))
+    shown = context if part.context_dim else None
+    first, second = (divergence.rates(part.field, time, draw, shown, probe)[:2] for _ in range(2))
     change = [
         ((a - b).abs().max() / (1 + a.abs().max())).nan_to_num().item()
         for a, b in zip(first, second, strict=True)
@@ -146,7 +147,7 @@ def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
     )
     remedy = (
         "noise is drawn anew on every evaluation, so that the ODE's right-hand side is no "
-        "function of (t, x): draw it once per solve (in Divergence.bind), and take dropout out"
+        "function of (t, x): draw it once per solve (in Divergence.draw), and take dropout out"
     )
     return Outcome(max(change), _NOISE, words, remedy)
 

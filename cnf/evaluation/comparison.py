@@ -16,7 +16,7 @@ from torch import Tensor
 from cnf import models
 from cnf.data import load
 from cnf.errors import SolverError
-from cnf.evaluation.contestants import CONTESTANTS, Contestant
+from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
 from cnf.training import History, TrainConfig, checkpoint, fit
@@ -138,8 +138,7 @@ def compare(
     """Race contestants on one density and measure them all in the same way.
 
     Args:
-        contestants: Names in `CONTESTANTS`, one's own by name, or None for all that are
-            registered.
+        contestants: Names in `CONTESTANTS`, one's own by name, or None for those of `RACE`.
         data: A density, its name, one's own points, or a file: what `cnf.data.load` takes.
         seconds: Budget of each contestant, in seconds of training.
         steps: Budget of each contestant, in optimiser steps, instead of seconds.
@@ -158,7 +157,7 @@ def compare(
         validation_rows=VALIDATION_POINTS,
     )  # fmt: skip
     if contestants is None or not isinstance(contestants, dict):
-        contestants = {name: CONTESTANTS[name] for name in contestants or CONTESTANTS}
+        contestants = {name: CONTESTANTS[name] for name in contestants or RACE}
     density, folder = load(data), folder and Path(folder)
     if folder and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"compare: {folder} exists already; choose another folder")
@@ -233,8 +232,8 @@ def _train(
             "folder": base.folder and base.folder / f"stage-{number}",
         }
         settings = dict(stage.settings)
-        if isinstance(data, Tensor):  # small tables: whole batches of what there is
-            settings["batch_size"] = min(settings.get("batch_size", 512), len(data) * 9 // 10)
+        if isinstance(data, Tensor) and "batch_size" in settings:  # as many rows as there are
+            settings["batch_size"] = min(settings["batch_size"], len(data) * 9 // 10)
         with _peak_memory() as peak:
             histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
         memory = max(memory, peak())

@@ -1,6 +1,7 @@
-"""Flow matching's two choices: the path between a pair of points, and who is paired with whom."""
+"""Flow matching's choices: the path between two points, who is paired with whom, which times."""
 
 from cnf.matching.couplings import COUPLINGS, Pairing
 from cnf.matching.paths import PATHS, Linear, Path, PathSample
+from cnf.matching.times import TIMES
 
-__all__ = ["COUPLINGS", "PATHS", "Linear", "Pairing", "Path", "PathSample"]
+__all__ = ["COUPLINGS", "PATHS", "TIMES", "Linear", "Pairing", "Path", "PathSample"]

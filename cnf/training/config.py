@@ -5,6 +5,8 @@ from pathlib import Path
 
 from cnf.errors import expect_choice, expect_positive
 
+BATCH_SIZE = 1024
+
 _NUMBERS = {
     **dict.fromkeys(("steps", "batch_size", "seed", "validations", "validation_rows"), int),
     **dict.fromkeys(("patience", "devices"), int),
@@ -20,8 +22,10 @@ class TrainConfig:
         steps: Budget in optimiser steps.
         seconds: Budget in seconds of training, validation and saving not counted; 60 if neither
             is given.
-        batch_size: Rows per step, over all processes together.
-        lr: Highest learning rate.
+        batch_size: Rows per step, over all processes together; null for 1,024, or as many as a
+            smaller table has.
+        lr: Highest learning rate; null for the objective's own: 6e-3 for flow matching, 2e-3
+            for likelihood.
         optimizer: "adam" or "adamw".
         weight_decay: Weight decay of the optimiser.
         schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".
@@ -48,8 +52,8 @@ class TrainConfig:
 
     steps: int | None = None
     seconds: float | None = None
-    batch_size: int = 512
-    lr: float = 2e-3
+    batch_size: int | None = None
+    lr: float | None = None
     optimizer: str = "adam"
     weight_decay: float = 0.0
     schedule: str = "cosine"
@@ -107,9 +111,9 @@ class TrainConfig:
             raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")
         if self.resume and self.folder is None:
             raise ValueError(f"{who}: resume=True needs folder=…, the run to go on with")
-        if self.batch_size % self.devices:
+        if (self.batch_size or BATCH_SIZE) % self.devices:
             raise ValueError(
                 f"{who}: expected batch_size divisible by devices, "
-                f"got {self.batch_size} and {self.devices}"
+                f"got {self.batch_size or BATCH_SIZE} and {self.devices}"
             )
         self.folder = None if self.folder is None else Path(self.folder)

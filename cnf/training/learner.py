@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.config import TrainConfig
+from cnf.transforms.continuous import Continuous
 
 BAD_STEPS = 20  # gradients in a row that may be NaN or infinite before training gives up
 
@@ -31,6 +32,7 @@ class Learner:
 
     Attributes:
         module: The module in training.
+        lr: Highest learning rate.
         kept: The module with averaged weights: what is validated and kept.
         skipped: Steps left out because their gradient was NaN or infinite.
     """
@@ -39,10 +41,15 @@ class Learner:
         self, module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
     ) -> None:
         self.config, self.fabric, self.module = config, fabric, module
+        self.objective = objective
+        self.lr = config.lr or objective.lr
         self.parameters = list(objective.parameters(module))
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.parameters,
+            lr=config.lr or objective.lr,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self._step = fabric.setup_module(_Step(module, objective))
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
@@ -53,6 +60,18 @@ class Learner:
         self._weights: list[Any] = list(module.parameters())
         self._buffers = list(zip(self.kept.buffers(), module.buffers(), strict=True))
         self.steps = self.skipped = self._bad_in_a_row = 0
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first step will compile an ODE's dynamics."""
+        parts = (part for part in self.module.modules() if isinstance(part, Continuous))
+        solvers = [getattr(self.objective, "solver", None), *(part.solver for part in parts)]
+        return any(solver is not None and solver.compile for solver in solvers)
+
+    def warm_up(self, batch: Batch) -> None:
+        """Compile what a step compiles, outside of the budget: a step, thrown away."""
+        self.fabric.backward(self._step(batch).value)
+        self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch, lr: float) -> Loss:
         """Take one step on this process's rows, unless the gradient is NaN or infinite."""
@@ -87,7 +106,7 @@ class Learner:
         if self._bad_in_a_row == BAD_STEPS:
             raise ValueError(
                 f"fit: the gradient was NaN or infinite in {BAD_STEPS} steps in a row "
-                f"(loss {loss.value.item():.4g}); lower lr={self.config.lr:g}, clip harder, or "
+                f"(loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
                 "check the data's scale"
             )
 

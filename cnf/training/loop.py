@@ -118,6 +118,8 @@ class _Trainer:
         show = self.config.progress and self.fabric.is_global_zero
         self._describe("running")
         self._save()  # from now on the run can be resumed
+        if self.learner.compiles:
+            self.learner.warm_up(self._rows(self.budget.step))
         with (
             torch.random.fork_rng(),
             interruptible() as interrupted,
@@ -149,7 +151,11 @@ class _Trainer:
         return self.history
 
     def _step(self) -> Loss:
-        step, config, fabric = self.budget.step, self.config, self.fabric
+        lr = self.learner.lr * self.budget.lr_factor()
+        return self.learner.step(self._rows(self.budget.step), lr)
+
+    def _rows(self, step: int) -> Batch:
+        config, fabric = self.config, self.fabric
         self._seed_module(mixed(config.seed, step, fabric.global_rank, 1))
         generator = seeded(config.seed, step)
         batch = self._placed(self.stream.batch(step, generator))
@@ -159,7 +165,7 @@ class _Trainer:
         if fabric.world_size > 1:
             rows = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
             batch = batch.map(lambda value: value[rows])
-        return self.learner.step(batch, config.lr * self.budget.lr_factor())
+        return batch
 
     def _seed_module(self, seed: int) -> None:
         """For what the module itself draws (dropout); torch.manual_seed takes a millisecond."""
@@ -195,7 +201,7 @@ class _Trainer:
             return
         record = {
             "step": budget.step, "seconds": round(budget.seconds, 4), "fraction": budget.fraction,
-            "lr": self.config.lr * budget.lr_factor(), "loss": loss.value.item(), "nfe": nfe,
+            "lr": self.learner.lr * budget.lr_factor(), "loss": loss.value.item(), "nfe": nfe,
             **{name: value.item() for name, value in loss.metrics.items()},
         }  # fmt: skip
         if scored is not None:
@@ -209,10 +215,8 @@ class _Trainer:
         history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
         history.skipped = self.learner.skipped
         if history.reason == "interrupted":
-            where = (
-                f"saved; resume it in {self.config.folder}" if self.config.folder else "not saved"
-            )
-            bar.say(f"Interrupted at step {budget.step}: {where}.")
+            kept = self.config.folder and f"saved; resume it in {self.config.folder}"
+            bar.say(f"Interrupted at step {budget.step}: {kept or 'not saved'}.")
         self._save()
         self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
         if self.folder is not None:
@@ -259,10 +263,7 @@ class _Trainer:
             return
         budget, config = self.budget, self.config
         description = self.description
-        if config.seconds is not None and ended in (
-            "budget",
-            "patience",
-        ):  # so that the file repeats the run
+        if config.seconds is not None and ended in ("budget", "patience"):  # the file repeats it
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
             description = {**description, **spent}
         self.folder.write_config(description)

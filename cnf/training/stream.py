@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.errors import expect_finite
 from cnf.objectives import Batch
-from cnf.training.config import TrainConfig
+from cnf.training.config import BATCH_SIZE, TrainConfig
 
 
 class Stream(ABC):
@@ -34,7 +34,7 @@ class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
 
     def __init__(self, density: Any, config: TrainConfig, validation: Batch | None) -> None:
-        self.density, self.size = density, config.batch_size
+        self.density, self.size = density, config.batch_size or BATCH_SIZE
         held_out = seeded(config.seed, -1)
         drawn = Batch(density.sample(config.validation_rows, held_out))
         self.validation = drawn if validation is None else validation
@@ -54,13 +54,15 @@ class RowStream(Stream):
     """
 
     def __init__(self, rows: "Rows", config: TrainConfig, validation: Batch | None) -> None:
-        self.rows, self.size, self.seed = rows, config.batch_size, config.seed
+        self.rows, self.seed = rows, config.seed
         order = torch.randperm(len(rows), generator=seeded(config.seed, -2))
         held_out = 0
         if validation is None and config.validations:
             held_out = min(len(rows) // 10, config.validation_rows)
             validation = rows[order[:held_out]] if held_out else None
         self.train = order[held_out:]
+        whole = min(BATCH_SIZE, len(self.train)) // config.devices * config.devices
+        self.size = config.batch_size or max(config.devices, whole)
         if len(self.train) < self.size:
             raise ValueError(
                 f"fit: expected at least batch_size={self.size} rows to train on, got "
@@ -117,7 +119,7 @@ class NoData(Stream):
     """For objectives that need none: an empty batch of the size asked for."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.size, self.validation, self.head = config.batch_size, None, None
+        self.size, self.validation, self.head = config.batch_size or BATCH_SIZE, None, None
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return Batch(torch.empty(self.size, 0))

@@ -1,16 +1,23 @@
 """The flow of a vector field, as a transform."""
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence, as_divergence
-from cnf.dynamics.regularizers import Integrand
+from cnf.dynamics.regularizers import Integrand, Point
+from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice
 from cnf.fields.base import VectorField
+from cnf.fields.wrappers import pieces_of
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
@@ -21,14 +28,31 @@ class Integral(NamedTuple):
         value: The end point, shape (*batch, *event).
         ladj: log|det| of the direction solved, shape (*batch,), in nats; NaN where no divergence
             was asked for.
-        integrals: One (*batch,) tensor for each integrand, ∫ over [0, 1] whatever the direction.
+        integrals: One (*batch,) tensor for each integrand, ∫ over time whatever the direction.
         nfe: Evaluations of the field.
+        estimates: `ladj` by each probe alone, shape (probes, *batch); None where it is exact.
     """
 
     value: Tensor
     ladj: Tensor
     integrals: tuple[Tensor, ...]
     nfe: int
+    estimates: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How likelihood trains a continuous flow, unless the objective says otherwise.
+
+    Args:
+        divergence: Such as "hutchinson"; evaluation stays exact.
+        penalties: Weights of regularisers by name, such as {"kinetic": 0.01}.
+        solver: A solver for training only; the transform's own if None.
+    """
+
+    divergence: str | Divergence = "exact"
+    penalties: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    solver: Solver | None = None
 
 
 @TRANSFORMS.register("continuous")
@@ -36,27 +60,31 @@ class Continuous(Transform):
     r"""z at t = 0 carried to x at t = 1 by dx/dt = v(t, x, c).
 
     :math:`\log|\det \partial x/\partial z| = \int_0^1 \nabla\cdot v(t, x_t)\,dt`; the inverse runs
-    the same ODE from 1 to 0.
+    the same ODE from 1 to 0. Stacked blocks are one `Continuous` of a `Piecewise` field: the
+    solver starts anew at each of its knots, with an equal share of its steps.
     Source: Chen et al. (2018), Neural Ordinary Differential Equations,
     https://arxiv.org/abs/1806.07366.
 
     Args:
         field: The velocity.
-        solver: Method, tolerances and gradient mode; dopri5 at 1e-5 with the adjoint by default.
+        solver: Method, tolerances and gradient mode; dopri5 at 1e-5 by default.
         divergence: How ∇·v is had: "exact" (default), a `Divergence`, or None for no
             log-determinant (it is NaN then).
+        recipe: How likelihood trains it.
     """
 
     def __init__(
         self,
         field: VectorField,
-        solver: ode.Solver | None = None,
+        solver: Solver | None = None,
         divergence: str | Divergence | None = "exact",
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__(len(field.event_shape), field.context_dim)
         self.field = field
-        self.solver = solver or ode.Solver()
+        self.solver = solver or Solver()
         self.divergence = divergence
+        self.recipe = recipe or Recipe()
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.integrate(z, context, towards="data", divergence=self.divergence)[:2]
@@ -72,6 +100,7 @@ class Continuous(Transform):
         towards: Literal["data", "base"],
         divergence: str | Divergence | None = "exact",
         integrands: Sequence[Integrand] = (),
+        stop: float | None = None,
     ) -> Integral:
         """Solve from one end to the other, with log-determinant and integrals along the way.
 
@@ -80,45 +109,112 @@ class Continuous(Transform):
             context: Condition, shape (*batch, context_dim).
             towards: "data" runs t from 0 to 1, "base" from 1 to 0.
             divergence: As in the constructor.
-            integrands: Functions (t, x, v) → (*batch,), integrated over time beside the state.
+            integrands: Functions of a `Point`, → (*batch,), integrated over time beside the state.
+            stop: A time inside [0, 1] to stop at, instead of the other end.
         """
         expect_choice("Continuous.integrate", "towards", towards, ("data", "base"))
-        t0, t1 = (0.0, 1.0) if towards == "data" else (1.0, 0.0)
+        ends = (0.0, 1.0) if towards == "data" else (1.0, 0.0)
+        start, stop = ends[0], ends[1] if stop is None else stop
+        estimator = None if divergence is None else as_divergence(divergence)
+        probe = None if estimator is None else estimator.draw(value)
         batch = value.shape[: value.dim() - self.event_dims]
-        velocity = (
-            None if divergence is None else as_divergence(divergence).bind(self.field, value)
+        # One batch axis, of rows, for the solver and the field.
+        x = value.reshape(-1, *self.field.event_shape)
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(len(x), self.context_dim)
+        if probe is not None:
+            probe = probe.reshape(len(probe), *x.shape)
+        channels = [] if estimator is None else [estimator.channels]
+        shapes = [(len(x), *shape) for shape in (*channels, *((),) * len(integrands))]
+        state, nfe = (x, *(x.new_zeros(shape) for shape in shapes)), 0
+        rates = _compiled_rates() if self.solver.compile else _rates
+        for t0, t1, piece in self._between(start, stop):
+
+            def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
+                return rates(piece, estimator, tuple(integrands), t, state[0], context, probe)
+
+            state, evaluations = ode.solve(
+                dynamics, state, t0, t1, self._share(t0, t1), self._params(context)
+            )
+            nfe += evaluations
+        ladj, estimates = x.new_full(x.shape[:1], float("nan")), None
+        if estimator is not None:
+            ladj = state[1]
+            if ladj.dim() > 1:
+                ladj, estimates = ladj.mean(-1), ladj.T.reshape(ladj.shape[1], *batch)
+        sign = 1.0 if start < stop else -1.0
+        integrals = tuple(sign * part.reshape(batch) for part in state[1 + len(channels) :])
+        return Integral(
+            state[0].reshape(value.shape), ladj.reshape(batch), integrals, nfe, estimates
         )
-
-        def dynamics(t: Tensor, state: ode.State) -> ode.State:
-            x = state[0]
-            if velocity is None:
-                rates = (self.field(t, x, context).to(x.dtype),)
-            else:
-                v, div = velocity(t, x, context)
-                rates = (v.to(x.dtype), div.to(x.dtype))  # the field may compute in bfloat16
-            return (*rates, *(integrand(t, x, rates[0]) for integrand in integrands))
-
-        channels = len(integrands) + (velocity is not None)
-        state = (value, *(value.new_zeros(batch) for _ in range(channels)))
-        state, nfe = ode.solve(dynamics, state, t0, t1, self.solver, self._params(context))
-        ladj = value.new_full(batch, float("nan")) if velocity is None else state[1]
-        integrals = tuple((t1 - t0) * total for total in state[len(state) - len(integrands) :])
-        return Integral(state[0], ladj, integrals, nfe)
 
     def trajectory(
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
         """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event)."""
+        # A time that float32 has rounded off a knot is the knot: no solve is that short.
+        knots = [end for _, end, _ in pieces_of(self.field)]
+        times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
+        path, stamps = [value.unsqueeze(0)], [times[0]]
+        for t0, t1, piece in self._between(times[0], times[-1]):
 
-        def dynamics(t: Tensor, state: ode.State) -> ode.State:
-            return (self.field(t, state[0], context).to(state[0].dtype),)
+            def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
+                return (piece(t, state[0], context).to(state[0].dtype),)
 
-        (path,), _ = ode.solve_path(dynamics, (value,), times, self.solver, self._params(context))
-        return path
+            stretch = [t0, *(t for t in times if min(t0, t1) < t < max(t0, t1)), t1]
+            (points,), _ = ode.solve_path(
+                dynamics, (path[-1][-1],), stretch, self._share(t0, t1), self._params(context)
+            )
+            path.append(points[1:])
+            stamps += stretch[1:]
+        return torch.cat(path)[[k for k, t in enumerate(stamps) if t in times]]  # without knots
+
+    def _between(self, start: float, stop: float) -> list[tuple[float, float, VectorField]]:
+        """(t0, t1, field) of each stretch from start to stop, in the order of the solve."""
+        low, high = min(start, stop), max(start, stop)
+        found = [
+            (max(a, low), min(b, high), piece)
+            for a, b, piece in pieces_of(self.field)
+            if a < high and b > low
+        ]
+        return found if start < stop else [(b, a, piece) for a, b, piece in reversed(found)]
+
+    def _share(self, t0: float, t1: float) -> Solver:
+        """The solver with its steps, which are for the whole of [0, 1], for this part of it."""
+        steps = self.solver.steps
+        if steps is None:
+            return self.solver
+        return replace(self.solver, steps=max(1, math.ceil(steps * abs(t1 - t0) - 1e-6)))
 
     def _params(self, context: Tensor | None) -> list[Tensor]:
         # The context too: an adjoint that is not told of it gives it no gradient, silently.
         return [*self.field.parameters(), *([] if context is None else [context])]
+
+
+def _rates(
+    field: VectorField,
+    divergence: Divergence | None,
+    integrands: tuple[Integrand, ...],
+    t: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    probe: Tensor | None,
+) -> ode.State:
+    """Velocity, divergence and integrands at (t, x); the field may compute in bfloat16."""
+    if divergence is None:
+        v, products = field(t, x, context).to(x.dtype), None
+        rates = (v,)
+    else:
+        v, div, products = divergence.rates(field, t, x, context, probe)
+        v = v.to(x.dtype)
+        rates = (v, div.to(x.dtype))
+    point = Point(field, t, x, context, v, products)
+    return (*rates, *(integrand(point).to(x.dtype) for integrand in integrands))
+
+
+@functools.cache
+def _compiled_rates() -> Callable[..., ode.State]:
+    return torch.compile(_rates, dynamic=False)
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:

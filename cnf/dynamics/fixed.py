@@ -1,0 +1,52 @@
+"""One short fixed-step loop, for `torch.compile` and CUDA graphs.
+
+torchdiffeq's loop compares times on the device, which neither can capture; this one takes the same
+steps with times known beforehand.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cnf.dynamics.monitor import Dynamics, State
+
+# Runge-Kutta tableaux (nodes, rows, weights) as torchdiffeq has them; its rk4 is the 3/8 rule.
+TABLEAUX: dict[str, tuple[Sequence[float], Sequence[Sequence[float]], Sequence[float]]] = {
+    "euler": ((0,), ((),), (1,)),
+    "midpoint": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "rk4": (
+        (0, 1 / 3, 2 / 3, 1),
+        ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)),
+        (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+    ),
+}
+
+
+def integrate(
+    dynamics: Dynamics, state: State, t0: float, t1: float, method: str, steps: int
+) -> State:
+    """The state at t1 after `steps` equal steps of `method`, a name in `TABLEAUX`."""
+    nodes, rows, weights = TABLEAUX[method]
+    h = (t1 - t0) / steps
+    for step in range(steps):
+        slopes: list[State] = []
+        for node, row in zip(nodes, rows, strict=True):
+            t = torch.full(
+                (), t0 + (step + node) * h, dtype=state[0].dtype, device=state[0].device
+            )
+            slopes.append(dynamics(t, _moved(state, slopes, row, h)))
+        state = _moved(state, slopes, weights, h)
+    return state
+
+
+def _moved(state: State, slopes: Sequence[State], weights: Sequence[float], h: float) -> State:
+    """state + h Σ weight · slope."""
+    for slope, weight in zip(slopes, weights, strict=True):
+        if weight:
+            state = tuple(
+                torch.add(part, rate, alpha=h * weight)
+                for part, rate in zip(state, slope, strict=True)
+            )
+    return state

@@ -1,0 +1,199 @@
+"""What is watched while an ODE is solved: evaluations, memory, failures."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore
+
+from cnf.dynamics.solver import Solver
+from cnf.errors import SolverError
+
+State = tuple[Tensor, ...]
+Dynamics = Callable[[Tensor, State], State]
+
+
+@dataclass
+class _Counts:
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass
+class Stats:
+    """Evaluations counted by `record`; those of backward solves are counted even afterwards."""
+
+    _counters: list[_Counts] = field(default_factory=list, repr=False)
+
+    @property
+    def solves(self) -> int:
+        """Number of solves; stacked blocks are solved one after the other."""
+        return len(self._counters)
+
+    @property
+    def forward(self) -> int:
+        """Evaluations of the dynamics in forward solves."""
+        return sum(counter.forward for counter in self._counters)
+
+    @property
+    def backward(self) -> int:
+        """Evaluations in backward solves: the adjoint's, and what checkpoints compute again."""
+        return sum(counter.backward for counter in self._counters)
+
+
+_recording: ContextVar[tuple[Stats, ...]] = ContextVar("recording", default=())
+
+
+@contextmanager
+def record() -> Iterator[Stats]:
+    """Count the evaluations of every solve inside, under any nesting.
+
+    >>> from cnf.dynamics import Solver, solve
+    >>> with record() as stats:
+    ...     _ = solve(lambda t, y: y, (torch.ones(1),), 0.0, 1.0, Solver("rk4", steps=2), ())
+    >>> stats.forward, stats.backward, stats.solves
+    (8, 0, 1)
+    """
+    stats = Stats()
+    token = _recording.set((*_recording.get(), stats))
+    try:
+        yield stats
+    finally:
+        _recording.reset(token)
+
+
+class TooMuchMemory(Exception):
+    """The graph of a solve has outgrown what `gradient="auto"` may take."""
+
+
+class Watched:
+    """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
+
+    def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
+        self.dynamics, self.solver = dynamics, solver
+        self.counts = _Counts()  # not self: a record must not keep the solve's tensors alive
+        self.in_forward = True
+        self.limit: float | None = None  # bytes that the graph may take
+        self.saved = 0  # bytes that one evaluation leaves in it
+        self.restart(start)
+        if solver.method != "scipy_solver":  # which has no steps to watch
+            self.callback_step_adjoint = self._before_backward_step
+        for stats in _recording.get():
+            stats._counters.append(self.counts)
+
+    def restart(self, start: float) -> None:
+        self.start, self.nfe = start, 0
+        self.last: tuple[Tensor, State] | None = None
+
+    def __call__(self, t: Tensor, state: State) -> State:
+        if self.nfe >= self.solver.max_nfe:
+            raise self.error(
+                "too many evaluations: the field is stiff or the tolerance out of reach",
+                "Loosen rtol and atol, lower the learning rate, regularise, or raise max_nfe.",
+            )
+        self.nfe += 1
+        if self.in_forward:
+            self.counts.forward += 1
+        else:
+            self.counts.backward += 1
+        rates = self._evaluate(t, state)
+        self.last = (t.detach(), tuple(rate.detach() for rate in rates))
+        # LSODA steps on over NaN, and shortens its steps before infinity until max_nfe.
+        if self.solver.method == "scipy_solver" and not _finite(rates):
+            raise self.explain()
+        return rates
+
+    def _evaluate(self, t: Tensor, state: State) -> State:
+        if self.limit is None:
+            return self.dynamics(t, state)
+        if self.nfe == 1:
+            self.saved, rates = _saved_bytes(self.dynamics, t, state)
+        else:
+            rates = self.dynamics(t, state)
+        if self.saved * max(self.nfe, self.solver.evaluations or 0) > self.limit:
+            raise TooMuchMemory
+        return rates
+
+    def error(self, cause: str, remedy: str) -> SolverError:
+        t = math.nan if self.last is None else self.last[0].item()
+        t = t if math.isfinite(t) else self.start  # a NaN at the first point makes the step NaN
+        return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
+
+    def _before_backward_step(self, t: Tensor, state: State, dt: Tensor) -> None:
+        """Called by torchdiffeq, ahead of its own bare assertions."""
+        self.check_gradients((dt, *state[1:3]))
+        if not self.solver.fixed and t + dt == t:
+            raise self.explain()
+
+    def check_gradients(self, parts: Sequence[Tensor | None]) -> None:
+        if not all(part is None or part.isfinite().all() for part in parts):
+            raise self.error(
+                "the gradient became NaN or infinite in the backward solve",
+                "Check the inputs' scale, clip gradients, or lower the learning rate.",
+            )
+
+    def forward_is_over(self, stop: float) -> None:
+        """What is evaluated from now on belongs to the backward pass."""
+        self.in_forward = False
+        self.restart(stop)
+
+    def watch_adjoint(self, path: State, stop: float) -> None:
+        """Each backward solve is counted anew and its result checked; a second derivative, which
+        the adjoint would silently leave out, is refused."""
+        node: Any = path[0].grad_fn
+        while node is not None and not node.name().startswith("OdeintAdjoint"):
+            node = node.next_functions[0][0]
+        if node is None:
+            return
+
+        def before(_: Any) -> None:
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(
+                    "solve: the adjoint has first derivatives only; for a second one "
+                    'take Solver(gradient="backprop")'
+                )
+            self.restart(stop)
+
+        node.register_prehook(before)
+        node.register_hook(lambda inputs, _: self.check_gradients(inputs))
+
+    def explain(self) -> SolverError:
+        """Why the solver gave up, told from the last evaluation."""
+        if self.last is not None and not _finite(self.last[1]):
+            return self.error(
+                "the field returned NaN or infinity",
+                "Check the inputs' scale, or lower the learning rate.",
+            )
+        return self.error(
+            "the step fell below what the dtype resolves: the field is stiff or discontinuous",
+            "Loosen rtol/atol, compute in float64, or take a fixed-step method.",
+        )
+
+
+def _finite(parts: Sequence[Tensor]) -> bool:
+    return all(bool(part.isfinite().all()) for part in parts)
+
+
+def _saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, State]:
+    """The bytes that autograd keeps for one evaluation, and the evaluation."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        inner = tensor
+        while functorch.is_functorch_wrapped_tensor(inner):  # batched, by vmap: all of it
+            inner = functorch.get_unwrapped(inner)
+        if not isinstance(inner, torch.nn.Parameter) and not inner._is_zerotensor():
+            storage = inner.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # Eager, as compiled code may refuse hooks; it saves no more than that.
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.compiler.set_stance("force_eager"), hooks:
+        rates = dynamics(t, state)
+    return sum(sizes.values()), rates

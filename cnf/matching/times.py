@@ -1,0 +1,63 @@
+"""Where in time flow matching looks: the law of t, which is also a weighting of its loss.
+
+Each law is its quantile function: a uniform u in, t out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnf.errors import expect_positive
+from cnf.registry import Registry
+
+TIMES = Registry("time law")
+
+
+@TIMES.register("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U(0, 1)."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u
+
+
+@TIMES.register("skewed")
+@dataclass(frozen=True)
+class Skewed:
+    """t = 1 - (1 - u)^exponent: more times near the data, where a sharp density is made.
+
+    Args:
+        exponent: Above 1 for more times near 1; 1 is uniform.
+    """
+
+    exponent: float = 1.5
+
+    def __post_init__(self) -> None:
+        expect_positive("Skewed", exponent=self.exponent)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return 1 - (1 - u) ** self.exponent
+
+
+@TIMES.register("logit-normal")
+@dataclass(frozen=True)
+class LogitNormal:
+    """logit(t) ~ N(mean, std²): more times in the middle.
+
+    Source: Esser et al. (2024), https://arxiv.org/abs/2403.03206.
+
+    Args:
+        mean: Above 0 for more times near 1.
+        std: Spread.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect_positive("LogitNormal", std=self.std)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))

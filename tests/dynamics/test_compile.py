@@ -1,0 +1,42 @@
+"""Solver(compile=True): the same numbers, compiled once."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from cnf.dynamics import REGULARIZERS, Hutchinson, Solver
+from cnf.models import build
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_compiled_dynamics_give_the_same_and_are_compiled_once(divergence):
+    flow, x = build("cnf", dim=2, hidden=(4,)).double(), torch.randn(5, 2, dtype=F64)
+    estimate = "exact" if divergence == "exact" else Hutchinson(probe=Hutchinson(1).draw(x))
+
+    def run(compile, points):
+        timed = flow.with_solver(Solver(rtol=1e-3, atol=1e-3, compile=compile))
+        value, solved = timed.log_prob_and_integral(
+            points, divergence=estimate, integrands=[REGULARIZERS["kinetic"]]
+        )
+        loss = value.sum() + solved.integrals[0].sum()
+        return value, *torch.autograd.grad(loss, list(flow.field.parameters()))
+
+    torch.testing.assert_close(run(True, x), run(False, x), rtol=1e-10, atol=1e-10)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0 and not counters["graph_break"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = run(True, x + 1)
+    torch.testing.assert_close(again, run(False, x + 1), rtol=1e-10, atol=1e-10)
+    assert counters["stats"]["unique_graphs"] == compiled

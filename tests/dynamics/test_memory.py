@@ -1,0 +1,157 @@
+"""What a solve keeps for its backward pass, counted in bytes, and how "auto" chooses."""
+
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cnf.dynamics import Solver, record
+from cnf.dynamics.ode import GIB
+from cnf.fields import MLPField
+from cnf.transforms import Continuous
+
+F64 = torch.float64
+
+
+class Kept:
+    """Bytes that autograd holds: now, and at most."""
+
+    def __init__(self):
+        self.now = self.most = self.count = 0
+
+    def pack(self, tensor):
+        # Detached: a node's own result, held by the node, would be a cycle that outlives it.
+        box, size = _Box(tensor if tensor.is_leaf else tensor.detach()), tensor.nbytes
+        self.now, self.count = self.now + size, self.count + 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(box, self._drop, size)
+        return box
+
+    def _drop(self, size):
+        self.now -= size
+
+
+class _Box:
+    def __init__(self, held):
+        self.held = held
+
+
+@contextmanager
+def watched():
+    kept = Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda box: box.held):
+        yield kept
+
+
+@pytest.fixture
+def run(randomised, generator):
+    """Solver → gradients of a small flow."""
+    field = randomised(MLPField(2, (16, 16)))
+    x = torch.randn(64, 2, generator=generator, dtype=F64)
+
+    def run(solver, create_graph=False):
+        value, ladj = Continuous(field, solver).inverse(x)
+        loss = value.square().sum() + ladj.sum()
+        return torch.autograd.grad(loss, list(field.parameters()), create_graph=create_graph)
+
+    return run
+
+
+@pytest.fixture
+def whole(run):
+    """Steps → bytes of backprop's graph."""
+
+    def whole(steps):
+        with watched() as kept:
+            run(Solver("rk4", steps=steps, gradient="backprop"))
+        return kept.most
+
+    return whole
+
+
+def test_backprop_grows_with_the_steps_and_checkpoints_with_a_segment(run, whole):
+    peaks = {}
+    for segments in (1, 4, 8):
+        solver = Solver("rk4", steps=64, gradient="checkpoint", segments=segments)
+        with watched() as kept:
+            run(solver)
+        peaks[segments] = kept.most
+    assert whole(64) == pytest.approx(8 * whole(8), rel=0.05)
+    assert peaks[4] < 1.2 * peaks[1] / 4 and peaks[8] < 1.3 * peaks[1] / 8  # and the ends
+    assert peaks[1] == pytest.approx(whole(64), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_the_adjoint_keeps_the_same_at_every_tolerance(method, run):
+    found = []
+    for tolerance in (1e-2, 1e-6):
+        solver = Solver(method, rtol=tolerance, atol=tolerance, gradient="adjoint")
+        with record() as stats, watched() as kept:
+            run(solver)
+        found.append((kept.most, stats.forward))
+    assert found[0][0] == found[1][0] and found[1][1] > 3 * found[0][1]
+
+
+def test_the_adjoint_saves_as_many_tensors_at_every_tolerance(randomised, generator):
+    field = randomised(MLPField(2, (16, 16)))
+    counts = []
+    for tolerance in (1e-3, 1e-9):
+        transform = Continuous(field, Solver(rtol=tolerance, atol=tolerance, gradient="adjoint"))
+        with watched() as kept:
+            transform.inverse(torch.ones(4, 2, dtype=F64))
+        counts.append(kept.count)
+    assert counts[0] == counts[1]
+
+
+def limited(share, steps, whole, **options):
+    """A solver with that share of backprop's bytes to spend."""
+    return Solver("rk4", steps=steps, memory=share * whole(steps) / GIB, **options)
+
+
+def test_auto_is_backprop_while_the_graph_fits(run, whole):
+    solver = limited(1.2, 8, whole)
+    with record() as stats:
+        ours = run(solver)
+    assert (stats.forward, stats.backward) == (32, 0)
+    assert_same(ours, run(Solver("rk4", steps=8, gradient="backprop")))
+
+
+def test_auto_is_checkpoints_where_a_segment_fits(run, whole):
+    solver = limited(0.5, 8, whole)
+    with record() as stats:
+        ours = run(solver)
+    assert stats.backward == 32 and 32 < stats.forward <= 36  # and what showed that it does not
+    assert_same(ours, run(Solver("rk4", steps=8, gradient="checkpoint")))
+    assert run(solver, create_graph=True)[0].requires_grad
+
+
+def test_auto_is_the_adjoint_where_no_segment_fits(run, whole):
+    solver = limited(0.02, 8, whole)
+    with record() as stats:
+        ours = run(solver)
+    assert stats.backward == 32
+    assert_same(ours, run(Solver("rk4", steps=8, gradient="adjoint")))
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        run(solver, create_graph=True)
+
+
+def test_auto_is_the_adjoint_for_adaptive_methods_that_outgrow_it(run, whole):
+    tight = {"rtol": 1e-7, "atol": 1e-7}
+    ours = run(Solver(memory=whole(1) / GIB, **tight))  # four evaluations of some hundred
+    assert_same(ours, run(Solver(gradient="adjoint", **tight)))
+    assert_same(run(Solver(**tight)), run(Solver(gradient="backprop", **tight)))
+    apart = max((a - b).abs().max() for a, b in zip(ours, run(Solver(**tight)), strict=True))
+    assert 0 < apart < 1e-3  # both right, and not the same
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_auto_keeps_no_more_than_it_may(run, whole):
+    for share in (0.9, 0.3, 0.02):
+        solver = limited(share, 64, whole)
+        with watched() as kept:
+            run(solver)
+        assert kept.most < 1.3 * share * whole(64)  # the first evaluation, and the ends

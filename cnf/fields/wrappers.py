@@ -115,6 +115,9 @@ class Preconditioned(VectorField):
     def __init__(self, field: VectorField) -> None:
         super().__init__(field.event_shape, field.context_dim)
         self.field = field
+        # A tuple, so that the pieces' weights are not counted twice.
+        pieces = pieces_of(field) if isinstance(field, Piecewise) else ()
+        self.pieces = tuple((a, b, Preconditioned(piece)) for a, b, piece in pieces)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         growth, shrink = self._coefficients(t.to(x.dtype))
@@ -141,8 +144,8 @@ class Preconditioned(VectorField):
 def pieces_of(field: VectorField) -> list[tuple[float, float, VectorField]]:
     """(start, end, field) in the order of time; one over [0, 1] unless it is a `Piecewise`, which
     may be preconditioned."""
-    if isinstance(field, Preconditioned) and isinstance(field.field, Piecewise):
-        return [(a, b, Preconditioned(piece)) for a, b, piece in pieces_of(field.field)]
+    if isinstance(field, Preconditioned) and field.pieces:
+        return list(field.pieces)
     if not isinstance(field, Piecewise):
         return [(0.0, 1.0, field)]
     return [(piece.start, piece.end, piece) for piece in field.pieces]  # pyright: ignore

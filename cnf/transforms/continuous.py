@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -127,10 +128,10 @@ class Continuous(Transform):
         channels = [] if estimator is None else [estimator.channels]
         shapes = [(len(x), *shape) for shape in (*channels, *((),) * len(integrands))]
         state, nfe = (x, *(x.new_zeros(shape) for shape in shapes)), 0
-        rates = _compiled_rates() if self.solver.compile else _rates
         for t0, t1, piece in self._between(start, stop):
 
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
+                rates = _compiled(piece) if self.solver.compile else _rates
                 return rates(piece, estimator, tuple(integrands), t, state[0], context, probe)
 
             state, evaluations = ode.solve(
@@ -212,9 +213,16 @@ def _rates(
     return (*rates, *(integrand(point).to(x.dtype) for integrand in integrands))
 
 
-@functools.cache
-def _compiled_rates() -> Callable[..., ode.State]:
-    return torch.compile(_rates, dynamic=False)
+_compiled_for: WeakKeyDictionary[VectorField, Callable[..., ode.State]] = WeakKeyDictionary()
+
+
+def _compiled(field: VectorField) -> Callable[..., ode.State]:
+    """`_rates`, compiled for this field alone: torch.compile counts its recompilations for each
+    code object, and stops compiling after a few."""
+    if field not in _compiled_for:
+        own = FunctionType(_rates.__code__.replace(), _rates.__globals__)
+        _compiled_for[field] = torch.compile(own, dynamic=False)
+    return _compiled_for[field]
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:

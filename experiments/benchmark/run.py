@@ -1,121 +1,117 @@
-"""Training steps beside those of zuko and of a bare network, interleaved in one process.
+"""Benchmarks: this library beside its peers, and beside the machine's limits.
 
-`make bench` (with the extra `bench` for zuko). Prints a table and writes results.json beside this
-file. Ratios are what counts; absolute times are this machine's.
+`make bench`, or `python experiments/benchmark/run.py [--only likelihood,logprob] [--threads 2]
+[--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench`, for zuko). One file
+holds each question. Prints the tables as they come; writes results.json and tables.md beside this
+file, on CUDA with the device's name in theirs. With --only the other questions' results stay as
+they are: each names its own revision. Ratios are what counts; absolute times are this machine's.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
+import imports
+import likelihood
+import logprob
+import matching
+import memory
+import regularised
+import roofline
+import seminorm
 import torch
+from measure import Options
 
-import cnf
 from cnf.training.describe import machine
 
 HERE = Path(__file__).parent
-BATCH = 512
+QUESTIONS = {
+    "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
+    "regularised": regularised, "roofline": roofline, "matching": matching, "imports": imports,
+}  # fmt: skip
 
 
-def interleaved(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn so that drift of the machine hits all."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def likelihood_step(dim: int, gradient: str) -> Callable[[], None]:
-    solver = cnf.Solver("dopri5", rtol=1e-5, atol=1e-5, gradient=gradient)
-    flow = cnf.models.build("cnf", dim=dim, hidden=(128, 128), frequencies=3, solver=solver)
-    return step_of(flow, lambda x: cnf.MaximumLikelihood()(flow, cnf.Batch(x)).value, dim, BATCH)
-
-
-def zuko_step(dim: int) -> Callable[[], None]:
-    import zuko
-
-    flow = zuko.flows.CNF(dim, hidden_features=(128, 128), activation=torch.nn.SiLU)
-    return step_of(flow, lambda x: -flow().log_prob(x).mean(), dim, BATCH)
-
-
-def matching_step(dim: int, batch: int) -> Callable[[], None]:
-    flow = cnf.models.build("cnf", dim=dim, hidden=(64, 64, 64), frequencies=0)
-    generator = torch.Generator()
-    return step_of(
-        flow, lambda x: cnf.FlowMatching()(flow, cnf.Batch(x), generator).value, dim, batch
-    )
-
-
-def bare_step(dim: int, batch: int) -> Callable[[], None]:
-    sizes = [dim + 1, 64, 64, 64, dim]
-    layers = []
-    for i, o in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [torch.nn.Linear(i, o), torch.nn.SiLU()]
-    net = torch.nn.Sequential(*layers[:-1])
-    target = torch.randn(batch, dim)
-    inputs = torch.randn(batch, dim + 1)
-    return step_of(net, lambda x: (net(inputs) - target).square().mean(), dim, batch)
-
-
-def step_of(
-    module: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], dim: int, batch: int
-) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4, fused=True)
-    x = torch.randn(batch, dim)
-
-    def step() -> None:
-        value = loss(x)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-
-    return step
-
-
-def import_seconds(statement: str, repeats: int = 5) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", statement], check=True)
-        return time.perf_counter() - start
-
-    return statistics.median(once() for _ in range(repeats))
+def parsed() -> tuple[Options, list[str], Path]:
+    """Options, the questions to answer, and the folder to write to."""
+    defaults = Options()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=",".join(QUESTIONS), help="questions, by commas")
+    parser.add_argument("--threads", type=int, default=defaults.threads, help="torch's threads")
+    parser.add_argument("--repeats", type=int, default=defaults.repeats, help="timed calls each")
+    parser.add_argument("--limit", type=float, default=defaults.limit, help="seconds a contestant")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="folder; a temporary one with --quick")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    given = parser.parse_args()
+    names = given.only.split(",")
+    for name in names:
+        if name not in QUESTIONS:
+            parser.error(f"unknown question {name!r}; known: {', '.join(QUESTIONS)}")
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats = min(2, given.repeats) if given.quick else given.repeats
+    options = Options(device, given.threads, repeats, given.limit, given.quick)
+    folder = given.out or (Path(tempfile.mkdtemp()) if given.quick else HERE)
+    return options, names, folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved repeats")
-    options = parser.parse_args()
+    options, names, folder = parsed()
     torch.set_num_threads(options.threads)
-    table = {}
-    for dim in (2, 8):
-        torch.manual_seed(0)
-        calls = {g: likelihood_step(dim, g) for g in ("backprop", "adjoint")}
-        calls["zuko"] = zuko_step(dim)
-        table[f"likelihood step, D={dim}"] = interleaved(calls, options.repeats)
-    calls = {"cnf": matching_step(2, 1024), "bare network": bare_step(2, 1024)}
-    table["flow-matching step, batch 1024"] = interleaved(calls, 20 * options.repeats)
-    base = "import torch, torchdiffeq"
-    seconds = {
-        "torch, torchdiffeq": import_seconds(base),
-        "and cnf": import_seconds(base + ", cnf"),
-    }
-    table["import"] = {name: 1e3 * value for name, value in seconds.items()}
-    for title, times in table.items():
-        print(title, ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
-    facts = {"machine": machine(), "threads": options.threads, "milliseconds": table}
-    (HERE / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = ""
+    if options.device == "cuda":
+        suffix = "-" + re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
+    file = folder / f"results{suffix}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results = {name: results[name] for name in QUESTIONS if name in results}
+    failed = []
+    for name in names:
+        start = time.perf_counter()
+        try:
+            found = QUESTIONS[name].run(options)
+        except Exception:  # it must not cost the others their hours
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        took = time.perf_counter() - start
+        results[name] = {"about": _about(options, took), "found": found}
+        print(f"## {name} ({took:.0f} s)\n\n{QUESTIONS[name].table(found)}\n", flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")  # at once: a later one may fail
+        (folder / f"tables{suffix}.md").write_text(_tables(results))
+    print(f"Written to {folder}")
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}")
+
+
+def _about(options: Options, seconds: float) -> dict:
+    zuko = metadata.version("zuko")
+    return {"machine": machine(), "zuko": zuko, **asdict(options), "seconds": round(seconds, 1)}
+
+
+def _tables(results: dict) -> str:
+    """Every question's tables, with what made them."""
+    parts = []
+    for name in QUESTIONS:
+        if name not in results:
+            continue
+        about, found = results[name]["about"], results[name]["found"]
+        host = about["machine"]
+        where = host["gpu"] if about["device"] == "cuda" else host["processor"]
+        parts.append(
+            f"## {name}\n\n{QUESTIONS[name].__doc__}\n\n{QUESTIONS[name].table(found)}\n\n"
+            f"Revision {host['revision']}, {where}, {about['threads']} threads, "
+            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, zuko {about['zuko']}.\n"
+        )
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

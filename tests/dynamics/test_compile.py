@@ -1,5 +1,7 @@
 """Solver(compile=True): the same numbers, compiled once."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -40,3 +42,14 @@ def test_compiled_dynamics_give_the_same_and_are_compiled_once(divergence):
         again = run(True, x + 1)
     torch.testing.assert_close(again, run(False, x + 1), rtol=1e-10, atol=1e-10)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_every_field_of_a_process_is_compiled(monkeypatch):
+    # torch stops compiling a function after eight recompilations, whatever field it was for
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for dim in range(1, 13):
+        flow = build("cnf", dim=dim, hidden=(4,), solver={"method": "euler", "steps": 1})
+        timed = flow.with_solver(Solver("euler", steps=1, gradient="backprop", compile=True))
+        x = torch.ones(3, dim)
+        torch.testing.assert_close(timed.log_prob(x), flow.log_prob(x))
+        assert counters["stats"]["unique_graphs"] == dim

@@ -1,4 +1,4 @@
-"""Hutchinson's estimate with several probes and with a sketch (Hutch++), and what a solve tells."""
+"""Hutchinson's estimate with several probes and with a sketch (Hutch++)."""
 
 import itertools
 

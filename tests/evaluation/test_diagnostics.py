@@ -107,7 +107,8 @@ def test_fitted_preprocessing_and_data_pass(name):
 
 @pytest.mark.parametrize("name", ["cnf", "realnvp"])
 def test_a_context_for_each_point_passes_in_float64(name):
-    flow = perturbed(cnf.models.build(name, dim=2, context=3, hidden=(16, 16))).double()
+    flow = perturbed(cnf.models.build(name, dim=2, context=3, hidden=(16, 16)), 0.1).double()
+    flow.preprocess.fit(data().double())
     x = data(100).double().reshape(2, 50, 2)
     context = torch.randn(2, 50, 3, dtype=torch.float64)
     report = check(flow, x, context=context)

@@ -55,7 +55,7 @@ class MLPField(VectorField):
         frequencies: int = 4,
         layer: str = "input",
         fourier: int = 0,
-        fourier_scale: float = 6.0,
+        fourier_scale: float = 3.0,
         skip: bool = False,
         zero_last: bool = False,
     ) -> None:

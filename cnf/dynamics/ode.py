@@ -102,9 +102,7 @@ def _differentiable(
 ) -> State:
     """The path with the graph that `Solver.gradient` asks for, if one is wanted at all."""
     solver = watched.solver
-    if not torch.is_grad_enabled():
-        return _odeint(watched, state, times)
-    if solver.gradient == "backprop":
+    if not torch.is_grad_enabled() or solver.gradient == "backprop":
         return _odeint(watched, state, times)
     if solver.gradient == "checkpoint":
         return _checkpointed(watched, state, times, params)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -127,17 +128,10 @@ class Continuous(Transform):
             probe = probe.reshape(len(probe), *x.shape)
         channels = [] if estimator is None else [estimator.channels]
         shapes = [(len(x), *shape) for shape in (*channels, *((),) * len(integrands))]
-        state, nfe = (x, *(x.new_zeros(shape) for shape in shapes)), 0
-        for t0, t1, piece in self._between(start, stop):
-
-            def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
-                rates = _compiled(piece) if self.solver.compile else _rates
-                return rates(piece, estimator, tuple(integrands), t, state[0], context, probe)
-
-            state, evaluations = ode.solve(
-                dynamics, state, t0, t1, self._share(t0, t1), self._params(context)
-            )
-            nfe += evaluations
+        state = (x, *(x.new_zeros(shape) for shape in shapes))
+        kind = _compiled_rates if self.solver.compile else _rates
+        rates = partial(kind, estimator, tuple(integrands), probe)
+        state, nfe = self._solve(rates, state, start, stop, context)
         ladj, estimates = x.new_full(x.shape[:1], float("nan")), None
         if estimator is not None:
             ladj = state[1]
@@ -148,6 +142,27 @@ class Continuous(Transform):
         return Integral(
             state[0].reshape(value.shape), ladj.reshape(batch), integrals, nfe, estimates
         )
+
+    def _solve(
+        self,
+        rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
+        state: ode.State,
+        start: float,
+        stop: float,
+        context: Tensor | None,
+    ) -> tuple[ode.State, int]:
+        """The state at `stop`, piece by piece of the field, and the evaluations that it took."""
+        nfe = 0
+        for t0, t1, piece in self._between(start, stop):
+
+            def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
+                return rates(piece, t, state[0], context)
+
+            state, evaluations = ode.solve(
+                dynamics, state, t0, t1, self._share(t0, t1), self._params(context)
+            )
+            nfe += evaluations
+        return state, nfe
 
     def trajectory(
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
@@ -193,13 +208,13 @@ class Continuous(Transform):
 
 
 def _rates(
-    field: VectorField,
     divergence: Divergence | None,
     integrands: tuple[Integrand, ...],
+    probe: Tensor | None,
+    field: VectorField,
     t: Tensor,
     x: Tensor,
     context: Tensor | None,
-    probe: Tensor | None,
 ) -> ode.State:
     """Velocity, divergence and integrands at (t, x); the field may compute in bfloat16."""
     if divergence is None:
@@ -216,13 +231,19 @@ def _rates(
 _compiled_for: WeakKeyDictionary[VectorField, Callable[..., ode.State]] = WeakKeyDictionary()
 
 
-def _compiled(field: VectorField) -> Callable[..., ode.State]:
+def _compiled_rates(
+    divergence: Divergence | None,
+    integrands: tuple[Integrand, ...],
+    probe: Tensor | None,
+    field: VectorField,
+    *at: Tensor | None,
+) -> ode.State:
     """`_rates`, compiled for this field alone: torch.compile counts its recompilations for each
     code object, and stops compiling after a few."""
     if field not in _compiled_for:
         own = FunctionType(_rates.__code__.replace(), _rates.__globals__)
         _compiled_for[field] = torch.compile(own, dynamic=False)
-    return _compiled_for[field]
+    return _compiled_for[field](divergence, integrands, probe, field, *at)
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:

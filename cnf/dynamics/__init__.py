@@ -1,6 +1,6 @@
 """Dynamics: solving ODEs, divergences along them, quantities integrated with them."""
 
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, explain
 from cnf.dynamics.monitor import record
 from cnf.dynamics.ode import solve
 from cnf.dynamics.regularizers import REGULARIZERS
@@ -13,6 +13,7 @@ __all__ = [
     "Exact",
     "Hutchinson",
     "Solver",
+    "explain",
     "record",
     "solve",
 ]

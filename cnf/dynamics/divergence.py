@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cnf.errors import expect_choice
 from cnf.fields.base import HasDivergence, VectorField, exact_divergence
+from cnf.fields.wrappers import innermost, pieces_of
 from cnf.registry import Registry
 
 DIVERGENCES = Registry("divergence")
@@ -264,11 +265,12 @@ def explain(field: VectorField, rows: int = 256) -> str:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
+    outer, field = pieces_of(field)[0][2], innermost(field)
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None
     flops = []
-    for call in (field, partial(exact_divergence, field)):
+    for call in (outer, partial(exact_divergence, outer)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call(x.new_tensor(0.5), x, context)
         flops.append(counter.get_total_flops())

@@ -20,17 +20,17 @@ class Piece(VectorField):
 
     def __init__(self, block: VectorField, index: int, count: int) -> None:
         super().__init__(block.event_shape, block.context_dim)
-        self.block, self.index, self.count = block, index, count
+        self.field, self.index, self.count = block, index, count
         self.start, self.end = index / count, (index + 1) / count
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.count * self.block(self._local(t), x, context)
+        return self.count * self.field(self._local(t), x, context)
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Velocity and exact divergence, the block's own where it has one."""
-        v, div = exact_divergence(self.block, self._local(t), x, context)
+        v, div = exact_divergence(self.field, self._local(t), x, context)
         return self.count * v, self.count * div
 
     def _local(self, t: Tensor) -> Tensor:
@@ -139,6 +139,13 @@ class Preconditioned(VectorField):
             t = t.reshape(*t.shape, *[1] * len(self.event_shape))
         square = t * t + (1 - t) ** 2
         return (2 * t - 1) / square, square.rsqrt()
+
+
+def innermost(field: VectorField) -> VectorField:
+    """The field inside all wrappers; of stacked blocks the first one's."""
+    while isinstance(field, Piecewise | Piece | EndTime | Preconditioned):
+        field = field.pieces[0] if isinstance(field, Piecewise) else field.field  # pyright: ignore
+    return field
 
 
 def pieces_of(field: VectorField) -> list[tuple[float, float, VectorField]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cnf.dynamics.divergence import Exact, as_divergence, explain
-from cnf.fields import Adapter, ConvField, EndTime, MLPField, PotentialField
+from cnf.fields import Adapter, ConvField, EndTime, MLPField, Piecewise, PotentialField
 
 
 def cost(field, rows=4096):
@@ -30,7 +30,9 @@ def test_forward_mode_costs_one_pass_for_each_dimension():
     [
         (MLPField(3, (8, 8), context_dim=2), "MLPField: its own closed form"),
         (PotentialField(3, 8), "PotentialField: its own closed form"),
-        (EndTime(MLPField(3, (8, 8))), "EndTime: its own closed form"),
+        (EndTime(MLPField(3, (8, 8))), "MLPField: its own closed form"),
+        (EndTime(ConvField((1, 4, 4), (4,))), "ConvField: 16 tangents in forward mode"),
+        (Piecewise([MLPField(3, (8,)), MLPField(3, (8,))]), "MLPField: its own closed form"),
         (ConvField((1, 4, 4), (4,)), "ConvField: 16 tangents in forward mode"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -109,7 +109,7 @@ def test_gradients_reach_only_the_blocks_in_use():
     t = torch.tensor([0.2, 0.9], dtype=F64, requires_grad=True)
     x = torch.ones(2, 2, dtype=F64, requires_grad=True)
     field(t, x).sum().backward()
-    first, middle, last = (piece.block.rate.grad for piece in field.pieces)
+    first, middle, last = (piece.field.rate.grad for piece in field.pieces)
     assert first.item() == pytest.approx(3 * 0.6 * 2) and last.item() == pytest.approx(3 * 0.7 * 2)
     assert middle is None
     # v = K · rate · (K t - k) · x

@@ -47,7 +47,7 @@ def test_stacked_linear_blocks_have_closed_form_with_gradients(mode, points):
     trace = (first.trace() + second.trace()).expand(5)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-7)
     torch.testing.assert_close(ladj, trace, rtol=0, atol=1e-7)
-    matrices = [piece.block.matrix for piece in transform.field.pieces]
+    matrices = [piece.field.matrix for piece in transform.field.pieces]
     ours = torch.autograd.grad((y.pow(3).sum() + ladj.pow(2).sum()), [x, *matrices])
     closed = torch.autograd.grad(expected.pow(3).sum() + trace.pow(2).sum(), [x, first, second])
     torch.testing.assert_close(ours, closed, rtol=1e-6, atol=1e-6)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import cnf
 from cnf.evaluation import CONTESTANTS, Contestant, Stage, comparison, metrics
+from cnf.evaluation.contestants import RACE
 from cnf.evaluation.judge import Judge
 from cnf.evaluation.tables import results_table
 
@@ -30,7 +31,7 @@ def race(contestants, data, tmp_path=None, **settings):
 
 @pytest.mark.slow
 def test_every_contestant_runs_and_every_score_is_there(tmp_path):
-    results = race(None, "moons", tmp_path, steps=10)
+    results = race(list(CONTESTANTS), "moons", tmp_path, steps=10)
     assert results.contestants == list(CONTESTANTS)
     rows = csv.DictReader((tmp_path / "race" / "results.csv").read_text().splitlines())
     assert [row["contestant"] for row in rows] == list(CONTESTANTS)
@@ -153,3 +154,9 @@ def test_perfect_flow_scores_the_floor():
     scores = judge.scores(identity)
     assert scores["w2"] == pytest.approx(judge.floor["w2"], rel=0.5)
     assert scores["nll"] == pytest.approx(2.8379, abs=4 * scores["nll_error"])
+
+
+def test_nobody_named_means_the_race(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "RACE", ("realnvp",))
+    assert race(None, "moons", steps=2).contestants == ["realnvp"]
+    assert set(RACE) <= set(CONTESTANTS)

@@ -22,7 +22,6 @@ from cnf.training import TrainConfig, fit, load
 from cnf.training.run import free_folder, scored_rows, trained_on
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
-VERSION = f"cnf {cnf_version}, torch {torch.__version__}"
 
 
 def train(

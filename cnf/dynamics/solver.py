@@ -30,8 +30,8 @@ class Solver:
             elsewhere.
         gradient: "backprop" differentiates the solver's own operations: fastest, any order, the
             exact gradient of what was computed, memory growing with the evaluations.
-            "checkpoint" does so segment by segment, computing each again: memory divided by
-            `segments`, for fixed-step methods at about 4/3 of the time. "adjoint" solves the
+            "checkpoint" does so segment by segment: one segment's graph at a time, for every
+            evaluation made twice; an adaptive method starts anew in each. "adjoint" solves the
             adjoint ODE backwards: memory flat in the evaluations, first derivatives only. "auto"
             is backprop until the graph outgrows `memory`, then checkpoint (fixed-step methods),
             then adjoint.

@@ -70,7 +70,10 @@ def test_context_missing_or_of_another_size_is_named(
     context, validations, objective, small, config
 ):
     settings = config(validations=validations)
-    act = lambda: cnf.fit(small(context=2), objective, X, settings, context=context)  # noqa: E731
+
+    def act():
+        return cnf.fit(small(context=2), objective, X, settings, context=context)
+
     refused(act, "context", r"\(\*, 2\)|2", "None" if context is None else "3")
 
 
@@ -132,12 +135,18 @@ def test_misspelt_options_of_objectives_and_models_are_refused(small):
 
 
 def test_flow_matching_of_a_discrete_flow_names_the_objective_to_take(small, config):
-    act = lambda: cnf.fit(small("realnvp"), FlowMatching(), X, config())  # noqa: E731
+
+    def act():
+        return cnf.fit(small("realnvp"), FlowMatching(), X, config())
+
     refused(act, "FlowMatching", r"MaximumLikelihood\(\)", kinds=(TypeError,))
 
 
 def test_likelihood_of_what_is_no_flow_is_refused(config):
-    act = lambda: cnf.fit(torch.nn.Linear(2, 2), MaximumLikelihood(), X, config())  # noqa: E731
+
+    def act():
+        return cnf.fit(torch.nn.Linear(2, 2), MaximumLikelihood(), X, config())
+
     refused(act, "MaximumLikelihood", "cnf.Flow", "Linear", kinds=(TypeError,))
 
 
@@ -168,7 +177,10 @@ def test_resume_of_nothing_is_refused(small, config, tmp_path):
 
 def test_resume_of_a_folder_without_a_checkpoint_is_refused(small, config, tmp_path):
     settings = config(folder=tmp_path, resume=True)
-    act = lambda: cnf.fit(small(), FlowMatching(), X, settings)  # noqa: E731
+
+    def act():
+        return cnf.fit(small(), FlowMatching(), X, settings)
+
     refused(act, "state.pt", str(tmp_path), kinds=(CheckpointError,))
 
 
@@ -177,14 +189,20 @@ def test_resume_with_another_model_is_refused_in_one_line(other, small, config, 
     cnf.fit(small(), MaximumLikelihood(), X, config(folder=tmp_path / "run"))
     name, options = other
     settings = config(folder=tmp_path / "run", resume=True)
-    act = lambda: cnf.fit(small(name, **options), MaximumLikelihood(), X, settings)  # noqa: E731
+
+    def act():
+        return cnf.fit(small(name, **options), MaximumLikelihood(), X, settings)
+
     refused(act, "another run", str(tmp_path), kinds=(CheckpointError,))
 
 
 def test_resume_with_another_seed_is_refused(small, config, tmp_path):
     cnf.fit(small(), FlowMatching(), X, config(folder=tmp_path / "run", seed=1))
     settings = config(folder=tmp_path / "run", seed=2, resume=True)
-    act = lambda: cnf.fit(small(), FlowMatching(), X, settings)  # noqa: E731
+
+    def act():
+        return cnf.fit(small(), FlowMatching(), X, settings)
+
     refused(act, "seed", kinds=(CheckpointError, ValueError))
 
 

@@ -67,7 +67,10 @@ class Sum(nn.Module):
 def test_integrals_have_closed_form_and_sign_in_both_directions(towards, z):
     transform = Continuous(Adapter(Sum(), (2,), context_dim=2), TIGHT)
     context = torch.tensor([1.0, 3.0], dtype=F64).expand(5, 2)
-    clock = lambda point: point.t.expand(5)  # noqa: E731
+
+    def clock(point):
+        return point.t.expand(5)
+
     solved = transform.integrate(
         z, context, towards=towards, integrands=[REGULARIZERS["kinetic"], clock]
     )

@@ -84,7 +84,8 @@ def cnf(
         frequencies: Fourier features of time in the field.
         fourier: Fourier features of x, which sharp densities need; None for 32 where D <= 4 and
             none above, where they would cost the trace D products.
-        solver: A `Solver`, or its arguments; dopri5 at 1e-5 by default.
+        solver: A `Solver`, or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
+            trains it.
         preprocess: "standardise" or None.
         shape: (C, H, W) instead of dim: a convolutional field.
     """
@@ -97,7 +98,9 @@ def cnf(
         return MLPField(dim, hidden, context, activation, frequencies, fourier=waves)
 
     field = Preconditioned(_stacked(block, layers))
-    return _continuous(field, as_solver(solver), preprocess)
+    if solver is not None:
+        return _continuous(field, as_solver(solver), preprocess)
+    return _continuous(field, Solver(rtol=1e-6, atol=1e-6), preprocess, Recipe(solver=Solver()))
 
 
 @MODELS.register("ffjord")

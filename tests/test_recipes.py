@@ -1,6 +1,7 @@
 """How likelihood trains the named models unless told otherwise, and STEER's random end."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cnf.transforms.continuous import Recipe
 
 F64 = torch.float64
 RECIPES = {
-    "cnf": Recipe(),
+    "cnf": Recipe(solver=Solver()),
     "ffjord": Recipe("hutchinson"),
     "rnode": Recipe("hutchinson", {"kinetic": 0.01, "jacobian": 0.01}, Solver("rk4", steps=4)),
     "otflow": Recipe("exact", {"kinetic": 0.005, "hjb": 0.05}, Solver("rk4", steps=8)),
@@ -47,7 +48,8 @@ def test_recipes_follow_the_options():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_loss_without_arguments_is_the_recipes_sum(name, small_flow, x):
-    flow, recipe, objective = small_flow(name), RECIPES[name], MaximumLikelihood()
+    flow, objective = small_flow(name), MaximumLikelihood()
+    recipe = flow.transform.recipe
     batch = objective.prepare(flow, Batch(x), seeded())
     divergence = "exact"
     if recipe.divergence == "hutchinson":
@@ -100,9 +102,21 @@ def test_flow_matching_and_evaluation_know_no_recipe(name, small_flow, x):
     torch.testing.assert_close(flow.log_prob(x), flow.log_prob(x, divergence="exact"))
 
 
-def test_the_recipe_survives_with_solver(small_flow):
+def test_with_solver_changes_nothing_of_the_recipe_but_its_solver(small_flow, x):
     flow = small_flow("rnode")
-    assert flow.with_solver(Solver()).transform.recipe == flow.transform.recipe
+    coarse = flow.with_solver(Solver("euler", steps=5))
+    assert coarse.transform.recipe == replace(flow.transform.recipe, solver=None)
+    with record() as stats:
+        MaximumLikelihood()(coarse, Batch(x), seeded())
+    assert stats.forward == 5
+    assert flow.transform.recipe.solver == RECIPES["rnode"].solver
+
+
+def test_cnf_is_evaluated_tighter_than_it_is_trained_unless_told():
+    told = {"method": "rk4", "steps": 8}
+    flow, other = build("cnf", dim=2).transform, build("cnf", dim=2, solver=told).transform
+    assert (flow.solver.rtol, flow.recipe.solver.rtol) == (1e-6, 1e-5)
+    assert other.solver == Solver(**told) and other.recipe == Recipe()
 
 
 class Linear(VectorField):

@@ -247,7 +247,10 @@ def _compiled_rates(
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:
-    """The same transform and weights, with solver=… or divergence=… in every `Continuous`."""
+    """The same transform and weights, with solver=… or divergence=… in every `Continuous`.
+
+    A solver so given trains it as well, whatever its recipe said.
+    """
 
     def copied(module: nn.Module) -> nn.Module:
         if not isinstance(module, Transform | nn.ModuleList):
@@ -256,6 +259,8 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
         if isinstance(clone, Continuous):
             for name, value in settings.items():
                 setattr(clone, name, value)
+            if "solver" in settings:
+                clone.recipe = replace(clone.recipe, solver=None)
         else:
             clone._modules = {name: copied(child) for name, child in module._modules.items()}  # pyright: ignore
         return clone

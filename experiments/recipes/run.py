@@ -44,7 +44,8 @@ def run(variant: str, density: str, config: dict) -> dict:
     flow = cnf.Flow(None, Continuous(field), Standardise((2,)), event_shape=(2,))
     toy, steps, seconds = cnf.data.toy(density), 0, 0.0
     for stage in recipe["stages"]:
-        objective = cnf.objectives.build(stage["objective"], **stage["options"])
+        options = {k: v for k, v in stage["options"].items() if v is not None}
+        objective = cnf.objectives.build(stage["objective"], **options)
         settings = cnf.TrainConfig(
             **stage["config"], seed=config["seed"], validations=0, progress=False
         )

@@ -1,7 +1,18 @@
 """Flow matching's choices: the path between two points, who is paired with whom, which times."""
 
-from cnf.matching.couplings import COUPLINGS, Pairing
-from cnf.matching.paths import PATHS, Linear, Path, PathSample
+from cnf.matching.couplings import COUPLINGS, Pairing, as_coupling
+from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule, as_path
 from cnf.matching.times import TIMES
 
-__all__ = ["COUPLINGS", "PATHS", "TIMES", "Linear", "Pairing", "Path", "PathSample"]
+__all__ = [
+    "COUPLINGS",
+    "PATHS",
+    "TIMES",
+    "Linear",
+    "Pairing",
+    "Path",
+    "PathSample",
+    "Schedule",
+    "as_coupling",
+    "as_path",
+]

@@ -23,6 +23,15 @@ class Uniform:
         return u
 
 
+@TIMES.register("start")
+@dataclass(frozen=True)
+class Start:
+    """t = 0 always: what one Euler step uses, for distillation of straightened flows."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+
 @TIMES.register("skewed")
 @dataclass(frozen=True)
 class Skewed:

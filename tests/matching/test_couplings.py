@@ -6,6 +6,7 @@ import torch
 from cnf.matching import COUPLINGS, Pairing
 
 F64 = torch.float64
+pytestmark = pytest.mark.filterwarnings("ignore:minibatch-ot pairs without looking")
 
 
 def rows(index, n):

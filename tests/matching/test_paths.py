@@ -1,50 +1,78 @@
 """Probability paths."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cnf.matching import PATHS, Linear
+from cnf.matching import PATHS, Linear, as_path
+from cnf.matching.paths import Bridge, Cosine, Interpolant, Polynomial, VariancePreserving
 
 F64 = torch.float64
-CASES = {name: PATHS[name] for name in PATHS} | {"linear, σ = 0.1": lambda: Linear(0.1)}
+CASES = {name: PATHS[name]() for name in PATHS} | {
+    "linear, σ = 0.1": Linear(0.1),
+    "linear, noise": Linear(noise=0.3),
+    "polynomial, 1.5": Polynomial(1.5),
+    "bridge, σ = 2": Bridge(2.0),
+}
+NOISY = ("linear, noise", "interpolant", "bridge", "bridge, σ = 2")
+DIFFUSIONS = ("trigonometric", "vp", "cosine")
 
 
 @pytest.fixture(params=[(5, 2), (4, 1, 3, 3)], ids=str)
-def pair(request, generator):
+def ends(request, generator):
+    """x0, x1 and noise."""
     shape = request.param
-    return [torch.randn(shape, generator=generator, dtype=F64) for _ in range(2)]
+    return [torch.randn(shape, generator=generator, dtype=F64) for _ in range(3)]
+
+
+def times(count, generator):
+    return 0.05 + 0.9 * torch.rand(count, generator=generator, dtype=F64)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_velocity_is_time_derivative_of_path(name, pair, generator):
-    path, (x0, x1) = CASES[name](), pair
-    t = 0.05 + 0.9 * torch.rand(len(x0), generator=generator, dtype=F64)
-    sample = path.sample(x0, x1, t)
+def test_velocity_is_time_derivative_of_path(name, ends, generator):
+    path, (x0, x1, z) = CASES[name], ends
+    t = times(len(x0), generator)
+    sample = path.sample(x0, x1, t, z)
     _, derivative = torch.func.jvp(
-        lambda s: path.sample(x0, x1, s).xt, (t,), (torch.ones_like(t),)
+        lambda s: path.sample(x0, x1, s, z).xt, (t,), (torch.ones_like(t),)
     )
     torch.testing.assert_close(sample.ut, derivative, rtol=1e-10, atol=1e-10)
     assert torch.equal(sample.t, t) and sample.xt.shape == sample.ut.shape == x0.shape
     assert derivative.abs().max() > 0.1 and sample.xt.dtype == F64
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_path_runs_from_x0_to_x1(name, pair):
-    path, (x0, x1) = PATHS[name](), pair
-    ends = [path.sample(x0, x1, torch.full((len(x0),), t, dtype=F64)).xt for t in (0.0, 1.0)]
-    torch.testing.assert_close(ends[0], x0, rtol=0, atol=1e-6)
-    torch.testing.assert_close(ends[1], x1, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("name", CASES)
+def test_path_runs_from_x0_to_x1_up_to_its_margin(name, ends):
+    path, (x0, x1, z) = CASES[name], ends
+    path = Linear() if name.startswith("linear,") else path
+    left = {"vp": 0.007, "cosine": 0.005, "bridge": 0.04, "bridge, σ = 2": 0.07}.get(name, 1e-12)
+    for target, t in ((x0, 0.0), (x1, 1.0)):
+        sample = path.sample(x0, x1, torch.full((len(x0),), t, dtype=F64), z)
+        rest = left * (x0.abs() + x1.abs() + z.abs() + 1e-3)
+        assert ((sample.xt - target).abs() <= rest).all()
+        assert sample.ut.isfinite().all()
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_each_row_has_its_own_time(name, pair):
-    path, (x0, x1) = PATHS[name](), pair
+@pytest.mark.parametrize("name", CASES)
+def test_each_row_has_its_own_time(name, ends):
+    path, (x0, x1, z) = CASES[name], ends
     t = torch.linspace(0.1, 0.9, len(x0), dtype=F64)
-    whole = path.sample(x0, x1, t)
+    whole = path.sample(x0, x1, t, z)
     for k in range(len(x0)):
-        one = path.sample(x0[k : k + 1], x1[k : k + 1], t[k : k + 1])
+        one = path.sample(*(value[k : k + 1] for value in (x0, x1, t, z)))
         torch.testing.assert_close(whole.xt[k], one.xt[0])
         torch.testing.assert_close(whole.ut[k], one.ut[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_a_noisy_path_looks_at_noise(name, ends):
+    path, (x0, x1, z) = CASES[name], ends
+    t = torch.full((len(x0),), 0.3, dtype=F64)
+    one, other = path.sample(x0, x1, t, z), path.sample(x0, x1, t, -z)
+    assert path.noisy == (name in NOISY) == (not torch.equal(one.xt, other.xt))
 
 
 def test_linear_by_hand():
@@ -54,9 +82,86 @@ def test_linear_by_hand():
     assert xt.tolist() == [[2.0, -1.0]] and ut.tolist() == [[4.0, 4.0]]
     _, xt, ut = Linear(0.5).sample(x0, x1, t)
     assert xt.tolist() == [[2.125, -1.25]] and ut.tolist() == [[4.5, 3.0]]
+    _, xt, ut = Linear(noise=0.5).sample(x0, x1, t, torch.ones(1, 2, dtype=F64))
+    assert xt.tolist() == [[2.5, -0.5]] and ut.tolist() == [[4.0, 4.0]]
 
 
-def test_linear_leaves_sigma_of_x0_at_the_end(pair):
-    x0, x1 = pair
+def test_linear_leaves_sigma_of_x0_at_the_end(ends):
+    x0, x1, _ = ends
     xt = Linear(0.1).sample(x0, x1, torch.ones(len(x0), dtype=F64)).xt
     torch.testing.assert_close(xt, x1 + 0.1 * x0)
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_diffusions_keep_the_variance(name, generator):
+    at = CASES[name].schedule(times(50, generator))
+    torch.testing.assert_close(at.alpha**2 + at.sigma**2, torch.ones(50, dtype=F64))
+
+
+def test_vp_solves_its_diffusion(generator):
+    """dα/ds = -½β(s)α, of which α is the solution that starts at 1: by quadrature of β."""
+    s = torch.linspace(0, 1, 20_001, dtype=F64)
+    beta = 0.1 + s * 19.9
+    integral = torch.cumulative_trapezoid(beta, s)
+    at = VariancePreserving().schedule(1 - s[1:])
+    torch.testing.assert_close(at.alpha, torch.exp(-0.5 * integral), rtol=1e-9, atol=0)
+    assert at.alpha[-1].item() == pytest.approx(math.exp(-0.25 * 19.9 - 0.05))
+
+
+def test_cosine_is_the_squared_cosine_of_its_paper():
+    s = torch.linspace(0.001, 0.999, 50, dtype=F64)
+
+    def f(s):
+        return torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    torch.testing.assert_close(Cosine().schedule(1 - s).alpha ** 2, f(s) / f(torch.zeros(())))
+
+
+def test_bridge_has_the_covariance_of_brownian_motion_tied_at_both_ends(generator):
+    t = torch.tensor([0.1, 0.5, 0.8], dtype=F64)
+    gamma = Bridge(2.0).schedule(t).gamma
+    torch.testing.assert_close(gamma**2, 4.0 * t * (1 - t))
+
+
+def test_noise_of_its_own_counts_as_part_of_a_gaussian_source(generator):
+    path, t = Interpolant(0.7), torch.tensor([0.2, 0.6], dtype=F64)
+    at, joint = path.schedule(t), path.schedule(t).gaussian()
+    torch.testing.assert_close(joint.sigma**2, at.sigma**2 + at.gamma**2)
+    _, slope = torch.func.jvp(
+        lambda s: path.schedule(s).gaussian().sigma, (t,), (torch.ones_like(t),)
+    )
+    torch.testing.assert_close(joint.d_sigma, slope)
+    plain = Linear().schedule(t)
+    assert joint.gamma == 0.0 and plain.gaussian() is plain
+
+
+def test_noise_is_drawn_where_none_is_given():
+    x = torch.zeros(20_000, 1)
+    t = torch.full((20_000,), 0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert abs(Bridge(2.0).sample(x, x, t).xt.std().item() - 1.0) < 0.02
+
+
+def test_a_path_is_had_by_name_and_fields():
+    assert as_path("bridge") == Bridge() and as_path(Linear(0.2)) == Linear(0.2)
+    assert as_path({"name": "bridge", "sigma": 0.5}) == replace(Bridge(), sigma=0.5)
+    with pytest.raises(ValueError, match="unknown path 'bridges'.*Did you mean 'bridge'"):
+        as_path("bridges")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Linear(1.0), "0 <= sigma_min < 1"),
+        (lambda: Linear(noise=-1.0), "noise >= 0"),
+        (lambda: Polynomial(0.5), "degree >= 1"),
+        (lambda: Bridge(0.0), "Bridge: expected sigma"),
+        (lambda: Interpolant(-1.0), "Interpolant: expected amplitude"),
+        (lambda: VariancePreserving(beta_min=0.0), "expected beta_min"),
+        (lambda: Cosine(0.0), "Cosine: expected offset"),
+    ],
+)
+def test_settings_that_make_no_path_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

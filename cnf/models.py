@@ -10,6 +10,7 @@ from cnf.fields import (
     ConvField,
     EndTime,
     MLPField,
+    NullContext,
     Piecewise,
     PotentialField,
     Preconditioned,
@@ -70,6 +71,7 @@ def cnf(
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
+    null_context: bool = False,
 ) -> Flow:
     """Continuous normalizing flow: a time-conditioned MLP with its exact closed-form trace.
 
@@ -88,6 +90,7 @@ def cnf(
             trains it.
         preprocess: "standardise" or None.
         shape: (C, H, W) instead of dim: a convolutional field.
+        null_context: Let a learned vector stand in for a context that is missing: for guidance.
     """
 
     def block() -> VectorField:
@@ -98,9 +101,9 @@ def cnf(
         return MLPField(dim, hidden, context, activation, frequencies, fourier=waves)
 
     field = Preconditioned(_stacked(block, layers))
-    if solver is not None:
-        return _continuous(field, as_solver(solver), preprocess)
-    return _continuous(field, Solver(rtol=1e-6, atol=1e-6), preprocess, Recipe(solver=Solver()))
+    recipe = Recipe(solver=Solver() if solver is None else None)
+    solver = as_solver(solver or {"rtol": 1e-6, "atol": 1e-6})
+    return _continuous(field, solver, preprocess, recipe, null_context)
 
 
 @MODELS.register("ffjord")
@@ -114,6 +117,7 @@ def ffjord(
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = None,
     shape: Sequence[int] | None = None,
+    null_context: bool = False,
 ) -> Flow:
     """FFJORD: concatsquash layers, a trained end time, dopri5 at 1e-5 with the adjoint.
 
@@ -131,7 +135,7 @@ def ffjord(
 
     solver = as_solver(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
-    return _continuous(_stacked(block, layers), solver, preprocess, recipe)
+    return _continuous(_stacked(block, layers), solver, preprocess, recipe, null_context)
 
 
 @MODELS.register("rnode")
@@ -146,6 +150,7 @@ def rnode(
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = None,
     shape: Sequence[int] | None = None,
+    null_context: bool = False,
 ) -> Flow:
     """RNODE: FFJORD with straight paths, so that a few fixed steps are enough to train.
 
@@ -166,7 +171,8 @@ def rnode(
         {name: w for name, w in (("kinetic", kinetic), ("jacobian", jacobian)) if w},
         Solver("rk4", steps=4 * layers),
     )
-    return _continuous(_stacked(block, layers), as_solver(solver), preprocess, recipe)
+    solver = as_solver(solver)
+    return _continuous(_stacked(block, layers), solver, preprocess, recipe, null_context)
 
 
 @MODELS.register("otflow")
@@ -178,6 +184,7 @@ def otflow(
     hjb: float = 0.05,
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
+    null_context: bool = False,
 ) -> Flow:
     """OT-Flow: the gradient of a potential, trained with transport and HJB costs on fixed RK4.
 
@@ -198,9 +205,8 @@ def otflow(
         {name: w for name, w in (("kinetic", transport / 2), ("hjb", hjb)) if w},
         Solver("rk4", steps=8),
     )
-    return _continuous(
-        field, as_solver(solver or {"method": "rk4", "steps": 16}), preprocess, recipe
-    )
+    solver = as_solver(solver or {"method": "rk4", "steps": 16})
+    return _continuous(field, solver, preprocess, recipe, null_context)
 
 
 @MODELS.register("realnvp")
@@ -243,9 +249,13 @@ def realnvp(
 
 
 def _continuous(
-    field: VectorField, solver: Solver, preprocess: str | None, recipe: Recipe | None = None
+    field: VectorField,
+    solver: Solver,
+    preprocess: str | None,
+    recipe: Recipe,
+    null_context: bool,
 ) -> Flow:
-    transform = Continuous(field, solver, recipe=recipe)
+    transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
     event = field.event_shape
     return Flow(None, transform, _as_preprocess(preprocess, event), event_shape=event)
 

@@ -3,8 +3,10 @@
 from cnf.fields.base import FIELDS, Adapter, HasDivergence, VectorField, exact_divergence
 from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
+from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
+from cnf.fields.predicts import Predicts, WithScore, converted, score
 from cnf.fields.residual import ResidualField
 from cnf.fields.wrappers import EndTime, Piecewise, Preconditioned
 
@@ -14,12 +16,18 @@ __all__ = [
     "Adapter",
     "ConvField",
     "EndTime",
+    "Guided",
     "HasDivergence",
     "MLPField",
+    "NullContext",
     "Piecewise",
     "PotentialField",
     "Preconditioned",
+    "Predicts",
     "ResidualField",
     "VectorField",
+    "WithScore",
+    "converted",
     "exact_divergence",
+    "score",
 ]

@@ -23,7 +23,10 @@ class VectorField(nn.Module, ABC):
     Attributes:
         event_shape: Shape of one x: (D,) for vectors, (C, H, W) for images.
         context_dim: Size of the context vector c; 0 for an unconditional field.
+        optional_context: Whether a conditional field also takes context=None.
     """
+
+    optional_context = False
 
     def __init__(self, event_shape: Sequence[int], context_dim: int = 0) -> None:
         super().__init__()

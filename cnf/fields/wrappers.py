@@ -2,14 +2,47 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from cnf.fields.base import VectorField, exact_divergence
 
+Stretch = tuple[float, float, VectorField]  # start, end, and the field in between
 
-class Piece(VectorField):
+
+class Wrapper(VectorField):
+    """A field around another.
+
+    Attributes:
+        field: The field inside.
+    """
+
+    field: VectorField
+
+    def __init__(self, field: VectorField) -> None:
+        super().__init__(field.event_shape, field.context_dim)
+        self.field = field
+        self.optional_context = field.optional_context
+
+    def around(self, field: VectorField) -> "Wrapper | None":
+        """The same wrapper, with the same weights, around a block of `field`; None for a wrapper
+        that has a clock of its own."""
+        return None
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """What `pieces_of` gives; made once, since the field that a compiled solve knows must
+        not change. A tuple, so that the weights are not counted twice."""
+        pieces = pieces_of(self.field)
+        wrapped = [self.around(piece) for _, _, piece in pieces] if len(pieces) > 1 else [None]
+        if None in wrapped:
+            return ((0.0, 1.0, self),)
+        return tuple((a, b, w) for (a, b, _), w in zip(pieces, wrapped, strict=True) if w)
+
+
+class Piece(Wrapper):
     """Block k of K: v(t, x) = K · block(K t - k, x) on [k/K, (k+1)/K].
 
     Args:
@@ -19,8 +52,8 @@ class Piece(VectorField):
     """
 
     def __init__(self, block: VectorField, index: int, count: int) -> None:
-        super().__init__(block.event_shape, block.context_dim)
-        self.field, self.index, self.count = block, index, count
+        super().__init__(block)
+        self.index, self.count = index, count
         self.start, self.end = index / count, (index + 1) / count
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -54,6 +87,7 @@ class Piecewise(VectorField):
                 f"Piecewise: expected blocks of one event shape and context size, got {kinds}"
             )
         super().__init__(*kinds.pop())
+        self.optional_context = all(block.optional_context for block in blocks)
         self.pieces = nn.ModuleList(Piece(block, k, len(blocks)) for k, block in enumerate(blocks))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -71,7 +105,7 @@ class Piecewise(VectorField):
         return v
 
 
-class EndTime(VectorField):
+class EndTime(Wrapper):
     """v(t, x) = T · field(T t, x) on [0, 1]: a solve to a trainable end time T > 0.
 
     The gradient reaches T as it reaches any weight, in every gradient mode.
@@ -82,10 +116,9 @@ class EndTime(VectorField):
     """
 
     def __init__(self, field: VectorField, initial: float = 1.0) -> None:
-        super().__init__(field.event_shape, field.context_dim)
+        super().__init__(field)
         if initial <= 0:
             raise ValueError(f"EndTime: expected an initial end time > 0, got {initial}")
-        self.field = field
         self.log_end = nn.Parameter(torch.tensor(math.log(initial)))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -101,7 +134,7 @@ class EndTime(VectorField):
         return end * v, end * div
 
 
-class Preconditioned(VectorField):
+class Preconditioned(Wrapper):
     r"""v(t, x) = (s'/s) x + field(t, x/s) with s(t)² = t² + (1 - t)².
 
     The first term alone carries N(0, I) to N(0, I) along linear paths, whose points at t have the
@@ -112,12 +145,8 @@ class Preconditioned(VectorField):
         field: What is learned, on [0, 1].
     """
 
-    def __init__(self, field: VectorField) -> None:
-        super().__init__(field.event_shape, field.context_dim)
-        self.field = field
-        # A tuple, so that the pieces' weights are not counted twice.
-        pieces = pieces_of(field) if isinstance(field, Piecewise) else ()
-        self.pieces = tuple((a, b, Preconditioned(piece)) for a, b, piece in pieces)
+    def around(self, field: VectorField) -> "Preconditioned":
+        return Preconditioned(field)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         growth, shrink = self._coefficients(t.to(x.dtype))
@@ -143,16 +172,16 @@ class Preconditioned(VectorField):
 
 def innermost(field: VectorField) -> VectorField:
     """The field inside all wrappers; of stacked blocks the first one's."""
-    while isinstance(field, Piecewise | Piece | EndTime | Preconditioned):
+    while isinstance(field, Piecewise | Wrapper):
         field = field.pieces[0] if isinstance(field, Piecewise) else field.field  # pyright: ignore
     return field
 
 
-def pieces_of(field: VectorField) -> list[tuple[float, float, VectorField]]:
-    """(start, end, field) in the order of time; one over [0, 1] unless it is a `Piecewise`, which
-    may be preconditioned."""
-    if isinstance(field, Preconditioned) and field.pieces:
-        return list(field.pieces)
+def pieces_of(field: VectorField) -> Sequence[Stretch]:
+    """(start, end, field) in the order of time; one over [0, 1] unless there is a `Piecewise`,
+    bare or wrapped."""
+    if isinstance(field, Wrapper):
+        return field.stretches
     if not isinstance(field, Piecewise):
         return [(0.0, 1.0, field)]
     return [(piece.start, piece.end, piece) for piece in field.pieces]  # pyright: ignore

@@ -1,7 +1,7 @@
 """What an objective is: a loss for a module on a batch, its draws made beforehand."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Batch:
         x1: x as the transform gives it, inside preprocessing, shape (N, *event).
         weight: Weight of each row, shape (N,).
         t: Times, shape (N,).
+        noise: Of a noisy path, shape (N, *event).
         probe: Hutchinson probes, shape (N, probes, *event).
         stop: Time at which a solve towards the base ends, the same in each row, shape (N,).
     """
@@ -36,6 +37,7 @@ class Batch:
     x1: Tensor | None = None
     weight: Tensor | None = None
     t: Tensor | None = None
+    noise: Tensor | None = None
     probe: Tensor | None = None
     stop: Tensor | None = None
 
@@ -65,6 +67,19 @@ class Objective(ABC):
 
     needs_data = False
     lr = 2e-3
+
+    def begin(
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: torch.Generator
+    ) -> "Objective":
+        """The objective that `fit` is to use, once it has seen the data.
+
+        Args:
+            module: What is trained, its preprocessing fitted.
+            rows: Gives so many rows of the training data, or all that there are; None where an
+                objective needs none.
+            generator: Source of draws.
+        """
+        return self
 
     @abstractmethod
     def prepare(

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import expect_event
+from cnf.errors import expect_choice, expect_event
+from cnf.fields import VectorField
+from cnf.fields.predicts import Predicts, WithScore
 from cnf.flow import Flow
-from cnf.matching.couplings import COUPLINGS
-from cnf.matching.paths import PATHS, Path
+from cnf.matching.couplings import as_coupling
+from cnf.matching.paths import Linear, Path, PathSample, as_path
 from cnf.matching.times import TIMES
 from cnf.objectives.base import (
     OBJECTIVES,
@@ -28,41 +30,43 @@ from cnf.objectives.base import (
 class FlowMatching(Objective):
     """E‖v(t, xt) - ut‖² over times t and coupled pairs (x0, x1); no ODE is solved.
 
+    A field that `Predicts` data, noise or score is regressed on those; a `WithScore` field's head
+    is trained beside its velocity.
     Source: Lipman et al. (2023), https://arxiv.org/abs/2210.02747; Tong et al. (2024),
     https://arxiv.org/abs/2302.00482.
 
     Args:
-        path: A name in `PATHS`, a `Path`, or {"name": …, **fields}.
-        coupling: A name in `COUPLINGS`, or a coupling function.
+        path: A name in `PATHS`, a `Path`, or {"name": …, **fields}; None for the field's own, or
+            linear.
+        coupling: A name in `COUPLINGS`, {"name": …, **options}, or a coupling function.
         times: The law of t: a name in `TIMES`, {"name": …, **fields}, or a function of uniform u.
+        weighting: Of a field that predicts something else than the velocity: "target" takes the
+            plain squared error of x1 or noise, and of the score σ² times it; "velocity" the error
+            of the velocity that follows.
+        context_dropout: Part of the rows whose context is left out, for guidance; the model must
+            have been built with null_context=True.
     """
 
     needs_data = True
     lr = 6e-3
 
-    path: Any = "linear"
+    path: Any = None
     coupling: Any = "independent"
     times: Any = "uniform"
+    weighting: str = "target"
+    context_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self._times()
-        path = self._path()
-        if not isinstance(self.path, str):
-            object.__setattr__(self, "path", path)
-        if isinstance(self.coupling, str):
-            _ = COUPLINGS[self.coupling]
-
-    def _path(self) -> Path:
-        if isinstance(self.path, Path):
-            return self.path
-        settings = {"name": self.path} if isinstance(self.path, str) else dict(self.path)
-        return PATHS[settings.pop("name")](**settings)
-
-    def _times(self) -> Any:
-        if callable(self.times):
-            return self.times
-        settings = {"name": self.times} if isinstance(self.times, str) else dict(self.times)
-        return TIMES[settings.pop("name")](**settings)
+        _ = self._times(), as_coupling(self.coupling)
+        if self.path is not None:
+            path = as_path(self.path)
+            if not isinstance(self.path, str):
+                object.__setattr__(self, "path", path)
+        expect_choice("FlowMatching", "weighting", self.weighting, ("target", "velocity"))
+        if not 0 <= self.context_dropout < 1:
+            raise ValueError(
+                f"FlowMatching: expected 0 <= context_dropout < 1, got {self.context_dropout}"
+            )
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -79,23 +83,39 @@ class FlowMatching(Objective):
             batch = replace(batch, x1=x1)
             if batch.x0 is None:
                 batch = self._paired(flow, batch, x1, generator)
-            if batch.t is None:
-                device = x1.device if generator is None else generator.device
-                u = torch.rand(len(batch.x), generator=generator, device=device, dtype=x1.dtype)
-                batch.t = self._times()(u).to(x1.device)
+            self._draw(flow, batch, generator)
         return batch
 
     def _paired(
         self, flow: Flow, batch: Batch, x1: Tensor, generator: torch.Generator | None
     ) -> Batch:
         x0 = flow.base.sample((len(x1),), generator)
-        couple = COUPLINGS[self.coupling] if isinstance(self.coupling, str) else self.coupling
-        i, j, weight = couple(x0, x1, batch.context, generator)
+        i, j, weight = as_coupling(self.coupling)(x0, x1, batch.context, generator)
         if j is not None:
             batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
         batch.x0 = x0 if i is None else x0[i]
         batch.weight = _product(batch.weight, weight)
         return batch
+
+    def _draw(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> None:
+        """Times, the path's noise, and whose context is left out."""
+        assert batch.x1 is not None
+        x1, device = batch.x1, batch.x.device if generator is None else generator.device
+        if batch.t is None:
+            u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
+            batch.t = self._times()(u).to(x1.device)
+        if batch.noise is None and self._path(flow.field).noisy:
+            z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
+            batch.noise = z.to(x1.device)
+        if not self.context_dropout:
+            return
+        if batch.context is None or not flow.transform.optional_context:
+            raise ValueError(
+                "FlowMatching: context_dropout needs a model built with null_context=True, and "
+                "data with a context"
+            )
+        dropped = torch.rand(len(x1), generator=generator, device=device) < self.context_dropout
+        batch.context = batch.context.masked_fill(dropped.to(x1.device)[:, None], torch.nan)
 
     def __call__(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -104,20 +124,61 @@ class FlowMatching(Objective):
         if batch.x0 is None or batch.x1 is None or batch.t is None:
             batch = self.prepare(flow, batch, generator)
         assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
-        t, xt, ut = self._path().sample(batch.x0, batch.x1, batch.t)
-        context = flow.checked_context("FlowMatching", batch.context, xt.shape[:1])
-        error = (flow.field(t, xt, context) - ut).square()
-        if batch.weight is None:
-            value = error.sum() / len(error)
-        else:
-            value = weighted_mean(error.flatten(1).sum(1), batch.weight)
-        return Loss(value, {"fm": value.detach()})
+        field = flow.field
+        path = self._path(field)
+        sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
+        context = flow.checked_context("FlowMatching", batch.context, batch.t.shape)
+        error = self._error(field, path, sample, batch.x1, context)
+        value = _mean_square(error, batch.weight)
+        metrics = {"fm": value.detach()}
+        if isinstance(field, WithScore):
+            error = field.head(sample.t, sample.xt, context) - batch.noise
+            score = _mean_square(error, batch.weight)
+            value, metrics = value + score, {**metrics, "score": score.detach()}
+        return Loss(value, metrics)
+
+    def _error(
+        self, field: VectorField, path: Path, sample: PathSample, x1: Tensor, context: Any
+    ) -> Tensor:
+        t, xt, ut = sample
+        if not isinstance(field, Predicts) or "velocity" in (self.weighting, field.target):
+            return field(t, xt, context) - ut
+        predicted = field.field(t, xt, context)
+        if field.target == "x1":
+            return predicted - x1
+        at = path.schedule(t).gaussian().over(xt.dim() - t.dim())
+        noise = (xt - at.alpha * x1) / at.sigma
+        return predicted - noise if field.target == "noise" else at.sigma * predicted + noise
+
+    def _path(self, field: VectorField) -> Path:
+        own = field.path if isinstance(field, Predicts | WithScore) else None
+        if self.path is None:
+            return own or Linear()
+        path = as_path(self.path)
+        if own is not None and own != path:
+            raise ValueError(
+                f"FlowMatching: the field was made for {own}, got path={path}; leave it out"
+            )
+        return path
+
+    def _times(self) -> Any:
+        if callable(self.times):
+            return self.times
+        settings = {"name": self.times} if isinstance(self.times, str) else dict(self.times)
+        return TIMES[settings.pop("name")](**settings)
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """The field's; the base stays as it is."""
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
         return flow.field.parameters()
+
+
+def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over the rows of the squared length."""
+    if weight is None:
+        return error.square().sum() / len(error)
+    return weighted_mean(error.square().flatten(1).sum(1), weight)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -19,7 +19,10 @@ class Transform(nn.Module, ABC):
     Attributes:
         event_dims: How many trailing axes form the event: 1 for vectors, 3 for images.
         context_dim: Size of the context; 0 for an unconditional transform.
+        optional_context: Whether a conditional transform also takes context=None.
     """
+
+    optional_context = False
 
     def __init__(self, event_dims: int = 1, context_dim: int = 0) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ class Compose(Transform):
         if len(dims) > 1:
             raise ValueError(f"Compose: expected one event_dims for all, got {sorted(dims)}")
         super().__init__(dims.pop(), max(transform.context_dim for transform in transforms))
+        self.optional_context = all(t.optional_context for t in transforms if t.context_dim)
         self.transforms = nn.ModuleList(transforms)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +78,7 @@ class Inverse(Transform):
 
     def __init__(self, transform: Transform) -> None:
         super().__init__(transform.event_dims, transform.context_dim)
+        self.optional_context = transform.optional_context
         self.transform = transform
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

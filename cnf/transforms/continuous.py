@@ -83,6 +83,7 @@ class Continuous(Transform):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(len(field.event_shape), field.context_dim)
+        self.optional_context = field.optional_context
         self.field = field
         self.solver = solver or Solver()
         self.divergence = divergence
@@ -198,7 +199,7 @@ class Continuous(Transform):
     def _share(self, t0: float, t1: float) -> Solver:
         """The solver with its steps, which are for the whole of [0, 1], for this part of it."""
         steps = self.solver.steps
-        if steps is None:
+        if steps is None or self.solver.grid is not None:
             return self.solver
         return replace(self.solver, steps=max(1, math.ceil(steps * abs(t1 - t0) - 1e-6)))
 

@@ -1,0 +1,94 @@
+"""Conditional fields that also go without their context, and classifier-free guidance."""
+
+import torch
+from torch import Tensor, nn
+
+from cnf.fields.base import VectorField, exact_divergence
+from cnf.fields.wrappers import Wrapper
+
+
+class NullContext(Wrapper):
+    """A conditional field whose context may be missing: a learned vector stands in for it.
+
+    Missing is None, or NaN in the rows that have none.
+    Source: Ho & Salimans (2022), https://arxiv.org/abs/2207.12598.
+
+    Args:
+        field: A conditional field.
+        null: The vector, shape (context_dim,); zeros at the start if None.
+    """
+
+    def __init__(self, field: VectorField, null: nn.Parameter | None = None) -> None:
+        super().__init__(field)
+        if not field.context_dim:
+            raise ValueError("NullContext: expected a conditional field; give it context=…")
+        self.null = nn.Parameter(torch.zeros(field.context_dim)) if null is None else null
+        self.optional_context = True
+
+    def around(self, field: VectorField) -> "NullContext":
+        return NullContext(field, self.null)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.field(t, x, self._filled(context))
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and exact divergence, the field's own where it has one."""
+        return exact_divergence(self.field, t, x, self._filled(context))
+
+    def _filled(self, context: Tensor | None) -> Tensor:
+        return self.null if context is None else torch.where(context.isnan(), self.null, context)
+
+
+class Guided(Wrapper):
+    """v(t, x, c) = v(t, x) + w·(v(t, x, c) - v(t, x)): classifier-free guidance.
+
+    Weight 1 is the conditional field, 0 the unconditional one; above 1 the condition counts for
+    more than the data say, and the flow's density is that of what is then sampled.
+    Source: Ho & Salimans (2022), https://arxiv.org/abs/2207.12598; the interval, Kynkäänniemi et
+    al. (2024), https://arxiv.org/abs/2404.07724.
+
+    Args:
+        field: A field that also goes without its context, see `NullContext`.
+        weight: w.
+        interval: Times at which it holds; at others it is 1.
+    """
+
+    def __init__(
+        self, field: VectorField, weight: float, interval: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        super().__init__(field)
+        if not field.optional_context:
+            raise ValueError(
+                "Guided: expected a field that also goes without its context; build the model "
+                "with null_context=True and train it with FlowMatching(context_dropout=0.1)"
+            )
+        self.weight, self.interval = weight, interval
+
+    def around(self, field: VectorField) -> "Guided":
+        return Guided(field, self.weight, self.interval)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        conditional = self.field(t, x, context)
+        if context is None or self.weight == 1:
+            return conditional
+        without = self.field(t, x, None)
+        weight = self._weight(t).reshape(*t.shape, *[1] * (x.dim() - t.dim()))
+        return without + weight * (conditional - without)
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and exact divergence, the field's own where it has one."""
+        v, div = exact_divergence(self.field, t, x, context)
+        if context is None or self.weight == 1:
+            return v, div
+        v0, div0 = exact_divergence(self.field, t, x, None)
+        weight = self._weight(t)
+        spread = weight.reshape(*t.shape, *[1] * (x.dim() - t.dim()))
+        return v0 + spread * (v - v0), div0 + weight * (div - div0)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        start, end = self.interval
+        return torch.where((t >= start) & (t <= end), self.weight, 1.0).to(t)

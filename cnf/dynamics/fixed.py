@@ -5,6 +5,7 @@ steps with times known beforehand.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -24,18 +25,14 @@ TABLEAUX: dict[str, tuple[Sequence[float], Sequence[Sequence[float]], Sequence[f
 }
 
 
-def integrate(
-    dynamics: Dynamics, state: State, t0: float, t1: float, method: str, steps: int
-) -> State:
-    """The state at t1 after `steps` equal steps of `method`, a name in `TABLEAUX`."""
+def integrate(dynamics: Dynamics, state: State, stops: Sequence[float], method: str) -> State:
+    """The state at stops[-1], by one step of `method`, a name in `TABLEAUX`, between any two."""
     nodes, rows, weights = TABLEAUX[method]
-    h = (t1 - t0) / steps
-    for step in range(steps):
-        slopes: list[State] = []
+    dtype, device = state[0].dtype, state[0].device
+    for start, stop in pairwise(stops):
+        h, slopes = stop - start, []
         for node, row in zip(nodes, rows, strict=True):
-            t = torch.full(
-                (), t0 + (step + node) * h, dtype=state[0].dtype, device=state[0].device
-            )
+            t = torch.full((), start + node * h, dtype=dtype, device=device)
             slopes.append(dynamics(t, _moved(state, slopes, row, h)))
         state = _moved(state, slopes, weights, h)
     return state

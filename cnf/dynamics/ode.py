@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.dynamics import fixed
 from cnf.dynamics.checkpoint import checkpointed
 from cnf.dynamics.monitor import Dynamics, State, TooMuchMemory, Watched, record
-from cnf.dynamics.solver import MULTISTEP, Solver
+from cnf.dynamics.solver import MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 
 __all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
@@ -53,9 +53,9 @@ def solve(
         SolverError: NaN in the field, a stiff field, too many evaluations, too narrow a dtype.
     """
     if solver.evaluations is not None and _captured():
-        assert solver.steps is not None
-        end = fixed.integrate(dynamics, state, t0, t1, solver.method, solver.steps)
-        return Solution(end, solver.evaluations)
+        stops = _stops(solver, t0, t1)
+        end = fixed.integrate(dynamics, state, stops, solver.method)
+        return Solution(end, (len(stops) - 1) * STAGES[solver.method])
     path, nfe = solve_path(dynamics, state, [t0, t1], solver, params)
     return Solution(tuple(values[-1] for values in path), nfe)
 
@@ -202,9 +202,17 @@ def _last(path: Any) -> State:
 
 def _knots(solver: Solver, t0: float, t1: float) -> list[float]:
     """Ends of the segments; those of a fixed-step method lie between its steps."""
-    steps = solver.steps or solver.segments
-    count = min(solver.segments, steps)
-    return [t0 + (t1 - t0) * (k * steps // count) / steps for k in range(count)] + [t1]
+    stops = _stops(solver, t0, t1)
+    count = min(solver.segments, len(stops) - 1)
+    return [stops[k * (len(stops) - 1) // count] for k in range(count + 1)]
+
+
+def _stops(solver: Solver, t0: float, t1: float) -> list[float]:
+    """Ends of a fixed-step method's steps, or of an adaptive one's segments, from t0 to t1."""
+    if solver.grid is not None:
+        return [t0, *solver.between(t0, t1), t1]
+    count = solver.steps or solver.segments
+    return [t0 + (t1 - t0) * k / count for k in range(count)] + [t1]
 
 
 def _tensor(times: Sequence[float], state: State) -> Tensor:
@@ -220,12 +228,16 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
         width = abs(times[-1] - times[0]) / solver.steps
 
         def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
-            ends = (t[0].item(), t[-1].item())
-            low, high = min(ends), max(ends)
-            count = max(1, round((high - low) / width))
-            regular = torch.linspace(low, high, count + 1, dtype=t.dtype, device=t.device)
-            points = torch.unique(torch.cat([regular, t])) if len(t) > 2 else regular
-            return points if ends[0] < ends[1] else points.flip(0)
+            t0, t1 = t[0].item(), t[-1].item()
+            if solver.grid is None:
+                steps = max(1, round(abs(t1 - t0) / width))
+                points = torch.linspace(t0, t1, steps + 1, dtype=t.dtype, device=t.device)
+            else:
+                points = t.new_tensor(_stops(solver, t0, t1))
+            if len(t) > 2:
+                points = torch.unique(torch.cat([points, t]))
+                points = points if t0 < t1 else points.flip(0)
+            return points
 
         options["grid_constructor"] = grid
         if solver.method in MULTISTEP:

@@ -1,7 +1,8 @@
 """How an ODE is solved: the settings of a solve."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from cnf.errors import UnknownNameError, expect_choice, expect_positive
@@ -28,6 +29,8 @@ class Solver:
         atol: Absolute tolerance of the adaptive methods.
         steps: Steps of a fixed-step method over the whole interval; required there, refused
             elsewhere.
+        grid: The steps' ends, ascending from 0 to 1, where they are not to be equal, as
+            `cnf.sampling` makes them; not for Adams methods.
         gradient: "backprop" differentiates the solver's own operations: fastest, any order, the
             exact gradient of what was computed, memory growing with the evaluations.
             "checkpoint" does so segment by segment: one segment's graph at a time, for every
@@ -57,6 +60,7 @@ class Solver:
     rtol: float = 1e-5
     atol: float = 1e-5
     steps: int | None = None
+    grid: tuple[float, ...] | None = None
     gradient: str = "auto"
     adjoint_rtol: float | None = None
     adjoint_atol: float | None = None
@@ -70,6 +74,8 @@ class Solver:
     def __post_init__(self) -> None:
         if self.method not in ADAPTIVE + FIXED:
             raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
+        if self.grid is not None:
+            self._take_grid()
         expect_choice("Solver", "gradient", self.gradient, GRADIENTS)
         expect_choice("Solver", "adjoint_norm", self.adjoint_norm, ("seminorm", "full"))
         expect_choice("Solver", "norm", self.norm, ("rms", "rows"))
@@ -93,6 +99,19 @@ class Solver:
                 f"gradient={self.gradient!r}; its gradient is the adjoint's"
             )
 
+    def _take_grid(self) -> None:
+        grid = tuple(float(t) for t in self.grid or ())
+        rises = all(a < b for a, b in pairwise(grid))
+        if self.method not in STAGES or len(grid) < 2 or not rises or grid[0] or grid[-1] != 1:
+            raise ValueError(
+                f"Solver: expected a grid ascending from 0 to 1 and one of {', '.join(STAGES)}, "
+                f"got {grid} and {self.method}"
+            )
+        if self.steps not in (None, len(grid) - 1):
+            raise ValueError(f"Solver: a grid of {len(grid) - 1} steps, but steps={self.steps}")
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "steps", len(grid) - 1)
+
     @property
     def fixed(self) -> bool:
         """Whether the steps are set beforehand."""
@@ -110,9 +129,25 @@ class Solver:
             return None
         return self.steps * STAGES[self.method]
 
+    def between(self, t0: float, t1: float) -> list[float]:
+        """The grid's times strictly inside (t0, t1), in the order of the solve."""
+        low, high = min(t0, t1) + 1e-6, max(t0, t1) - 1e-6  # off the ends as float32 rounds them
+        found = [t for t in self.grid or () if low < t < high]
+        return found if t0 < t1 else found[::-1]
+
+    def refined(self) -> "Solver":
+        """With a hundredth of the tolerances, or twice the steps."""
+        if self.grid is not None:
+            middles = [0.5 * (a + b) for a, b in pairwise(self.grid)]
+            return replace(self, grid=tuple(sorted((*self.grid, *middles))), steps=None)
+        if self.steps is not None:
+            return replace(self, steps=2 * self.steps)
+        return replace(self, rtol=self.rtol / 100, atol=self.atol / 100)
+
     def __str__(self) -> str:
         if self.fixed:
-            return f"{self.method}, {self.steps} steps"
+            unequal = " on a grid" if self.grid else ""
+            return f"{self.method}, {self.steps} steps{unequal}"
         return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"
 
 

@@ -9,7 +9,6 @@ from torch import Generator, Tensor
 
 from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
-from cnf.dynamics.solver import Solver
 from cnf.errors import optional
 from cnf.flow import Flow
 from cnf.transforms.continuous import Continuous, is_continuous
@@ -121,14 +120,8 @@ def _tightened(flow: Flow) -> Flow:
     flow = copy.deepcopy(flow).double()
     for part in flow.modules():
         if isinstance(part, Continuous):
-            part.solver = _tighter(part.solver)
+            part.solver = part.solver.refined()
     return flow
-
-
-def _tighter(solver: Solver) -> Solver:
-    if solver.steps is not None:
-        return replace(solver, steps=2 * solver.steps)
-    return replace(solver, rtol=solver.rtol / 100, atol=solver.atol / 100)
 
 
 def _half_width(value: Tensor, estimates: Tensor | None, confidence: float) -> Tensor | None:

@@ -30,7 +30,8 @@ def test_the_loop_takes_torchdiffeqs_steps(method, steps, ends, generator):
         weight = A.clone().requires_grad_()
         x = state[0].clone().requires_grad_()
         if loop:
-            end = fixed.integrate(field(weight), (x, state[1]), *ends, method, steps)
+            stops = torch.linspace(*ends, steps + 1, dtype=F64).tolist()
+            end = fixed.integrate(field(weight), (x, state[1]), stops, method)
         else:
             solver = Solver(method, steps=steps, gradient="backprop")
             end = solve(field(weight), (x, state[1]), *ends, solver, ()).state

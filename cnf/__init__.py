@@ -18,6 +18,7 @@ from cnf import (
     models,
     nets,
     objectives,
+    sampling,
     transforms,
 )
 from cnf.dynamics import Exact, Hutchinson, Solver
@@ -54,6 +55,7 @@ __all__ = [
     "models",
     "nets",
     "objectives",
+    "sampling",
     "transforms",
     *_LAZY,
 ]

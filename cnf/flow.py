@@ -150,7 +150,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """As `sample`, with gradients to the parameters and the context."""
-        z, context = self._draw_base(sample_shape, context, generator, "rsample")
+        z, context = self.draw_base(sample_shape, context, generator, "rsample")
         return self.decode(z, context)
 
     def sample_and_log_prob(
@@ -161,7 +161,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draws and their log-density from one solve, both with gradients."""
-        z, context = self._draw_base(sample_shape, context, generator, "sample_and_log_prob")
+        z, context = self.draw_base(sample_shape, context, generator, "sample_and_log_prob")
         if self.dequantisation is not None:
             raise TypeError(
                 "Flow.sample_and_log_prob: a dequantised flow has no density of its samples; "
@@ -270,9 +270,10 @@ class Flow(nn.Module):
                 )
             return None
         if context is None:
-            raise ValueError(
-                f"{who}: expected a context of shape (*, {self.context_dim}), got None"
-            )
+            if self.transform.optional_context:
+                return None
+            wanted = f"expected a context of shape (*, {self.context_dim})"
+            raise ValueError(f"{who}: {wanted}, got None")
         expect_event(who, "context", context, (self.context_dim,))
         if batch is None:
             return context
@@ -284,13 +285,11 @@ class Flow(nn.Module):
                 f"got {tuple(context.shape)}"
             ) from None
 
-    def _draw_base(
-        self,
-        sample_shape: Shape,
-        context: Tensor | None,
-        generator: torch.Generator | None,
-        who: str,
-    ) -> tuple[Tensor, Tensor | None]:
+    def draw_base(
+        self, sample_shape: Shape, context: Tensor | None, generator: torch.Generator | None,
+        who: str = "draw_base",
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Base samples as `sample` begins with, and the context expanded to them."""
         shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
         context = self.checked_context(f"Flow.{who}", context, None)
         if context is not None:

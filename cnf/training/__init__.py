@@ -3,5 +3,6 @@
 from cnf.training.checkpoint import load, save
 from cnf.training.config import TrainConfig
 from cnf.training.loop import History, fit
+from cnf.training.reflow import distill, pairs, reflow
 
-__all__ = ["History", "TrainConfig", "fit", "load", "save"]
+__all__ = ["History", "TrainConfig", "distill", "fit", "load", "pairs", "reflow", "save"]

@@ -126,19 +126,17 @@ class NoData(Stream):
 
 
 class Rows:
-    """Tensors or a map-style dataset, indexed by a tensor of row numbers."""
+    """A `Batch` or a map-style dataset, indexed by a tensor of row numbers."""
 
-    def __init__(self, data: Any, context: Tensor | None) -> None:
-        self.data, self.context = data, context
-        if context is not None and len(context) != len(data):
-            raise ValueError(f"fit: expected {len(data)} rows of context, got {len(context)}")
+    def __init__(self, data: Any) -> None:
+        self.data = data
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data.x if isinstance(self.data, Batch) else self.data)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        if isinstance(self.data, Tensor):
-            return Batch(self.data[rows], None if self.context is None else self.context[rows])
+        if isinstance(self.data, Batch):
+            return self.data.map(lambda value: value[rows])
         return as_batch(default_collate([self.data[int(row)] for row in rows]))
 
 
@@ -149,10 +147,13 @@ def as_stream(
     held_out = None if validation is None else as_batch(validation, "validation")
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
+    if isinstance(data, Batch):
+        return RowStream(Rows(_same_length(data)), config, held_out)
     points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
     if isinstance(points, Tensor) or hasattr(points, "__array__"):
         given = None if context is None else _checked("context", context)
-        return RowStream(Rows(_checked("data", points), given), config, held_out)
+        rows = Batch(_checked("data", points), given)
+        return RowStream(Rows(_same_length(rows)), config, held_out)
     if context is not None:
         raise ValueError("fit: context=… goes with an array; elsewhere batches are (x, context)")
     if data is None:
@@ -160,7 +161,7 @@ def as_stream(
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return RowStream(Rows(data, None), config, held_out)
+        return RowStream(Rows(data), config, held_out)
     if isinstance(data, Iterable):
         return IterableStream(data, config, held_out)
     raise TypeError(f"fit: expected a density, rows or batches, got {type(data).__name__}")
@@ -190,6 +191,13 @@ def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
             f"fit: the flow models points of shape {expected}, the data's are "
             f"{tuple(head.shape[1:])}"
         )
+
+
+def _same_length(batch: Batch) -> Batch:
+    for name, value in vars(batch).items():
+        if value is not None and len(value) != len(batch.x):
+            raise ValueError(f"fit: expected {len(batch.x)} rows of {name}, got {len(value)}")
+    return batch
 
 
 def _checked(name: str, value: Any) -> Tensor:

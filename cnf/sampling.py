@@ -1,0 +1,177 @@
+"""Sampling continuous flows: step grids for few evaluations, guidance, SDEs.
+
+A grid is what `Solver(grid=…)` takes; few-step sampling is then any flow's own:
+`flow.with_solver(Solver("heun2", grid=edm_grid(8))).sample(1000)`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf.dynamics.solver import Solver
+from cnf.errors import expect_positive
+from cnf.fields import Guided, Predicts, WithScore, score
+from cnf.flow import Flow
+from cnf.matching.paths import Path, as_path
+from cnf.transforms.continuous import Continuous
+
+Grid = tuple[float, ...]
+
+
+def edm_grid(
+    steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Grid:
+    """Steps that are short near the data: the noise levels of EDM, as times of a linear path.
+
+    A level s is the noise's spread over the data's share, (1 - t)/t, so t = 1/(1 + s); the first
+    time is moved to 0, the last is 1.
+    Source: Karras et al. (2022), https://arxiv.org/abs/2206.00364, eq. 5.
+
+    Args:
+        steps: How many.
+        sigma_min: The last level above zero.
+        sigma_max: The first level.
+        rho: Above 1 for shorter steps at low levels.
+    """
+    expect_positive("edm_grid", steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    parts = [k / max(1, steps - 1) for k in range(1, steps)]
+    levels = [(ends[0] + part * (ends[1] - ends[0])) ** rho for part in parts]
+    return (0.0, *(1 / (1 + level) for level in levels), 1.0)
+
+
+@torch.no_grad()
+def learned_grid(
+    flow: Flow,
+    steps: int,
+    method: str = "euler",
+    context: Tensor | None = None,
+    *,
+    points: int = 512,
+    generator: torch.Generator | None = None,
+) -> Grid:
+    """The grid whose samples come nearest to those of the flow's own solver, from equal steps on.
+
+    One time after the other is moved while that helps, by ever smaller amounts (Hooke & Jeeves,
+    1961, https://doi.org/10.1145/321062.321069). Some hundred samples of `points` points.
+
+    Args:
+        flow: A continuous flow.
+        steps: How many.
+        method: A one-step method, such as "euler" or "heun2".
+        context: Condition, shape (C,) or (points, C).
+        points: Base samples whose mean distance, few steps to own solver, is made least.
+        generator: Source of the base samples.
+    """
+    _continuous("learned_grid", flow)
+    z = flow.base.sample((points,), generator)
+    exact = flow.decode(z, context)
+
+    def error(grid: Sequence[float]) -> float:
+        few = flow.with_solver(Solver(method, grid=tuple(grid))).decode(z, context)
+        return (few - exact).flatten(1).norm(dim=1).mean().item()
+
+    grid = [k / steps for k in range(steps + 1)]
+    least, reach = error(grid), 0.5 / steps
+    while steps > 1 and reach > 0.02 / steps:
+        before = least
+        for k, way in product(range(1, steps), (reach, -reach)):
+            trial = [*grid[:k], grid[k] + way, *grid[k + 1 :]]
+            if not grid[k - 1] < trial[k] < grid[k + 1]:
+                continue
+            found = error(trial)
+            if found < least:
+                grid, least = trial, found
+        if least == before:
+            reach /= 2
+    return tuple(grid)
+
+
+def guided(flow: Flow, weight: float, interval: tuple[float, float] = (0.0, 1.0)) -> Flow:
+    """The same weights under classifier-free guidance: samples, density and all; see `Guided`.
+
+    Args:
+        flow: A continuous flow built with null_context=True.
+        weight: 1 for the conditional flow itself, more for more of the condition.
+        interval: Times at which it holds.
+    """
+    transform = copy.copy(_continuous("guided", flow))
+    field = Guided(transform.field, weight, interval)
+    transform._modules = {**transform._modules, "field": field}
+    found = copy.copy(flow)
+    found._modules = {**flow._modules, "transform": transform}
+    found.spec = None  # `cnf.load` could not build it
+    return found
+
+
+@torch.no_grad()
+def sde(
+    flow: Flow,
+    sample_shape: int | Sequence[int] = (),
+    context: Tensor | None = None,
+    *,
+    path: Any = "linear",
+    steps: int = 100,
+    noise: float = 1.0,
+    diffusion: Callable[[Tensor], Tensor] | None = None,
+    grid: Grid | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Samples by dx = (v + ½g²·∇log p_t) dt + g dW, which has the flow's marginals for every g.
+
+    The noise corrects errors of the velocity that an ODE would carry to the end. The score is the
+    field's own head's, or follows from the velocity, which needs a standard normal base and an
+    independent coupling.
+    Source: Song et al. (2021), https://arxiv.org/abs/2011.13456; Albergo et al. (2023),
+    https://arxiv.org/abs/2303.08797.
+
+    Args:
+        flow: A continuous flow trained by flow matching.
+        sample_shape: As of `Flow.sample`.
+        context: Condition.
+        path: The path that it was trained with, where the field does not say.
+        steps: Of Euler and Maruyama.
+        noise: g² = 2·noise·σ_t where `diffusion` is None, so that the drift stays bounded; 0 is
+            the ODE.
+        diffusion: g as a function of t.
+        grid: Times of the steps, instead of equal ones.
+        generator: Source of all draws.
+    Returns:
+        Samples, as `Flow.sample` gives them.
+    """
+    field = _continuous("sde", flow).field
+    path = field.path if isinstance(field, Predicts | WithScore) else as_path(path)
+    x, context = flow.draw_base(sample_shape, context, generator)
+    times = grid or tuple(k / steps for k in range(steps + 1))
+    for start, stop in pairwise(times):
+        t, h = x.new_tensor(start), stop - start
+        g = _spread(field, path, t, noise) if diffusion is None else diffusion(t)
+        drift = field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
+        device = x.device if generator is None else generator.device
+        dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        x = x + h * drift + h**0.5 * g * dw
+    x = x if flow.preprocess is None else flow.preprocess(x)[0]
+    return x if flow.dequantisation is None else flow.dequantisation.decode(x)
+
+
+def _spread(field: Any, path: Path, t: Tensor, noise: float) -> Tensor:
+    """g: of the noise whose mean the score is."""
+    at = path.schedule(path.clipped(t))
+    sigma = at.gamma if isinstance(field, WithScore) else at.gaussian().sigma
+    return (2 * noise * torch.as_tensor(sigma)).sqrt()
+
+
+def _continuous(who: str, flow: Flow) -> Continuous:
+    if not isinstance(flow.transform, Continuous):
+        raise TypeError(
+            f"{who}: expected a flow whose transform is a Continuous, got a "
+            f"{type(flow.transform).__name__}"
+        )
+    return flow.transform
+
+
+__all__ = ["Grid", "Solver", "edm_grid", "guided", "learned_grid", "sde"]

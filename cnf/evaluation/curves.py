@@ -1,20 +1,30 @@
 """Curves of a race: learning against time, quality against the evaluations it takes."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from cnf.errors import optional
+from cnf.evaluation.axes import HEIGHT, WIDTH, legend_below, powers_of_two, sparse_log
 from cnf.evaluation.comparison import Entry, Results
-from cnf.evaluation.style import FAINT, TRUTH, colours, dashes, new_figure, styled, titles
+from cnf.evaluation.style import (
+    DASHES,
+    FAINT,
+    PALETTE,
+    TRUTH,
+    colours,
+    dashes,
+    new_figure,
+    styled,
+    titles,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 6.0, 4.0  # legible at a phone's width
 SAME = "two sets of true samples"
 
 
@@ -51,7 +61,7 @@ def plot_gap_over_time(results: Results) -> "Figure":
         )
         ax.set_xlim(left=0)
         ax.grid(True)
-        _legend(figure, ax)
+        legend_below(figure, ax)
     return figure
 
 
@@ -74,13 +84,48 @@ def plot_quality_against_nfe(results: Results) -> "Figure":
         floor = results.floor.get("sliced_w2", math.nan)
         if math.isfinite(floor) and floor > 0:
             ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
-        _powers_of_two(ax, _largest_nfe(results))
-        _sparse_log(ax.yaxis, ax.get_ylim())
+        powers_of_two(ax, _largest_nfe(results))
+        sparse_log(ax.yaxis, ax.get_ylim())
         ax.set(xlabel="evaluations of the field per sample", ylabel="sliced W2 to true samples")
         if _largest_nfe(results) > 0:
             ax.plot([], [], "*", color=FAINT, ms=11, ls="none", label="a flow's own solver")
         ax.grid(True)
-        _legend(figure, ax)
+        legend_below(figure, ax)
+    return figure
+
+
+def plot_nfe_curves(
+    curves: Mapping[str, list[tuple[int, float]]],
+    floor: float = math.nan,
+    ylabel: str = "sliced W2 to true samples",
+) -> "Figure":
+    """Distance against evaluations, both logarithmic; a star is a flow's own solver.
+
+    Args:
+        curves: By title, as `nfe_curve` gives them, such as {"before": …, "after reflow": …}.
+        floor: What two sets of true samples score.
+        ylabel: Name of the distance.
+    """
+    largest = max(nfe for curve in curves.values() for nfe, _ in curve)
+    with styled():
+        figure = new_figure(WIDTH, HEIGHT)
+        ax = figure.subplots()
+        ax.set(xscale="log", yscale="log")
+        for k, (title, curve) in enumerate(curves.items()):
+            colour, dash = PALETTE[k % len(PALETTE)], DASHES[k // len(PALETTE) % len(DASHES)]
+            nfe, value = zip(*curve, strict=True)
+            ax.plot(
+                nfe[:-1], value[:-1], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title
+            )
+            ax.plot(nfe[-1:], value[-1:], "*", color=colour, ms=15, mec="white", mew=0.8, zorder=4)
+        if floor > 0:
+            ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
+        ax.plot([], [], "*", color=FAINT, ms=11, ls="none", label="a flow's own solver")
+        powers_of_two(ax, largest)
+        sparse_log(ax.yaxis, ax.get_ylim())
+        ax.set(xlabel="evaluations of the field per sample", ylabel=ylabel)
+        ax.grid(True)
+        legend_below(figure, ax)
     return figure
 
 
@@ -111,7 +156,7 @@ def plot_histograms(results: Results, samples: dict[str, Tensor | str]) -> "Figu
                     heights, bins, color=colour[name], ls=dash[name], lw=1.8, label=names[name]
                 )
         ax.set(xlabel="value", ylabel="density", xlim=(low, high))
-        _legend(figure, ax)
+        legend_below(figure, ax)
     return figure
 
 
@@ -168,46 +213,4 @@ def _log_axis(ax: "Axes", least: float) -> None:
     else:
         ax.set_yscale("symlog", linthresh=0.01, linscale=0.5)
         ax.axhline(0, color="#9aa1ad", lw=0.8)
-    _sparse_log(ax.yaxis, ax.get_ylim())
-
-
-def _sparse_log(axis: Any, limits: tuple[float, float]) -> None:
-    """Plain numbers at 1, 2 and 5 of each power of ten, fewer of them on a long axis; no 10⁻²."""
-    ticker = optional("matplotlib.ticker", "evaluation")
-    low, high = limits
-    decades = math.log10(high / low) if low > 0 else 9.0
-    steps = (
-        (1, 2, 3, 5, 7)
-        if decades < 1
-        else (1, 2, 5)
-        if decades < 2
-        else (1, 3)
-        if decades < 3
-        else (1,)
-    )
-    if low > 0:
-        if decades < 0.5:
-            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        else:
-            axis.set_major_locator(ticker.LogLocator(subs=steps))
-        axis.set_minor_locator(ticker.NullLocator())
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
-
-
-def _powers_of_two(ax: "Axes", largest: float) -> None:
-    ticker = optional("matplotlib.ticker", "evaluation")
-    top = max(largest, 32)
-    ticks = [2**k for k in range(math.floor(math.log2(top)) + 1)]
-    ax.set_xlim(0.85, top * 1.35)
-    ax.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0f}"))
-
-
-def _legend(figure: "Figure", ax: "Axes") -> None:
-    """Below the axes, so that nothing is hidden and the picture stays narrow."""
-    handles, labels = ax.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 26 else 2
-    rows = math.ceil(len(labels) / columns)
-    figure.set_size_inches(WIDTH, HEIGHT + 0.24 * rows)
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, labelspacing=0.35)
+    sparse_log(ax.yaxis, ax.get_ylim())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
+from cnf.evaluation.few_steps import Curve, nfe_curve
 from cnf.flow import Flow
 from cnf.training.stream import seeded
 from cnf.transforms.continuous import Continuous, is_continuous
@@ -78,16 +79,9 @@ class Judge:
         draw = seeded(0, -7)
         return float(metrics.sliced_wasserstein2(drawn, self.test, 200, generator=draw))
 
-    @torch.no_grad()
-    def few_steps(self, flow: Flow, seed: int = 0) -> list[tuple[int, float]]:
+    def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
         """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
-        own = metrics.nfe(flow, n=1000, generator=seeded(0, -6)).sample
-        flows = [(n, flow.with_solver(Solver("euler", steps=n))) for n in FEW_STEPS if own]
-        points = []
-        for evaluations, stepped in [*flows, (own, flow)]:
-            drawn = stepped.sample((len(self.test),), generator=seeded(seed, -8))
-            points.append((evaluations, self.sliced(drawn.cpu())))
-        return points
+        return nfe_curve(flow, self.test, steps=FEW_STEPS, distance=self.sliced, seed=seed)
 
 
 def _paths(flow: Flow) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""What is minimised: maximum likelihood, flow matching. Both train the same flow."""
+"""What is minimised: maximum likelihood, flow matching, both. They train the same flow."""
 
 from dataclasses import fields
 from typing import Any
 
 from cnf.objectives.base import OBJECTIVES, Batch, Loss, Objective
+from cnf.objectives.joint import Joint
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.matching import FlowMatching
 
@@ -11,6 +12,7 @@ __all__ = [
     "OBJECTIVES",
     "Batch",
     "FlowMatching",
+    "Joint",
     "Loss",
     "MaximumLikelihood",
     "Objective",

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from cnf.dynamics.divergence import DIVERGENCES
-from cnf.matching.paths import PATHS
+from cnf.matching import PATHS, TIMES
 from cnf.objectives import OBJECTIVES, Objective
 from cnf.training.config import TrainConfig
 
@@ -47,28 +48,31 @@ def objective_name(objective: Objective) -> str:
     return names[0] if names else type(objective).__name__
 
 
-def _settings(objective: Objective) -> dict[str, Any]:
-    """The objective's fields, as YAML holds them."""
-    if not is_dataclass(objective):
+def _settings(value: Any) -> dict[str, Any]:
+    """A dataclass's fields, as YAML holds them; those left at None or empty are left out."""
+    if not is_dataclass(value):
         return {}
-    values = {field.name: getattr(objective, field.name) for field in fields(objective)}
-    return {name: _plain(value) for name, value in values.items() if value not in (None, {})}
+    values = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: _plain(v) for name, v in values.items() if v is not None and v != {}}
 
 
 def _plain(value: Any) -> Any:
     """A setting as YAML holds it; a registered divergence, path, … by its name and fields."""
-    if isinstance(value, str | int | float | dict | list):
+    if isinstance(value, str | int | float):
         return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if not is_dataclass(value) or isinstance(value, type):
         return repr(value)
-    settings = {k: v for k, v in asdict(value).items() if isinstance(v, str | int | float)}
     names = [
         name
-        for registry in (DIVERGENCES, PATHS)
+        for registry in (DIVERGENCES, PATHS, TIMES, OBJECTIVES)
         for name, kind in registry.items()
         if kind is type(value)
     ]
-    return {"name": names[0], **settings} if names else settings
+    return {"name": names[0], **_settings(value)} if names else _settings(value)
 
 
 def machine() -> dict[str, Any]:

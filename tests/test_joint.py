@@ -1,0 +1,77 @@
+"""Several objectives at once."""
+
+import pytest
+import torch
+
+import cnf
+from cnf import Batch, FlowMatching, MaximumLikelihood
+from cnf.objectives import Joint
+
+F64 = torch.float64
+
+
+@pytest.fixture
+def x(generator):
+    return torch.randn(6, 2, generator=generator, dtype=F64) * 1.5 + 0.5
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_loss_is_the_weighted_sum_over_the_same_draws(small_flow, x):
+    flow, joint = small_flow("rnode"), Joint(weights=(0.7, 0.2))
+    batch = joint.prepare(flow, Batch(x), seeded())
+    assert batch.t is not None and batch.probe is not None
+    loss = joint(flow, batch)
+    parts = FlowMatching()(flow, batch), MaximumLikelihood()(flow, batch)
+    torch.testing.assert_close(loss.value, 0.7 * parts[0].value + 0.2 * parts[1].value)
+    assert set(loss.metrics) == {"fm", "nll", "kinetic", "jacobian"}
+
+
+def test_the_gradient_is_the_weighted_sum_too(small_flow, x):
+    flow, slopes = small_flow("cnf"), []
+    batch = Joint().prepare(flow, Batch(x), seeded())
+    for objective in (FlowMatching(), MaximumLikelihood(), Joint(weights=(2.0, 0.5))):
+        weights = list(objective.parameters(flow))
+        slopes.append(torch.autograd.grad(objective(flow, batch).value, weights))
+    for matching, likelihood, joint in zip(*slopes, strict=True):
+        torch.testing.assert_close(joint, 2.0 * matching + 0.5 * likelihood, rtol=1e-6, atol=1e-9)
+
+
+def test_each_parameter_is_trained_once(small_flow):
+    flow = small_flow("cnf")
+    assert len(list(Joint().parameters(flow))) == len(list(flow.parameters()))
+
+
+def test_terms_are_had_by_name_and_the_lower_rate_holds():
+    terms = ({"name": "flow-matching", "times": "skewed"}, {"name": "maximum-likelihood"})
+    joint = Joint(terms, [1.0, 0.3])
+    assert joint.terms == (FlowMatching(times="skewed"), MaximumLikelihood())
+    assert joint.lr == MaximumLikelihood.lr and joint.needs_data
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.1, 0.1)])
+def test_a_weight_for_each_term(weights):
+    with pytest.raises(ValueError, match="Joint: expected a weight for each term, got 2 terms"):
+        Joint(weights=weights)
+
+
+def test_weights_are_positive():
+    with pytest.raises(ValueError, match="Joint: expected weights > 0, got 0"):
+        Joint(weights=(1.0, 0.0))
+
+
+def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    joint = Joint(
+        (
+            FlowMatching(path={"name": "bridge", "sigma": 0.5}, coupling={"name": "partial"}),
+            MaximumLikelihood(cnf.Hutchinson(2), solver={"method": "rk4", "steps": 2}),
+        ),
+        (1.0, 0.2),
+    )
+    config = cnf.TrainConfig(steps=2, batch_size=16, progress=False, folder=tmp_path / "run")
+    cnf.fit(small_flow("cnf"), joint, torch.randn(50, 2), config)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert cnf.objectives.build(written["objective"], **written["objective_options"]) == joint

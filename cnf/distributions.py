@@ -1,4 +1,4 @@
-"""Base distributions: normal, mixtures, uniform, any torch distribution, a toy density."""
+"""Base distributions: normal, mixtures, uniform, any torch distribution, a toy, points."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from cnf.errors import expect_finite
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -18,8 +20,10 @@ class Base(nn.Module, ABC):
 
     Attributes:
         event_shape: Shape of one z.
+        has_density: Whether `log_prob` means anything.
     """
 
+    has_density = True
     _like: Tensor  # follows the module's dtype and device
 
     def __init__(self, event_shape: Sequence[int]) -> None:
@@ -181,8 +185,41 @@ class Uniform(Base):
         return self.low + (self.high - self.low) * draw.to(self.low.device)
 
 
+class Empirical(Base):
+    """Points as a source: samples are rows drawn with replacement; there is no density.
+
+    Args:
+        points: Shape (N, *event).
+    """
+
+    has_density = False
+    points: Tensor
+
+    def __init__(self, points: Tensor) -> None:
+        if not len(points):
+            raise ValueError("Empirical: expected one point or more, got none")
+        expect_finite("Empirical", "points", points)
+        super().__init__(points.shape[1:])
+        self.register_buffer("points", points)
+        self.to(points.dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        raise ValueError(
+            "log_prob: this flow's source is a set of points, which has no density; to have one, "
+            "give the flow a base with a density, such as cnf.data.toy('moons') or a normal"
+        )
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        device = self.points.device if generator is None else generator.device
+        shape = tuple(sample_shape)
+        rows = torch.randint(len(self.points), shape, generator=generator, device=device)
+        return self.points[rows.to(self.points.device)]
+
+
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:
-    """A `Base` from None (standard normal), a Base, a torch distribution or a density."""
+    """A `Base` from None (standard normal), a Base, a torch distribution, a density or points."""
     if base is None:
         return StandardNormal(event_shape)
     if isinstance(base, Base):
@@ -191,9 +228,11 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
         return FromTorch(base)
     if all(hasattr(base, name) for name in ("dim", "sample", "log_prob")):
         return FromDensity(base)
+    if isinstance(base, Tensor) or hasattr(base, "__array__"):
+        return Empirical(torch.as_tensor(base))
     raise ValueError(
-        "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, or a "
-        f"density such as cnf.data.toy('moons'); got {type(base).__name__}"
+        "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, a "
+        f"density such as cnf.data.toy('moons'), or points (N, D); got {type(base).__name__}"
     )
 
 

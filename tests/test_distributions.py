@@ -8,6 +8,7 @@ from torch import distributions as torchd
 from torch.distributions import Gamma, Independent, MultivariateNormal, Normal
 
 from cnf.distributions import (
+    Empirical,
     FromDensity,
     FromTorch,
     GaussianMixture,
@@ -130,6 +131,22 @@ def test_standard_normal_follows_the_module():
     base = StandardNormal((3,))
     assert base.sample().dtype == torch.float32
     assert base.double().sample().dtype == F64
+
+
+def test_points_are_drawn_alike_and_have_no_density(generator):
+    points = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], dtype=F64)
+    base = as_base(points.numpy(), ())
+    assert isinstance(base, Empirical) and not base.has_density and base.event_shape == (2,)
+    drawn = base.sample((3000, 2), generator)
+    assert drawn.shape == (3000, 2, 2) and drawn.dtype == F64
+    rows, counts = drawn.reshape(-1, 2).unique(dim=0, return_counts=True)
+    assert torch.equal(rows, points) and (counts - 2000).abs().max() < 150
+    with pytest.raises(ValueError, match="source is a set of points, which has no density"):
+        base.log_prob(points)
+    with pytest.raises(ValueError, match="Empirical: expected points to be finite"):
+        Empirical(torch.tensor([[0.0], [math.nan]]))
+    with pytest.raises(ValueError, match="Empirical: expected one point or more"):
+        Empirical(torch.empty(0, 2))
 
 
 def test_as_base_takes_what_a_user_gives():

@@ -68,8 +68,8 @@ def fit(
     Args:
         module: A flow, or any module that the objective understands.
         objective: `MaximumLikelihood()`, `FlowMatching()`, …
-        data: A density (fresh draws each step), a tensor or array (N, D), a map-style dataset, an
-            iterable of batches, or None where the objective needs none.
+        data: A density (fresh draws each step), a tensor or array (N, D), a `Batch` of rows, a
+            map-style dataset, an iterable of batches, or None where the objective needs none.
         config: Budget, optimiser, averaging, where to write.
         context: Condition of each row of an array, shape (N, C).
         validation: Held-out rows, x or (x, context); drawn from the density, or a tenth of one's
@@ -190,7 +190,7 @@ class _Trainer:
         if self.validation.held_out is None or not self.config.validations:
             return None
         score = self.validation.score(self.learner.kept, self.budget.fraction)
-        bar.validated(score)
+        bar.validated(self.validation.name, score)
         return score
 
     def _record(self, loss: Loss, nfe: int, scored: float | None) -> None:

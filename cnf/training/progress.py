@@ -8,7 +8,7 @@ from cnf.errors import optional
 
 
 class ProgressBar:
-    """Part of the budget, loss, held-out NLL, evaluations per step, steps per second, time left.
+    """Part of the budget, loss, held-out score, evaluations per step, steps per second, time left.
 
     Args:
         show: Whether anything is shown.
@@ -26,13 +26,15 @@ class ProgressBar:
                 progress.BarColumn(bar_width=None),
                 text("{task.percentage:>3.0f}%"),
                 text("loss {task.fields[loss]}"),
-                text("NLL {task.fields[nll]}"),
+                text("{task.fields[held_out]}"),
                 text("NFE {task.fields[nfe]}"),
                 text("{task.fields[rate]} it/s"),
                 text("eta"),
                 progress.TimeRemainingColumn(),
             )
-            self._task = self._bar.add_task(title, total=1.0, loss="–", nll="–", nfe="–", rate="–")
+            self._task = self._bar.add_task(
+                title, total=1.0, loss="–", held_out="NLL –", nfe="–", rate="–"
+            )
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -63,10 +65,11 @@ class ProgressBar:
         fields = {"loss": f"{loss:.3f}", "nfe": str(nfe), "rate": f"{rate:.0f}"}
         self._bar.update(self._task, completed=fraction, **fields)
 
-    def validated(self, nll: float) -> None:
-        """Show a new held-out score."""
+    def validated(self, name: str, score: float) -> None:
+        """Show a new held-out score, "val_nll" or "val_loss"."""
         if self._bar is not None:
-            self._bar.update(self._task, nll=f"{nll:.3f}")
+            words = {"val_nll": "NLL", "val_loss": "held-out loss"}
+            self._bar.update(self._task, held_out=f"{words[name]} {score:.3f}")
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

@@ -1,13 +1,14 @@
 """Held-out scores during training, and when to stop for want of a better one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cnf.flow import Flow
 from cnf.objectives import Batch, Objective
-from cnf.training.config import TrainConfig
+from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.stream import seeded
 
 CHUNK = 10_000  # rows scored at once
@@ -17,7 +18,7 @@ class Validation:
     """Scores the kept weights, evenly over the budget; remembers the best if patience is set.
 
     Attributes:
-        name: What the score is called: "val_nll" for a flow, "val_loss" for another module.
+        name: What the score is called: "val_nll" for a flow with a density, else "val_loss".
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, held_out: Batch | None) -> None:
@@ -33,14 +34,15 @@ class Validation:
 
     def score(self, module: nn.Module, fraction: float) -> float:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
-        assert self.held_out is not None
         self.done = int(fraction * self.config.validations + 1e-9)
         training = module.training
         module.eval()
         with torch.no_grad():
-            score = self._nll(module) if isinstance(module, Flow) else self._loss(module)
+            if isinstance(module, Flow) and module.base.has_density:
+                self.name, score = "val_nll", self._nll(module)
+            else:
+                self.name, score = "val_loss", self._loss(module)
         module.train(training)
-        self.name = "val_nll" if isinstance(module, Flow) else "val_loss"
         if self.config.patience is not None:
             if score < self.best:
                 weights = {name: value.clone() for name, value in module.state_dict().items()}
@@ -55,22 +57,26 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> float:
-        assert self.held_out is not None
-        total, count = 0.0, len(self.held_out.x)
-        for start in range(0, count, CHUNK):
-
-            def chunk(value: Tensor, start: int = start) -> Tensor:
-                return value[start : start + CHUNK]
-
-            rows = self.held_out.map(chunk)
-            total -= flow.log_prob(rows.x, rows.context).double().sum().item()
-        return total / count
+        return sum(
+            -flow.log_prob(rows.x, rows.context).double().sum().item()
+            for rows in self._chunks(CHUNK)
+        ) / len(self._rows.x)
 
     def _loss(self, module: nn.Module) -> float:
+        generator, total = seeded(self.config.seed, -4), 0.0  # the same draws every time
+        for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for
+            batch = self.objective.prepare(module, rows, generator)
+            total += len(rows.x) * self.objective(module, batch).value.item()
+        return total / len(self._rows.x)
+
+    def _chunks(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self._rows.x), size):
+            yield self._rows.map(lambda value, start=start: value[start : start + size])
+
+    @property
+    def _rows(self) -> Batch:
         assert self.held_out is not None
-        generator = seeded(self.config.seed, -4)  # the same draws every time
-        batch = self.objective.prepare(module, self.held_out, generator)
-        return self.objective(module, batch).value.item()
+        return self.held_out
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

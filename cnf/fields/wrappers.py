@@ -150,7 +150,7 @@ class Preconditioned(Wrapper):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         growth, shrink = self._coefficients(t.to(x.dtype))
-        return growth * x + self.field(t, shrink * x, context)
+        return torch.addcmul(self.field(t, shrink * x, context), growth, x)
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
@@ -166,8 +166,9 @@ class Preconditioned(Wrapper):
         """s'/s and 1/s, broadcasting over the event."""
         if t.dim():
             t = t.reshape(*t.shape, *[1] * len(self.event_shape))
-        square = t * t + (1 - t) ** 2
-        return (2 * t - 1) / square, square.rsqrt()
+        u = 2 * t - 1
+        twice = 2 / (1 + u * u)  # 1/s²
+        return u * twice, twice.sqrt()
 
 
 def innermost(field: VectorField) -> VectorField:

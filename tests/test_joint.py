@@ -44,11 +44,12 @@ def test_each_parameter_is_trained_once(small_flow):
     assert len(list(Joint().parameters(flow))) == len(list(flow.parameters()))
 
 
-def test_terms_are_had_by_name_and_the_lower_rate_holds():
+def test_terms_are_had_by_name_and_the_lowest_rate_holds(small_flow):
     terms = ({"name": "flow-matching", "times": "skewed"}, {"name": "maximum-likelihood"})
     joint = Joint(terms, [1.0, 0.3])
     assert joint.terms == (FlowMatching(times="skewed"), MaximumLikelihood())
-    assert joint.lr == MaximumLikelihood.lr and joint.needs_data
+    assert joint.learning_rate(small_flow("cnf")) == 2e-3 and joint.needs_data
+    assert joint.learning_rate(small_flow("otflow")) == 6e-3  # its likelihood's is 0.1
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.1, 0.1)])

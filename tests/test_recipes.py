@@ -19,7 +19,7 @@ RECIPES = {
     "cnf": Recipe(solver=Solver()),
     "ffjord": Recipe("hutchinson"),
     "rnode": Recipe("hutchinson", {"kinetic": 0.01, "jacobian": 0.01}, Solver("rk4", steps=4)),
-    "otflow": Recipe("exact", {"kinetic": 0.005, "hjb": 0.05}, Solver("rk4", steps=8)),
+    "otflow": Recipe("exact", {"kinetic": 0.005, "hjb": 0.05}, Solver("rk4", steps=8), 0.1),
 }
 
 

@@ -81,7 +81,7 @@ for _name, _contestant in {
         "RNODE", "rnode", (Stage(MaximumLikelihood(), settings={"batch_size": 256, "lr": 2e-3}),)
     ),
     "otflow": Contestant(
-        "OT-Flow", "otflow", (Stage(MaximumLikelihood(), settings={"lr": 1e-2}),)
+        "OT-Flow", "otflow", (Stage(MaximumLikelihood()),)
     ),
     "realnvp": Contestant(
         "RealNVP",

@@ -62,7 +62,7 @@ class Objective(ABC):
 
     Attributes:
         needs_data: Whether a batch without rows makes no sense.
-        lr: Learning rate of Adam where none is given.
+        lr: Learning rate of Adam where neither the run nor the model has one.
     """
 
     needs_data = False
@@ -96,6 +96,10 @@ class Objective(ABC):
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """What is trained."""
         return module.parameters()
+
+    def learning_rate(self, module: nn.Module) -> float:
+        """Adam's, where none is given."""
+        return self.lr
 
 
 def as_flow(who: str, module: nn.Module) -> Flow:

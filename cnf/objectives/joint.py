@@ -18,8 +18,8 @@ from cnf.objectives.matching import FlowMatching
 class Joint(Objective):
     """Σ weight·loss over the same rows: flow matching + λ·NLL unless told.
 
-    >>> Joint(weights=(1.0, 0.01)).lr
-    0.002
+    >>> Joint(weights=(1.0, 0.01)).terms[1]
+    MaximumLikelihood(divergence=None, penalties=None, solver=None, steer=0.0)
 
     Args:
         terms: Objectives, or {"name": …, **options} for each.
@@ -44,9 +44,9 @@ class Joint(Objective):
     def needs_data(self) -> bool:
         return any(term.needs_data for term in self.terms)
 
-    @property
-    def lr(self) -> float:
-        return min(term.lr for term in self.terms)
+    def learning_rate(self, module: nn.Module) -> float:
+        """The lowest of the terms'."""
+        return min(term.learning_rate(module) for term in self.terms)
 
     def begin(self, module: nn.Module, rows: Any, generator: torch.Generator) -> "Joint":
         return replace(self, terms=tuple(t.begin(module, rows, generator) for t in self.terms))

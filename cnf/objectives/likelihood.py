@@ -106,6 +106,10 @@ class MaximumLikelihood(Objective):
         logged = {name: cost.detach() for name, cost in costs.items()}
         return Loss(value, {"nll": nll.detach(), **logged})
 
+    def learning_rate(self, module: nn.Module) -> float:
+        """The model's recipe's, or this objective's."""
+        return _recipe(as_flow("MaximumLikelihood", module)).lr or self.lr
+
     def _divergence(self, flow: Flow) -> Divergence:
         return as_divergence(self.divergence or _recipe(flow).divergence)
 

@@ -24,8 +24,8 @@ class TrainConfig:
             is given.
         batch_size: Rows per step, over all processes together; null for 1,024, or as many as a
             smaller table has.
-        lr: Highest learning rate; null for the objective's own: 6e-3 for flow matching, 2e-3
-            for likelihood.
+        lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
+            for likelihood, or the model's (otflow's likelihood: 0.1).
         optimizer: "adam" or "adamw".
         weight_decay: Weight decay of the optimiser.
         schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".

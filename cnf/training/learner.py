@@ -42,12 +42,12 @@ class Learner:
     ) -> None:
         self.config, self.fabric, self.module = config, fabric, module
         self.objective = objective
-        self.lr = config.lr or objective.lr
+        self.lr = config.lr or objective.learning_rate(module)
         self.parameters = list(objective.parameters(module))
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         optimizer = kind(
             self.parameters,
-            lr=config.lr or objective.lr,
+            lr=self.lr,
             weight_decay=config.weight_decay,
             fused=True,
         )

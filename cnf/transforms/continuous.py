@@ -50,11 +50,13 @@ class Recipe:
         divergence: Such as "hutchinson"; evaluation stays exact.
         penalties: Weights of regularisers by name, such as {"kinetic": 0.01}.
         solver: A solver for training only; the transform's own if None.
+        lr: Learning rate; the objective's if None.
     """
 
     divergence: str | Divergence = "exact"
     penalties: Mapping[str, float] = dataclasses.field(default_factory=dict)
     solver: Solver | None = None
+    lr: float | None = None
 
 
 @TRANSFORMS.register("continuous")

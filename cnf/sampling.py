@@ -25,7 +25,7 @@ Grid = tuple[float, ...]
 def edm_grid(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Grid:
-    """Steps that are short near the data: the noise levels of EDM, as times of a linear path.
+    """Steps that are short near both ends: the noise levels of EDM, as times of a linear path.
 
     A level s is the noise's spread over the data's share, (1 - t)/t, so t = 1/(1 + s); the first
     time is moved to 0, the last is 1.
@@ -146,7 +146,7 @@ def sde(
     field = _continuous("sde", flow).field
     path = field.path if isinstance(field, Predicts | WithScore) else as_path(path)
     x, context = flow.draw_base(sample_shape, context, generator)
-    times = grid or tuple(k / steps for k in range(steps + 1))
+    times = tuple(k / steps for k in range(steps + 1)) if grid is None else tuple(grid)
     for start, stop in pairwise(times):
         t, h = x.new_tensor(start), stop - start
         g = _spread(field, path, t, noise) if diffusion is None else diffusion(t)

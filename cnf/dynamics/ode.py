@@ -140,6 +140,9 @@ def _odeint_adjoint(
         # torchdiffeq turns time around for itself, and forgets these options: it would step past
         # the end, where there is no field, and interpolate back.
         backward["step_t"] = -backward["step_t"]
+    if solver.grid is not None and times[0] > times[-1]:
+        turned = backward["grid_constructor"]
+        backward["grid_constructor"] = lambda func, y0, t: -turned(func, y0, -t)
     if solver.adjoint_norm == "seminorm" and not solver.unchecked:
         backward["norm"] = "seminorm"
 

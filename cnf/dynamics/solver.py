@@ -100,7 +100,7 @@ class Solver:
             )
 
     def _take_grid(self) -> None:
-        grid = tuple(float(t) for t in self.grid or ())
+        grid = tuple(float(t) for t in self.grid)  # pyright: ignore
         rises = all(a < b for a, b in pairwise(grid))
         if self.method not in STAGES or len(grid) < 2 or not rises or grid[0] or grid[-1] != 1:
             raise ValueError(

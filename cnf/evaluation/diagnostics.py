@@ -223,7 +223,7 @@ def _tightened(flow: Flow) -> Flow:
     if not solvers:
         return flow
     tight = replace(
-        solvers[0], method="dopri5", rtol=1e-8, atol=1e-8, steps=None,
+        solvers[0], method="dopri5", rtol=1e-8, atol=1e-8, steps=None, grid=None,
         adjoint_rtol=None, adjoint_atol=None,
     )  # fmt: skip
     return flow.with_solver(tight)

@@ -91,4 +91,5 @@ class Guided(Wrapper):
 
     def _weight(self, t: Tensor) -> Tensor:
         start, end = self.interval
-        return torch.where((t >= start) & (t <= end), self.weight, 1.0).to(t)
+        held = (t >= start) & (t <= end)
+        return torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))

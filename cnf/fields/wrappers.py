@@ -33,12 +33,13 @@ class Wrapper(VectorField):
 
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
-        """What `pieces_of` gives; made once, since the field that a compiled solve knows must
-        not change. A tuple, so that the weights are not counted twice."""
+        """The wrapped pieces of a `Piecewise` inside, if there is one; made once, since the field
+        that a compiled solve knows must not change. A tuple, so that the weights are not counted
+        twice."""
         pieces = pieces_of(self.field)
         wrapped = [self.around(piece) for _, _, piece in pieces] if len(pieces) > 1 else [None]
         if None in wrapped:
-            return ((0.0, 1.0, self),)
+            return ()
         return tuple((a, b, w) for (a, b, _), w in zip(pieces, wrapped, strict=True) if w)
 
 
@@ -181,7 +182,7 @@ def innermost(field: VectorField) -> VectorField:
 def pieces_of(field: VectorField) -> Sequence[Stretch]:
     """(start, end, field) in the order of time; one over [0, 1] unless there is a `Piecewise`,
     bare or wrapped."""
-    if isinstance(field, Wrapper):
+    if isinstance(field, Wrapper) and field.stretches:
         return field.stretches
     if not isinstance(field, Piecewise):
         return [(0.0, 1.0, field)]

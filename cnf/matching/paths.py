@@ -254,7 +254,7 @@ class Interpolant(Path):
 @dataclass(frozen=True)
 class Bridge(Path):
     """A Brownian bridge, t·x1 + (1 - t)·x0 + σ√(t(1 - t))·z: the Schrödinger bridge between
-    entropic-OT pairs (the coupling "sinkhorn" with reg=2σ²).
+    entropic-OT pairs (the coupling "sinkhorn" with reg=2σ², relative=False).
 
     Source: Tong et al. (2024), [SF]²M, https://arxiv.org/abs/2307.03672.
 

@@ -121,14 +121,15 @@ class FlowMatching(Objective):
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Loss:
         flow = as_flow("FlowMatching", module)
-        if batch.x0 is None or batch.x1 is None or batch.t is None:
-            batch = self.prepare(flow, batch, generator)
-        assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
         field = flow.field
         path = self._path(field)
+        ready = batch.x0 is not None and batch.x1 is not None and batch.t is not None
+        if not ready or (path.noisy and batch.noise is None):
+            batch = self.prepare(flow, batch, generator)
+        assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
         sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
         context = flow.checked_context("FlowMatching", batch.context, batch.t.shape)
-        error = self._error(field, path, sample, batch.x1, context)
+        error = self._error(field, path, sample, batch, context)
         value = _mean_square(error, batch.weight)
         metrics = {"fm": value.detach()}
         if isinstance(field, WithScore):
@@ -138,17 +139,19 @@ class FlowMatching(Objective):
         return Loss(value, metrics)
 
     def _error(
-        self, field: VectorField, path: Path, sample: PathSample, x1: Tensor, context: Any
+        self, field: VectorField, path: Path, sample: PathSample, batch: Batch, context: Any
     ) -> Tensor:
         t, xt, ut = sample
         if not isinstance(field, Predicts) or "velocity" in (self.weighting, field.target):
             return field(t, xt, context) - ut
         predicted = field.field(t, xt, context)
         if field.target == "x1":
-            return predicted - x1
-        at = path.schedule(t).gaussian().over(xt.dim() - t.dim())
-        noise = (xt - at.alpha * x1) / at.sigma
-        return predicted - noise if field.target == "noise" else at.sigma * predicted + noise
+            return predicted - batch.x1
+        at = path.schedule(t).over(xt.dim() - t.dim())
+        sigma, noise = at.gaussian().sigma, batch.x0
+        if path.noisy:  # of both sources together; not (xt - α x1)/σ, which cancels near t = 1
+            noise = (at.sigma * batch.x0 + at.gamma * batch.noise) / sigma
+        return predicted - noise if field.target == "noise" else sigma * predicted + noise
 
     def _path(self, field: VectorField) -> Path:
         own = field.path if isinstance(field, Predicts | WithScore) else None

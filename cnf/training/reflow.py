@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.fields import Piecewise, Predicts, WithScore
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
 from cnf.training.config import TrainConfig
@@ -27,7 +28,9 @@ def pairs(flow: Flow, n: int, context: Tensor | None = None, seed: int = 0) -> B
     Returns:
         A `Batch` with x, x0 and the context: data for `fit`.
     """
-    flow.eval()
+    if n < 1 or (context is not None and context.shape[:-1] != (n,)):
+        given = None if context is None else tuple(context.shape)
+        raise ValueError(f"pairs: expected n >= 1 and a context of shape (n, C), got {n}, {given}")
     generator, starts, ends = seeded(seed, -10), [], []
     for first in range(0, n, CHUNK):
         count = min(CHUNK, n - first)
@@ -54,7 +57,7 @@ def reflow(
 
     Args:
         flow: A continuous flow trained by flow matching; it goes on with its weights.
-        config: Of each round; round k draws by seed + k.
+        config: Of each round; the k-th draws by seed + k, and writes to folder/round-(k + 1).
         rounds: How many times.
         n: Pairs of each round.
         context: Conditions of the pairs, shape (n, C), such as rows of the data's.
@@ -66,7 +69,8 @@ def reflow(
     objective = FlowMatching() if objective is None else objective
     histories = []
     for k in range(rounds):
-        settings = replace(config, seed=config.seed + k)
+        folder = None if config.folder is None else config.folder / f"round-{k + 1}"
+        settings = replace(config, seed=config.seed + k, folder=folder)
         data = pairs(flow, n, context, settings.seed)
         histories.append(fit(flow, objective, data, settings, validation=validation))
     return histories
@@ -88,6 +92,12 @@ def distill(
 
     Args: as of `reflow`.
     """
+    inside = [m for m in flow.modules() if isinstance(m, Predicts | WithScore | Piecewise)]
+    if inside:
+        raise TypeError(
+            "distill: expected one plain velocity, which a single Euler step can follow, got a "
+            f"{type(inside[0]).__name__}"
+        )
     config = replace(config, validations=0) if validation is None else config
     data = pairs(flow, n, context, config.seed)
     return fit(flow, FlowMatching(times="start"), data, config, validation=validation)

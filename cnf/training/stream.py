@@ -148,6 +148,11 @@ def as_stream(
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
     if isinstance(data, Batch):
+        if context is not None:
+            raise ValueError("fit: a Batch holds its own context, got context=… beside it")
+        for name, value in vars(data).items():
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "context":
+                expect_finite("fit", name, value)
         return RowStream(Rows(_same_length(data)), config, held_out)
     points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
     if isinstance(points, Tensor) or hasattr(points, "__array__"):

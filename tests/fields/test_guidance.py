@@ -184,22 +184,7 @@ def test_weights_put_in_place_of_others_are_those_that_stacked_blocks_see(small_
     torch.testing.assert_close(flow.log_prob(x), other.log_prob(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="a wrapper's stretches hold the wrapper itself"
-                ),
-            )
-            for name in ("cnf", "ffjord")
-        ),
-        "rnode",
-        "otflow",
-    ],
-)
+@pytest.mark.parametrize("name", cnf.models.MODELS)
 def test_a_flow_that_is_let_go_is_gone(name, small_flow):
     flow = small_flow(name)
     flow.decode(torch.zeros(2, 2, dtype=F64))
@@ -259,7 +244,6 @@ def test_images_are_guided_as_vectors_are(own_time, randomised, points, autograd
     assert div.abs().max() > 1e-3 and (one - zero).abs().max() > 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="torch.where rounds the weight to float32")
 def test_the_weight_is_as_exact_as_the_field():
     field, x = Guided(NullContext(Affine()), 1.1), torch.zeros(2, dtype=F64)
     v = field(torch.tensor(0.5, dtype=F64), x, torch.ones(2, dtype=F64))

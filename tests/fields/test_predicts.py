@@ -280,7 +280,6 @@ def test_stacked_blocks_stay_blocks_under_a_prediction(randomised):
         torch.testing.assert_close(exact_divergence(piece, time, x), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="WithScore is one piece, whatever is inside")
 def test_stacked_blocks_stay_blocks_beside_a_head(randomised):
     blocks = randomised(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = WithScore(blocks, MLPField(2, (5,)).double())
@@ -323,7 +322,6 @@ def test_a_number_is_a_time_for_score():
     torch.testing.assert_close(found, gauss.mean("score", torch.tensor(0.25, dtype=F64), x))
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="WithScore.score takes tensors only")
 def test_a_number_is_a_time_for_the_score_of_a_head():
     gauss, x = Gauss("bridge"), torch.ones(3, 2, dtype=F64)
     field = WithScore(gauss.field("velocity"), gauss.field("z"))
@@ -336,16 +334,8 @@ def test_a_number_is_a_time_for_the_score_of_a_head():
     "kind",
     [
         "x1",
-        *(
-            pytest.param(
-                kind,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="the network is asked at t, what it says is read at the edge",
-                ),
-            )
-            for kind in ("velocity", "head")
-        ),
+        "velocity",
+        "head",
     ],
 )
 def test_within_the_margin_the_score_is_that_of_its_edge(kind, t, generator):

@@ -68,12 +68,8 @@ def test_it_is_the_best_of_all_permutations(name, event, draw):
         (1e-6, 0.0),
         (1.0, 1e6),
         (1e-3, 1e3),
-        pytest.param(
-            1e-8, 0.0, marks=pytest.mark.xfail(strict=True, reason="POT's tolerance is absolute")
-        ),
-        pytest.param(
-            1e-3, 1e6, marks=pytest.mark.xfail(strict=True, reason="‖a‖² + ‖b‖² - 2ab cancels")
-        ),
+        (1e-8, 0.0),
+        (1e-3, 1e6),
     ],
 )
 def test_units_and_origin_of_the_data_do_not_matter(scale, offset, draw):
@@ -102,9 +98,6 @@ def test_one_row_goes_with_itself(draw):
         assert COUPLINGS[name](x0, x1).j.tolist() == [0]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="min() of no distance between contexts"
-)
 def test_one_row_with_a_context_goes_with_itself(draw):
     assert conditional(*draw(1, 2), torch.ones(1, 1)).j.tolist() == [0]
 
@@ -231,7 +224,6 @@ def test_continuous_contexts_leave_the_asked_share_of_candidates(dim, candidates
     assert (more != torch.arange(128)).sum() > (j != torch.arange(128)).sum()
 
 
-@pytest.mark.xfail(strict=True, reason="the bisection is as coarse as its upper end is large")
 def test_two_contexts_that_are_all_but_equal_change_nothing_for_the_others(draw, generator):
     x0, x1 = draw(128, 2)
     context = torch.randn(128, 8, generator=generator, dtype=F64)
@@ -373,12 +365,7 @@ def test_partial_leaves_an_outlier_out(draw, generator):
     [
         10,
         64,
-        pytest.param(
-            49,
-            marks=pytest.mark.xfail(
-                strict=True, raises=ValueError, reason="49 · 1/49 is less than 1 by rounding"
-            ),
-        ),
+        49,
     ],
 )
 def test_the_whole_mass_is_the_exact_permutation(n, draw, generator):

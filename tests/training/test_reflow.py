@@ -119,7 +119,6 @@ def test_pairs_come_in_chunks_with_their_contexts(n, small_flow, monkeypatch, ge
     assert len(batch.x0.unique(dim=0)) == n
 
 
-@pytest.mark.xfail(strict=True, reason="contexts beyond n are kept, and a single one is cut up")
 @pytest.mark.parametrize("shape", [(8, 3), (3,), (1, 3)], ids=str)
 def test_contexts_that_are_not_one_for_each_pair_are_refused(shape, small_flow):
     flow = small_flow("rnode", context=3, solver=OWN)
@@ -127,7 +126,6 @@ def test_contexts_that_are_not_one_for_each_pair_are_refused(shape, small_flow):
         pairs(flow, 5, torch.zeros(shape, dtype=F64))
 
 
-@pytest.mark.xfail(strict=True, reason="pairs puts the flow in eval mode for good")
 def test_pairs_leave_the_flows_mode_alone(small_flow):
     flow = small_flow("rnode", solver=OWN).train()
     pairs(flow, 5)
@@ -210,7 +208,6 @@ def test_nan_in_a_batch_is_refused_by_name(name, small, config, points):
         cnf.fit(small(context=2), FlowMatching(), Batch(**parts), config(validations=0))
 
 
-@pytest.mark.xfail(strict=True, reason="the context given beside a Batch is dropped silently")
 def test_a_context_beside_a_batch_is_used_or_refused(small, config, points):
     # the flow has no place for a context, and would say so if it were shown one
     with pytest.raises(ValueError, match="context"):
@@ -263,16 +260,10 @@ def test_distillation_looks_at_the_start_only(small, config, monkeypatch):
     torch.testing.assert_close(objective(flow, batch).value, expected)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="the second round finds the folder there"
-)
 def test_rounds_with_a_folder_run_to_their_end(small, config, tmp_path):
     assert len(reflow(small(), config(folder=tmp_path / "run"), rounds=2, n=64)) == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="stacked blocks are two Euler steps, one of them not taught"
-)
 def test_a_distilled_flow_of_stacked_blocks_takes_one_step(small, config):
     flow = small(layers=2)
     try:
@@ -284,7 +275,6 @@ def test_a_distilled_flow_of_stacked_blocks_takes_one_step(small, config):
     assert stats.forward == 1
 
 
-@pytest.mark.xfail(strict=True, reason="at t = 0 noise is x0 itself, and says nothing of x1")
 def test_a_network_that_predicts_noise_is_distilled_or_refused(config, generator):
     field = Predicts(MLPField(2, (32, 32)), "noise")
     flow = Flow(None, Continuous(field, OWN), event_shape=(2,))

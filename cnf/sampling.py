@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive
-from cnf.fields import Guided, Predicts, WithScore, score
+from cnf.fields import Guided, WithScore, score
+from cnf.fields.predicts import made_for
 from cnf.flow import Flow
 from cnf.matching.paths import Path, as_path
 from cnf.transforms.continuous import Continuous
@@ -144,12 +145,18 @@ def sde(
         Samples, as `Flow.sample` gives them.
     """
     field = _continuous("sde", flow).field
-    path = field.path if isinstance(field, Predicts | WithScore) else as_path(path)
+    made = made_for(field)
+    path, head = as_path(path) if made is None else made.path, isinstance(made, WithScore)
+    if noise < 0:
+        raise ValueError(f"sde: expected noise >= 0, got {noise}")
+    expect_positive("sde", steps=steps)
     x, context = flow.draw_base(sample_shape, context, generator)
     times = tuple(k / steps for k in range(steps + 1)) if grid is None else tuple(grid)
+    if times[0] != 0 or times[-1] != 1 or any(a >= b for a, b in pairwise(times)):
+        raise ValueError(f"sde: expected a grid ascending from 0 to 1, got {times}")
     for start, stop in pairwise(times):
         t, h = x.new_tensor(start), stop - start
-        g = _spread(field, path, t, noise) if diffusion is None else diffusion(t)
+        g = _spread(head, path, t, noise) if diffusion is None else diffusion(t)
         drift = field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
         device = x.device if generator is None else generator.device
         dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
@@ -158,10 +165,10 @@ def sde(
     return x if flow.dequantisation is None else flow.dequantisation.decode(x)
 
 
-def _spread(field: Any, path: Path, t: Tensor, noise: float) -> Tensor:
+def _spread(head: bool, path: Path, t: Tensor, noise: float) -> Tensor:
     """g: of the noise whose mean the score is."""
     at = path.schedule(path.clipped(t))
-    sigma = at.gamma if isinstance(field, WithScore) else at.gaussian().sigma
+    sigma = at.gamma if head else at.gaussian().sigma
     return (2 * noise * torch.as_tensor(sigma)).sqrt()
 
 

@@ -281,7 +281,6 @@ def test_a_field_that_knows_its_path_is_trained_with_it(rows):
     assert not torch.equal(FlowMatching(path="bridge")(plain, batch).value, linear)
 
 
-@pytest.mark.xfail(strict=True, reason="the path is looked for in the outermost field only")
 def test_a_path_below_another_wrapper_is_the_path(rows):
     x0, x1, _, t = rows
     predicts = Predicts(MLPField(2, (5,), 2), "x1", "vp").double()

@@ -333,7 +333,6 @@ def test_sde_of_a_guided_flow_is_guided(layers, small_flow, generator):
     assert (draws[3.0] - plain).abs().max() > 1e-2
 
 
-@pytest.mark.xfail(strict=True, reason="path and score are looked for in the outermost field only")
 @pytest.mark.parametrize("kind", ["predicts", "head"])
 def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomised):
     networks = [NullContext(MLPField(2, (5,), 2)) for _ in range(2)]
@@ -345,7 +344,6 @@ def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomised):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="sde looks at none of its numbers")
 @pytest.mark.parametrize(
     "options",
     [{"noise": -1.0}, {"steps": 0}, {"grid": (0.0, 0.5)}, {"grid": (0.0, 0.6, 0.5, 1.0)}],

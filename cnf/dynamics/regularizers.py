@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cnf.fields.base import VectorField
+from cnf.fields.guidance import NullContext
 from cnf.fields.potential import PotentialField
 from cnf.fields.trace import jacobian_columns
 from cnf.registry import Registry
@@ -72,12 +73,15 @@ def hjb_residual(point: Point) -> Tensor:
     Raises:
         TypeError: The field is no `PotentialField`.
     """
-    if not isinstance(point.field, PotentialField):
+    field, context = point.field, point.context
+    if isinstance(field, NullContext):
+        field, context = field.field, field.filled(context)
+    if not isinstance(field, PotentialField):
         raise TypeError(
-            f"hjb: expected a PotentialField, got {type(point.field).__name__}; "
+            f"hjb: expected a PotentialField, got {type(field).__name__}; "
             "only the gradient of a potential has a Hamilton-Jacobi-Bellman residual"
         )
-    change = point.field.time_derivative(point.t, point.x, point.context)
+    change = field.time_derivative(point.t, point.x, context)
     return (change + kinetic_energy(point) / 2).abs()
 
 

@@ -1,5 +1,7 @@
 """Conditional fields that also go without their context, and classifier-free guidance."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +31,16 @@ class NullContext(Wrapper):
         return NullContext(field, self.null)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.field(t, x, self._filled(context))
+        return self.field(t, x, self.filled(context))
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Velocity and exact divergence, the field's own where it has one."""
-        return exact_divergence(self.field, t, x, self._filled(context))
+        return exact_divergence(self.field, t, x, self.filled(context))
 
-    def _filled(self, context: Tensor | None) -> Tensor:
+    def filled(self, context: Tensor | None) -> Tensor:
+        """The context with the learned vector where it is missing."""
         return self.null if context is None else torch.where(context.isnan(), self.null, context)
 
 
@@ -64,6 +67,12 @@ class Guided(Wrapper):
                 "Guided: expected a field that also goes without its context; build the model "
                 "with null_context=True and train it with FlowMatching(context_dropout=0.1)"
             )
+        start, end = interval
+        if not math.isfinite(weight) or not 0 <= start <= end <= 1:
+            raise ValueError(
+                "Guided: expected a finite weight and an interval inside [0, 1], got "
+                f"{weight} and {interval}"
+            )
         self.weight, self.interval = weight, interval
 
     def around(self, field: VectorField) -> "Guided":
@@ -73,9 +82,7 @@ class Guided(Wrapper):
         conditional = self.field(t, x, context)
         if context is None or self.weight == 1:
             return conditional
-        without = self.field(t, x, None)
-        weight = self._weight(t).reshape(*t.shape, *[1] * (x.dim() - t.dim()))
-        return without + weight * (conditional - without)
+        return self.mixed(t, conditional, self.field(t, x, None))
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
@@ -85,11 +92,12 @@ class Guided(Wrapper):
         if context is None or self.weight == 1:
             return v, div
         v0, div0 = exact_divergence(self.field, t, x, None)
-        weight = self._weight(t)
-        spread = weight.reshape(*t.shape, *[1] * (x.dim() - t.dim()))
-        return v0 + spread * (v - v0), div0 + weight * (div - div0)
+        return self.mixed(t, v, v0), self.mixed(t, div, div0)
 
-    def _weight(self, t: Tensor) -> Tensor:
+    def mixed(self, t: Tensor, conditional: Tensor, without: Tensor) -> Tensor:
+        """What is guided, from what it is with and without the context."""
         start, end = self.interval
         held = (t >= start) & (t <= end)
-        return torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))
+        weight = torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))
+        weight = weight.reshape([*t.shape, *[1] * (conditional.dim() - t.dim())])
+        return without + weight * (conditional - without)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cnf.errors import expect_choice
 from cnf.fields.base import VectorField, exact_divergence
+from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.wrappers import Wrapper
 from cnf.matching.paths import Path, Schedule, as_path
 
@@ -112,6 +113,12 @@ class WithScore(Wrapper):
     def __init__(self, field: VectorField, head: VectorField, path: Any = "bridge") -> None:
         super().__init__(field)
         self.head, self.path = head, as_path(path)
+        fits = (head.event_shape, head.context_dim) == (field.event_shape, field.context_dim)
+        if not fits or (field.optional_context and not head.optional_context):
+            raise ValueError(
+                "WithScore: expected a head of the velocity's event shape and context, which may "
+                "be missing where the velocity's may"
+            )
         if not self.path.noisy:
             raise ValueError(
                 f"WithScore: expected a path with noise of its own, got {self.path}; elsewhere "
@@ -137,6 +144,15 @@ class WithScore(Wrapper):
         return -self.head(t, x, context) / gamma
 
 
+def made_for(field: VectorField) -> Predicts | WithScore | None:
+    """The part of a field that was made for one path, inside whatever wrappers."""
+    while isinstance(field, Wrapper):
+        if isinstance(field, Predicts | WithScore):
+            return field
+        field = field.field
+    return None
+
+
 def score(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None, path: Any = "linear"
 ) -> Tensor:
@@ -144,12 +160,17 @@ def score(
 
     Args:
         field: The field.
-        t: Times, shape () or (*batch,).
+        t: Times, shape () or (*batch,); those within 0.01 of the ends are moved inside.
         x: Points, shape (*batch, *event).
         context: Condition.
         path: The path that it was trained with, where the field does not say.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if isinstance(field, NullContext):
+        return score(field.field, t, x, field.filled(context), path)
+    if isinstance(field, Guided) and context is not None:
+        without = score(field.field, t, x, None, path)
+        return field.mixed(t, score(field.field, t, x, context, path), without)
     if isinstance(field, WithScore):
         return field.score(t, x, context)
     path = field.path if isinstance(field, Predicts) else as_path(path)

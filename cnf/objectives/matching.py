@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnf.errors import expect_choice, expect_event
 from cnf.fields import VectorField
-from cnf.fields.predicts import Predicts, WithScore
+from cnf.fields.predicts import Predicts, WithScore, made_for
 from cnf.flow import Flow
 from cnf.matching.couplings import as_coupling
 from cnf.matching.paths import Linear, Path, PathSample, as_path
@@ -154,13 +154,20 @@ class FlowMatching(Objective):
         return predicted - noise if field.target == "noise" else sigma * predicted + noise
 
     def _path(self, field: VectorField) -> Path:
-        own = field.path if isinstance(field, Predicts | WithScore) else None
+        made = made_for(field)
+        if made is not None and made is not field:
+            if isinstance(made, WithScore) or self.weighting == "target":
+                kind = type(made).__name__
+                raise TypeError(
+                    f"FlowMatching: expected {kind} to be the outermost field, as in "
+                    f"{kind}(NullContext(net), …), got it inside {type(field).__name__}"
+                )
         if self.path is None:
-            return own or Linear()
+            return Linear() if made is None else made.path
         path = as_path(self.path)
-        if own is not None and own != path:
+        if made is not None and made.path != path:
             raise ValueError(
-                f"FlowMatching: the field was made for {own}, got path={path}; leave it out"
+                f"FlowMatching: the field was made for {made.path}, got path={path}; leave it out"
             )
         return path
 

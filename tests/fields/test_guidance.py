@@ -148,12 +148,7 @@ def test_check_finds_nothing_wrong_with_guidance(small_flow):
         "cnf",
         "ffjord",
         "rnode",
-        pytest.param(
-            "otflow",
-            marks=pytest.mark.xfail(
-                strict=True, raises=TypeError, reason="hjb does not look inside NullContext"
-            ),
-        ),
+        "otflow",
     ],
 )
 def test_likelihood_trains_a_model_with_its_own_recipe(name, small_flow, data):
@@ -389,7 +384,6 @@ def test_guidance_needs_a_continuous_flow_that_goes_without_its_context():
         guided(cnf.models.build("realnvp", dim=2, context=1), 2.0)
 
 
-@pytest.mark.xfail(strict=True, reason="Guided takes any weight and interval")
 @pytest.mark.parametrize("arguments", [(NAN,), (2.0, (0.8, 0.2)), (float("inf"),)], ids=str)
 def test_weights_and_intervals_that_mean_nothing_are_refused(field, arguments):
     with pytest.raises(ValueError, match="Guided"):

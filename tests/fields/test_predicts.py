@@ -356,7 +356,6 @@ def test_a_head_needs_a_path_with_noise():
         WithScore(MLPField(2), MLPField(2), "linear")
 
 
-@pytest.mark.xfail(strict=True, reason="WithScore does not look at its head's shape and context")
 @pytest.mark.parametrize(
     "head",
     [lambda: MLPField(3), lambda: MLPField(2, context_dim=1), lambda: MLPField(2, context_dim=2)],
@@ -367,7 +366,6 @@ def test_a_head_of_another_shape_or_context_is_refused(head):
         WithScore(NullContext(MLPField(2, context_dim=2)), head())
 
 
-@pytest.mark.xfail(strict=True, reason="score looks for the path in the outermost wrapper only")
 def test_score_finds_the_path_below_other_wrappers(randomised, generator):
     x, t = torch.randn(4, 2, generator=generator, dtype=F64), torch.tensor(0.4, dtype=F64)
     c = torch.randn(4, 2, generator=generator, dtype=F64)

@@ -121,6 +121,7 @@ class FlowMatching(Objective):
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Loss:
         flow = as_flow("FlowMatching", module)
+        require_continuous("FlowMatching", flow)
         field = flow.field
         path = self._path(field)
         ready = batch.x0 is not None and batch.x1 is not None and batch.t is not None

@@ -7,6 +7,7 @@ normal, and where there is a choice all are equally likely.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -58,13 +59,16 @@ def _swissroll_arms(v: Tensor) -> Tensor:
 @TOYS.register("8gaussians")
 def eight_gaussians() -> Toy:
     """Centre 4·(cos, sin)(kπ/4), k = 0…7; + 0.5·(ξ, η); divided by 1.414."""
-    return Curves("8gaussians", _octagon_arms, Gaussian(0.5 / 1.414), nodes=1)
+    return Curves("8gaussians", _octagon(4 / 1.414), Gaussian(0.5 / 1.414), nodes=1)
 
 
-def _octagon_arms(v: Tensor) -> Tensor:
-    angle = torch.arange(8, dtype=v.dtype, device=v.device) * math.pi / 4
-    centres = 4 / 1.414 * torch.stack([angle.cos(), angle.sin()], -1)
-    return centres[:, None].expand(-1, len(v), -1)
+def _octagon(radius: float) -> Callable[[Tensor], Tensor]:
+    def arms(v: Tensor) -> Tensor:
+        angle = torch.arange(8, dtype=v.dtype, device=v.device) * math.pi / 4
+        centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
+        return centres[:, None].expand(-1, len(v), -1)
+
+    return arms
 
 
 @TOYS.register("pinwheel")
@@ -82,13 +86,16 @@ def circles() -> Toy:
 @TOYS.register("moons")
 def moons() -> Toy:
     """(cos πu, sin πu) or (1 − cos πu, ½ − sin πu); + 0.1·(ξ, η); times 2; − (1, 0.2)."""
-    return Curves("moons", _moons_arms, Gaussian(2 * 0.1), nodes=256)
+    return Curves("moons", _moons(2.0, (1.0, 0.2)), Gaussian(2 * 0.1), nodes=256)
 
 
-def _moons_arms(v: Tensor) -> Tensor:
-    cos, sin = (math.pi * v).cos(), (math.pi * v).sin()
-    upper, lower = torch.stack([cos, sin], -1), torch.stack([1 - cos, 0.5 - sin], -1)
-    return 2 * torch.stack([upper, lower]) - v.new_tensor([1.0, 0.2])
+def _moons(scale: float, shift: tuple[float, float]) -> Callable[[Tensor], Tensor]:
+    def arms(v: Tensor) -> Tensor:
+        cos, sin = (math.pi * v).cos(), (math.pi * v).sin()
+        upper, lower = torch.stack([cos, sin], -1), torch.stack([1 - cos, 0.5 - sin], -1)
+        return scale * torch.stack([upper, lower]) - v.new_tensor(shift)
+
+    return arms
 
 
 @TOYS.register("2spirals")
@@ -146,3 +153,39 @@ def _scurve_arms(v: Tensor) -> Tensor:
     t = 1.5 * math.pi * v
     half = 1.5 * torch.stack([t.sin(), t.cos() - 1], -1)
     return torch.stack([half, -half])
+
+
+@TOYS.register("8gaussians-r5")
+def eight_gaussians_r5() -> Toy:
+    """Centre 5·(cos, sin)(kπ/4), k = 0…7; + (ξ, η).
+
+    What flow matching's papers call 8gaussians: Tong et al. (2024),
+    https://arxiv.org/abs/2302.00482.
+    """
+    return Curves("8gaussians-r5", _octagon(5.0), Gaussian(1.0), nodes=1)
+
+
+@TOYS.register("8gaussians-r12")
+def eight_gaussians_r12() -> Toy:
+    """Centre 12·(cos, sin)(kπ/4), k = 0…7; + 1.5·(ξ, η): the target of Tong et al.'s moons."""
+    return Curves("8gaussians-r12", _octagon(12.0), Gaussian(1.5), nodes=1)
+
+
+@TOYS.register("moons-x2")
+def moons_x2() -> Toy:
+    """As moons, but + 0.05·(ξ, η) and − (1, 1): what flow matching's papers call moons.
+
+    Source: Tong et al. (2024), https://arxiv.org/abs/2302.00482.
+    """
+    return Curves("moons-x2", _moons(2.0, (1.0, 1.0)), Gaussian(2 * 0.05), nodes=256)
+
+
+@TOYS.register("moons-x7")
+def moons_x7() -> Toy:
+    """As moons before it is doubled, less 3/8, divided by its deviation over both coordinates, and
+    times 7: the source that Tong et al. carry to 8gaussians-r12.
+    """
+    # E x² = 1, E y² = 5/8 - 1/π, both + 0.01 of noise; both coordinates' mean is 3/8.
+    scale = 7 / math.sqrt((1.01 + 0.635 - 1 / math.pi) / 2 - 0.375**2)
+    shift = 0.375 * scale
+    return Curves("moons-x7", _moons(scale, (shift, shift)), Gaussian(scale * 0.1), nodes=256)

@@ -153,7 +153,8 @@ def test_log_prob_does_not_depend_on_chunks(name, monkeypatch):
 def test_quadrature_does_not_change_with_twice_the_nodes(name):
     curves = toy(name)
     finer = Curves(name, curves.arms, curves.noise, 2 * curves.nodes, curves.power)
-    wide = torch.randn(1000, 2, dtype=torch.float64, generator=seeded()) * 2.5
+    spread = max(2.5, curves.sample(500, seeded()).std().item())
+    wide = torch.randn(1000, 2, dtype=torch.float64, generator=seeded()) * spread
     x = torch.cat([wide, curves.sample(500, seeded()).double()])
     coarse, fine = curves.log_prob(x), finer.log_prob(x)
     tail = fine > -100  # nats: no other tail was ever seen in a sample

@@ -2,6 +2,7 @@
 
 from cnf.matching.couplings import COUPLINGS, Pairing, as_coupling
 from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule, as_path
+from cnf.matching.semidiscrete import SemiDiscrete
 from cnf.matching.times import TIMES
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Path",
     "PathSample",
     "Schedule",
+    "SemiDiscrete",
     "as_coupling",
     "as_path",
 ]

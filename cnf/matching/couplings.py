@@ -4,6 +4,7 @@ The functions here pair the rows of one batch; `cnf.matching.semidiscrete` pairs
 set.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -66,18 +67,14 @@ def minibatch_ot(
     """The permutation that makes Σ‖x0 - x1‖² least: every row is used once.
 
     Takes about N² log N time, 100 ms for 1,024 rows. It does not look at the context, so that
-    pairs of one context no longer start from the base distribution: see "conditional-ot".
+    pairs of one context no longer start from the base distribution: see "conditional-ot"; nor,
+    in large numbers, at little cost: see "semidiscrete".
     Source: Tong et al. (2024), https://arxiv.org/abs/2302.00482; Pooladian et al. (2023),
     https://arxiv.org/abs/2304.14772.
 
     Args: as for `independent`.
     """
-    if context is not None:
-        warnings.warn(
-            "minibatch-ot pairs without looking at the context, so a conditional model starts "
-            'from the wrong distribution when it samples; take coupling="conditional-ot"',
-            stacklevel=2,
-        )
+    _warn_of_context("minibatch-ot", context)
     return Pairing(j=_permutation("minibatch-ot", squared_distances(x0, x1)))
 
 
@@ -107,7 +104,8 @@ def conditional_ot(
     if context is None:
         return Pairing(j=_permutation("conditional-ot", cost))
     exact = "donot_use_mm_for_euclid_dist"  # equal contexts are at distance 0, to the bit
-    apart = torch.cdist(context.double(), context.double(), compute_mode=exact).square()
+    context = _with_missing(context.double())
+    apart = torch.cdist(context, context, compute_mode=exact).square()
     if weight is None:
         equal = apart == 0
         labels = bool((equal.sum(1) > 1).float().mean() > 0.5)
@@ -136,6 +134,7 @@ def sinkhorn(
         relative: Count it in the mean squared distance of the batch.
     """
     expect_positive("sinkhorn", reg=reg)
+    _warn_of_context("sinkhorn", context)
     cost = squared_distances(x0, x1)
     scale = cost.mean().item() if relative else 1.0
     plan = optional("ot", "matching").sinkhorn(
@@ -163,6 +162,7 @@ def unbalanced(
         marginal: Weight of the marginals' Kullback-Leibler divergences, counted likewise.
     """
     expect_positive("unbalanced", reg=reg, marginal=marginal)
+    _warn_of_context("unbalanced", context)
     cost = squared_distances(x0, x1)
     uniform = np.full(len(x0), 1 / len(x0))
     plan = optional("ot", "matching").unbalanced.sinkhorn_unbalanced(
@@ -190,6 +190,7 @@ def partial(
     """
     if not 0 < mass <= 1:
         raise ValueError(f"partial: expected 0 < mass <= 1, got {mass}")
+    _warn_of_context("partial", context)
     cost = squared_distances(x0, x1)
     sides = [np.full(n, 1 / n) for n in cost.shape]
     plan = optional("ot", "matching").partial.partial_wasserstein(
@@ -200,12 +201,26 @@ def partial(
 
 def as_coupling(coupling: Any) -> Any:
     """A coupling from itself, its name in `COUPLINGS`, or {"name": …, **options}."""
-    if isinstance(coupling, str):
-        return COUPLINGS[coupling]
-    if isinstance(coupling, Mapping):
-        options = dict(coupling)
-        return bound(COUPLINGS[options.pop("name")], **options)
-    return coupling
+    if not isinstance(coupling, str | Mapping):
+        return coupling
+    options = {"name": coupling} if isinstance(coupling, str) else dict(coupling)
+    name = options.pop("name")
+    entry = COUPLINGS[name]
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = kinds[isinstance(entry, type)]  # a function's options stand behind its arguments
+    known = [key for key, p in inspect.signature(entry).parameters.items() if p.kind is wanted]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}: unknown option {option!r}; known: {', '.join(known)}")
+    return entry(**options) if isinstance(entry, type) else bound(entry, **options)
+
+
+def optimal_duals(cost: Tensor) -> Tensor:
+    """Of the cheapest plan between equal weights: u with u_i + v_j <= cost_ij, shape (N,)."""
+    low, high = cost.min(), cost.max()
+    cost = (cost - low) / (high - low).clamp(min=1e-300)
+    duals = _exact("optimal_duals", cost, log=True)[1]["u"]
+    return torch.from_numpy(duals).to(cost) * (high - low) + low
 
 
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
@@ -219,12 +234,17 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
 
 def _permutation(who: str, cost: Tensor) -> Tensor:
     """The column of each row in the cheapest permutation."""
+    plan = _exact(who, cost / cost.abs().max().clamp(min=1e-300))
+    return torch.from_numpy(plan.argmax(1)).to(cost.device)
+
+
+def _exact(who: str, cost: Tensor, **options: Any) -> Any:
+    """POT's exact plan between equal weights, of costs within ±1: its tolerance is absolute."""
     _expect_as_many(who, *cost.shape)
-    cost = cost / cost.abs().max().clamp(min=1e-300)  # POT's tolerance is absolute
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # POT warns where it has not come to the end
-        plan = optional("ot", "matching").emd([], [], _numpy(cost), numItermax=10_000_000)
-    return torch.from_numpy(plan.argmax(1)).to(cost.device)
+        emd = optional("ot", "matching").emd
+        return emd([], [], _numpy(cost.double()), numItermax=10_000_000, **options)
 
 
 def _drawn(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> Pairing:
@@ -241,6 +261,15 @@ def _drawn(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> P
     return Pairing(j=j.to(x1.device), weight=weight.to(x1))
 
 
+def _warn_of_context(name: str, context: Tensor | None) -> None:
+    if context is not None:
+        warnings.warn(
+            f"{name} pairs without looking at the context, so a conditional model starts "
+            'from the wrong distribution when it samples; take coupling="conditional-ot"',
+            stacklevel=3,
+        )
+
+
 def _weight_for(cost: Tensor, apart: Tensor, candidates: float) -> float:
     """The weight at which rows prefer `candidates` of all columns to their own."""
     preferred_below = (cost.diagonal()[:, None] - cost) / apart  # 0/0 on the diagonal
@@ -251,6 +280,14 @@ def _weight_for(cost: Tensor, apart: Tensor, candidates: float) -> float:
 def _beyond(cost: Tensor) -> float:
     """More than any exchange of rows can save."""
     return len(cost) * cost.max().item() + 1.0
+
+
+def _with_missing(context: Tensor) -> Tensor:
+    """Contexts in which a missing value, NaN, is one like any other: a place and a flag."""
+    missing = context.isnan()
+    return (
+        torch.cat([context.nan_to_num(0.0), missing.to(context)], 1) if missing.any() else context
+    )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Flow matching: a regression of the velocity, no ODE solved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from cnf.fields.predicts import Predicts, WithScore, made_for
 from cnf.flow import Flow
 from cnf.matching.couplings import as_coupling
 from cnf.matching.paths import Linear, Path, PathSample, as_path
+from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
 from cnf.objectives.base import (
     OBJECTIVES,
@@ -68,29 +69,49 @@ class FlowMatching(Objective):
                 f"FlowMatching: expected 0 <= context_dropout < 1, got {self.context_dropout}"
             )
 
+    def begin(
+        self,
+        module: nn.Module,
+        rows: Callable[[int], Batch | None],
+        generator: torch.Generator,
+    ) -> "FlowMatching":
+        """With a coupling that is fitted to the data, the same, fitted."""
+        coupling = as_coupling(self.coupling)
+        data = rows(coupling.rows) if hasattr(coupling, "fit") else None
+        if data is None or data.x0 is not None:
+            return self
+        flow = as_flow("FlowMatching", module)
+        with torch.no_grad():
+            data = _inside(flow, data, generator)
+            plan = coupling.fit(
+                data.x1, lambda n, g: flow.base.sample((n,), g), data.context, generator
+            )
+        return replace(self, coupling=_Among(plan, data))
+
     def prepare(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Batch:
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
         expect_event("FlowMatching", "x", batch.x, flow.event_shape)
-        x1 = batch.x
         with torch.no_grad():
-            if flow.dequantisation is not None:
-                x1 = flow.dequantisation.encode(x1, generator)[0]
-            if flow.preprocess is not None:
-                x1 = flow.preprocess.inverse(x1)[0]
-            batch = replace(batch, x1=x1)
             if batch.x0 is None:
-                batch = self._paired(flow, batch, x1, generator)
+                batch = self._paired(flow, batch, generator)
+            else:
+                batch = _inside(flow, batch, generator)
             self._draw(flow, batch, generator)
         return batch
 
-    def _paired(
-        self, flow: Flow, batch: Batch, x1: Tensor, generator: torch.Generator | None
-    ) -> Batch:
-        x0 = flow.base.sample((len(x1),), generator)
-        i, j, weight = as_coupling(self.coupling)(x0, x1, batch.context, generator)
+    def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
+        coupling = as_coupling(self.coupling)
+        if isinstance(coupling, _Among):
+            x0 = flow.base.sample((len(batch.x),), generator)
+            batch = coupling.partners(x0, batch.context)
+            drawn = batch if flow.dequantisation is None else _inside(flow, batch, generator)
+            return replace(drawn, x0=x0)
+        batch = _inside(flow, batch, generator)
+        x0 = flow.base.sample((len(batch.x),), generator)
+        i, j, weight = coupling(x0, batch.x1, batch.context, generator)
         if j is not None:
             batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
         batch.x0 = x0 if i is None else x0[i]
@@ -183,6 +204,30 @@ class FlowMatching(Objective):
         flow = as_flow("FlowMatching", module)
         require_continuous("FlowMatching", flow)
         return flow.field.parameters()
+
+
+@dataclass(frozen=True)
+class _Among:
+    """A coupling fitted to a data set, in whose rows base samples find partners."""
+
+    plan: Plan
+    rows: Batch
+
+    def partners(self, x0: Tensor, context: Tensor | None) -> Batch:
+        """The row that belongs to each x0, of those with its context."""
+        assert self.rows.x1 is not None
+        j = self.plan(x0, self.rows.x1, context).j
+        return self.rows.map(lambda rows: rows[j])
+
+
+def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
+    """The batch with x1: x as the transform gives it."""
+    x1 = batch.x
+    if flow.dequantisation is not None:
+        x1 = flow.dequantisation.encode(x1, generator)[0]
+    if flow.preprocess is not None:
+        x1 = flow.preprocess.inverse(x1)[0]
+    return replace(batch, x1=x1)
 
 
 def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:

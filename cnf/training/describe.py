@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cnf.dynamics.divergence import DIVERGENCES
-from cnf.matching import PATHS, TIMES
+from cnf.matching import COUPLINGS, PATHS, TIMES
 from cnf.objectives import OBJECTIVES, Objective
 from cnf.training.config import TrainConfig
 
@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
         return repr(value)
     names = [
         name
-        for registry in (DIVERGENCES, PATHS, TIMES, OBJECTIVES)
+        for registry in (COUPLINGS, DIVERGENCES, PATHS, TIMES, OBJECTIVES)
         for name, kind in registry.items()
         if kind is type(value)
     ]

@@ -35,6 +35,10 @@ class Budget:
     def spend(self, seconds: float) -> None:
         """Count one step that took so long."""
         self.step += 1
+        self.charge(seconds)
+
+    def charge(self, seconds: float) -> None:
+        """Count training that was no step."""
         self.seconds += seconds
         self.refresh()
 

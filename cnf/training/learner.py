@@ -16,6 +16,18 @@ from cnf.transforms.continuous import Continuous
 BAD_STEPS = 20  # gradients in a row that may be NaN or infinite before training gives up
 
 
+def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
+    """Fabric with this run's processes started."""
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=config.precision or ("64-true" if dtype == torch.float64 else "32-true"),  # pyright: ignore
+    )
+    fabric.launch()
+    return fabric
+
+
 class _Step(nn.Module):
     """What Fabric sets up: DDP sees every gradient, whatever the objective calls inside."""
 
@@ -51,7 +63,8 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._step = fabric.setup_module(_Step(module, objective))
+        self._bare = _Step(module, objective)
+        self._step = fabric.setup_module(self._bare)
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
         self.kept = module
         if config.ema is not None:
@@ -60,6 +73,10 @@ class Learner:
         self._weights: list[Any] = list(module.parameters())
         self._buffers = list(zip(self.kept.buffers(), module.buffers(), strict=True))
         self.steps = self.skipped = self._bad_in_a_row = 0
+
+    def begin(self, objective: Objective) -> None:
+        """Take the objective that has seen the data."""
+        self.objective = self._bare.objective = objective
 
     @property
     def compiles(self) -> bool:

@@ -1,8 +1,7 @@
 """Training: one loop for every objective, in plain sight."""
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,42 +13,14 @@ from cnf.training import checkpoint
 from cnf.training.budget import Budget
 from cnf.training.config import TrainConfig
 from cnf.training.describe import configuration, differences, machine, objective_name
+from cnf.training.history import History
 from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Run
 from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded
 from cnf.training.validation import Validation
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
 RECORDS = 200  # rows of metrics.csv over a budget
-
-
-@dataclass
-class History:
-    """What a run has done.
-
-    Attributes:
-        records: One dict per logged step: step, seconds, loss, lr, nfe, the objective's metrics,
-            and val_nll where it was scored.
-        steps: Steps taken.
-        seconds: Seconds of training.
-        reason: Why it ended: "budget", "patience" or "interrupted".
-        skipped: Steps left out because their gradient was NaN or infinite.
-        ticks: See `TrainConfig.ticks`.
-    """
-
-    records: list[dict[str, float]] = field(default_factory=list)
-    steps: int = 0
-    seconds: float = 0.0
-    reason: str = "budget"
-    skipped: int = 0
-    ticks: list[int] = field(default_factory=list)
-
-    def column(self, name: str) -> list[float]:
-        """The values of one metric, where it was logged."""
-        return [record[name] for record in self.records if name in record]
 
 
 def fit(
@@ -92,7 +63,8 @@ class _Trainer:
         self, module: nn.Module, objective: Objective, data: Any, config: TrainConfig,
         context: Any, validation: Any,
     ) -> None:  # fmt: skip
-        from cnf.training.learner import Learner  # loads Fabric, which `cnf.load` can do without
+        optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
+        from cnf.training.learner import Learner, launched
 
         self.module, self.objective, self.config = module, objective, config
         self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
@@ -100,7 +72,7 @@ class _Trainer:
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
-        self.fabric = _fabric(config, self.dtype)
+        self.fabric = launched(config, self.dtype)
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
         self.description = configuration(module, objective, data, config)
@@ -118,21 +90,23 @@ class _Trainer:
         show = self.config.progress and self.fabric.is_global_zero
         self._describe("running")
         self._save()  # from now on the run can be resumed
-        if self.learner.compiles:
-            self.learner.warm_up(self._rows(self.budget.step))
         with (
             torch.random.fork_rng(),
             interruptible() as interrupted,
             ProgressBar(show, objective_name(self.objective)) as bar,
         ):
+            self._begin(bar)
             while not (self.budget.done or self.validation.exhausted):
                 with ode.record() as stats:
                     start = time.perf_counter()
-                    loss = self._step()
+                    batch = self._rows(self.budget.step)
+                    paired = time.perf_counter()
+                    loss = self.learner.step(batch, self.learner.lr * self.budget.lr_factor())
+                    self.history.pairing += paired - start
                     self._spend(time.perf_counter() - start)
                 nfe = stats.forward + stats.backward
                 if bar.due:
-                    bar.update(self.budget.fraction, self.budget.step, loss.value.item(), nfe)
+                    self._show(bar, loss.value.item(), nfe)
                 scored = None
                 if self.validation.due(self.budget.fraction) or self.budget.done:
                     scored = self._validate(bar)
@@ -146,13 +120,32 @@ class _Trainer:
                 self.history.reason = "patience"
             if self.history.records:
                 last = self.history.records[-1]
-                bar.update(self.budget.fraction, self.budget.step, last["loss"], int(last["nfe"]))
+                self._show(bar, last["loss"], int(last["nfe"]))
             self._finish(bar)
         return self.history
 
-    def _step(self) -> Loss:
-        lr = self.learner.lr * self.budget.lr_factor()
-        return self.learner.step(self._rows(self.budget.step), lr)
+    def _begin(self, bar: ProgressBar) -> None:
+        """What is done once: fit a coupling to the data, which counts as training; compile."""
+
+        def rows(n: int) -> Batch | None:
+            found = self.stream.rows(n)
+            return None if found is None else self._placed(found)
+
+        start = time.perf_counter()
+        with bar.doing("preparing"):
+            begun = self.objective.begin(self.module, rows, seeded(self.config.seed, -7))
+        if begun is not self.objective:
+            self.objective = begun
+            self.learner.begin(begun)
+            if not self.config.resume:
+                self.history.preparing = time.perf_counter() - start
+                self.budget.charge(self.history.preparing)
+        if self.learner.compiles:
+            self.learner.warm_up(self._rows(self.budget.step))
+
+    def _show(self, bar: ProgressBar, loss: float, nfe: int) -> None:
+        pairing = self.history.pairing / self.budget.seconds
+        bar.update(self.budget.fraction, self.budget.step, loss, nfe, pairing)
 
     def _rows(self, step: int) -> Batch:
         config, fabric = self.config, self.fabric
@@ -281,17 +274,6 @@ class _Trainer:
                 "ended": ended,
             }
         )
-
-
-def _fabric(config: TrainConfig, dtype: torch.dtype) -> "Fabric":
-    fabric = optional("lightning_fabric", "train").Fabric(
-        accelerator=config.device,
-        devices=config.devices,
-        strategy=config.strategy,
-        precision=config.precision or ("64-true" if dtype == torch.float64 else "32-true"),
-    )
-    fabric.launch()
-    return fabric
 
 
 def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:

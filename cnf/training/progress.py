@@ -1,10 +1,14 @@
 """The progress bar of a training run."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from cnf.errors import optional
+
+PAIRING = 0.25  # part of the time above which pairing is shown
 
 
 class ProgressBar:
@@ -27,13 +31,13 @@ class ProgressBar:
                 text("{task.percentage:>3.0f}%"),
                 text("loss {task.fields[loss]}"),
                 text("{task.fields[held_out]}"),
-                text("NFE {task.fields[nfe]}"),
+                text("{task.fields[cost]}"),
                 text("{task.fields[rate]} it/s"),
                 text("eta"),
                 progress.TimeRemainingColumn(),
             )
             self._task = self._bar.add_task(
-                title, total=1.0, loss="–", held_out="NLL –", nfe="–", rate="–"
+                title, total=1.0, loss="–", held_out="NLL –", cost="NFE –", rate="–"
             )
 
     def __enter__(self) -> Self:
@@ -55,14 +59,17 @@ class ProgressBar:
         """Whether a quarter of a second has passed since the bar, if shown, was redrawn."""
         return self._bar is not None and time.perf_counter() - self._shown_at > 0.25
 
-    def update(self, fraction: float, step: int, loss: float, nfe: int) -> None:
-        """Redraw."""
+    def update(
+        self, fraction: float, step: int, loss: float, nfe: int, pairing: float = 0.0
+    ) -> None:
+        """Redraw; a large part of the time that goes into pairing stands where NFE else does."""
         if self._bar is None:
             return
         now = time.perf_counter()
         rate = (step - self._step) / (now - self._shown_at) if self._shown_at else 0.0
         self._shown_at, self._step = now, step
-        fields = {"loss": f"{loss:.3f}", "nfe": str(nfe), "rate": f"{rate:.0f}"}
+        cost = f"pairing {pairing:.0%}" if not nfe and pairing > PAIRING else f"NFE {nfe}"
+        fields = {"loss": f"{loss:.3f}", "cost": cost, "rate": f"{rate:.0f}"}
         self._bar.update(self._task, completed=fraction, **fields)
 
     def validated(self, name: str, score: float) -> None:
@@ -70,6 +77,17 @@ class ProgressBar:
         if self._bar is not None:
             words = {"val_nll": "NLL", "val_loss": "held-out loss"}
             self._bar.update(self._task, held_out=f"{words[name]} {score:.3f}")
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Inside, the bar says so before its title."""
+        if self._bar is None:
+            yield
+            return
+        title = self._bar.tasks[0].description
+        self._bar.update(self._task, description=f"{what} {title}")
+        yield
+        self._bar.update(self._task, description=title)
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

@@ -1,5 +1,6 @@
 """Where batches come from: a density, rows in memory, a dataset, an iterable of batches."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -29,12 +30,17 @@ class Stream(ABC):
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """The whole batch of a step, over all processes."""
 
+    @abstractmethod
+    def rows(self, n: int) -> Batch | None:
+        """n rows to train on, or all that there are; None where there are none."""
+
 
 class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
 
     def __init__(self, density: Any, config: TrainConfig, validation: Batch | None) -> None:
-        self.density, self.size = density, config.batch_size or BATCH_SIZE
+        self.density, self.seed = density, config.seed
+        self.size = config.batch_size or BATCH_SIZE
         held_out = seeded(config.seed, -1)
         drawn = Batch(density.sample(config.validation_rows, held_out))
         self.validation = drawn if validation is None else validation
@@ -42,6 +48,9 @@ class DensityStream(Stream):
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return Batch(self.density.sample(self.size, generator))
+
+    def rows(self, n: int) -> Batch:
+        return Batch(self.density.sample(n, seeded(self.seed, -6)))
 
 
 class RowStream(Stream):
@@ -54,7 +63,7 @@ class RowStream(Stream):
     """
 
     def __init__(self, rows: "Rows", config: TrainConfig, validation: Batch | None) -> None:
-        self.rows, self.seed = rows, config.seed
+        self.data, self.seed = rows, config.seed
         order = torch.randperm(len(rows), generator=seeded(config.seed, -2))
         held_out = 0
         if validation is None and config.validations:
@@ -78,7 +87,16 @@ class RowStream(Stream):
         if epoch != self._epoch:
             shuffle = torch.randperm(len(self.train), generator=seeded(self.seed, -3 - epoch))
             self._epoch, self._order = epoch, self.train[shuffle]
-        return self.rows[self._order[place * self.size : (place + 1) * self.size]]
+        return self.data[self._order[place * self.size : (place + 1) * self.size]]
+
+    def rows(self, n: int) -> Batch:
+        if n < len(self.train):
+            warnings.warn(
+                f"fit: the coupling pairs with {n} of the {len(self.train)} rows, and trains on "
+                'these only; give it more: {"name": …, "rows": …}',
+                stacklevel=2,
+            )
+        return self.data[self.train[:n]]
 
 
 class IterableStream(Stream):
@@ -114,6 +132,21 @@ class IterableStream(Stream):
             if self._next > step:
                 return as_batch(item)
 
+    def rows(self, n: int) -> Batch:
+        found: list[Batch] = []
+        for item in self._begin(0):
+            found.append(as_batch(item))
+            if sum(len(batch.x) for batch in found) >= n:
+                break
+        parts = [vars(batch) for batch in found]
+        return Batch(
+            **{
+                name: torch.cat([part[name] for part in parts])[:n]
+                for name, value in parts[0].items()
+                if value is not None
+            }
+        )
+
 
 class NoData(Stream):
     """For objectives that need none: an empty batch of the size asked for."""
@@ -123,6 +156,9 @@ class NoData(Stream):
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return Batch(torch.empty(self.size, 0))
+
+    def rows(self, n: int) -> None:
+        return None
 
 
 class Rows:

@@ -1,0 +1,34 @@
+"""What a training run has done."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class History:
+    """What a run has done.
+
+    Attributes:
+        records: One dict per logged step: step, seconds, loss, lr, nfe, the objective's metrics,
+            and val_nll where it was scored.
+        steps: Steps taken.
+        seconds: Seconds of training.
+        preparing: Of these, seconds in which the objective prepared itself, such as a coupling's
+            fit to the data.
+        pairing: Of these, seconds in which batches were drawn and paired.
+        reason: Why it ended: "budget", "patience" or "interrupted".
+        skipped: Steps left out because their gradient was NaN or infinite.
+        ticks: See `TrainConfig.ticks`.
+    """
+
+    records: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    preparing: float = 0.0
+    pairing: float = 0.0
+    reason: str = "budget"
+    skipped: int = 0
+    ticks: list[int] = field(default_factory=list)
+
+    def column(self, name: str) -> list[float]:
+        """The values of one metric, where it was logged."""
+        return [record[name] for record in self.records if name in record]

@@ -21,6 +21,7 @@ from cnf.matching.paths import Path, as_path
 from cnf.transforms.continuous import Continuous
 
 Grid = tuple[float, ...]
+LEAST = 1e-5  # of time, between two steps of a learned grid
 
 
 def edm_grid(
@@ -39,6 +40,10 @@ def edm_grid(
         rho: Above 1 for shorter steps at low levels.
     """
     expect_positive("edm_grid", steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    if sigma_min >= sigma_max:
+        raise ValueError(
+            f"edm_grid: expected sigma_min < sigma_max, got {sigma_min} and {sigma_max}"
+        )
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     parts = [k / max(1, steps - 1) for k in range(1, steps)]
     levels = [(ends[0] + part * (ends[1] - ends[0])) ** rho for part in parts]
@@ -69,11 +74,13 @@ def learned_grid(
         generator: Source of the base samples.
     """
     _continuous("learned_grid", flow)
+    expect_positive("learned_grid", steps=steps, points=points)
     z = flow.base.sample((points,), generator)
-    exact = flow.decode(z, context)
+    exact = flow.trajectory(z, (0.0, 1.0), context)[-1]  # before it is rounded to discrete data
 
     def error(grid: Sequence[float]) -> float:
-        few = flow.with_solver(Solver(method, grid=tuple(grid))).decode(z, context)
+        few = flow.with_solver(Solver(method, grid=tuple(grid)))
+        few = few.trajectory(z, (0.0, 1.0), context)[-1]
         return (few - exact).flatten(1).norm(dim=1).mean().item()
 
     grid = [k / steps for k in range(steps + 1)]
@@ -82,7 +89,7 @@ def learned_grid(
         before = least
         for k, way in product(range(1, steps), (reach, -reach)):
             trial = [*grid[:k], grid[k] + way, *grid[k + 1 :]]
-            if not grid[k - 1] < trial[k] < grid[k + 1]:
+            if not grid[k - 1] + LEAST < trial[k] < grid[k + 1] - LEAST:
                 continue
             found = error(trial)
             if found < least:

@@ -11,6 +11,7 @@ from cnf import Batch, Flow, FlowMatching
 from cnf.fields import MLPField, NullContext, Predicts, VectorField, WithScore, score
 from cnf.matching import Linear, as_path
 from cnf.matching.paths import Bridge
+from cnf.training.stream import shared
 from cnf.transforms import Continuous, Standardise
 
 F64 = torch.float64
@@ -335,14 +336,14 @@ def test_the_noise_near_the_data_is_x0(generator):
     torch.testing.assert_close(value, x0.square().sum(1).mean(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="each process divides by the sum of its own weights")
 def test_weighted_loss_is_the_mean_over_processes(randomised, generator):
     flow, objective = randomised(flow_of(MLPField(2, (5,)))), FlowMatching()
     x = torch.randn(8, 2, generator=generator, dtype=F64)
     weight = torch.tensor([1.0, 0, 0, 0, 2, 2, 2, 1], dtype=F64)
     batch = objective.prepare(flow, Batch(x, weight=weight), seeded())
-    halves = [batch.map(lambda v, k=k: v[k : k + 4]) for k in (0, 4)]
-    value = sum(objective(flow, half).value for half in halves) / 2
+    halves = [shared(batch, rank, 2) for rank in (0, 1)]
+    value = sum(part * objective(flow, half).value for half, part in halves) / 2
+    assert halves[0][1] != 1 and [len(half.x) for half, _ in halves] == [4, 4]
     torch.testing.assert_close(value, objective(flow, batch).value)
 
 

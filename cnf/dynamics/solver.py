@@ -11,6 +11,7 @@ ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_so
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
 MULTISTEP = ("explicit_adams", "implicit_adams")
 FIXED = (*STAGES, *MULTISTEP)
+ENDS = 1e-6  # of time: nearer to an end of the interval, float32 may round to the end
 GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
 
@@ -107,6 +108,8 @@ class Solver:
                 f"Solver: expected a grid ascending from 0 to 1 and one of {', '.join(STAGES)}, "
                 f"got {grid} and {self.method}"
             )
+        if min(b - a for a, b in pairwise(grid)) <= 2 * ENDS:
+            raise ValueError(f"Solver: expected steps of a grid above {2 * ENDS:g}, got {grid}")
         if self.steps not in (None, len(grid) - 1):
             raise ValueError(f"Solver: a grid of {len(grid) - 1} steps, but steps={self.steps}")
         object.__setattr__(self, "grid", grid)
@@ -131,7 +134,7 @@ class Solver:
 
     def between(self, t0: float, t1: float) -> list[float]:
         """The grid's times strictly inside (t0, t1), in the order of the solve."""
-        low, high = min(t0, t1) + 1e-6, max(t0, t1) - 1e-6  # off the ends as float32 rounds them
+        low, high = min(t0, t1) + ENDS, max(t0, t1) - ENDS
         found = [t for t in self.grid or () if low < t < high]
         return found if t0 < t1 else found[::-1]
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +30,23 @@ class Wrapper(VectorField):
         that has a clock of its own."""
         return None
 
-    @cached_property
+    @property
     def stretches(self) -> tuple[Stretch, ...]:
-        """The wrapped pieces of a `Piecewise` inside, if there is one; made once, since the field
-        that a compiled solve knows must not change. A tuple, so that the weights are not counted
-        twice."""
+        """The wrapped pieces of a `Piecewise` inside, if there is one; made once for the same
+        weights, since the field that a compiled solve knows must not change. Tuples, so that the
+        weights are not counted twice."""
         pieces = pieces_of(self.field)
+        made_of = (*(piece for _, _, piece in pieces), *self._parameters.values())
+        kept, found = self.__dict__.get("_stretches", ((), ()))
+        if len(kept) == len(made_of) and all(a is b for a, b in zip(kept, made_of, strict=True)):
+            return found
         wrapped = [self.around(piece) for _, _, piece in pieces] if len(pieces) > 1 else [None]
-        if None in wrapped:
-            return ()
-        return tuple((a, b, w) for (a, b, _), w in zip(pieces, wrapped, strict=True) if w)
+        if None not in wrapped:
+            found = tuple((a, b, w) for (a, b, _), w in zip(pieces, wrapped, strict=True) if w)
+        else:
+            found = ()
+        object.__setattr__(self, "_stretches", (made_of, found))  # nn.Module would register them
+        return found
 
 
 class Piece(Wrapper):

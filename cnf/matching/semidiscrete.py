@@ -16,7 +16,7 @@ Search = Callable[[Tensor], Tensor]  # points (n, D) → the row that each belon
 
 START = 2_000  # rows of the exact problem whose solution the ascent starts from
 QUANTILES = 2**20  # base samples whose quantiles are taken in one dimension
-DRAWN = 2**15  # base samples of one step of the ascent, at most
+DRAWN = (2**11, 2**15)  # base samples of one step of the ascent, at least and at most
 TREE_DIMS = (3, 4)  # above, a tree for the exact partner, or for the near cells, does not pay
 NEAR = (8, 16, 32)  # cells looked at, until `AGREED` of all partners are the exact ones
 AGREED = 0.995
@@ -199,7 +199,7 @@ def _ascended(
     mean, mass, sums = torch.zeros_like(first), torch.zeros_like(first), torch.zeros_like(y)
     last = max(1, steps // 5)
     for k in range(steps):
-        x = sample(min(DRAWN, max(256, int(m * 2 ** (4 * k / steps - 3)))))  # M/8 to 2M
+        x = sample(int(min(DRAWN[1], max(DRAWN[0], m * 2 ** (4 * k / steps - 3)))))  # M/8 to 2M
         p = first + sum(part[group] for part, group in zip(parts, groups, strict=True))
         j = _exact(y, p)(x)
         count = torch.bincount(j, minlength=m).to(y)

@@ -90,13 +90,19 @@ class Learner:
         self.fabric.backward(self._step(batch).value)
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, batch: Batch, lr: float) -> Loss:
-        """Take one step on this process's rows, unless the gradient is NaN or infinite."""
+    def step(self, batch: Batch, lr: float, part: float = 1.0) -> Loss:
+        """Take one step on this process's rows, unless the gradient is NaN or infinite.
+
+        Args:
+            batch: The rows.
+            lr: Learning rate.
+            part: Weight of their loss in the mean over the processes.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss.value)
+        self.fabric.backward(loss.value if part == 1.0 else part * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm):
             self._skip(loss)

@@ -17,7 +17,7 @@ from cnf.training.history import History
 from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Run
-from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded
+from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded, shared
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -68,7 +68,8 @@ class _Trainer:
 
         self.module, self.objective, self.config = module, objective, config
         self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
-        self.stream = as_stream(data, config, context, validation)
+        missing = getattr(getattr(module, "transform", None), "optional_context", False)
+        self.stream = as_stream(data, config, context, validation, missing)
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
@@ -99,9 +100,10 @@ class _Trainer:
             while not (self.budget.done or self.validation.exhausted):
                 with ode.record() as stats:
                     start = time.perf_counter()
-                    batch = self._rows(self.budget.step)
+                    batch, part = self._rows(self.budget.step)
                     paired = time.perf_counter()
-                    loss = self.learner.step(batch, self.learner.lr * self.budget.lr_factor())
+                    lr = self.learner.lr * self.budget.lr_factor()
+                    loss = self.learner.step(batch, lr, part)
                     self.history.pairing += paired - start
                     self._spend(time.perf_counter() - start)
                 nfe = stats.forward + stats.backward
@@ -141,24 +143,21 @@ class _Trainer:
                 self.history.preparing = time.perf_counter() - start
                 self.budget.charge(self.history.preparing)
         if self.learner.compiles:
-            self.learner.warm_up(self._rows(self.budget.step))
+            self.learner.warm_up(self._rows(self.budget.step)[0])
 
     def _show(self, bar: ProgressBar, loss: float, nfe: int) -> None:
         pairing = self.history.pairing / self.budget.seconds
         bar.update(self.budget.fraction, self.budget.step, loss, nfe, pairing)
 
-    def _rows(self, step: int) -> Batch:
+    def _rows(self, step: int) -> tuple[Batch, float]:
+        """This process's part of a step's batch, and the weight of its loss."""
         config, fabric = self.config, self.fabric
         self._seed_module(mixed(config.seed, step, fabric.global_rank, 1))
         generator = seeded(config.seed, step)
         batch = self._placed(self.stream.batch(step, generator))
         batch = self.objective.prepare(self.module, batch, generator)
         # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
-        share = len(batch.x) // fabric.world_size
-        if fabric.world_size > 1:
-            rows = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
-            batch = batch.map(lambda value: value[rows])
-        return batch
+        return shared(batch, fabric.global_rank, fabric.world_size)
 
     def _seed_module(self, seed: int) -> None:
         """For what the module itself draws (dropout); torch.manual_seed takes a millisecond."""

@@ -14,6 +14,8 @@ from cnf.errors import expect_finite
 from cnf.objectives import Batch
 from cnf.training.config import BATCH_SIZE, TrainConfig
 
+NULL = ("context", True)  # what may be NaN: a context that may be missing
+
 
 class Stream(ABC):
     """Batches by step number, so that a resumed run goes on with the rows it would have seen.
@@ -106,10 +108,15 @@ class IterableStream(Stream):
     """
 
     def __init__(
-        self, batches: Iterable[Any], config: TrainConfig, validation: Batch | None
+        self,
+        batches: Iterable[Any],
+        config: TrainConfig,
+        validation: Batch | None,
+        missing: bool = False,
     ) -> None:
         self.batches, self.validation, self.seed = batches, validation, config.seed
-        self.head = as_batch(next(self._begin(0))).x
+        self.missing = missing
+        self.head = as_batch(next(self._begin(0)), missing=missing).x
         self._iterator, self._pass, self._next = self._begin(0), 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
@@ -130,12 +137,12 @@ class IterableStream(Stream):
                 item = next(self._iterator)
             self._next += 1
             if self._next > step:
-                return as_batch(item)
+                return as_batch(item, missing=self.missing)
 
     def rows(self, n: int) -> Batch:
         found: list[Batch] = []
         for item in self._begin(0):
-            found.append(as_batch(item))
+            found.append(as_batch(item, missing=self.missing))
             if sum(len(batch.x) for batch in found) >= n:
                 break
         parts = [vars(batch) for batch in found]
@@ -164,8 +171,8 @@ class NoData(Stream):
 class Rows:
     """A `Batch` or a map-style dataset, indexed by a tensor of row numbers."""
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
+    def __init__(self, data: Any, missing: bool = False) -> None:
+        self.data, self.missing = data, missing
 
     def __len__(self) -> int:
         return len(self.data.x if isinstance(self.data, Batch) else self.data)
@@ -173,26 +180,35 @@ class Rows:
     def __getitem__(self, rows: Tensor) -> Batch:
         if isinstance(self.data, Batch):
             return self.data.map(lambda value: value[rows])
-        return as_batch(default_collate([self.data[int(row)] for row in rows]))
+        drawn = default_collate([self.data[int(row)] for row in rows])
+        return as_batch(drawn, missing=self.missing)
 
 
 def as_stream(
-    data: Any, config: TrainConfig, context: Any = None, validation: Any = None
+    data: Any,
+    config: TrainConfig,
+    context: Any = None,
+    validation: Any = None,
+    missing: bool = False,
 ) -> Stream:
-    """The stream that suits the data: see `fit`."""
-    held_out = None if validation is None else as_batch(validation, "validation")
+    """The stream that suits the data: see `fit`.
+
+    Args: as of `fit`, and
+        missing: Whether a context may be missing, NaN.
+    """
+    held_out = None if validation is None else as_batch(validation, "validation", missing)
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
     if isinstance(data, Batch):
         if context is not None:
             raise ValueError("fit: a Batch holds its own context, got context=… beside it")
         for name, value in vars(data).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and name != "context":
+            if value is not None and value.is_floating_point() and (name, missing) != NULL:
                 expect_finite("fit", name, value)
         return RowStream(Rows(_same_length(data)), config, held_out)
     points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
     if isinstance(points, Tensor) or hasattr(points, "__array__"):
-        given = None if context is None else _checked("context", context)
+        given = None if context is None else _checked("context", context, missing)
         rows = Batch(_checked("data", points), given)
         return RowStream(Rows(_same_length(rows)), config, held_out)
     if context is not None:
@@ -202,13 +218,13 @@ def as_stream(
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return RowStream(Rows(data), config, held_out)
+        return RowStream(Rows(data, missing), config, held_out)
     if isinstance(data, Iterable):
-        return IterableStream(data, config, held_out)
+        return IterableStream(data, config, held_out, missing)
     raise TypeError(f"fit: expected a density, rows or batches, got {type(data).__name__}")
 
 
-def as_batch(item: Any, name: str = "x") -> Batch:
+def as_batch(item: Any, name: str = "x", missing: bool = False) -> Batch:
     """A Batch from a tensor, a pair (x, context), or a Batch."""
     if isinstance(item, Batch):
         return item
@@ -216,7 +232,22 @@ def as_batch(item: Any, name: str = "x") -> Batch:
     if not 1 <= len(parts) <= 2:
         raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
     names = (name, "context")[: len(parts)]
-    return Batch(*(_checked(name, part) for name, part in zip(names, parts, strict=True)))
+    return Batch(*(_checked(name, part, missing) for name, part in zip(names, parts, strict=True)))
+
+
+def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
+    """One process's rows, and the weight of their loss in the mean over the processes.
+
+    A weighted loss is divided by the sum of its own rows' weights, so that the mean over processes
+    must count each by its rows' weights.
+    """
+    if processes == 1:
+        return batch, 1.0
+    size = len(batch.x) // processes
+    own = batch.map(lambda value: value[rank * size : (rank + 1) * size])
+    if own.weight is None or batch.weight is None:
+        return own, 1.0
+    return own, (own.weight.sum() * processes / batch.weight.sum()).item()
 
 
 def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
@@ -241,13 +272,13 @@ def _same_length(batch: Batch) -> Batch:
     return batch
 
 
-def _checked(name: str, value: Any) -> Tensor:
+def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
     value = torch.as_tensor(value)
     if value.dim() < 2 or len(value) < 2:
         raise ValueError(
             f"fit: expected {name} of shape (N, D) with two rows or more, got {tuple(value.shape)}"
         )
-    if value.is_floating_point():
+    if value.is_floating_point() and (name, missing) != NULL:
         expect_finite("fit", name, value)
     return value
 

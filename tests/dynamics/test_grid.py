@@ -332,9 +332,10 @@ def test_grids_that_are_none_are_refused(options, message):
         Solver(**{"method": "euler", **options})
 
 
-@pytest.mark.xfail(strict=True, reason="steps under a millionth are left out, and not refused")
-def test_every_step_of_a_grid_is_taken():
-    solver = Solver("euler", grid=(0.0, 5e-7, 0.5, 1.0))
+def test_every_step_of_a_grid_is_taken_and_one_that_would_not_be_is_refused():
+    with pytest.raises(ValueError, match="steps of a grid above 2e-06"):
+        Solver("euler", grid=(0.0, 5e-7, 0.5, 1.0))
+    solver = Solver("euler", grid=(0.0, 3e-6, 0.5, 1.0))
     (_,), nfe = solve(dynamics(A), (X0,), 0.0, 1.0, solver, ())
     assert nfe == solver.evaluations
 

@@ -1,0 +1,170 @@
+"""The semi-discrete coupling against closed forms, brute force and POT's exact plans."""
+
+import pytest
+import torch
+from scipy.stats import norm
+
+import cnf
+from cnf.evaluation.distances import wasserstein2
+from cnf.matching import COUPLINGS, SemiDiscrete, as_coupling
+from cnf.matching.semidiscrete import _exact, _near
+
+F64 = torch.float64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*event, dtype=torch.float32):
+    """Base samples: (n, generator) → (n, *event)."""
+    return lambda n, generator=None: torch.randn(n, *event, generator=generator, dtype=dtype)
+
+
+def masses(plan, x1, draw, n=100_000):
+    """Each row's share of the base, times M: 1 for all in a perfect plan."""
+    j = plan(draw(n, seeded(9)), x1).j
+    return torch.bincount(j, minlength=len(x1)) * len(x1) / n
+
+
+def test_two_points_divide_the_plane_in_the_middle_of_the_base():
+    """Whatever the points, equal masses of N(0, I) lie on both sides of a line through 0."""
+    x1 = torch.tensor([[1.0, 0.0], [7.0, 0.0]])
+    plan = SemiDiscrete().fit(x1, normal(2), generator=seeded())
+    x0 = normal(2)(10_000, seeded(1))
+    clear = x0[:, 0].abs() > 0.02
+    assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 0).long())
+
+
+def test_in_one_dimension_it_is_the_monotone_map(generator):
+    x1 = torch.rand(50, 1, generator=generator, dtype=F64) ** 2
+    plan = SemiDiscrete().fit(x1, normal(1, dtype=F64), generator=seeded())
+    x0 = normal(1, dtype=F64)(2_000, seeded(1))
+    quantile = 50 * torch.from_numpy(norm.cdf(x0.numpy()))[:, 0]
+    clear = (quantile - quantile.round()).abs() > 0.1  # of a cell: of a million base samples
+    rank = x1[:, 0].argsort().argsort()[plan(x0, x1).j]
+    assert torch.equal(rank[clear], quantile[clear].long())
+
+
+@pytest.mark.parametrize(("event", "rows"), [((2,), 400), ((3,), 300), ((4,), 300), ((2, 3), 200)])
+def test_every_row_is_the_partner_of_an_equal_share_of_the_base(event, rows, generator):
+    spread = torch.linspace(0.5, 2, rows).reshape(-1, *[1] * len(event))
+    x1 = torch.randn(rows, *event, generator=generator) * spread + 3
+    plan = SemiDiscrete().fit(x1, normal(*event), generator=seeded())
+    share = masses(plan, x1, normal(*event))
+    noise = (rows / 100_000) ** 0.5  # of so many samples: 0.06
+    assert (share - 1).square().mean().sqrt() < 0.15 + noise
+    halves = share[: rows // 2].mean(), share[rows // 2 :].mean()
+    assert max(halves) < 1.02
+
+
+def test_cells_that_are_not_in_balance_are_seen(generator):
+    """Nearest neighbours, potentials all zero, fail what the test above asks."""
+    x1 = torch.randn(400, 2, generator=generator) * torch.linspace(0.5, 2, 400)[:, None] + 3
+    nearest = torch.cdist(normal(2)(100_000, seeded(9)), x1).argmin(1)
+    share = torch.bincount(nearest, minlength=400) / 250
+    assert (share - 1).square().mean().sqrt() > 1
+
+
+def test_its_cost_is_that_of_the_exact_plan_between_2000_points():
+    toy = cnf.data.toy("8gaussians-r5")
+    x1 = toy.sample(2_000, seeded())
+    plan = SemiDiscrete().fit(x1, normal(2), generator=seeded())
+    x0 = normal(2)(200_000, seeded(1))
+    cost = (x0 - x1[plan(x0, x1).j]).square().sum(1).mean().item()
+    exact = [wasserstein2(normal(2)(2_000, seeded(k)), x1) ** 2 for k in (2, 3, 4)]
+    independent = (x0 - x1[torch.randint(2_000, (200_000,))]).square().sum(1).mean().item()
+    # the exact plans are between samples: dearer, by the spread of an empirical base
+    assert cost == pytest.approx(sum(exact) / 3, rel=0.02) and independent > 1.5 * cost
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 6])
+def test_the_tree_and_the_products_find_the_best_partner(dim, generator):
+    y = torch.randn(200, dim, generator=generator, dtype=F64)
+    p = 0.3 * torch.randn(200, generator=generator, dtype=F64)
+    x = 2 * torch.randn(500, dim, generator=generator, dtype=F64)
+    expected = ((x[:, None] - y).square().sum(-1) - (2 * p + y.square().sum(1))).argmin(1)
+    assert torch.equal(_exact(y, p)(x), expected)
+
+
+def test_cells_near_by_are_as_good_as_all_and_a_cell_without_mass_is_nobodys(generator):
+    y = torch.randn(300, 2, generator=generator, dtype=F64)
+    p = -0.5 * y.square().sum(1)  # Voronoi's cells
+    p[0] = -100.0
+
+    def sample(n):
+        return torch.randn(n, 2, generator=generator, dtype=F64)
+
+    x = sample(200_000)
+    j = _exact(y, p)(x)
+    mass = torch.bincount(j, minlength=300).to(F64)
+    sums = torch.zeros_like(y).index_add_(0, j, x)
+    near = _near(y, p, mass, sums, sample)
+    x = sample(10_000)
+    agreed = near(x) == _exact(y, p)(x)
+    assert agreed.double().mean() > 0.99 and (near(x) != 0).all()
+
+
+def test_labels_are_kept_and_each_label_starts_from_the_whole_base(generator):
+    label = torch.arange(300) % 3
+    x1 = torch.randn(300, 2, generator=generator) + 6 * label[:, None]
+    context = torch.nn.functional.one_hot(label).float()
+    plan = SemiDiscrete(steps=100).fit(x1, normal(2), context, seeded())
+    wanted = torch.randint(3, (30_000,), generator=generator)
+    x0 = normal(2)(30_000, seeded(1))
+    j = plan(x0, x1, torch.nn.functional.one_hot(wanted).float()).j
+    assert torch.equal(label[j], wanted)
+    share = torch.bincount(j, minlength=300) / 100
+    assert share.min() > 0.5 and share.max() < 1.6  # of 100 samples a row
+
+
+def test_missing_contexts_are_a_label(generator):
+    x1, context = torch.randn(40, 2, generator=generator), torch.ones(40, 1)
+    context[::2] = torch.nan
+    plan = SemiDiscrete(steps=20).fit(x1, normal(2), context, seeded())
+    j = plan(normal(2)(40, seeded()), x1, context).j
+    assert torch.equal(j % 2, torch.arange(40) % 2)
+
+
+def test_contexts_that_are_no_labels_are_refused(generator):
+    x1, context = torch.randn(40, 2, generator=generator), torch.rand(40, 1, generator=generator)
+    with pytest.raises(ValueError, match='got 40 different ones .* coupling="conditional-ot"'):
+        SemiDiscrete().fit(x1, normal(2), context)
+    plan = SemiDiscrete(steps=5).fit(x1, normal(2), torch.ones(40, 1), seeded())
+    with pytest.raises(ValueError, match="none of the labels"):
+        plan(x1[:2], x1, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="a context if it was fitted with one, only"):
+        plan(x1[:2], x1)
+    with pytest.raises(ValueError, match="the 40 rows it was fitted to, got 39"):
+        plan(x1[:2], x1[:39], torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("rows", [torch.ones(1, 2), torch.ones(30, 2), 1e4 + torch.rand(30, 2)])
+def test_few_equal_or_distant_rows_are_no_obstacle(rows):
+    plan = SemiDiscrete(steps=10).fit(rows, normal(2), generator=seeded())
+    j = plan(normal(2)(100, seeded()), rows).j
+    assert j.min() >= 0 and j.max() < len(rows)
+
+
+def test_the_same_generator_gives_the_same_plan(generator):
+    x1, x0 = torch.randn(100, 2, generator=generator), normal(2)(1_000, seeded(1))
+    before = torch.get_rng_state()
+    first, again = (SemiDiscrete(20).fit(x1, normal(2), generator=seeded()) for _ in range(2))
+    assert torch.equal(first(x0, x1).j, again(x0, x1).j)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_before_it_is_fitted_it_is_minibatch_ot(generator):
+    x0, x1 = (torch.randn(20, 2, generator=generator) for _ in range(2))
+    expected = COUPLINGS["minibatch-ot"](x0, x1).j
+    assert torch.equal(as_coupling("semidiscrete")(x0, x1).j, expected)
+    context = torch.arange(20)[:, None] % 2
+    expected = COUPLINGS["conditional-ot"](x0, x1, context).j
+    assert torch.equal(as_coupling("semidiscrete")(x0, x1, context).j, expected)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="SemiDiscrete: expected steps > 0"):
+        SemiDiscrete(steps=0)
+    with pytest.raises(ValueError, match="semidiscrete: unknown option 'row'; known: steps, rows"):
+        cnf.FlowMatching(coupling={"name": "semidiscrete", "row": 3})

@@ -23,7 +23,12 @@ check: $(READY)
 	$(RUN) -m ruff check
 	$(RUN) -m basedpyright
 
+# Not as an extra: torchcfm asks for torchdyn, which drags torchvision and Lightning in, unused here.
 bench: $(READY)
+ifndef PYTHON
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[all,test,bench]'
+	.venv/bin/python -m pip install --quiet --no-deps torchcfm==1.0.7
+endif
 	$(RUN) experiments/benchmark/run.py
 
 .venv/.ready: pyproject.toml constraints.txt

@@ -38,6 +38,8 @@ class Affine(NamedTuple):
             return F.linear(h, self.weight) * self.scale + self.bias
         if self.bias.dim() == 1:
             return F.linear(h, self.weight, self.bias)
+        if h.dim() == 2 and self.bias.shape[0] == h.shape[0]:
+            return torch.addmm(self.bias, h, self.weight.T)  # one operation less to train
         return F.linear(h, self.weight) + self.bias
 
 
@@ -90,13 +92,13 @@ class ModulatedLinear(nn.Module):
 
     def affine(self, u: Tensor) -> Affine:
         """The layer at u, shape (features,) or (*batch, features)."""
-        weight, bias = self.linear.weight, self.linear.bias
-        scale, shift = self.modulation(u)
-        if scale is not None:
-            bias = bias * scale
-        if shift is not None:
-            bias = bias + shift
-        if scale is not None and scale.dim() == 1:
+        weight, bias, modulation = self.linear.weight, self.linear.bias, self.modulation
+        if modulation.scale is None:  # in fewer operations than the general case
+            shift = modulation.shift
+            return Affine(weight, bias if shift is None else F.linear(u, shift.weight, bias))
+        scale, shift = modulation(u)
+        bias = bias * scale if shift is None else bias * scale + shift
+        if scale.dim() == 1:
             return Affine(weight * scale.unsqueeze(-1), bias)
         return Affine(weight, bias, scale)
 

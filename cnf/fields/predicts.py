@@ -36,7 +36,7 @@ def converted(value: Tensor, given: str, wanted: str, x: Tensor, t: Tensor, path
         expect_choice("converted", name, choice, TARGETS)
     if given == wanted:
         return value
-    at = path.schedule(_inside(t, path)).gaussian().over(x.dim() - t.dim())
+    at = path.over(_inside(t, path), x.dim() - t.dim()).gaussian()
     a, b = _velocity_from(given, at)
     v = a * x + b * value
     a, b = _velocity_from(wanted, at)
@@ -140,7 +140,7 @@ class WithScore(Wrapper):
     def score(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """∇ log p_t(x), of x's shape; within 0.01 of the ends, that of 0.01."""
         t = _inside(t, self.path)
-        gamma = self.path.schedule(t).over(x.dim() - t.dim()).gamma
+        gamma = self.path.over(t, x.dim() - t.dim()).gamma
         return -self.head(t, x, context) / gamma
 
 

@@ -41,16 +41,6 @@ class Schedule(NamedTuple):
     gamma: Any = 0.0
     d_gamma: Any = 0.0
 
-    def over(self, event_dims: int) -> "Schedule":
-        """The same, broadcasting over so many event dimensions."""
-
-        def spread(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.dim():
-                return value
-            return value.reshape(*value.shape, *[1] * event_dims)
-
-        return Schedule(*map(spread, self))
-
     def gaussian(self) -> "Schedule":
         """Of a standard normal x0: one sigma for it and the noise together, no gamma.
 
@@ -79,6 +69,10 @@ class Path(ABC):
     def schedule(self, t: Tensor) -> Schedule:
         """Coefficients at t, inside the margin."""
 
+    def over(self, t: Tensor, event_dims: int) -> Schedule:
+        """The same, broadcasting over so many event dimensions."""
+        return self.schedule(t.reshape(*t.shape, *[1] * event_dims) if t.dim() else t)
+
     def clipped(self, t: Tensor) -> Tensor:
         """The nearest times inside the margin."""
         low, high = self.margin
@@ -94,12 +88,12 @@ class Path(ABC):
             noise: z ~ N(0, I), of x0's shape, for a noisy path; drawn if None.
         """
         t = self.clipped(t)
-        at = self.schedule(t).over(x0.dim() - t.dim())
+        at = self.over(t, x0.dim() - t.dim())
         xt = _combined(at.alpha, x1, at.sigma, x0)
         ut = _combined(at.d_alpha, x1, at.d_sigma, x0)
         if self.noisy:
             z = torch.randn_like(x0) if noise is None else noise
-            xt, ut = xt + at.gamma * z, ut + at.d_gamma * z
+            xt, ut = _added(xt, at.gamma, z), _added(ut, at.d_gamma, z)
         return PathSample(t, xt, ut)
 
 
@@ -277,8 +271,14 @@ class Bridge(Path):
 
 def _combined(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     """a·x + b·y in as few operations as there can be: a training step has many small ones."""
-    x = x if isinstance(a, float) and a == 1.0 else a * x
-    return torch.add(x, y, alpha=b) if isinstance(b, float) else torch.addcmul(x, b, y)
+    return _added(x if isinstance(a, float) and a == 1.0 else a * x, b, y)
+
+
+def _added(x: Tensor, b: Any, y: Tensor) -> Tensor:
+    """x + b·y."""
+    if not isinstance(b, float):
+        return torch.addcmul(x, b, y)
+    return x if b == 0.0 else torch.add(x, y, alpha=b)
 
 
 def as_path(path: Any) -> Path:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.errors import expect_choice, expect_event
@@ -56,9 +57,11 @@ class FlowMatching(Objective):
     times: Any = "uniform"
     weighting: str = "target"
     context_dropout: float = 0.0
+    _made: ClassVar[tuple[Any, Any]]  # coupling, law of t
 
     def __post_init__(self) -> None:
-        _ = self._times(), as_coupling(self.coupling)
+        # Made once: a step of small nets is short. No field: the settings stay what was given.
+        object.__setattr__(self, "_made", (as_coupling(self.coupling), _law(self.times)))
         if self.path is not None:
             path = as_path(self.path)
             if not isinstance(self.path, str):
@@ -76,7 +79,7 @@ class FlowMatching(Objective):
         generator: torch.Generator,
     ) -> "FlowMatching":
         """With a coupling that is fitted to the data, the same, fitted."""
-        coupling = as_coupling(self.coupling)
+        coupling = self._made[0]
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
         if data is None or data.x0 is not None:
             return self
@@ -103,7 +106,7 @@ class FlowMatching(Objective):
         return batch
 
     def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
-        coupling = as_coupling(self.coupling)
+        coupling = self._made[0]
         if isinstance(coupling, _Among):
             x0 = flow.base.sample((len(batch.x),), generator)
             batch = coupling.partners(x0, batch.context)
@@ -124,7 +127,7 @@ class FlowMatching(Objective):
         x1, device = batch.x1, batch.x.device if generator is None else generator.device
         if batch.t is None:
             u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
-            batch.t = self._times()(u).to(x1.device)
+            batch.t = self._made[1](u).to(x1.device)
         if batch.noise is None and self._path(flow.field).noisy:
             z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
             batch.noise = z.to(x1.device)
@@ -151,29 +154,32 @@ class FlowMatching(Objective):
         assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
         sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
         context = flow.checked_context("FlowMatching", batch.context, batch.t.shape)
-        error = self._error(field, path, sample, batch, context)
-        value = _mean_square(error, batch.weight)
+        predicted, target = self._regressed(field, path, sample, batch, context)
+        value = _mean_square(predicted, target, batch.weight)
         metrics = {"fm": value.detach()}
         if isinstance(field, WithScore):
-            error = field.head(sample.t, sample.xt, context) - batch.noise
-            score = _mean_square(error, batch.weight)
+            assert batch.noise is not None
+            noise = field.head(sample.t, sample.xt, context)
+            score = _mean_square(noise, batch.noise, batch.weight)
             value, metrics = value + score, {**metrics, "score": score.detach()}
         return Loss(value, metrics)
 
-    def _error(
+    def _regressed(
         self, field: VectorField, path: Path, sample: PathSample, batch: Batch, context: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Any]:
+        """What is predicted, and what it should be."""
         t, xt, ut = sample
         if not isinstance(field, Predicts) or "velocity" in (self.weighting, field.target):
-            return field(t, xt, context) - ut
+            return field(t, xt, context), ut
         predicted = field.field(t, xt, context)
         if field.target == "x1":
-            return predicted - batch.x1
-        at = path.schedule(t).over(xt.dim() - t.dim())
+            return predicted, batch.x1
+        at = path.over(t, xt.dim() - t.dim())
         sigma, noise = at.gaussian().sigma, batch.x0
         if path.noisy:  # of both sources together; not (xt - α x1)/σ, which cancels near t = 1
-            noise = (at.sigma * batch.x0 + at.gamma * batch.noise) / sigma
-        return predicted - noise if field.target == "noise" else sigma * predicted + noise
+            noise = (at.sigma * batch.x0 + at.gamma * batch.noise) / sigma  # pyright: ignore
+        assert noise is not None
+        return (predicted, noise) if field.target == "noise" else (sigma * predicted, -noise)
 
     def _path(self, field: VectorField) -> Path:
         made = made_for(field)
@@ -192,12 +198,6 @@ class FlowMatching(Objective):
                 f"FlowMatching: the field was made for {made.path}, got path={path}; leave it out"
             )
         return path
-
-    def _times(self) -> Any:
-        if callable(self.times):
-            return self.times
-        settings = {"name": self.times} if isinstance(self.times, str) else dict(self.times)
-        return TIMES[settings.pop("name")](**settings)
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """The field's; the base stays as it is."""
@@ -220,6 +220,13 @@ class _Among:
         return self.rows.map(lambda rows: rows[j])
 
 
+def _law(times: Any) -> Any:
+    if callable(times):
+        return times
+    settings = {"name": times} if isinstance(times, str) else dict(times)
+    return TIMES[settings.pop("name")](**settings)
+
+
 def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
     """The batch with x1: x as the transform gives it."""
     x1 = batch.x
@@ -230,11 +237,11 @@ def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batc
     return replace(batch, x1=x1)
 
 
-def _mean_square(error: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean over the rows of the squared length."""
+def _mean_square(predicted: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over the rows of the error's squared length."""
     if weight is None:
-        return error.square().sum() / len(error)
-    return weighted_mean(error.square().flatten(1).sum(1), weight)
+        return F.mse_loss(predicted, target, reduction="sum") / len(predicted)
+    return weighted_mean((predicted - target).square().flatten(1).sum(1), weight)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,10 +1,11 @@
 """Benchmarks: this library beside its peers, and beside the machine's limits.
 
 `make bench`, or `python experiments/benchmark/run.py [--only likelihood,logprob] [--threads 2]
-[--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench`, for zuko). One file
-holds each question. Prints the tables as they come; writes results.json and tables.md beside this
-file, on CUDA with the device's name in theirs. With --only the other questions' results stay as
-they are: each names its own revision. Ratios are what counts; absolute times are this machine's.
+[--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench` and, for couplings,
+torchcfm). One file holds each question. Prints the tables as they come; writes results.json and
+tables.md beside this file, on CUDA with the device's name in theirs. With --only the other
+questions' results stay as they are: each names its own revision. Ratios are what counts; absolute
+times are this machine's.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+import couplings
 import imports
 import likelihood
 import logprob
@@ -34,7 +36,8 @@ from cnf.training.describe import machine
 HERE = Path(__file__).parent
 QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
-    "regularised": regularised, "roofline": roofline, "matching": matching, "imports": imports,
+    "regularised": regularised, "roofline": roofline, "matching": matching, "couplings": couplings,
+    "imports": imports,
 }  # fmt: skip
 
 
@@ -93,8 +96,8 @@ def main() -> None:
 
 
 def _about(options: Options, seconds: float) -> dict:
-    zuko = metadata.version("zuko")
-    return {"machine": machine(), "zuko": zuko, **asdict(options), "seconds": round(seconds, 1)}
+    peers = {name: metadata.version(name) for name in ("zuko", "torchcfm")}
+    return {"machine": machine(), **peers, **asdict(options), "seconds": round(seconds, 1)}
 
 
 def _tables(results: dict) -> str:
@@ -109,7 +112,8 @@ def _tables(results: dict) -> str:
         parts.append(
             f"## {name}\n\n{QUESTIONS[name].__doc__}\n\n{QUESTIONS[name].table(found)}\n\n"
             f"Revision {host['revision']}, {where}, {about['threads']} threads, "
-            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, zuko {about['zuko']}.\n"
+            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, zuko {about['zuko']}"
+            + (f", torchcfm {about['torchcfm']}.\n" if "torchcfm" in about else ".\n")
         )
     return "\n".join(parts)
 

@@ -1,0 +1,106 @@
+"""What an objective does once before training: a coupling is fitted to the data, and told of."""
+
+import pytest
+import torch
+import yaml
+
+import cnf
+from cnf.objectives import Batch, FlowMatching
+from cnf.training.progress import ProgressBar
+from cnf.training.stream import NoData, as_stream
+
+FEW = {"name": "semidiscrete", "steps": 5}
+
+
+class Watched(FlowMatching):
+    """Remembers the rows that it trains on."""
+
+    seen: list[Batch] = []  # noqa: RUF012
+
+    def __call__(self, module, batch, generator=None):
+        if torch.is_grad_enabled():
+            Watched.seen.append(batch)
+        return super().__call__(module, batch, generator)
+
+
+def test_pairs_are_of_the_training_rows_and_the_partners_of_the_plan(small, config, points):
+    Watched.seen.clear()
+    flow = small()
+    history = cnf.fit(flow, Watched(coupling=FEW), points, config(validations=0))
+    assert history.steps == 6 and history.preparing > 0 and history.pairing > 0
+    assert history.preparing + history.pairing < history.seconds
+    rows = torch.cat([batch.x for batch in Watched.seen])
+    assert len(rows) == 6 * 16 and all((points == row).all(1).any() for row in rows)
+    # a plan keeps near to near: far less than the distance of independent pairs
+    pairs = [(batch.x1 - batch.x0).square().sum(1).mean() for batch in Watched.seen]
+    mixed = [(batch.x1.roll(1, 0) - batch.x0).square().sum(1).mean() for batch in Watched.seen]
+    assert sum(pairs) < 0.5 * sum(mixed)
+
+
+def test_validation_rows_are_not_exchanged_for_training_rows(small, config, points):
+    source = cnf.distributions.Empirical(points[:50])
+    flow = cnf.Flow(source, small().transform)
+    held_out = points[:20] + 100
+    settings = config(validations=2)
+    history = cnf.fit(flow, FlowMatching(coupling=FEW), points, settings, validation=held_out)
+    assert min(history.column("val_loss")) > 50 * max(history.column("loss"))
+
+
+def test_a_run_writes_what_was_asked_for_and_resumes_as_itself(
+    small, config, points, same, tmp_path
+):
+    def run(**more):
+        flow = small()
+        settings = config(validations=0, folder=tmp_path / "run", **more)
+        cnf.fit(flow, FlowMatching(coupling=FEW), points, settings)
+        return flow
+
+    first = run()
+    told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    again = cnf.objectives.build(told["objective"], **told["objective_options"])
+    assert again == FlowMatching(coupling=FEW)
+    assert same(first, run(resume=True))
+
+
+def test_rows_that_are_left_out_are_told(small, config, points):
+    with pytest.warns(UserWarning, match="pairs with 60 of the 100 rows"):
+        coupling = FEW | {"rows": 60}
+        cnf.fit(small(), FlowMatching(coupling=coupling), points, config(validations=0))
+
+
+def test_a_batch_of_pairs_needs_no_coupling(small, config, points):
+    data = Batch(points, x0=torch.zeros(100, 2))
+    history = cnf.fit(small(), FlowMatching(coupling=FEW), data, config())
+    assert history.preparing == 0 and history.steps == 6
+
+
+@pytest.mark.parametrize("kind", ["array", "dataset", "batches", "density"])
+def test_every_stream_gives_rows(kind, config, points):
+    data = {
+        "array": points,
+        "dataset": torch.utils.data.TensorDataset(points),
+        "batches": [Batch(part) for part in points.split(30)],
+        "density": cnf.data.toy("moons"),
+    }[kind]
+    stream = as_stream(data, config(validations=0))
+    rows = stream.rows(100)
+    assert rows.x.shape == (100, 2) and torch.equal(rows.x, stream.rows(100).x)
+    if kind != "density":
+        assert torch.equal(rows.x.sort(0).values, points.sort(0).values)
+    assert NoData(config()).rows(5) is None
+
+
+def test_the_seconds_of_a_fit_are_of_the_budget(small, config, points):
+    coupling = FEW | {"steps": 200}
+    history = cnf.fit(small(), FlowMatching(coupling=coupling), points, config(seconds=0.05))
+    assert history.steps <= 60 and history.seconds >= history.preparing > 0.05
+
+
+def test_the_bar_tells_the_share_of_pairing():
+    with ProgressBar(True, "title") as bar:
+        with bar.doing("preparing"):
+            assert bar._bar.tasks[0].description == "preparing title"
+        assert bar._bar.tasks[0].description == "title"
+        for share, nfe, told in ((0.8, 0, "pairing 80%"), (0.1, 0, "NFE 0"), (0.8, 7, "NFE 7")):
+            bar.update(0.5, 3, 1.0, nfe, share)
+            assert bar._bar.tasks[0].fields["cost"] == told

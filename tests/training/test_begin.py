@@ -15,7 +15,7 @@ FEW = {"name": "semidiscrete", "steps": 5}
 class Watched(FlowMatching):
     """Remembers the rows that it trains on."""
 
-    seen: list[Batch] = []  # noqa: RUF012
+    seen: list[Batch] = []
 
     def __call__(self, module, batch, generator=None):
         if torch.is_grad_enabled():

@@ -41,10 +41,8 @@ class Wrapper(VectorField):
         if len(kept) == len(made_of) and all(a is b for a, b in zip(kept, made_of, strict=True)):
             return found
         wrapped = [self.around(piece) for _, _, piece in pieces] if len(pieces) > 1 else [None]
-        if None not in wrapped:
-            found = tuple((a, b, w) for (a, b, _), w in zip(pieces, wrapped, strict=True) if w)
-        else:
-            found = ()
+        pairs = [] if None in wrapped else zip(pieces, wrapped, strict=True)
+        found = tuple((a, b, w) for (a, b, _), w in pairs if w)
         object.__setattr__(self, "_stretches", (made_of, found))  # nn.Module would register them
         return found
 

@@ -42,11 +42,10 @@ class Base(nn.Module, ABC):
         """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device."""
 
     def _randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        device = self._like.device if generator is None else generator.device
-        draw = torch.randn(
-            tuple(shape), generator=generator, device=device, dtype=self._like.dtype
-        )
-        return draw.to(self._like.device)
+        like = self._like
+        device = like.device if generator is None else generator.device
+        draw = torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype)
+        return draw.to(like.device)
 
 
 class StandardNormal(Base):

@@ -25,22 +25,25 @@ class Affine(NamedTuple):
         bias: Shape (out,) or (*batch, out).
         scale: Shape (*batch, out); None where there is none or the weight holds it already,
             because all rows share it.
+        joined: What is part of the input beside h, shape (*batch, features), and its weight,
+            (out, features): one product of both costs a training step less than two.
     """
 
     weight: Tensor
     bias: Tensor
     scale: Tensor | None = None
+    joined: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, h: Tensor) -> Tensor:
         if self.weight.dim() > 2:
             return (self.weight @ h.unsqueeze(-1)).squeeze(-1) + self.bias
+        if self.joined is not None:
+            u, weight = self.joined
+            both = torch.cat([h, u.expand(*h.shape[:-1], -1)], -1)
+            return F.linear(both, torch.cat([self.weight, weight], -1), self.bias)
         if self.scale is not None:
             return F.linear(h, self.weight) * self.scale + self.bias
-        if self.bias.dim() == 1:
-            return F.linear(h, self.weight, self.bias)
-        if h.dim() == 2 and self.bias.shape[0] == h.shape[0]:
-            return torch.addmm(self.bias, h, self.weight.T)  # one operation less to train
-        return F.linear(h, self.weight) + self.bias
+        return F.linear(h, self.weight, self.bias)
 
 
 class Modulation(nn.Module):
@@ -74,6 +77,18 @@ for _name, _scale, _shift in (
     MODULATIONS.register(_name)(partial(Modulation, scale=_scale, shift=_shift))
 
 
+class PlainLinear(nn.Linear):
+    """A linear layer that does not look at u, and is its own `Affine`; arguments as below."""
+
+    scale = None
+
+    def __init__(self, inputs: int, outputs: int, features: int) -> None:
+        super().__init__(inputs, outputs)
+
+    def affine(self, u: Tensor) -> "PlainLinear":
+        return self
+
+
 class ModulatedLinear(nn.Module):
     """A linear layer whose outputs are scaled and shifted by the condition.
 
@@ -82,7 +97,7 @@ class ModulatedLinear(nn.Module):
         outputs: Size of the output.
         features: Size of u.
         kind: A name in `MODULATIONS`: "concat" is a layer of [h, u]; "squash" scales by σ(G u);
-            "concatsquash" does both; "ignore" neither.
+            "concatsquash" does both.
     """
 
     def __init__(self, inputs: int, outputs: int, features: int, kind: str) -> None:
@@ -94,8 +109,10 @@ class ModulatedLinear(nn.Module):
         """The layer at u, shape (features,) or (*batch, features)."""
         weight, bias, modulation = self.linear.weight, self.linear.bias, self.modulation
         if modulation.scale is None:  # in fewer operations than the general case
-            shift = modulation.shift
-            return Affine(weight, bias if shift is None else F.linear(u, shift.weight, bias))
+            shift = modulation.shift.weight
+            if u.dim() > 1:
+                return Affine(weight, bias, joined=(u, shift))
+            return Affine(weight, F.linear(u, shift, bias))
         scale, shift = modulation(u)
         bias = bias * scale if shift is None else bias * scale + shift
         if scale.dim() == 1:
@@ -137,7 +154,8 @@ class BlendLinear(nn.Module):
         return Affine(weight, bias if self.shift is None else bias + self.shift(rest))
 
 
-for _name in MODULATIONS:
+LAYERS.register("ignore")(PlainLinear)
+for _name in ("concat", "squash", "concatsquash"):
     LAYERS.register(_name)(partial(ModulatedLinear, kind=_name))
 LAYERS.register("hyper")(HyperLinear)
 LAYERS.register("blend")(BlendLinear)

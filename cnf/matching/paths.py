@@ -125,6 +125,16 @@ class Linear(Path):
     def noisy(self) -> bool:
         return self.noise > 0
 
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> PathSample:
+        """As of every path, in the few operations that a straight line takes."""
+        end = torch.add(x1, x0, alpha=self.sigma_min) if self.sigma_min else x1
+        at = t.reshape(*t.shape, *[1] * (x0.dim() - t.dim()))
+        xt = torch.lerp(x0, end, at.to(x0.dtype))
+        if self.noise:
+            z = torch.randn_like(x0) if noise is None else noise
+            xt = torch.add(xt, z, alpha=self.noise)
+        return PathSample(t, xt, end - x0)
+
     def schedule(self, t: Tensor) -> Schedule:
         kept = 1 - self.sigma_min
         return Schedule(t, 1 - kept * t, 1.0, -kept, float(self.noise))

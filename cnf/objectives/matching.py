@@ -95,14 +95,14 @@ class FlowMatching(Objective):
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Batch:
         flow = as_flow("FlowMatching", module)
-        require_continuous("FlowMatching", flow)
+        field = require_continuous("FlowMatching", flow).field
         expect_event("FlowMatching", "x", batch.x, flow.event_shape)
         with torch.no_grad():
             if batch.x0 is None:
                 batch = self._paired(flow, batch, generator)
             else:
                 batch = _inside(flow, batch, generator)
-            self._draw(flow, batch, generator)
+            self._draw(field, batch, generator)
         return batch
 
     def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
@@ -121,19 +121,19 @@ class FlowMatching(Objective):
         batch.weight = _product(batch.weight, weight)
         return batch
 
-    def _draw(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> None:
+    def _draw(self, field: VectorField, batch: Batch, generator: torch.Generator | None) -> None:
         """Times, the path's noise, and whose context is left out."""
         assert batch.x1 is not None
         x1, device = batch.x1, batch.x.device if generator is None else generator.device
         if batch.t is None:
             u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
             batch.t = self._made[1](u).to(x1.device)
-        if batch.noise is None and self._path(flow.field).noisy:
+        if batch.noise is None and self._path(field).noisy:
             z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
             batch.noise = z.to(x1.device)
         if not self.context_dropout:
             return
-        if batch.context is None or not flow.transform.optional_context:
+        if batch.context is None or not field.optional_context:
             raise ValueError(
                 "FlowMatching: context_dropout needs a model built with null_context=True, and "
                 "data with a context"
@@ -145,8 +145,7 @@ class FlowMatching(Objective):
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Loss:
         flow = as_flow("FlowMatching", module)
-        require_continuous("FlowMatching", flow)
-        field = flow.field
+        field = require_continuous("FlowMatching", flow).field
         path = self._path(field)
         ready = batch.x0 is not None and batch.x1 is not None and batch.t is not None
         if not ready or (path.noisy and batch.noise is None):
@@ -202,8 +201,7 @@ class FlowMatching(Objective):
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """The field's; the base stays as it is."""
         flow = as_flow("FlowMatching", module)
-        require_continuous("FlowMatching", flow)
-        return flow.field.parameters()
+        return require_continuous("FlowMatching", flow).field.parameters()
 
 
 @dataclass(frozen=True)

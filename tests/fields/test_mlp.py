@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cnf.fields import FIELDS, LAYERS, HasDivergence, MLPField
 from cnf.nets import ACTIVATIONS
@@ -66,7 +67,7 @@ def test_one_hidden_layer_has_closed_form():
         first.linear.weight.copy_(torch.tensor([[2.0], [-1.0]]))
         first.linear.bias.copy_(torch.tensor([0.5, 0.0]))
         first.modulation.shift.weight.zero_()  # no part of time
-        last.linear.weight.copy_(torch.tensor([[3.0, 0.75]]))
+        last.weight.copy_(torch.tensor([[3.0, 0.75]]))
     x = torch.tensor([[0.1]], dtype=F64)
     expected = 6 / math.cosh(0.7) ** 2 - 0.75 / math.cosh(0.1) ** 2
     div = field.with_divergence(torch.tensor(0.9, dtype=F64), x)[1]
@@ -76,7 +77,7 @@ def test_one_hidden_layer_has_closed_form():
 def test_fourier_features_have_closed_form():
     # v = 5 tanh(2x + 3 sin(7x) + 4 cos(7x)) + 6x
     field = MLPField(1, (1,), activation="tanh", layer="ignore", fourier=1, skip=True).double()
-    first, last = (layer.linear for layer in field.layers)
+    first, last = field.layers
     with torch.no_grad():
         field.waves.fill_(7.0)
         field.skip.fill_(6.0)
@@ -100,9 +101,9 @@ def test_input_layer_is_an_mlp_of_point_time_and_context(build, points):
     weight = torch.cat([first.linear.weight, first.modulation.shift.weight], -1)
     h = F.linear(h, weight, first.linear.bias)
     for layer in rest:
-        h = layer.linear(F.silu(h))
+        h = F.linear(F.silu(h), layer.weight, layer.bias)
     torch.testing.assert_close(field(t, x, context), h, rtol=1e-12, atol=1e-12)
-    assert all(layer.modulation.shift is None for layer in rest)
+    assert sum(p.numel() for p in nn.ModuleList(rest).parameters()) == 5 * 6 + 5 + 3 * 5 + 3
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from cnf.matching import PATHS, Linear, as_path
-from cnf.matching.paths import Bridge, Cosine, Interpolant, Polynomial, VariancePreserving
+from cnf.matching.paths import (
+    Bridge,
+    Cosine,
+    Interpolant,
+    Path,
+    Polynomial,
+    VariancePreserving,
+)
 
 F64 = torch.float64
 CASES = {name: PATHS[name]() for name in PATHS} | {
@@ -90,6 +97,15 @@ def test_linear_leaves_sigma_of_x0_at_the_end(ends):
     x0, x1, _ = ends
     xt = Linear(0.1).sample(x0, x1, torch.ones(len(x0), dtype=F64)).xt
     torch.testing.assert_close(xt, x1 + 0.1 * x0)
+
+
+@pytest.mark.parametrize("path", [Linear(), Linear(0.2), Linear(0.2, noise=0.3)])
+def test_linear_in_short_is_its_schedule(path, ends, generator):
+    x0, x1, z = ends
+    t = times(len(x0), generator)
+    short, long = path.sample(x0, x1, t.float(), z), Path.sample(path, x0, x1, t.float(), z)
+    torch.testing.assert_close(short.xt, long.xt)
+    torch.testing.assert_close(short.ut, long.ut)
 
 
 @pytest.mark.parametrize("name", DIFFUSIONS)

@@ -287,6 +287,23 @@ def test_pot_is_asked_for_the_entropy_of_the_mean_distance(relative, draw, monke
     assert reg == pytest.approx(0.4 * (distances(x0, x1).mean() if relative else 1.0))
 
 
+@pytest.mark.parametrize(("ratio", "method"), [(490, "sinkhorn"), (510, "sinkhorn_log")])
+def test_the_fast_sinkhorn_is_that_of_the_log_domain(ratio, method, draw, monkeypatch):
+    x0, x1 = draw(40, 2)
+    found, sinkhorn = [], ot.sinkhorn
+    monkeypatch.setattr(
+        ot, "sinkhorn", lambda *a, **k: found.extend([sinkhorn(*a, **k), k["method"]]) or found[0]
+    )
+    cost = distances(x0, x1)
+    reg = cost.max() / ratio
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so little entropy takes more iterations than POT has
+        COUPLINGS["sinkhorn"](x0, x1, reg=reg, relative=False)
+        plan = sinkhorn([], [], cost, reg, method="sinkhorn_log")
+    assert found[1] == method
+    np.testing.assert_allclose(found[0], plan, rtol=1e-6, atol=1e-12)
+
+
 def test_much_entropy_is_independence_and_little_is_exact(draw, generator):
     x0, x1 = draw(5, 2)
     found, _ = counts(COUPLINGS["sinkhorn"], x0, x1, generator, 400, reg=1e4)

@@ -157,7 +157,7 @@ def table(config: dict, rows: list[dict[str, str]]) -> str:
         one, adaptive = (spread([float(row[c]) for row in mine]) for c in ("euler_1", "adaptive"))
         known = PUBLISHED.get(coupling)
         first, second = ("–", "–") if known is None else (f"{v:.3f}" for v in known)
-        nfe = statistics.median(int(row["nfe"]) for row in mine) if mine else "–"
+        nfe = round(statistics.median(int(row["nfe"]) for row in mine)) if mine else "–"
         lines.append(f"| {coupling} | {one} | {first} | {adaptive} | {second} | {nfe} |")
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from cnf.registry import Registry
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous, Recipe
 from cnf.transforms.coupling import Coupling
-from cnf.transforms.elementwise import Standardise
+from cnf.transforms.normalisation import Standardise
 
 MODELS = Registry("model")
 

@@ -39,6 +39,10 @@ def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
     return F.softplus(a), torch.sigmoid(a)
 
 
+def _relu(a: Tensor) -> tuple[Tensor, Tensor]:
+    return F.relu(a), (a > 0).to(a)
+
+
 def _elu(a: Tensor) -> tuple[Tensor, Tensor]:
     return F.elu(a), torch.exp(a.clamp(max=0))
 
@@ -54,6 +58,7 @@ def _selu(a: Tensor) -> tuple[Tensor, Tensor]:
 ACTIVATIONS = Registry("activation")
 for _name, _function, _with_derivative in (
     ("silu", F.silu, _silu),
+    ("relu", F.relu, _relu),
     ("tanh", torch.tanh, _tanh),
     ("softplus", F.softplus, _softplus),
     ("elu", F.elu, _elu),
@@ -99,9 +104,130 @@ class MLP(nn.Module):
             zero_(self.layers[-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.layers[-1](self._features(x))
+
+    def columns(self, x: Tensor) -> Tensor:
+        """(N, inputs) → (outputs, N): each output in one piece of memory."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return _columns(self._features(x), last.weight, last.bias)
+
+    def _features(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = self.activation.function(layer(x))
-        return self.layers[-1](x)
+        return x
+
+
+class MADE(nn.Module):
+    """A masked MLP whose output i sees inputs before i only, and all of the context.
+
+    Hidden units are sorted by how many inputs they may see, spread evenly over 1, …, D - 1 (with
+    a context from 0 on).
+    Source: Germain et al. (2015), https://arxiv.org/abs/1502.03509.
+
+    Args:
+        dim: D.
+        size: Outputs for each input.
+        hidden: Widths of the hidden layers.
+        context_dim: Size of the context; 0 for none.
+        activation: A name in `ACTIVATIONS`.
+        zero_last: Start the last layer at zero.
+        period: Of the inputs, where they are angles.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        hidden: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        activation: str = "silu",
+        zero_last: bool = False,
+        period: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.size, self.period = dim, size, period
+        self.activation = ACTIVATIONS[activation]
+        least = 0 if context_dim or dim == 1 else 1
+        # What a unit may see: inputs k < degree. The context comes before all inputs.
+        inputs = torch.arange(dim).repeat_interleave(1 if period is None else 2)
+        before = torch.cat([torch.full((context_dim,), -1), inputs]) + 1
+        self.layers = nn.ModuleList()
+        self.reaching: list[list[int]] = []  # of each layer, how many units reach output i
+        for i, o in linear_sizes([len(before), *hidden]):
+            degrees = least + torch.arange(o) * (dim - least) // o
+            self.layers.append(MaskedLinear(i, o, degrees[:, None] >= before))
+            self.reaching.append([int((degrees <= i).sum()) for i in range(dim)])
+            before = degrees
+        last = torch.arange(dim).repeat(size)[:, None] >= before
+        self.layers.append(MaskedLinear(len(before), dim * size, last))
+        if zero_last:
+            zero_(self.layers[-1])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(N, D) → (size, D, N)."""
+        x = on_circle(x, self.period)
+        h = x if context is None else torch.cat([context, x], -1)
+        *layers, last = self._masked_layers()
+        for layer in layers:
+            h = self.activation.function(layer(h))
+        return _columns(h, last.masked(), last.bias).unflatten(0, (self.size, self.dim))
+
+    def one_by_one(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """A function of the first i inputs, (N, i), that gives output i, (size, N)."""
+        *weights, last = [(layer.masked(), layer.bias) for layer in self._masked_layers()]
+        rows = last[0].unflatten(0, (self.size, self.dim)), last[1].unflatten(0, (self.size, -1))
+
+        def following(known: Tensor) -> Tensor:
+            i = known.shape[-1]
+            known = on_circle(known, self.period)
+            h = known if context is None else torch.cat([context, known], -1)
+            for (weight, bias), reaching in zip(weights, self.reaching, strict=True):
+                units = reaching[i]
+                h = self.activation.function(
+                    F.linear(h, weight[:units, : h.shape[-1]], bias[:units])
+                )
+            return _columns(h, rows[0][:, i, : h.shape[-1]], rows[1][:, i])
+
+        return following
+
+    def _masked_layers(self) -> list["MaskedLinear"]:
+        return list(self.layers)  # pyright: ignore
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer without the weights that the mask leaves out.
+
+    Args:
+        inputs: Size of the input's last axis.
+        outputs: Size of the output's.
+        mask: Which weights there are, shape (outputs, inputs).
+    """
+
+    mask: Tensor
+
+    def __init__(self, inputs: int, outputs: int, mask: Tensor) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.masked(), self.bias)
+
+    def masked(self) -> Tensor:
+        return self.weight * self.mask
+
+
+def on_circle(angle: Tensor, period: float | None) -> Tensor:
+    """(*, D) → (*, 2D), sine and cosine of each angle; without a period, as it is."""
+    if period is None:
+        return angle
+    turn = angle * (2 * math.pi / period)
+    return torch.stack([turn.sin(), turn.cos()], -1).flatten(-2)
+
+
+def _columns(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer (N, inputs) → (outputs, N)."""
+    return torch.addmm(bias.unsqueeze(-1), weight, h.T)
 
 
 def zero_(layer: nn.Module) -> None:

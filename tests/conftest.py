@@ -44,6 +44,8 @@ def randomised(generator):
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64)
                 spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4
                 part.fit(draw * spread + 0.5)
+            if hasattr(part, "seen"):  # actnorm: its numbers are drawn, as all parameters are
+                part.seen.fill_(True)
         return module
 
     return randomise
@@ -54,7 +56,7 @@ def small_flow(randomised):
     """(name, context) → the named model, small, in float64, with random weights and a tight
     solver where it has one."""
 
-    def build(name, context=0, dim=2, solver=None, **options):
+    def build(name, context=0, dim=2, solver=None, gain=0.9, **options):
         code = cnf.models.MODELS[name].__code__
         known = code.co_varnames[: code.co_argcount]
         if "hidden" in known:
@@ -65,7 +67,7 @@ def small_flow(randomised):
             options.setdefault("frequencies", 1)  # four make the field turn fast: many evaluations
         if "solver" in known:
             options["solver"] = solver or cnf.Solver(rtol=1e-9, atol=1e-9)
-        return randomised(cnf.models.build(name, dim=dim, **options))
+        return randomised(cnf.models.build(name, dim=dim, **options), gain)
 
     return build
 

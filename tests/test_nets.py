@@ -22,7 +22,7 @@ def test_with_derivative_gives_the_function_and_its_derivative(name):
     assert derivative.dtype == torch.float64 and derivative[4] > 0.1
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "relu"])
 def test_derivative_is_differentiable(name):
     a = POINTS.clone().requires_grad_()
     (slope,) = torch.autograd.grad(ACTIVATIONS[name].function(a).sum(), a, create_graph=True)

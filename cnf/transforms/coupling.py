@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cnf.nets import MLP
-from cnf.transforms.base import TRANSFORMS, Transform
-from cnf.transforms.elementwise import Affine, ElementwiseMap, bounded_affine
+from cnf.nets import MLP, on_circle
+from cnf.transforms.base import TRANSFORMS
+from cnf.transforms.elementwise import ElementwiseMap, Parameters, Scheme
 
 
 @TRANSFORMS.register(
     "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
 )
-class Coupling(Transform):
+class Coupling(Scheme):
     """x_a = z_a, x_b = m(z_b; θ(z_a, c)): triangular Jacobian, log|det| = Σ_b log m'.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
@@ -22,11 +22,13 @@ class Coupling(Transform):
         dim: D, two or more (with D = 1 there is no part to condition on but the context, which
             must then be there).
         keep: Indices of the part a that passes unchanged; the even ones by default.
-        map: The elementwise map m.
-        parametrise: Makes the map's parameters from what the net gives, (*, size) → (*, size).
+        map: The elementwise map m; affine if None.
+        parametrise: Makes the map's parameters from what the net gives, shape (map.size, D_b, N);
+            the map's own way if None.
         hidden: Widths of the net θ.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
+        period: Of the variables, where they are angles: the net sees their sine and cosine.
     """
 
     order: Tensor
@@ -37,12 +39,14 @@ class Coupling(Transform):
         dim: int,
         keep: Sequence[int] | None = None,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Tensor] = bounded_affine,
+        parametrise: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
+        period: float | None = None,
     ) -> None:
-        super().__init__(event_dims=1, context_dim=context_dim)
+        super().__init__(dim, map, parametrise, context_dim)
+        self.period = period
         kept = list(range(0, dim, 2)) if keep is None else list(keep)
         if dim == 1:
             kept = []
@@ -53,26 +57,34 @@ class Coupling(Transform):
                 f"Coupling: expected some of {dim} dimensions to move and some to stay "
                 f"(or a context), got keep={tuple(kept)}"
             )
-        self.map = map or Affine()
-        self.parametrise = parametrise
-        self.split = [len(kept), len(moved)]
-        self.register_buffer("order", torch.tensor(kept + moved), persistent=False)
-        self.register_buffer("restore", torch.argsort(self.order), persistent=False)
-        self.net = MLP(
-            len(kept) + context_dim, len(moved) * self.map.size, hidden, activation, zero_last=True
-        )
-
-    def _parameters_for(self, kept: Tensor, context: Tensor | None) -> Tensor:
-        if context is not None:
-            kept = torch.cat([kept, context.expand(*kept.shape[:-1], self.context_dim)], -1)
-        return self.parametrise(self.net(kept).unflatten(-1, (self.split[1], self.map.size)))
+        self.kept_last = kept[0] > 0 if kept else False
+        order = torch.tensor(moved + kept if self.kept_last else kept + moved)
+        self.sizes = [len(moved), len(kept)] if self.kept_last else [len(kept), len(moved)]
+        self.ordered = bool((order == torch.arange(dim)).all())  # two blocks: nothing to sort
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("restore", torch.argsort(order), persistent=False)
+        inputs = len(kept) * (1 if period is None else 2) + context_dim
+        self.net = MLP(inputs, len(moved) * self.map.size, hidden, activation, zero_last=True)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = z[..., self.order].split(self.split, -1)
-        moved, ladj = self.map.forward(moved, self._parameters_for(kept, context))
-        return torch.cat([kept, moved], -1)[..., self.restore], ladj.sum(-1)
+        return self._moved(self.map.forward, z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        kept, moved = x[..., self.order].split(self.split, -1)
-        moved, ladj = self.map.inverse(moved, self._parameters_for(kept, context))
-        return torch.cat([kept, moved], -1)[..., self.restore], ladj.sum(-1)
+        return self._moved(self.map.inverse, x, context)
+
+    def _moved(
+        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        columns, context = self._columns(value, context)
+        parts = self._sorted(columns, self.order).split(self.sizes)
+        kept, moved = reversed(parts) if self.kept_last else parts
+        seen = on_circle(kept.T, self.period)
+        if context is not None:
+            seen = torch.cat([seen, context], -1)
+        raw = self.net.columns(seen).unflatten(0, (self.map.size, -1))
+        moved, ladj = move(moved, *self.parametrise(raw))
+        parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
+        return self._rows(self._sorted(parts, self.restore), ladj, value)
+
+    def _sorted(self, columns: Tensor, order: Tensor) -> Tensor:
+        return columns if self.ordered else columns.index_select(0, order)

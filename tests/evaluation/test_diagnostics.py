@@ -16,7 +16,7 @@ from cnf.fields import MLPField, VectorField
 from cnf.fields.trace import trace_of_jacobian
 from cnf.flow import Flow
 from cnf.models import MODELS
-from cnf.transforms import Compose, Continuous, Coupling, Standardise
+from cnf.transforms import Affine, Compose, Continuous, Coupling, Standardise
 
 # torch itself calls its deprecated torch.jit.script in the first forward-mode derivative
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -248,12 +248,15 @@ def test_a_wrong_sum_of_right_log_determinants_is_found():
     expect_failure(flow, "log-determinant", "counted twice")
 
 
+class WrongAffine(Affine):
+    def inverse(self, x, *parameters):
+        shift, log_scale = parameters
+        return (x + shift) * (-log_scale).exp(), -log_scale
+
+
 class WrongInverse(Coupling):
-    def inverse(self, x, context=None):
-        kept, moved = x[..., self.order].split(self.split, -1)
-        shift, log_scale = self._parameters_for(kept, context).unbind(-1)
-        z = (moved + shift) * (-log_scale).exp()
-        return torch.cat([kept, z], -1)[..., self.restore], -log_scale.sum(-1)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, map=WrongAffine(), **kwargs)
 
 
 def test_an_inverse_that_is_not_one_is_found():
@@ -299,9 +302,13 @@ def test_a_cut_gradient_of_the_context_is_found():
     assert failed(report) == {"gradients"}
 
 
+def cut(raw):
+    return Affine().parametrise(raw.detach())
+
+
 class CutCoupling(Coupling):
-    def _parameters_for(self, kept, context):
-        return super()._parameters_for(kept, context).detach()
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, parametrise=cut, **kwargs)
 
 
 def test_parameters_cut_in_both_modes_are_found():
@@ -309,10 +316,14 @@ def test_parameters_cut_in_both_modes_are_found():
     assert failed(report) == {"gradients"}
 
 
+def without_shift(raw):
+    shift, log_scale = Affine().parametrise(raw)
+    return shift.detach(), log_scale
+
+
 class PartlyCut(Coupling):
-    def _parameters_for(self, kept, context):
-        shift, log_scale = super()._parameters_for(kept, context).unbind(-1)
-        return torch.stack([shift.detach(), log_scale], -1)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, parametrise=without_shift, **kwargs)
 
 
 def test_one_of_two_ways_cut_is_found_by_differences():

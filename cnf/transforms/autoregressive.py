@@ -1,0 +1,62 @@
+"""Autoregressive layers: each variable's map is set by the variables before it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cnf.nets import MADE
+from cnf.transforms.base import TRANSFORMS
+from cnf.transforms.elementwise import ElementwiseMap, Parameters, Scheme
+
+
+@TRANSFORMS.register(
+    "autoregressive",
+    example=lambda dim, context_dim=0: Autoregressive(dim, hidden=(8,), context_dim=context_dim),
+)
+class Autoregressive(Scheme):
+    """x_i = m(z_i; θ_i(x_1, …, x_{i-1}, c)): triangular Jacobian, log|det| = Σ_i log m'.
+
+    Data → base is one pass of the net (MAF); base → data takes one pass for each variable, each
+    computing that variable's parameters only. Its `Inverse` has it the other way round (IAF).
+    Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057; Kingma et al. (2016),
+    https://arxiv.org/abs/1606.04934.
+
+    Args:
+        dim: D.
+        map: The elementwise map m; affine if None.
+        parametrise: Makes the map's parameters from what the net gives, shape (map.size, D, N) or
+            (map.size, N); the map's own way if None.
+        hidden: Widths of the net θ.
+        context_dim: Size of the context; 0 for none.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+        period: Of the variables, where they are angles: the net sees their sine and cosine.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        map: ElementwiseMap | None = None,
+        parametrise: Callable[[Tensor], Parameters] | None = None,
+        hidden: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        activation: str = "silu",
+        period: float | None = None,
+    ) -> None:
+        super().__init__(dim, map, parametrise, context_dim)
+        self.net = MADE(dim, self.map.size, hidden, context_dim, activation, True, period)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        columns, context = self._columns(z, context)
+        raw_after = self.net.one_by_one(context)
+        x, parts = columns.T[:, :0], []
+        for z_i in columns:
+            x_i, ladj = self.map.forward(z_i, *self.parametrise(raw_after(x)))
+            x = torch.cat([x, x_i.unsqueeze(-1)], -1)
+            parts.append(ladj)
+        return self._rows(x.T, torch.stack(parts), z)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        columns, context = self._columns(x, context)
+        z, ladj = self.map.inverse(columns, *self.parametrise(self.net(columns.T, context)))
+        return self._rows(z, ladj, x)

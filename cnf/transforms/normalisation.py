@@ -1,0 +1,151 @@
+"""Location and scale: of the data, fitted once; of the first batch; of every batch."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cnf.transforms.base import TRANSFORMS, Transform
+
+
+@TRANSFORMS.register("standardise", example=lambda dim: Standardise((dim,)))
+class Standardise(Transform):
+    """x = z·scale + loc: the inverse gives data zero mean and unit variance; not trained.
+
+    Until it is fitted it is the identity. `fit` sets it once; a second call changes nothing, so
+    that training a flow again (fine-tuning) keeps the meaning of its weights.
+
+    Args:
+        event_shape: Shape of one x.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    fitted: Tensor
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__(event_dims=len(event_shape))
+        self.register_buffer("loc", torch.zeros(*event_shape))
+        self.register_buffer("scale", torch.ones(*event_shape))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def fit(self, x: Tensor) -> None:
+        """Set location and scale from data `x`, shape (N, *event), if they are not set yet."""
+        if self.fitted:
+            return
+        scale = x.std(0) if len(x) > 1 else torch.ones_like(x[0])
+        self.loc.copy_(x.mean(0))
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0))  # a constant column stays as it is
+        self.fitted.fill_(True)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z * self.scale + self.loc, self._ladj(z)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x - self.loc) / self.scale, -self._ladj(x)
+
+    def _ladj(self, value: Tensor) -> Tensor:
+        return self.scale.log().sum().expand(value.shape[: value.dim() - self.event_dims])
+
+
+@TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
+class ActNorm(Transform):
+    """x = z·exp(s) + m for each channel; the first batch of training sets s and m so that its z
+    have mean 0 and variance 1, and from then on they are trained.
+
+    Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
+
+    Args:
+        event_shape: (D,), or (C, H, W) with one s and m for each of C channels.
+    """
+
+    seen: Tensor
+
+    def __init__(self, event_shape: Sequence[int]) -> None:
+        super().__init__(event_dims=len(event_shape))
+        shape = (event_shape[0], *[1] * (len(event_shape) - 1))
+        self.loc = nn.Parameter(torch.zeros(shape))
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.places = math.prod(event_shape[1:])
+        self.register_buffer("seen", torch.tensor(False))
+        self._settled = False  # as `seen`, without asking the GPU each time
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(self.loc, z, self.log_scale.exp()), self._ladj(z)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.training and not self._settled:
+            self._settled = bool(self.seen) or self._see(x.detach())
+        return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
+
+    @torch.no_grad()
+    def _see(self, x: Tensor) -> bool:
+        channels = x.reshape(-1, self.loc.shape[0], self.places).transpose(0, 1).flatten(1)
+        if channels.shape[1] < 2:
+            return False
+        loc = _over_processes(channels.mean(1))
+        scale = _over_processes((channels - loc[:, None]).square().mean(1)).sqrt()
+        self.loc.copy_(loc.view_as(self.loc))
+        self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log().view_as(self.loc))
+        self.seen.fill_(True)
+        return True
+
+    def _ladj(self, value: Tensor) -> Tensor:
+        batch = value.shape[: value.dim() - self.event_dims]
+        return (self.places * self.log_scale.sum()).expand(batch)
+
+
+@TRANSFORMS.register("batchnorm", example=lambda dim: BatchNorm(dim).eval())
+class BatchNorm(Transform):
+    """z = exp(g)·(x - mean)/√(variance + ε) + b, with the batch's statistics in training and
+    running ones in evaluation and base → data, which is its inverse then only.
+
+    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
+
+    Args:
+        dim: D.
+        momentum: Part of a batch's statistics in the running ones.
+        eps: ε.
+    """
+
+    recomputable = False
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.gain, self.shift = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_scale = self._log_scale(self.variance)
+        x = (z - self.shift) * log_scale.exp() + self.mean
+        return x, log_scale.sum().expand(z.shape[:-1])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, variance = self.mean, self.variance
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and len(rows) > 1:
+            variance, mean = torch.var_mean(rows, 0, correction=0)
+            with torch.no_grad():
+                unbiased = variance * (len(rows) / (len(rows) - 1))
+                self.mean.lerp_(mean, self.momentum)
+                self.variance.lerp_(unbiased, self.momentum)
+        log_scale = self._log_scale(variance)
+        z = (x - mean) * (-log_scale).exp() + self.shift
+        return z, -log_scale.sum().expand(x.shape[:-1])
+
+    def _log_scale(self, variance: Tensor) -> Tensor:
+        return 0.5 * (variance + self.eps).log() - self.gain
+
+
+def _over_processes(mean: Tensor) -> Tensor:
+    """The mean of all processes' means, so that they start alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mean = mean.clone()
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean

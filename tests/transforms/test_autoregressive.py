@@ -1,0 +1,86 @@
+"""Autoregressive layers: who sees whom, one pass per variable, closed form."""
+
+import pytest
+import torch
+
+from cnf.nets import MADE
+from cnf.transforms import Autoregressive, Inverse, RationalQuadratic
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (16, 16), (3, 9, 4)], ids=str)
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_output_i_sees_the_inputs_before_it_and_the_context(
+    dim, context_dim, hidden, randomised, generator
+):
+    net = randomised(MADE(dim, 3, hidden, context_dim))
+    x = torch.randn(4, dim, generator=generator, dtype=F64)
+    context = torch.randn(4, context_dim, generator=generator, dtype=F64) if context_dim else None
+    seen = torch.autograd.functional.jacobian(lambda x: net(x, context).sum(-1), x)
+    assert seen.shape == (3, dim, 4, dim)
+    reached = seen.abs().amax((0, 2)) > 0
+    assert not reached.triu().any()
+    widths = [width for width in hidden if width < dim - 1]
+    if not widths:  # every output sees all that it may
+        assert torch.equal(reached, torch.ones(dim, dim).tril(-1).bool())
+    if context is not None:
+        seen = torch.autograd.functional.jacobian(lambda c: net(x, c).sum(-1), context)
+        assert (seen.abs().amax((0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_one_by_one_is_the_whole_at_once(context_dim, randomised, generator):
+    net = randomised(MADE(4, 3, (7, 6), context_dim))
+    x = torch.randn(5, 4, generator=generator, dtype=F64)
+    context = torch.randn(5, context_dim, generator=generator, dtype=F64) if context_dim else None
+    after, whole = net.one_by_one(context), net(x, context)
+    for i in range(4):
+        torch.testing.assert_close(after(x[:, :i]), whole[:, i], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("map", [None, RationalQuadratic(3)], ids=["affine", "spline"])
+def test_jacobian_is_lower_triangular(map, randomised, generator):
+    layer = randomised(Autoregressive(5, map, hidden=(9, 9)))
+    z = torch.randn(5, generator=generator, dtype=F64)
+    for apply in (layer, layer.inverse):
+        jacobian = torch.autograd.functional.jacobian(lambda v, apply=apply: apply(v)[0], z)
+        assert (jacobian.triu(1) == 0).all()
+        assert (jacobian.tril(-1).abs() > 1e-8).sum() >= 8
+
+
+def test_one_direction_takes_a_pass_and_the_other_one_for_each_variable(randomised, monkeypatch):
+    layer, calls = randomised(Autoregressive(4, hidden=(6,))), []
+    columns = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a: (calls.append(a[1].shape), columns(*a))[1])
+    z = torch.randn(3, 4, dtype=F64)
+    layer.inverse(z)
+    assert calls == [(8, 6)]  # all parameters of four variables
+    calls.clear()
+    with torch.no_grad():
+        x, ladj = layer(z)
+    assert len(calls) == 4 and all(shape[0] == 2 for shape in calls)  # one variable's each
+    assert x.grad_fn is None and ladj.grad_fn is None
+
+
+def test_affine_layer_without_hidden_units_has_closed_form():
+    # x_0 = z_0 e^a + b with the biases a, b; x_1 = z_1 + w x_0
+    layer = Autoregressive(2, hidden=()).double()
+    last = layer.net.layers[-1]
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor([0.5, 0.0, 0.2, 0.0]))  # shifts, then log-scales
+        last.weight.fill_(7.0)
+        last.weight[2:] = 0.0
+    a = 3 * torch.tanh(torch.tensor(0.2 / 3, dtype=F64))
+    x, ladj = layer(torch.tensor([[2.0, -1.0]], dtype=F64))
+    first = 2 * a.exp() + 0.5
+    torch.testing.assert_close(x, torch.stack([first, 7 * first - 1])[None])
+    torch.testing.assert_close(ladj, a[None])
+
+
+def test_gradients_go_through_all_passes(randomised, generator):
+    layer = randomised(Autoregressive(3, RationalQuadratic(3), hidden=(5,)))
+    z = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: layer(z), z)
+    assert torch.autograd.gradcheck(lambda z: Inverse(layer)(z), z)

@@ -1,0 +1,90 @@
+"""Location and scale: of the data, of the first batch, of every batch."""
+
+import pytest
+import torch
+
+from cnf.transforms import ActNorm, BatchNorm, Standardise
+
+F64 = torch.float64
+
+
+def test_standardise_fits_once_and_gives_zero_mean_unit_variance(generator):
+    x = torch.randn(500, 3, generator=generator, dtype=F64) * torch.tensor([1.0, 4, 0.1]) + 7
+    x[:, 2] = 5.0  # constant: left as it is, not divided by zero
+    transform = Standardise((3,)).double()
+    assert torch.equal(transform.inverse(x)[0], x)
+    transform.fit(x)
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std(0), torch.tensor([1.0, 1.0, 0.0], dtype=F64))
+    expected = -(x[:, 0].std().log() + x[:, 1].std().log())
+    torch.testing.assert_close(ladj, expected.expand(500))
+    loc = transform.loc.clone()
+    transform.fit(x + 100)
+    assert torch.equal(transform.loc, loc) and list(transform.parameters()) == []
+
+
+def test_standardise_works_on_images(generator):
+    x = torch.randn(50, 1, 4, 4, generator=generator, dtype=F64) * 3
+    transform = Standardise((1, 4, 4)).double()
+    transform.fit(x)
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(ladj, -x.std(0).log().sum().expand(50))
+    torch.testing.assert_close(transform(z)[0], x)
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((3,), 3), ((3, 4, 5), 3)])
+def test_actnorm_normalises_its_first_batch_and_is_then_trained(shape, channels, generator):
+    x = 3 * torch.randn(50, *shape, generator=generator, dtype=F64) + 7
+    x[:, 2] = 5.0  # constant: moved, not divided by zero
+    transform = ActNorm(shape).double()
+    z, ladj = transform.inverse(x)
+    dims = [0, *range(2, x.dim())]
+    torch.testing.assert_close(z.mean(dims), torch.zeros(channels, dtype=F64), rtol=0, atol=1e-12)
+    spread = torch.tensor([1.0, 1.0, 0.0], dtype=F64)
+    torch.testing.assert_close(z.std(dims, correction=0), spread)
+    places = x[0, 0].numel()
+    expected = -places * x.std(dims, correction=0)[:2].log().sum()
+    torch.testing.assert_close(ladj, expected.expand(50))
+    before = transform.loc.detach().clone()
+    transform.inverse(x + 100)
+    assert torch.equal(transform.loc, before)
+    again = ActNorm(shape).double()
+    again.load_state_dict(transform.state_dict())
+    assert torch.equal(again.inverse(x)[0], z)
+
+
+def test_actnorm_waits_for_training_and_for_two_points(generator):
+    x = torch.randn(4, 2, generator=generator) + 9
+    transform = ActNorm((2,))
+    transform.eval().inverse(x)
+    transform.train().inverse(x[:1])
+    assert not transform.seen
+    transform.inverse(x)
+    assert transform.seen
+
+
+def test_batchnorm_is_torchs_and_the_inverse_of_its_running_statistics(generator):
+    x = 3 * torch.randn(50, 2, generator=generator, dtype=F64) + 7
+    transform = BatchNorm(2, momentum=0.2).double()
+    theirs = torch.nn.BatchNorm1d(2, momentum=0.2).double()
+    with torch.no_grad():
+        transform.gain.copy_(torch.tensor([0.5, -0.3]))
+        transform.shift.copy_(torch.tensor([0.1, 2.0]))
+        theirs.weight.copy_(transform.gain.exp())
+        theirs.bias.copy_(transform.shift)
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(z, theirs(x))
+    deviations = (x.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(ladj, (transform.gain - deviations.log()).sum().expand(50))
+    transform.eval(), theirs.eval()
+    z, ladj = transform.inverse(x)
+    torch.testing.assert_close(z, theirs(x))
+    torch.testing.assert_close(transform(z)[0], x)
+    assert (z.mean(0) - transform.shift).abs().max() > 0.5  # not the batch's own statistics
+
+
+def test_gradients_go_through_the_batchs_statistics(generator):
+    x = torch.randn(6, 2, generator=generator, dtype=F64, requires_grad=True)
+    transform = BatchNorm(2).double()
+    assert torch.autograd.gradcheck(lambda x: transform.inverse(x), x)

@@ -15,10 +15,14 @@ from cnf.transforms.elementwise import (
     Softplus,
     Tanh,
 )
+from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
+from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.normalisation import ActNorm, BatchNorm, Standardise
+from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
 
 __all__ = [
+    "LU",
     "MAPS",
     "TRANSFORMS",
     "ActNorm",
@@ -29,16 +33,26 @@ __all__ = [
     "CircularSpline",
     "Compose",
     "Continuous",
+    "ConvCoupling",
     "Coupling",
     "Elementwise",
+    "Householder",
     "Integral",
     "Inverse",
     "Inverted",
+    "OnChannels",
+    "PerPixel",
+    "Permutation",
+    "Planar",
+    "Radial",
     "RationalQuadratic",
+    "Rotation",
     "Scheme",
     "Sigmoid",
     "Softplus",
+    "Squeeze",
     "Standardise",
+    "Sylvester",
     "Tanh",
     "Transform",
 ]

@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cnf.registry import Registry
+from cnf.transforms.recompute import Step, recomputed
 
 TRANSFORMS = Registry("transform")
 
@@ -20,9 +22,11 @@ class Transform(nn.Module, ABC):
         event_dims: How many trailing axes form the event: 1 for vectors, 3 for images.
         context_dim: Size of the context; 0 for an unconditional transform.
         optional_context: Whether a conditional transform also takes context=None.
+        recomputable: Whether the two directions are inverses while it trains, too.
     """
 
     optional_context = False
+    recomputable = True
 
     def __init__(self, event_dims: int = 1, context_dim: int = 0) -> None:
         super().__init__()
@@ -43,34 +47,47 @@ class Compose(Transform):
 
     Args:
         transforms: One or more transforms of the same event dims.
+        recompute: Keep no activations for the backward pass, but recompute them by inversion:
+            memory that does not grow with the number of transforms, for one more pass through
+            the inverses.
     """
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
+    def __init__(self, transforms: Sequence[Transform], recompute: bool = False) -> None:
         if not transforms:
             raise ValueError("Compose: expected at least one transform, got none")
         dims = {transform.event_dims for transform in transforms}
         if len(dims) > 1:
             raise ValueError(f"Compose: expected one event_dims for all, got {sorted(dims)}")
+        lossy = [type(t).__name__ for t in transforms if not t.recomputable]
+        if recompute and lossy:
+            raise ValueError(f"Compose: recompute=True, but in training {lossy[0]} has no inverse")
         super().__init__(dims.pop(), max(transform.context_dim for transform in transforms))
         self.optional_context = all(t.optional_context for t in transforms if t.context_dim)
+        self.recomputable = not lossy
+        self.recompute = recompute
         self.transforms = nn.ModuleList(transforms)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, ladj = z, None
-        for transform in self.transforms:
-            x, step = transform(x, _for(transform, context))
-            ladj = step if ladj is None else ladj + step
-        assert ladj is not None
-        return x, ladj
+        return self._through([Step(t, t.forward, t.inverse) for t in self._parts()], z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, ladj = x, None
-        for transform in reversed(self.transforms):
-            assert isinstance(transform, Transform)
-            z, step = transform.inverse(z, _for(transform, context))
-            ladj = step if ladj is None else ladj + step
-        assert ladj is not None
-        return z, ladj
+        parts = reversed(self._parts())
+        return self._through([Step(t, t.inverse, t.forward) for t in parts], x, context)
+
+    def _through(
+        self, steps: list[Step], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(steps, value, context)
+        total = None
+        for step in steps:
+            value, ladj = step.apply(value, context)
+            total = ladj if total is None else total + ladj
+        assert total is not None
+        return value, total
+
+    def _parts(self) -> list[Transform]:
+        return list(self.transforms)  # pyright: ignore
 
 
 class Inverse(Transform):
@@ -79,6 +96,7 @@ class Inverse(Transform):
     def __init__(self, transform: Transform) -> None:
         super().__init__(transform.event_dims, transform.context_dim)
         self.optional_context = transform.optional_context
+        self.recomputable = transform.recomputable
         self.transform = transform
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -86,8 +104,3 @@ class Inverse(Transform):
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform(x, context)
-
-
-def _for(transform: nn.Module, context: Tensor | None) -> Tensor | None:
-    """Unconditional parts of a conditional flow are not shown the context."""
-    return context if transform.context_dim else None

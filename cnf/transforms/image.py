@@ -1,0 +1,157 @@
+"""Parts of image flows: squeezing, the same map at each pixel, convolutional couplings."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cnf.nets import ACTIVATIONS, zero_
+from cnf.transforms.base import Transform
+from cnf.transforms.elementwise import Affine, ElementwiseMap, Parameters
+
+
+class Squeeze(Transform):
+    """Base → data: (4C, H, W) → (C, 2H, 2W), four channels to a square of four pixels; a
+    permutation, log|det| = 0.
+
+    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(event_dims=3)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        squares = z.unflatten(-3, (-1, 2, 2)).movedim((-4, -3), (-3, -1))  # (C, H, 2, W, 2)
+        return squares.flatten(-2).flatten(-3, -2), z.new_zeros(z.shape[:-3])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        squares = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+        z = squares.movedim((-3, -1), (-4, -3)).flatten(-5, -3)
+        return z, x.new_zeros(x.shape[:-3])
+
+
+class PerPixel(Transform):
+    """A transform of vectors applied to the channels of each pixel: with `LU`, a 1×1 convolution.
+
+    Args:
+        transform: Of vectors of C numbers, without a context.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        if transform.event_dims != 1 or transform.context_dim:
+            raise ValueError("PerPixel: expected an unconditional transform of vectors")
+        super().__init__(event_dims=3)
+        self.recomputable = transform.recomputable
+        self.transform = transform
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._at_pixels(self.transform.forward, z)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._at_pixels(self.transform.inverse, x)
+
+    def _at_pixels(
+        self, way: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        value, ladj = way(value.movedim(-3, -1))
+        return value.movedim(-1, -3), ladj.sum((-2, -1))
+
+
+class OnChannels(Transform):
+    """A transform of the first channels; the others pass.
+
+    Args:
+        transform: Of images.
+        channels: How many it takes.
+    """
+
+    def __init__(self, transform: Transform, channels: int) -> None:
+        super().__init__(transform.event_dims, transform.context_dim)
+        self.optional_context = transform.optional_context
+        self.recomputable = transform.recomputable
+        self.transform, self.channels = transform, channels
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._on_first(self.transform.forward, z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._on_first(self.transform.inverse, x, context)
+
+    def _on_first(
+        self, way: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        first, rest = value.tensor_split([self.channels], -3)
+        first, ladj = way(first, context)
+        return torch.cat([first, rest], -3), ladj
+
+
+class ConvCoupling(Transform):
+    """A coupling of images: the kept channels, and the context, set the map of the others.
+
+    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the net is that of
+    Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
+
+    Args:
+        channels: C.
+        keep: How many of the first channels pass unchanged.
+        map: The elementwise map; affine if None.
+        parametrise: Makes the map's parameters from what the net gives, shape
+            (map.size, N, C - keep, H, W); the map's own way if None.
+        hidden: Channels of the net's two inner layers.
+        context_dim: Size of the context, which enters as constant channels; 0 for none.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        keep: int,
+        map: ElementwiseMap | None = None,
+        parametrise: Callable[[Tensor], Parameters] | None = None,
+        hidden: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        activation: str = "relu",
+    ) -> None:
+        if not 0 < keep < channels:
+            raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
+        super().__init__(event_dims=3, context_dim=context_dim)
+        self.sizes = [keep, channels - keep]
+        self.map = map or Affine()
+        self.parametrise = parametrise or self.map.parametrise
+        self.activation = ACTIVATIONS[activation]
+        first, second = hidden
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(keep + context_dim, first, 3, padding=1),
+                nn.Conv2d(first, second, 1),
+                nn.Conv2d(second, self.map.size * self.sizes[1], 3, padding=1),
+            ]
+        )
+        zero_(self.layers[-1])
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._moved(self.map.forward, z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._moved(self.map.inverse, x, context)
+
+    def _moved(
+        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        images = value.reshape(-1, *value.shape[-3:])
+        kept, moved = images.split(self.sizes, 1)
+        seen = kept
+        if context is not None:
+            flat = context.expand(*value.shape[:-3], -1).reshape(len(images), self.context_dim)
+            planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
+            seen = torch.cat([kept, planes], 1)
+        raw = self._net(seen).unflatten(1, (self.map.size, -1)).movedim(1, 0)
+        moved, ladj = move(moved, *self.parametrise(raw))
+        images = torch.cat([kept, moved], 1)
+        return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
+
+    def _net(self, x: Tensor) -> Tensor:
+        *inner, last = self.layers
+        for layer in inner:
+            x = self.activation.function(layer(x))
+        return last(x)

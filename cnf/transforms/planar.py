@@ -1,0 +1,204 @@
+"""Flows of low rank: planar, Sylvester and radial, with both directions.
+
+The parameters are the layer's own or, with a context, linear in it: amortised posteriors.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnf.transforms.base import TRANSFORMS, Transform
+from cnf.transforms.linear import householder_product
+from cnf.transforms.roots import increasing_root
+
+UNIT = math.log(math.expm1(math.log(2)))  # softplus of it is softplus(0): β = 0 where α is so
+
+
+class Amortised(nn.Module):
+    """A vector of numbers: parameters, or linear in the context.
+
+    Args:
+        sizes: How many numbers for each of what is returned.
+        context_dim: Size of the context; 0 for none.
+        scale: Standard deviation of the numbers at the start.
+    """
+
+    def __init__(self, sizes: Sequence[int], context_dim: int = 0, scale: float = 0.1) -> None:
+        super().__init__()
+        self.sizes = list(sizes)
+        self.bias = nn.Parameter(scale * torch.randn(sum(sizes)))
+        self.weight = None
+        if context_dim:
+            self.weight = nn.Parameter(scale * torch.randn(sum(sizes), context_dim))
+
+    def forward(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        """(*batch, C) → (*batch, size) for each size; without a context (size,)."""
+        whole = self.bias
+        if self.weight is not None:
+            assert context is not None
+            whole = F.linear(context, self.weight, self.bias)
+        return whole.split(self.sizes, -1)
+
+
+@TRANSFORMS.register(
+    "planar", example=lambda dim, context_dim=0: Planar(dim, context_dim=context_dim)
+)
+class Planar(Transform):
+    """x = z + û tanh(wᵀz + b), with û = u moved along w until wᵀû > -1; log|det| =
+    log(1 + wᵀû (1 - tanh²)).
+
+    The inverse finds α = wᵀz, a root of one increasing function.
+    Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
+
+    Args:
+        dim: D.
+        context_dim: Size of the context; 0 for none.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__(context_dim=context_dim)
+        self.numbers = Amortised([dim, dim, 1], context_dim)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, w, b, along = self._constrained(context)
+        tanh = torch.tanh((w * z).sum(-1) + b)
+        return z + u * tanh.unsqueeze(-1), (along * (1 - tanh * tanh)).log1p()
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        u, w, b, along = self._constrained(context)
+        root = _tanh_root((w * x).sum(-1), along, torch.ones_like(along), b)
+        tanh = torch.tanh(root + b)
+        return x - u * tanh.unsqueeze(-1), -(along * (1 - tanh * tanh)).log1p()
+
+    def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """û, w, b and wᵀû = softplus(wᵀu) - 1."""
+        u, w, b = self.numbers(context)
+        product = (w * u).sum(-1, keepdim=True)
+        along = F.softplus(product) - 1
+        squared = (w * w).sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        return u + (along - product) * w / squared, w, b.squeeze(-1), along.squeeze(-1)
+
+
+@TRANSFORMS.register(
+    "sylvester", example=lambda dim, context_dim=0: Sylvester(dim, 2, context_dim=context_dim)
+)
+class Sylvester(Transform):
+    """x = z + Q R tanh(S Qᵀz + b): M planar layers at once, along orthonormal columns of Q.
+
+    R and S are upper triangular with diagonals within ±1, so that the Jacobian's determinant is
+    Π(1 + R_ii S_ii (1 - tanh²_i)) > 0; the inverse finds M roots, one after the other.
+    Source: van den Berg et al. (2018), https://arxiv.org/abs/1803.05649.
+
+    Args:
+        dim: D.
+        rank: M, at most D.
+        context_dim: Size of the context; 0 for none.
+    """
+
+    def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
+        if not 1 <= rank <= dim:
+            raise ValueError(f"Sylvester: expected 1 <= rank <= {dim}, got {rank}")
+        super().__init__(context_dim=context_dim)
+        self.dim, self.rank = dim, rank
+        self.vectors = Amortised([rank * dim], context_dim, scale=1.0)
+        self.numbers = Amortised([rank * rank, rank * rank, rank], context_dim)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, r, s, b = self._constrained(context)
+        tanh = torch.tanh(_times(s, _times(q.mT, z)) + b)
+        x = z + _times(q, _times(r, tanh))
+        return x, _sylvester_ladj(r, s, tanh)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, r, s, b = self._constrained(context)
+        target = _times(q.mT, x)
+        found: dict[int, tuple[Tensor, Tensor]] = {}  # y_i and its tanh, from the last on
+        for i in reversed(range(self.rank)):
+            shift, offset = target[..., i], b[..., i]
+            for j, (y_j, tanh_j) in found.items():
+                shift, offset = shift - r[..., i, j] * tanh_j, offset + s[..., i, j] * y_j
+            y_i = _tanh_root(shift, r[..., i, i], s[..., i, i], offset)
+            found[i] = y_i, torch.tanh(s[..., i, i] * y_i + offset)
+        tanh = torch.stack([found[i][1] for i in range(self.rank)], -1)
+        return x - _times(q, _times(r, tanh)), -_sylvester_ladj(r, s, tanh)
+
+    def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Q, shape (*, D, M), R and S, (*, M, M), and b, (*, M)."""
+        (vectors,), (r, s, b) = self.vectors(context), self.numbers(context)
+        q = householder_product(vectors.unflatten(-1, (self.rank, self.dim)), self.rank)
+        return q, _triangular(r, self.rank), _triangular(s, self.rank), b
+
+
+@TRANSFORMS.register(
+    "radial", example=lambda dim, context_dim=0: Radial(dim, context_dim=context_dim)
+)
+class Radial(Transform):
+    """x = z + β (z - c)/(α + r) with r = ‖z - c‖, α > 0 and β > -α; log|det| =
+    (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r).
+
+    The inverse has r as the root of a quadratic.
+    Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
+
+    Args:
+        dim: D.
+        context_dim: Size of the context; 0 for none.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__(context_dim=context_dim)
+        self.numbers = Amortised([dim, 1, 1], context_dim)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        centre, alpha, beta = self._constrained(context)
+        away = z - centre
+        r = torch.linalg.vector_norm(away, dim=-1, keepdim=True)
+        return z + beta * away / (alpha + r), self._ladj(r, alpha, beta, z.shape[-1])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        centre, alpha, beta = self._constrained(context)
+        away = x - centre
+        far = torch.linalg.vector_norm(away, dim=-1, keepdim=True)
+        p = alpha + beta - far  # r² + p r = α ‖x - c‖
+        root = (p * p + 4 * alpha * far).sqrt()
+        r = torch.where(p > 0, 2 * alpha * far / (p.abs() + root), (root - p) / 2)
+        z = centre + away / (1 + beta / (alpha + r))
+        return z, -self._ladj(r, alpha, beta, x.shape[-1])
+
+    def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        centre, alpha, beta = self.numbers(context)
+        alpha = F.softplus(alpha)
+        return centre, alpha, F.softplus(beta + UNIT) - alpha
+
+    def _ladj(self, r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
+        h = 1 / (alpha + r)
+        outward = (beta * alpha * h * h).log1p()  # 1 + βh - βrh² = 1 + βαh²
+        return ((dim - 1) * (beta * h).log1p() + outward).squeeze(-1)
+
+
+def _tanh_root(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """y with y + a·tanh(c y + d) = x, where a·c > -1."""
+    x, a, c, d = torch.broadcast_tensors(x, a, c, d)
+
+    def function(y: Tensor) -> tuple[Tensor, Tensor]:
+        tanh = torch.tanh(c * y + d)
+        return y + a * tanh - x, 1 + a * c * (1 - tanh * tanh)
+
+    return increasing_root(function, x - a.abs(), x + a.abs())
+
+
+def _sylvester_ladj(r: Tensor, s: Tensor, tanh: Tensor) -> Tensor:
+    products = (r * s).diagonal(dim1=-2, dim2=-1)
+    return (products * (1 - tanh * tanh)).log1p().sum(-1)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _triangular(raw: Tensor, size: int) -> Tensor:
+    """(*, size²) → upper triangular, the diagonal within ±1."""
+    square = raw.unflatten(-1, (size, size))
+    return square.triu(1) + torch.diag_embed(square.diagonal(dim1=-2, dim2=-1).tanh())

@@ -1,0 +1,106 @@
+"""Image flows: squeezing, 1×1 convolutions, couplings, and Glow as a bijection."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cnf
+from cnf.transforms import (
+    LU,
+    ConvCoupling,
+    Coupling,
+    OnChannels,
+    PerPixel,
+    RationalQuadratic,
+    Squeeze,
+)
+
+F64 = torch.float64
+CASES = {
+    "squeeze": lambda context: Squeeze(),
+    "pixels": lambda context: PerPixel(LU(4)),
+    "coupling": lambda context: ConvCoupling(4, 1, hidden=(5, 6), context_dim=context),
+    "spline coupling": lambda context: ConvCoupling(
+        4, 2, RationalQuadratic(3), hidden=(5, 6), context_dim=context
+    ),
+    "part": lambda context: OnChannels(ConvCoupling(3, 1, hidden=(5, 6), context_dim=context), 3),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_ladj_is_autograds_and_both_directions_meet(
+    name, context, batch, direction, randomised, generator
+):
+    transform = randomised(CASES[name](context), gain=0.3).eval()
+    value = torch.randn(*batch, 4, 2, 4, generator=generator, dtype=F64)
+    condition = None
+    if transform.context_dim:
+        condition = torch.randn(*batch, context, generator=generator, dtype=F64)
+    if direction == "inverse":
+        value = transform(value, condition)[0].detach()
+    other = {"forward": transform.inverse, "inverse": transform.forward}[direction]
+    apply = getattr(transform, direction)
+    y, ladj = apply(value, condition)
+    again, back = other(y, condition)
+    assert ladj.shape == batch and y.dtype == ladj.dtype == F64
+    torch.testing.assert_close(again, value, rtol=0, atol=1e-10)
+    torch.testing.assert_close(back, -ladj, rtol=0, atol=1e-10)
+    if batch in ((), (2,)):
+        one = value if batch == () else value[0]
+        c = condition if batch == () or condition is None else condition[0]
+        jacobian = torch.autograd.functional.jacobian(lambda v: apply(v, c)[0], one)
+        expected = torch.linalg.slogdet(jacobian.reshape(32, 32)).logabsdet
+        torch.testing.assert_close(ladj.reshape(-1)[0], expected, rtol=0, atol=1e-10)
+        assert name == "squeeze" or expected.abs() > 1e-2
+
+
+def test_squeeze_makes_four_channels_of_a_square():
+    x = torch.arange(16.0).reshape(1, 4, 4)
+    z, _ = Squeeze().inverse(x)
+    assert z[:, 0, 0].tolist() == [0, 1, 4, 5] and z[:, 1, 1].tolist() == [10, 11, 14, 15]
+    images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    z, _ = Squeeze().inverse(images)
+    assert torch.equal(z, F.pixel_unshuffle(images, 2))
+
+
+def test_linear_map_at_pixels_is_a_convolution(randomised, generator):
+    inner = randomised(LU(3, rotated=True))
+    x = torch.randn(2, 3, 4, 5, generator=generator, dtype=F64)
+    z, ladj = PerPixel(inner).inverse(x)
+    weight = inner.inverse(torch.eye(3, dtype=F64))[0].T - inner.bias[:, None]
+    expected = F.conv2d(x, weight[:, :, None, None], inner.bias)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(ladj, 20 * torch.linalg.slogdet(weight).logabsdet.expand(2))
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="expected 0 < keep < 4, got 4"):
+        ConvCoupling(4, 4)
+    with pytest.raises(ValueError, match="unconditional transform of vectors"):
+        PerPixel(Coupling(2, context_dim=1))
+    with pytest.raises(ValueError, match=r"divisible by 2\^levels = 4, got \(1, 6, 8\)"):
+        cnf.models.build("glow", shape=(1, 6, 8), levels=2)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_glow_is_a_bijection_onto_noise_of_the_images_shape(context, randomised, generator):
+    flow = cnf.models.build(
+        "glow", shape=(2, 4, 4), levels=2, layers=1, hidden=(4, 5), context=context
+    )
+    flow = randomised(flow, gain=0.5).eval()
+    x = torch.randn(3, 2, 4, 4, generator=generator, dtype=F64)
+    c = torch.randn(3, context, generator=generator, dtype=F64) if context else None
+    z = flow.encode(x, c)
+    assert z.shape == x.shape
+    torch.testing.assert_close(flow.decode(z, c), x, rtol=0, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: flow.encode(v[None], None if c is None else c[:1])[0], x[0]
+    )
+    log_det = torch.linalg.slogdet(jacobian.reshape(32, 32)).logabsdet
+    expected = flow.base.log_prob(z[0]) + log_det
+    torch.testing.assert_close(flow.log_prob(x, c)[0], expected, rtol=0, atol=1e-8)
+    assert log_det.abs() > 0.1
+    assert (jacobian.abs() > 1e-12).double().mean() > 0.9  # all pixels reach nearly all noise

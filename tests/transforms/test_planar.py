@@ -1,0 +1,127 @@
+"""Planar, Sylvester and radial flows: constraints, roots, gradients through them."""
+
+import math
+
+import pytest
+import torch
+
+from cnf.transforms import Planar, Radial, Sylvester
+from cnf.transforms.roots import increasing_root
+
+F64 = torch.float64
+CASES = {
+    "planar": lambda context=0: Planar(3, context),
+    "sylvester": lambda context=0: Sylvester(3, 2, context),
+    "radial": lambda context=0: Radial(3, context),
+}
+
+
+@pytest.fixture
+def strong(generator):
+    """Parameters large enough to try the constraints."""
+
+    def make(name, context=0, scale=4.0):
+        transform = CASES[name](context).double()
+        with torch.no_grad():
+            for parameter in transform.parameters():
+                draw = torch.randn(parameter.shape, generator=generator, dtype=F64)
+                parameter.copy_(scale * draw)
+        return transform
+
+    return make
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scale", [0.1, 4.0, 30.0])
+def test_both_directions_hold_for_any_parameters(name, scale, strong, generator):
+    for _ in range(20):
+        transform = strong(name, scale=scale)
+        z = 3 * torch.randn(40, 3, generator=generator, dtype=F64)
+        x, ladj = transform(z)
+        again, inverse = transform.inverse(x)
+        off = 1e-10 * (1 + (-ladj).exp().clamp(max=1e5)).unsqueeze(-1)
+        assert ((again - z).abs() <= off).all()
+        assert torch.isfinite(ladj).all() and torch.isfinite(inverse).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("context", [0, 2])
+def test_gradients_through_both_directions_are_those_of_finite_differences(
+    name, context, strong, generator
+):
+    transform = strong(name, context, scale=1.0)
+    condition = torch.randn(2, context, generator=generator, dtype=F64) if context else None
+    value = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
+    for apply in (transform.forward, transform.inverse):
+
+        def applied(value, *parameters, apply=apply):
+            return apply(value, condition)
+
+        assert torch.autograd.gradcheck(applied, (value, *transform.parameters()))
+
+
+def test_planar_by_hand():
+    # w = (1, 0), u = (log(e² - 1), 1) so that wᵀû = softplus(u₁) - 1 = 1; b = 0.5
+    transform = Planar(2).double()
+    with torch.no_grad():
+        numbers = [math.log(math.expm1(2.0)), 1.0, 1.0, 0.0, 0.5]
+        transform.numbers.bias.copy_(torch.tensor(numbers, dtype=F64))
+    x, ladj = transform(torch.tensor([0.25, 3.0], dtype=F64))
+    tanh = math.tanh(0.75)
+    torch.testing.assert_close(x, torch.tensor([0.25 + tanh, 3.0 + tanh], dtype=F64))
+    assert ladj.item() == pytest.approx(math.log(2 - tanh**2), rel=1e-12)
+
+
+def test_radial_by_hand():
+    # α = softplus(0) = log 2, β = softplus(1) - log 2 where the raw number is 1 - UNIT
+    transform = Radial(2).double()
+    unit = math.log(math.expm1(math.log(2)))
+    with torch.no_grad():
+        numbers = torch.tensor([1.0, 0.0, 0.0, 1.0 - unit], dtype=F64)
+        transform.numbers.bias.copy_(numbers)
+    alpha, beta = math.log(2), math.log1p(math.e) - math.log(2)
+    x, ladj = transform(torch.tensor([1.0, 2.0], dtype=F64))
+    torch.testing.assert_close(x, torch.tensor([1.0, 2 + beta * 2 / (alpha + 2)], dtype=F64))
+    out, along = 1 + beta / (alpha + 2), 1 + beta * alpha / (alpha + 2) ** 2
+    assert ladj.item() == pytest.approx(math.log(out * along), rel=1e-12)
+
+
+def test_sylvester_of_rank_one_is_planar(generator):
+    sylvester, planar = Sylvester(2, 1).double(), Planar(2).double()
+    r, s, b = 0.7, -0.4, 0.3
+    with torch.no_grad():
+        sylvester.vectors.bias.copy_(
+            torch.tensor([0.6, 0.8])
+        )  # Q: what the mirror makes of (1, 0)
+        sylvester.numbers.bias.copy_(torch.tensor([math.atanh(r), math.atanh(s), b]))
+        q = torch.tensor([1 - 2 * 0.36, -2 * 0.48], dtype=F64)
+        w, along = s * q, r * s
+        raw = math.log(math.expm1(1 + along))  # wᵀu before the constraint
+        planar.numbers.bias.copy_(torch.cat([raw * q / s, w, torch.tensor([b], dtype=F64)]))
+    z = torch.randn(5, 2, generator=generator, dtype=F64)
+    for one, other in zip(sylvester(z), planar(z), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="expected 1 <= rank <= 2, got 3"):
+        Sylvester(2, 3)
+
+
+def test_root_and_its_derivative_have_closed_form():
+    # y³ + y = c at y = 2 is c = 10, and dy/dc = 1/(3y² + 1) = 1/13
+    c = torch.tensor([10.0, -10.0, 0.0], dtype=F64, requires_grad=True)
+    low, high = torch.full((3,), -1e3, dtype=F64), torch.full((3,), 1e3, dtype=F64)
+    y = increasing_root(lambda y: (y**3 + y - c, 3 * y**2 + 1), low, high)
+    torch.testing.assert_close(y, torch.tensor([2.0, -2.0, 0.0], dtype=F64))
+    (slope,) = torch.autograd.grad(y.sum(), c)
+    torch.testing.assert_close(slope, torch.tensor([1 / 13, 1 / 13, 1.0], dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_root_is_found_where_newton_alone_would_run_away(dtype):
+    target = torch.tensor([-0.999, 0.0, 0.999], dtype=dtype)
+
+    def steep(y):  # flat far out: from a start there Newton leaves for infinity
+        tanh = torch.tanh(50 * y)
+        return y * 1e-3 + tanh - target, 1e-3 + 50 * (1 - tanh * tanh)
+
+    y = increasing_root(steep, target - 1e4, target + 1e4)
+    assert steep(y)[0].abs().max() < 100 * torch.finfo(dtype).eps

@@ -218,7 +218,7 @@ WRONG = {
     "no data": (["train", "--steps", "3"], "data"),
     "unknown data": (["train", "--data", "mons"], "Did you mean 'moons'"),
     "missing file of data": (["train", "--data", "no.csv"], "no.csv"),
-    "unknown model": (["train", *TRAIN, "--model", "cmf"], "Did you mean 'cnf'"),
+    "unknown model": (["train", *TRAIN, "--model", "cnff"], "Did you mean 'cnf'"),
     "unknown objective": (["train", *TRAIN, "--objective", "likelihood"], "maximum-likelihood"),
     "unknown model option": (["train", *TRAIN, "--options.hiden", "3"], "hidden"),
     "unknown solver": (["train", *TRAIN, "--options.solver", "{method: rk5}"], "rk5"),

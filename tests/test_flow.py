@@ -51,7 +51,9 @@ def test_log_prob_of_a_linear_flow_is_a_gaussians(points):
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_density_integrates_to_one(name, context, small_flow, contexts):
-    flow = small_flow(name, context, solver=Solver(rtol=1e-6, atol=1e-6))
+    # Many layers of large weights make densities that no grid resolves.
+    gain = 0.9 if name in ("cnf", "ffjord", "rnode", "otflow") else 0.3
+    flow = small_flow(name, context, solver=Solver(rtol=1e-6, atol=1e-6), gain=gain)
     c = contexts[0] if context else None
     with torch.no_grad():
         drawn = flow.sample(2000, c, generator=seeded())
@@ -127,12 +129,13 @@ def test_log_prob_is_change_of_variables(name, small_flow, points):
 def test_gradients_reach_every_parameter_and_the_context(
     name, train, small_flow, points, contexts
 ):
-    flow = small_flow(name, 3).train(train)
+    flow = small_flow(name, 3, gain=0.5).train(train)
     c = contexts.requires_grad_()
+    x, log_prob = flow.sample_and_log_prob(2, c, generator=seeded())
     for output in (
         flow.log_prob(points, c).sum(),
         flow.rsample(2, c, generator=seeded()).square().sum(),
-        flow.sample_and_log_prob(2, c, generator=seeded())[1].sum(),
+        x.square().sum() + log_prob.sum(),  # where volume is kept, the former alone
     ):
         flow.zero_grad()
         (grad,) = torch.autograd.grad(output, c, retain_graph=True)

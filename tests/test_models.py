@@ -64,8 +64,8 @@ def test_spec_is_not_the_callers_list():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_misspelt_option_is_refused_and_the_known_are_named(name):
-    with pytest.raises(ValueError, match="unknown option 'hiden'; known: dim, .*hidden"):
-        build(name, dim=2, hiden=(64,))
+    with pytest.raises(ValueError, match="unknown option 'contxt'; known: dim, .*context"):
+        build(name, dim=2, contxt=3)
 
 
 def test_unknown_name_and_missing_dim_are_refused():

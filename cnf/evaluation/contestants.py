@@ -8,7 +8,14 @@ from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry
 
 CONTESTANTS = Registry("contestant")
-RACE = ("cnf-likelihood", "cnf-flow-matching", "cnf-both", "ffjord", "realnvp")  # unless told
+RACE = (
+    "cnf-likelihood",
+    "cnf-flow-matching",
+    "cnf-both",
+    "ffjord",
+    "realnvp",
+    "nsf",
+)  # unless told
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,21 @@ for _name, _contestant in {
     "otflow": Contestant(
         "OT-Flow", "otflow", (Stage(MaximumLikelihood()),)
     ),
-    "realnvp": Contestant(
-        "RealNVP",
-        "realnvp",
-        (Stage(MaximumLikelihood(), settings={"batch_size": 512, "lr": 2e-3}),),
-    ),
 }.items():  # fmt: skip
     CONTESTANTS.register(_name)(_contestant)
+
+SPLINES = {"bins": 16, "bound": 3.0, "between": None}  # a linear map brings little in the plane
+for _name, (_title, _lr, _options) in {
+    "realnvp": ("RealNVP", 2e-3, {}),
+    "nice": ("NICE", 2e-3, {}),
+    "glow": ("Glow", 2e-3, {}),
+    "nsf": ("NSF", 5e-3, SPLINES),
+    "nsf-ar": ("NSF, autoregressive", 5e-3, {**SPLINES, "between": "reverse"}),
+    "maf": ("MAF", 2e-3, {}),
+    "iaf": ("IAF", 2e-3, {}),
+    "planar": ("Planar", 5e-3, {}),
+    "radial": ("Radial", 5e-3, {}),
+    "sylvester": ("Sylvester", 5e-3, {}),
+}.items():
+    _stages = (Stage(MaximumLikelihood(), settings={"batch_size": 512, "lr": _lr}),)
+    CONTESTANTS.register(_name)(Contestant(_title, _name, _stages, _options))

@@ -28,11 +28,15 @@ runs = {
     "hutchinson": (cnf.MaximumLikelihood(divergence="hutchinson"), list(rows.split(16))),
     "weighted": (cnf.FlowMatching(), cnf.Batch(rows, weight=1.0 + (rows[:, 0] > 0).double())),
     "semidiscrete": (cnf.FlowMatching(coupling={"name": "semidiscrete", "steps": 20}), rows),
+    "actnorm": (cnf.MaximumLikelihood(), rows),
 }
 solver = cnf.Solver("rk4", steps=2, gradient="backprop")
 for name, (objective, data) in runs.items():
     torch.manual_seed(7)
-    flow = cnf.models.build("cnf", dim=2, hidden=(8,), solver=solver).double()
+    if name == "actnorm":
+        flow = cnf.models.build("glow", dim=2, hidden=(8,), layers=2, preprocess=None).double()
+    else:
+        flow = cnf.models.build("cnf", dim=2, hidden=(8,), solver=solver).double()
     config = cnf.TrainConfig(
         steps=8, batch_size=16, device="cpu", devices=devices,
         strategy="ddp" if devices > 1 else "auto", folder=f"{out}/{name}", progress=False,
@@ -42,7 +46,7 @@ for name, (objective, data) in runs.items():
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     print(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}", flush=True)
 """
-RUNS = ["flow-matching", "likelihood", "hutchinson", "weighted", "semidiscrete"]
+RUNS = ["flow-matching", "likelihood", "hutchinson", "weighted", "semidiscrete", "actnorm"]
 
 
 def free_port():

@@ -1,11 +1,9 @@
-"""The named models: presets of the same parts, with the same argument names."""
+"""The continuous models: a vector field, a solver, and the way each is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from cnf.dynamics.solver import Solver, as_solver
-from cnf.errors import expect_choice
 from cnf.fields import (
     ConvField,
     EndTime,
@@ -17,46 +15,8 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
-from cnf.registry import Registry
-from cnf.transforms.base import Compose, Transform
+from cnf.models.build import MODELS, as_preprocess
 from cnf.transforms.continuous import Continuous, Recipe
-from cnf.transforms.coupling import Coupling
-from cnf.transforms.normalisation import Standardise
-
-MODELS = Registry("model")
-
-
-def build(name: str, **options: Any) -> Flow:
-    """Build a named model; the flow remembers how, so that `cnf.load` can build it again.
-
-    >>> build("cnf", dim=2, hidden=(64, 64), context=3).context_dim
-    3
-
-    Args:
-        name: A name in `MODELS`.
-        options: The builder's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
-            `preprocess`, …
-    Raises:
-        ValueError: An unknown name, or an option that the model does not have.
-    """
-    builder = MODELS[name]
-    known = builder.__code__.co_varnames[: builder.__code__.co_argcount]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"models.build({name!r}): unknown option {option!r}; known: {', '.join(known)}"
-            )
-    if ("dim" in options) == ("shape" in options):
-        wanted = "dim=… or shape=(C, H, W)" if "shape" in known else "dim=…"
-        raise ValueError(f"models.build({name!r}): expected {wanted}, the size of one data point")
-    for name_, least in (("dim", 1), ("context", 0)):
-        if options.get(name_, least) < least:
-            raise ValueError(
-                f"models.build({name!r}): expected {name_} >= {least}, got {options[name_]}"
-            )
-    flow = builder(**options)
-    flow.spec = {"model": name, "options": {key: _plain(value) for key, value in options.items()}}
-    return flow
 
 
 @MODELS.register("cnf")
@@ -210,45 +170,6 @@ def otflow(
     return _continuous(field, solver, preprocess, recipe, null_context)
 
 
-@MODELS.register("realnvp")
-def realnvp(
-    dim: int,
-    context: int = 0,
-    hidden: Sequence[int] = (64, 64),
-    layers: int = 8,
-    activation: str = "silu",
-    preprocess: str | None = "standardise",
-) -> Flow:
-    """RealNVP: affine couplings, bounded log-scale, alternating masks; starts as identity.
-
-    Source: Dinh et al. (2017), https://arxiv.org/abs/1605.08803.
-
-    Args:
-        dim: D.
-        context: Size of the context; 0 for none.
-        hidden: Widths of each coupling's net.
-        layers: How many couplings.
-        activation: A name in `cnf.nets.ACTIVATIONS`.
-        preprocess: "standardise" or None.
-    """
-    if layers < 1:
-        raise ValueError(f"realnvp: expected layers >= 1, got {layers}")
-    transform = Compose(
-        [
-            Coupling(
-                dim,
-                range(layer % 2, dim, 2),
-                None,
-                hidden=hidden,
-                context_dim=context,
-                activation=activation,
-            )
-            for layer in range(layers)
-        ]
-    )
-    return Flow(None, transform, _as_preprocess(preprocess, (dim,)), event_shape=(dim,))
-
-
 def _continuous(
     field: VectorField,
     solver: Solver,
@@ -258,7 +179,7 @@ def _continuous(
 ) -> Flow:
     transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
     event = field.event_shape
-    return Flow(None, transform, _as_preprocess(preprocess, event), event_shape=event)
+    return Flow(None, transform, as_preprocess(preprocess, event), event_shape=event)
 
 
 def _stacked(block: Callable[[], VectorField], layers: int) -> VectorField:
@@ -278,15 +199,3 @@ def _ffjord_field(
         return ConvField(shape, hidden, context, activation or "softplus")
     assert dim is not None
     return MLPField(dim, hidden, context, activation or "tanh", 0, layer="concatsquash")
-
-
-def _as_preprocess(name: str | None, event_shape: Sequence[int]) -> Transform | None:
-    expect_choice("models", "preprocess", name, ("standardise", None))
-    return None if name is None else Standardise(event_shape)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it."""
-    if isinstance(value, Solver):
-        return asdict(value)
-    return list(value) if isinstance(value, list | tuple) else value

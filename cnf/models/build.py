@@ -1,0 +1,60 @@
+"""Building a named model, and what all of them share."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cnf.dynamics.solver import Solver
+from cnf.errors import expect_choice
+from cnf.flow import Flow
+from cnf.registry import Registry
+from cnf.transforms.base import Transform
+from cnf.transforms.normalisation import Standardise
+
+MODELS = Registry("model")
+
+
+def build(name: str, **options: Any) -> Flow:
+    """Build a named model; the flow remembers how, so that `cnf.load` can build it again.
+
+    >>> build("cnf", dim=2, hidden=(64, 64), context=3).context_dim
+    3
+
+    Args:
+        name: A name in `MODELS`.
+        options: The builder's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
+            `preprocess`, …
+    Raises:
+        ValueError: An unknown name, or an option that the model does not have.
+    """
+    builder = MODELS[name]
+    known = builder.__code__.co_varnames[: builder.__code__.co_argcount]
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"models.build({name!r}): unknown option {option!r}; known: {', '.join(known)}"
+            )
+    if ("dim" in options) == ("shape" in options):
+        wanted = "dim=… or shape=(C, H, W)" if "shape" in known else "dim=…"
+        raise ValueError(f"models.build({name!r}): expected {wanted}, the size of one data point")
+    for name_, least in (("dim", 1), ("context", 0)):
+        if options.get(name_, least) < least:
+            raise ValueError(
+                f"models.build({name!r}): expected {name_} >= {least}, got {options[name_]}"
+            )
+    flow = builder(**options)
+    flow.spec = {"model": name, "options": {key: _plain(value) for key, value in options.items()}}
+    return flow
+
+
+def as_preprocess(name: str | None, event_shape: Sequence[int]) -> Transform | None:
+    """The preprocessing of that name: "standardise" or None."""
+    expect_choice("models", "preprocess", name, ("standardise", None))
+    return None if name is None else Standardise(event_shape)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, Solver):
+        return asdict(value)
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,296 @@
+"""The discrete models: layers of bijections that need no solver."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cnf.distributions import Base, Uniform
+from cnf.errors import expect_choice
+from cnf.flow import Flow
+from cnf.models.build import MODELS, as_preprocess
+from cnf.transforms.autoregressive import Autoregressive
+from cnf.transforms.base import Compose, Inverse, Transform
+from cnf.transforms.coupling import Coupling
+from cnf.transforms.elementwise import Additive, Affine, Elementwise, ElementwiseMap, Inverted
+from cnf.transforms.linear import LU, Permutation
+from cnf.transforms.planar import Planar, Radial, Sylvester
+from cnf.transforms.splines import CircularSpline, RationalQuadratic
+
+HALVES = (None, "shuffle", "lu")  # reversed, the next layer would keep the same half again
+ORDERS = (*HALVES, "reverse")
+
+
+@MODELS.register("nice")
+def nice(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (128, 128),
+    layers: int = 8,
+    activation: str = "relu",
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """NICE: additive couplings, which keep volume, and one diagonal scaling; starts as identity.
+
+    Source: Dinh et al. (2014), https://arxiv.org/abs/1410.8516.
+
+    Args:
+        dim: D.
+        context: Size of the context; 0 for none.
+        hidden: Widths of each layer's net.
+        layers: How many.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+        preprocess: "standardise" or None.
+    """
+
+    def layer(k: int) -> Transform:
+        return Coupling(dim, half(dim, k), Additive(), None, hidden, context, activation)
+
+    scaling = Elementwise(dim, Affine(), context_dim=context)
+    return stacked([*_layers(layer, layers, dim, None), scaling], dim, preprocess)
+
+
+@MODELS.register("realnvp")
+def realnvp(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 8,
+    activation: str = "silu",
+    between: str | None = None,
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """RealNVP: affine couplings with a bounded log-scale; starts as identity.
+
+    Source: Dinh et al. (2017), https://arxiv.org/abs/1605.08803.
+
+    Args: as for `nice`, and
+        between: What mixes the variables between layers, which keep one half and then the other:
+            None, "shuffle" (a random permutation, so that the masks are random) or "lu" (a trained
+            linear map).
+    """
+
+    def layer(k: int) -> Transform:
+        return Coupling(dim, half(dim, k), None, None, hidden, context, activation)
+
+    return stacked(_layers(layer, layers, dim, between), dim, preprocess)
+
+
+@MODELS.register("nsf")
+def nsf(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 6,
+    bins: int = 8,
+    bound: float = 5.0,
+    activation: str = "silu",
+    between: str | None = "lu",
+    preprocess: str | None = "standardise",
+    period: float | None = None,
+) -> Flow:
+    """Neural spline flow: couplings by rational-quadratic splines; starts as identity.
+
+    Source: Durkan et al. (2019), https://arxiv.org/abs/1906.04032.
+
+    Args: as for `realnvp`, and
+        bins: Of each spline.
+        bound: Where the splines end, in units of the standardised data.
+        period: Of the data, where all of them are angles: circular splines on
+            [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
+    """
+
+    spline = _spline(bins, bound, period, between, preprocess)
+
+    def layer(k: int) -> Transform:
+        return Coupling(dim, half(dim, k), spline, None, hidden, context, activation, period)
+
+    base = None if period is None else _on_circle(dim, period)
+    return stacked(_layers(layer, layers, dim, between), dim, preprocess, base)
+
+
+@MODELS.register("nsf-ar")
+def nsf_ar(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 4,
+    bins: int = 8,
+    bound: float = 5.0,
+    activation: str = "silu",
+    between: str | None = "lu",
+    preprocess: str | None = "standardise",
+    period: float | None = None,
+) -> Flow:
+    """Autoregressive neural spline flow: the density takes one pass, a sample one per variable.
+
+    Source: Durkan et al. (2019), https://arxiv.org/abs/1906.04032.
+
+    Args: as for `nsf`.
+    """
+
+    spline = _spline(bins, bound, period, between, preprocess)
+
+    def layer(k: int) -> Transform:
+        return Autoregressive(dim, spline, None, hidden, context, activation, period)
+
+    base = None if period is None else _on_circle(dim, period)
+    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess, base)
+
+
+@MODELS.register("maf")
+def maf(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 5,
+    activation: str = "silu",
+    between: str | None = "reverse",
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """Masked autoregressive flow: the density takes one pass, a sample one per variable.
+
+    Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057.
+
+    Args: as for `realnvp`, and
+        between: Also "reverse", the other order of the variables.
+    """
+
+    def layer(k: int) -> Transform:
+        return Autoregressive(dim, None, None, hidden, context, activation)
+
+    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess)
+
+
+@MODELS.register("iaf")
+def iaf(
+    dim: int,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 5,
+    activation: str = "silu",
+    between: str | None = "reverse",
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """Inverse autoregressive flow: a sample takes one pass, the density one per variable.
+
+    Source: Kingma et al. (2016), https://arxiv.org/abs/1606.04934.
+
+    Args: as for `maf`.
+    """
+
+    def layer(k: int) -> Transform:
+        return Inverse(Autoregressive(dim, None, None, hidden, context, activation))
+
+    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess)
+
+
+@MODELS.register("planar")
+def planar(
+    dim: int,
+    context: int = 0,
+    layers: int = 16,
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """Planar flow: each layer bends space along one direction.
+
+    Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770.
+
+    Args:
+        dim: D.
+        context: Size of the context, in which the parameters are linear; 0 for none.
+        layers: How many.
+        preprocess: "standardise" or None.
+    """
+    return stacked(_layers(lambda k: Planar(dim, context), layers, dim, None), dim, preprocess)
+
+
+@MODELS.register("radial")
+def radial(
+    dim: int,
+    context: int = 0,
+    layers: int = 16,
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """Radial flow: each layer moves space towards a point or away from it.
+
+    Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770.
+
+    Args: as for `planar`.
+    """
+    return stacked(_layers(lambda k: Radial(dim, context), layers, dim, None), dim, preprocess)
+
+
+@MODELS.register("sylvester")
+def sylvester(
+    dim: int,
+    context: int = 0,
+    layers: int = 8,
+    rank: int | None = None,
+    preprocess: str | None = "standardise",
+) -> Flow:
+    """Sylvester flow: each layer bends space along several orthogonal directions.
+
+    Source: van den Berg et al. (2018), https://arxiv.org/abs/1803.05649.
+
+    Args: as for `planar`, and
+        rank: Directions of a layer; all of D, at most 8, if None.
+    """
+    rank = min(dim, 8) if rank is None else rank
+    return stacked(
+        _layers(lambda k: Sylvester(dim, rank, context), layers, dim, None), dim, preprocess
+    )
+
+
+def stacked(
+    transforms: list[Transform], dim: int, preprocess: str | None, base: Base | None = None
+) -> Flow:
+    """A flow of vectors through transforms, listed from base to data."""
+    return Flow(base, Compose(transforms), as_preprocess(preprocess, (dim,)), event_shape=(dim,))
+
+
+def _layers(
+    layer: Callable[[int], Transform],
+    layers: int,
+    dim: int,
+    between: str | None,
+    choices: tuple[str | None, ...] = HALVES,
+) -> list[Transform]:
+    """Layers 0, 1, … with something that mixes the variables between them."""
+    expect_choice("models", "between", between, choices)
+    if layers < 1:
+        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    mixers: dict[str | None, Callable[[], list[Transform]]] = {
+        None: lambda: [],
+        "reverse": lambda: [Permutation(dim)],
+        "shuffle": lambda: [Permutation(dim, torch.randperm(dim).tolist())],
+        "lu": lambda: [LU(dim)],
+    }
+    stack = [layer(0)]
+    for k in range(1, layers):
+        stack += [*mixers[between](), layer(k)]
+    return stack
+
+
+def half(dim: int, k: int) -> range:
+    """The first half of the variables, or the last, in turn."""
+    middle = (dim + 1) // 2
+    return range(middle, dim) if k % 2 else range(middle)
+
+
+def _spline(
+    bins: int, bound: float, period: float | None, between: str | None, preprocess: str | None
+) -> ElementwiseMap:
+    """Data to base, the way that training goes, by the spline's formula; the other by its root."""
+    if period is None:
+        return Inverted(RationalQuadratic(bins, bound))
+    if between == "lu" or preprocess is not None:
+        raise ValueError(
+            "nsf: angles have no linear map and are not standardised; with period=… give "
+            f"between=None or 'shuffle' and preprocess=None, got {between!r} and "
+            f"{preprocess!r}"
+        )
+    return Inverted(CircularSpline(bins, period / 2))
+
+
+def _on_circle(dim: int, period: float) -> Uniform:
+    return Uniform(torch.full((dim,), -period / 2), torch.full((dim,), period / 2))

@@ -1,0 +1,71 @@
+"""Glow, for vectors and for images at several scales."""
+
+from collections.abc import Sequence
+
+from cnf.flow import Flow
+from cnf.models.build import MODELS, as_preprocess
+from cnf.models.discrete import half, stacked
+from cnf.transforms.base import Compose, Inverse, Transform
+from cnf.transforms.coupling import Coupling
+from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
+from cnf.transforms.linear import LU
+from cnf.transforms.normalisation import ActNorm
+
+
+@MODELS.register("glow")
+def glow(
+    dim: int | None = None,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 8,
+    levels: int = 2,
+    activation: str = "relu",
+    preprocess: str | None = "standardise",
+    shape: Sequence[int] | None = None,
+) -> Flow:
+    """Glow: actnorm, a trained linear map that starts as a rotation, and an affine coupling.
+
+    For images the linear map is a 1×1 convolution; each level squeezes, takes `layers` such steps
+    and factors half of the channels out, given the other half, which goes on to the next level.
+    Source: Kingma & Dhariwal (2018), https://arxiv.org/abs/1807.03039.
+
+    Args: as for `nice`, and
+        layers: Steps (of each level, for images).
+        levels: How often an image is squeezed.
+        shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
+    """
+    if layers < 1:
+        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    if shape is None:
+        assert dim is not None
+        steps: list[Transform] = []
+        for k in range(layers):
+            coupling = Coupling(dim, half(dim, k), None, None, hidden, context, activation)
+            steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
+        return stacked(steps, dim, preprocess)
+    if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
+        raise ValueError(
+            f"glow: expected shape (C, H, W) with H and W divisible by 2^levels = {2**levels}, "
+            f"got {tuple(shape)}"
+        )
+
+    def conv(channels: int) -> Transform:
+        return ConvCoupling(channels, channels // 2, None, None, hidden, context, activation)
+
+    def level(shape: tuple[int, int, int], left: int) -> Transform:
+        channels, height, width = 4 * shape[0], shape[1] // 2, shape[2] // 2
+        steps: list[Transform] = [Inverse(Squeeze())]
+        if left > 1:
+            half = channels // 2
+            steps += [OnChannels(level((half, height, width), left - 1), half), conv(channels)]
+        for _ in range(layers):
+            steps += [
+                conv(channels),
+                PerPixel(LU(channels, rotated=True)),
+                ActNorm((channels, height, width)),
+            ]
+        return Compose([*steps, Squeeze()])
+
+    channels, height, width = shape
+    transform = level((channels, height, width), levels)
+    return Flow(None, transform, as_preprocess(preprocess, shape), event_shape=tuple(shape))

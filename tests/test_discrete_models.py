@@ -1,0 +1,84 @@
+"""The discrete models: their starts, what is mixed between layers, angles, saving."""
+
+import math
+
+import pytest
+import torch
+
+import cnf
+from cnf.models import build
+from cnf.transforms import Autoregressive, Coupling, Inverse
+
+F64 = torch.float64
+MIXED = [
+    (name, between)
+    for name in ("realnvp", "nsf", "nsf-ar", "maf", "iaf")
+    for between in (None, "shuffle", "lu", "reverse")
+    if between != "reverse" or name in ("nsf-ar", "maf", "iaf")
+]
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "nsf", "nsf-ar", "maf", "iaf"])
+def test_papers_that_start_at_the_identity_do(name, generator):
+    x = 2 * torch.randn(5, 3, generator=generator)
+    options = {} if name == "nice" else {"between": None}
+    z = build(name, dim=3, preprocess=None, **options).encode(x)
+    torch.testing.assert_close(z, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "between"), MIXED)
+@pytest.mark.parametrize("dim", [2, 3, 5])
+def test_every_variable_is_moved_given_others(name, between, dim, randomised, generator):
+    flow = randomised(build(name, dim=dim, layers=4, hidden=(9,), between=between), gain=0.5)
+    parts = [part for part in flow.transform.transforms]
+    for part in parts:  # without what mixes, a variable is what layers made of it
+        if not isinstance(part, Coupling | Autoregressive | Inverse) and between == "lu":
+            for parameter in part.parameters():
+                parameter.data.zero_()
+    x = torch.randn(dim, generator=generator, dtype=F64)
+    jacobian = torch.autograd.functional.jacobian(flow.encode, x)
+    reached = jacobian.abs() > 1e-12
+    # Autoregressive layers in one order leave the first variable to itself.
+    alone = name in ("nsf-ar", "maf", "iaf") and between in (None, "lu")
+    assert (reached.sum(1) > 1).sum() >= dim - alone
+    assert (flow.encode(x) - x).abs().min() > 1e-6
+
+
+def test_reversed_halves_are_refused():
+    with pytest.raises(ValueError, match="between"):
+        build("realnvp", dim=2, between="reverse")
+
+
+@pytest.mark.parametrize("name", [name for name in cnf.models.MODELS if name != "cnf"])
+def test_a_saved_model_comes_back_with_what_was_drawn(name, tmp_path, generator):
+    options = {"dim": 5, "context": 2}
+    if name in ("realnvp", "nsf", "nsf-ar", "maf", "iaf"):
+        options["between"] = "shuffle"
+    flow = build(name, **options).eval()
+    x, context = (torch.randn(4, size, generator=generator) for size in (5, 2))
+    again = cnf.load(cnf.training.save(flow, tmp_path / "model.safetensors")).eval()
+    with torch.no_grad():
+        assert torch.equal(again.log_prob(x, context), flow.log_prob(x, context))
+
+
+@pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
+def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomised):
+    options = {"period": 2 * math.pi, "between": None, "preprocess": None, "bins": 5}
+    flow = randomised(build(name, dim=2, hidden=(9,), **options), gain=0.4)
+    axis = torch.linspace(-math.pi, math.pi, 201, dtype=F64)[:-1]
+    with torch.no_grad():
+        density = flow.log_prob(torch.cartesian_prod(axis, axis)).exp().reshape(200, 200)
+        drawn = flow.sample(500)
+    assert density.mean().item() * (2 * math.pi) ** 2 == pytest.approx(1, abs=2e-3)
+    assert drawn.abs().max() <= math.pi
+    seam = (density[0] - density[-1]).abs().max(), (density[:, 0] - density[:, -1]).abs().max()
+    inner = (density[1:] - density[:-1]).abs().max()
+    assert max(seam) < 2 * inner  # no jump where the angle begins again
+    with pytest.raises(ValueError, match="nsf: angles have no linear map"):
+        build(name, dim=2, period=1.0)
+
+
+def test_sylvester_takes_all_directions_unless_told():
+    assert build("sylvester", dim=3).transform.transforms[0].rank == 3
+    assert build("sylvester", dim=20).transform.transforms[0].rank == 8
+    assert build("sylvester", dim=3, rank=1).transform.transforms[0].rank == 1

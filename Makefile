@@ -23,11 +23,11 @@ check: $(READY)
 	$(RUN) -m ruff check
 	$(RUN) -m basedpyright
 
-# Not as an extra: torchcfm asks for torchdyn, which drags torchvision and Lightning in, unused here.
+# Not as extras: they ask for torchvision, Lightning and a tensorboard of their own, unused here.
 bench: $(READY)
 ifndef PYTHON
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[all,test,bench]'
-	.venv/bin/python -m pip install --quiet --no-deps torchcfm==1.0.7
+	.venv/bin/python -m pip install --quiet --no-deps torchcfm==1.0.7 nflows==0.14 normflows==1.7.3
 endif
 	$(RUN) experiments/benchmark/run.py
 

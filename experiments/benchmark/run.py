@@ -1,11 +1,11 @@
 """Benchmarks: this library beside its peers, and beside the machine's limits.
 
 `make bench`, or `python experiments/benchmark/run.py [--only likelihood,logprob] [--threads 2]
-[--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench` and, for couplings,
-torchcfm). One file holds each question. Prints the tables as they come; writes results.json and
-tables.md beside this file, on CUDA with the device's name in theirs. With --only the other
-questions' results stay as they are: each names its own revision. Ratios are what counts; absolute
-times are this machine's.
+[--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench`, and torchcfm,
+nflows and normflows without what they drag in). One file holds each question. Prints the tables
+as they come; writes results.json and tables.md beside this file, on CUDA with the device's name
+in theirs. With --only the other questions' results stay as they are: each names its own revision.
+Ratios are what counts; absolute times are this machine's.
 """
 
 import argparse
@@ -20,11 +20,13 @@ from importlib import metadata
 from pathlib import Path
 
 import couplings
+import discrete
 import imports
 import likelihood
 import logprob
 import matching
 import memory
+import recompute
 import regularised
 import roofline
 import seminorm
@@ -34,10 +36,11 @@ from measure import Options
 from cnf.training.describe import machine
 
 HERE = Path(__file__).parent
+PEERS = ("zuko", "torchcfm", "nflows", "normflows")
 QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularised": regularised, "roofline": roofline, "matching": matching, "couplings": couplings,
-    "imports": imports,
+    "discrete": discrete, "recompute": recompute, "imports": imports,
 }  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def main() -> None:
 
 
 def _about(options: Options, seconds: float) -> dict:
-    peers = {name: metadata.version(name) for name in ("zuko", "torchcfm")}
+    peers = {name: metadata.version(name) for name in PEERS}
     return {"machine": machine(), **peers, **asdict(options), "seconds": round(seconds, 1)}
 
 
@@ -112,8 +115,9 @@ def _tables(results: dict) -> str:
         parts.append(
             f"## {name}\n\n{QUESTIONS[name].__doc__}\n\n{QUESTIONS[name].table(found)}\n\n"
             f"Revision {host['revision']}, {where}, {about['threads']} threads, "
-            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, zuko {about['zuko']}"
-            + (f", torchcfm {about['torchcfm']}.\n" if "torchcfm" in about else ".\n")
+            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, "
+            + ", ".join(f"{peer} {about[peer]}" for peer in PEERS if peer in about)
+            + ".\n"
         )
     return "\n".join(parts)
 

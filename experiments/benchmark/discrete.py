@@ -132,10 +132,6 @@ def _measured(name: str, dim: int, rows: int, options: Options) -> dict:
         calls["step"][who] = _step(flow, log_prob, x)
         calls["log_prob"][who] = torch.no_grad()(lambda f=log_prob: f(x))
         calls["sample"][who] = torch.no_grad()(lambda f=sample: f(rows))
-        if who == "ours" and not options.quick:
-            compiled = torch.compile(log_prob, dynamic=False)
-            calls["step"]["ours, compiled"] = _step(flow, compiled, x)
-            calls["log_prob"]["ours, compiled"] = torch.no_grad()(lambda f=compiled: f(x))
     return {column: interleaved(contestants, options) for column, contestants in calls.items()}
 
 
@@ -150,12 +146,11 @@ def _step(flow: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> C
 def table(found: dict) -> str:
     parts = []
     for column in ("step", "log_prob", "sample"):
-        header = (f"{column}, ms", "ours", *PEERS, "fastest peer / ours", "ours, compiled")
+        header = (f"{column}, ms", "ours", *PEERS, "fastest peer / ours")
         lines = []
         for case, columns in found.items():
             times = {who: summary["median"] for who, summary in columns[column].items()}
             fastest = min(times[peer] for peer in PEERS)
-            compiled = number(times["ours, compiled"]) if "ours, compiled" in times else "–"
             lines.append(
                 (
                     case,

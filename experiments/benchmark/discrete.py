@@ -157,7 +157,6 @@ def table(found: dict) -> str:
                     number(times["ours"]),
                     *(number(times[peer]) for peer in PEERS),
                     f"{fastest / times['ours']:.2f}",
-                    compiled,
                 )  # fmt: skip
             )
         parts.append(markdown(header, lines))

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from cnf.nets import MLP, on_circle
 from cnf.transforms.base import TRANSFORMS
-from cnf.transforms.elementwise import ElementwiseMap, Parameters, Scheme
+from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
 
 
 @TRANSFORMS.register(
     "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
 )
-class Coupling(Scheme):
+class Coupling(TwoWayScheme):
     """x_a = z_a, x_b = m(z_b; θ(z_a, c)): triangular Jacobian, log|det| = Σ_b log m'.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
@@ -65,12 +65,6 @@ class Coupling(Scheme):
         self.register_buffer("restore", torch.argsort(order), persistent=False)
         inputs = len(kept) * (1 if period is None else 2) + context_dim
         self.net = MLP(inputs, len(moved) * self.map.size, hidden, activation, zero_last=True)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.forward, z, context)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.inverse, x, context)
 
     def _moved(
         self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None

@@ -118,11 +118,12 @@ class Scheme(Transform):
     where the map's parameters come from.
 
     Args:
-        dim: D.
+        dim: D, or the channels of an image.
         map: The map; affine if None.
         parametrise: Makes the map's parameters from raw numbers (map.size, *); the map's own way
             if None.
         context_dim: Size of the context; 0 for none.
+        event_dims: 1 for vectors, 3 for images.
     """
 
     def __init__(
@@ -131,8 +132,9 @@ class Scheme(Transform):
         map: ElementwiseMap | None = None,
         parametrise: Callable[[Tensor], Parameters] | None = None,
         context_dim: int = 0,
+        event_dims: int = 1,
     ) -> None:
-        super().__init__(event_dims=1, context_dim=context_dim)
+        super().__init__(event_dims, context_dim)
         self.dim = dim
         self.map = map or Affine()
         self.parametrise = parametrise or self.map.parametrise
@@ -152,10 +154,26 @@ class Scheme(Transform):
         return rows.reshape(like.shape), ladj.reshape(like.shape[:-1])
 
 
+class TwoWayScheme(Scheme):
+    """A scheme whose parameters are at hand in both directions, which differ in the map's way."""
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._moved(self.map.forward, z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._moved(self.map.inverse, x, context)
+
+    @abstractmethod
+    def _moved(
+        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The value moved by the map's `forward` or `inverse`, and the log-determinant."""
+
+
 @TRANSFORMS.register(
     "elementwise", example=lambda dim, context_dim=0: Elementwise(dim, context_dim=context_dim)
 )
-class Elementwise(Scheme):
+class Elementwise(TwoWayScheme):
     """x_i = m(z_i; θ_i), the same for all points or, with a context, θ(c).
 
     Args:
@@ -183,12 +201,6 @@ class Elementwise(Scheme):
         self.net = None
         if context_dim:
             self.net = MLP(context_dim, numbers, hidden, activation, zero_last=True)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.forward, z, context)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.inverse, x, context)
 
     def _moved(
         self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cnf.nets import ACTIVATIONS, zero_
 from cnf.transforms.base import Transform
-from cnf.transforms.elementwise import Affine, ElementwiseMap, Parameters
+from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
 
 
 class Squeeze(Transform):
@@ -85,7 +85,7 @@ class OnChannels(Transform):
         return torch.cat([first, rest], -3), ladj
 
 
-class ConvCoupling(Transform):
+class ConvCoupling(TwoWayScheme):
     """A coupling of images: the kept channels, and the context, set the map of the others.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the net is that of
@@ -114,10 +114,8 @@ class ConvCoupling(Transform):
     ) -> None:
         if not 0 < keep < channels:
             raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
-        super().__init__(event_dims=3, context_dim=context_dim)
+        super().__init__(channels, map, parametrise, context_dim, event_dims=3)
         self.sizes = [keep, channels - keep]
-        self.map = map or Affine()
-        self.parametrise = parametrise or self.map.parametrise
         self.activation = ACTIVATIONS[activation]
         first, second = hidden
         self.layers = nn.ModuleList(
@@ -128,12 +126,6 @@ class ConvCoupling(Transform):
             ]
         )
         zero_(self.layers[-1])
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.forward, z, context)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._moved(self.map.inverse, x, context)
 
     def _moved(
         self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None

@@ -38,7 +38,9 @@ def small():
     def build(name="cnf", **options):
         state = torch.random.get_rng_state()
         torch.manual_seed(7)
-        options = {"dim": 2, "hidden": (8,), **options}
+        options = {"dim": 2, **options}
+        if "hidden" in cnf.models.MODELS[name].__code__.co_varnames:
+            options.setdefault("hidden", (8,))
         if name == "cnf":
             options.setdefault("solver", FIXED)
         flow = cnf.models.build(name, **options)

@@ -8,14 +8,8 @@ from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry
 
 CONTESTANTS = Registry("contestant")
-RACE = (
-    "cnf-likelihood",
-    "cnf-flow-matching",
-    "cnf-both",
-    "ffjord",
-    "realnvp",
-    "nsf",
-)  # unless told
+# Unless told.
+RACE = ("cnf-likelihood", "cnf-flow-matching", "cnf-both", "ffjord", "realnvp", "nsf")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ Source: Gomez et al. (2017), The reversible residual network, https://arxiv.org/
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 Way = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One invertible step.
 
     Args:

@@ -14,7 +14,8 @@ from cnf.transforms.base import TRANSFORMS, Transform
 from cnf.transforms.linear import householder_product
 from cnf.transforms.roots import increasing_root
 
-UNIT = math.log(math.expm1(math.log(2)))  # softplus of it is softplus(0): β = 0 where α is so
+LOG_2 = math.log(math.expm1(math.log(2)))  # softplus of it is softplus(0): β = 0 where α is so
+ONE = math.log(math.expm1(1))  # softplus of it is one
 
 
 class Amortised(nn.Module):
@@ -50,7 +51,9 @@ class Planar(Transform):
     """x = z + û tanh(wᵀz + b), with û = u moved along w until wᵀû > -1; log|det| =
     log(1 + wᵀû (1 - tanh²)).
 
-    The inverse finds α = wᵀz, a root of one increasing function.
+    As in the paper wᵀû is a softplus of wᵀu less one, but shifted so that 0 stays 0: the paper's
+    -0.31 would make û long, and the map far from the identity, where w is small. The inverse finds
+    α = wᵀz, a root of one increasing function.
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:
@@ -74,10 +77,10 @@ class Planar(Transform):
         return x - u * tanh.unsqueeze(-1), -(along * (1 - tanh * tanh)).log1p()
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """û, w, b and wᵀû = softplus(wᵀu) - 1."""
+        """û, w, b and wᵀû."""
         u, w, b = self.numbers(context)
         product = (w * u).sum(-1, keepdim=True)
-        along = F.softplus(product) - 1
+        along = F.softplus(product + ONE) - 1
         squared = (w * w).sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
         return u + (along - product) * w / squared, w, b.squeeze(-1), along.squeeze(-1)
 
@@ -170,7 +173,7 @@ class Radial(Transform):
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         centre, alpha, beta = self.numbers(context)
         alpha = F.softplus(alpha)
-        return centre, alpha, F.softplus(beta + UNIT) - alpha
+        return centre, alpha, F.softplus(beta + LOG_2) - alpha
 
     def _ladj(self, r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
         h = 1 / (alpha + r)

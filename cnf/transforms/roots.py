@@ -13,23 +13,28 @@ def increasing_root(
 ) -> Tensor:
     """y in [low, high] where each element's function is zero.
 
-    Newton's method, with a bisection wherever it would leave the bracket. A last Newton step is
-    taken with gradients, whose derivative is that of the implicit function theorem.
+    Newton's method, with a bisection wherever its step is more than half of the last but one,
+    so that it cannot go in circles. A last Newton step is taken with gradients, whose derivative
+    is that of the implicit function theorem.
 
     Args:
-        function: y → its value and its slope, which must be positive.
+        function: y → its value, in units of y, and its slope, which must be positive.
         low: Where the value is not positive.
         high: Where it is not negative.
     """
     with torch.no_grad():
         low, high = low.detach(), high.detach()
-        y, tolerance = (low + high) / 2, 4 * torch.finfo(low.dtype).eps
+        y, last, before = (low + high) / 2, high - low, high - low
         for _ in range(MOST):
             value, slope = function(y)
+            small = 4 * torch.finfo(y.dtype).eps * (1 + y.abs())
             low, high = torch.where(value <= 0, y, low), torch.where(value >= 0, y, high)
-            newton, before = y - value / slope, y
-            y = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-            if ((y - before).abs() <= tolerance * (1 + y.abs())).all():
+            newton = (y - value / slope).clamp(low, high)
+            found = torch.minimum(value.abs(), (newton - y).abs()) <= small
+            if found.all():
                 break
+            fast = found | (2 * (newton - y).abs() <= before)
+            nearer = torch.where(fast, newton, (low + high) / 2)
+            y, last, before = nearer, (nearer - y).abs(), last
     value, slope = function(y)
     return y - value / slope

@@ -61,10 +61,11 @@ def test_gradients_through_both_directions_are_those_of_finite_differences(
 
 
 def test_planar_by_hand():
-    # w = (1, 0), u = (log(e² - 1), 1) so that wᵀû = softplus(u₁) - 1 = 1; b = 0.5
+    # w = (1, 0), u = (log(e² - 1) - log(e - 1), 1): wᵀû = softplus(log(e² - 1)) - 1 = 1; b = 0.5
     transform = Planar(2).double()
     with torch.no_grad():
-        numbers = [math.log(math.expm1(2.0)), 1.0, 1.0, 0.0, 0.5]
+        raw = math.log(math.expm1(2.0)) - math.log(math.expm1(1.0))
+        numbers = [raw, 1.0, 1.0, 0.0, 0.5]
         transform.numbers.bias.copy_(torch.tensor(numbers, dtype=F64))
     x, ladj = transform(torch.tensor([0.25, 3.0], dtype=F64))
     tanh = math.tanh(0.75)
@@ -96,7 +97,7 @@ def test_sylvester_of_rank_one_is_planar(generator):
         sylvester.numbers.bias.copy_(torch.tensor([math.atanh(r), math.atanh(s), b]))
         q = torch.tensor([1 - 2 * 0.36, -2 * 0.48], dtype=F64)
         w, along = s * q, r * s
-        raw = math.log(math.expm1(1 + along))  # wᵀu before the constraint
+        raw = math.log(math.expm1(1 + along) / math.expm1(1.0))  # wᵀu before the constraint
         planar.numbers.bias.copy_(torch.cat([raw * q / s, w, torch.tensor([b], dtype=F64)]))
     z = torch.randn(5, 2, generator=generator, dtype=F64)
     for one, other in zip(sylvester(z), planar(z), strict=True):
@@ -125,3 +126,23 @@ def test_root_is_found_where_newton_alone_would_run_away(dtype):
 
     y = increasing_root(steep, target - 1e4, target + 1e4)
     assert steep(y)[0].abs().max() < 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("bend", [-0.999, -0.9, -0.5, 0.5, 5.0, 50.0])
+def test_root_is_found_where_newton_alone_would_go_in_circles(bend, dtype, generator):
+    x = 3 * torch.randn(2_000, generator=generator, dtype=dtype)
+
+    def bent(y):
+        tanh = torch.tanh(y)
+        return y + bend * tanh - x, 1 + bend * (1 - tanh * tanh)
+
+    y = increasing_root(bent, x - abs(bend), x + abs(bend))
+    assert bent(y)[0].abs().max() < 20 * torch.finfo(dtype).eps * max(1, abs(bend))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_small_numbers_are_near_the_identity(name, strong, generator):
+    z = torch.randn(100, 3, generator=generator, dtype=F64)
+    x, ladj = strong(name, scale=1e-3)(z)
+    assert (x - z).abs().max() < 0.01 and ladj.abs().max() < 0.01

@@ -96,7 +96,7 @@ def test_nothing_asked_nothing_given(name, n, small_flow):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_prob_of_samples_is_log_prob(name, small_flow, contexts):
-    flow = small_flow(name, 3)
+    flow = small_flow(name, 3, gain=0.5)  # twice that, and glow's factors are near singular
     with record() as stats:
         x, log_prob = flow.sample_and_log_prob(4, contexts, generator=seeded())
     assert stats.solves <= 1

@@ -28,7 +28,8 @@ class RationalQuadratic(ElementwiseMap):
     Args:
         bins: K, one or more.
         bound: The spline's end, in units of z; outside the map is the identity.
-        least: Smallest width and height of a bin, as a part of the whole, and smallest slope.
+        least: Smallest width and height of a bin, as a part of the whole, and smallest slope, and
+            one over the largest.
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0, least: float = 1e-3) -> None:
@@ -111,7 +112,8 @@ class _Curve:
         return torch.add(whole * least, part, alpha=whole * (1 - least * self.bins))
 
     def slopes(self, raw: Tensor) -> Tensor:
-        return self.least + F.softplus(raw + self.unit)
+        # No steeper than a bin can be: far from data a net's numbers are so large that they overflow.
+        return self.least + F.softplus((raw + self.unit).clamp(max=1 / self.least))
 
     def value(self, z: Tensor, sizes: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         (zk, xk), (w, h), d0, d1 = self._bin(z, sizes, slopes, along=0)

@@ -112,7 +112,7 @@ class _Curve:
         return torch.add(whole * least, part, alpha=whole * (1 - least * self.bins))
 
     def slopes(self, raw: Tensor) -> Tensor:
-        # No steeper than a bin can be: far from data a net's numbers are so large that they overflow.
+        # No steeper than a bin can be: a net far from data gives numbers whose squares overflow.
         return self.least + F.softplus((raw + self.unit).clamp(max=1 / self.least))
 
     def value(self, z: Tensor, sizes: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:

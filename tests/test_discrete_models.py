@@ -10,6 +10,8 @@ from cnf.models import build
 from cnf.transforms import Autoregressive, Coupling, Inverse
 
 F64 = torch.float64
+CONTINUOUS = ("cnf", "ffjord", "rnode", "otflow")
+DISCRETE = [name for name in cnf.models.MODELS if name not in CONTINUOUS]
 MIXED = [
     (name, between)
     for name in ("realnvp", "nsf", "nsf-ar", "maf", "iaf")
@@ -42,6 +44,27 @@ def test_every_variable_is_moved_given_others(name, between, dim, randomised, ge
     alone = name in ("nsf-ar", "maf", "iaf") and between in (None, "lu")
     assert (reached.sum(1) > 1).sum() >= dim - alone
     assert (flow.encode(x) - x).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_gradients_are_those_of_finite_differences(name, context, small_flow, generator):
+    options = {} if name in ("planar", "radial", "sylvester") else {"hidden": (5,)}
+    if options and name != "glow":
+        options["activation"] = "tanh"  # no corners, which a difference would cut
+    flow = small_flow(name, context, dim=3, gain=0.5, layers=3, **options)
+    x, c = (torch.randn(2, size, generator=generator, dtype=F64) for size in (3, context))
+    given = [c.requires_grad_()] if context else []
+
+    def density(x, *_):
+        return flow.log_prob(x, *given)
+
+    def drawn(*_):
+        return flow.rsample(2, *given, generator=torch.Generator().manual_seed(0))
+
+    inputs = [*given, *flow.parameters()]
+    assert torch.autograd.gradcheck(density, (x.requires_grad_(), *inputs), fast_mode=True)
+    assert torch.autograd.gradcheck(drawn, inputs, fast_mode=True)
 
 
 def test_reversed_halves_are_refused():

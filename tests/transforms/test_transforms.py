@@ -59,6 +59,7 @@ CASES |= {
     f"example: {name}": lambda context, name=name: example(name, context)
     for name in TRANSFORMS.examples
 }
+SOLVED = ("continuous", "nested")  # by a solver with rtol 1e-9
 DIRECTIONS = ["forward", "inverse"]
 KEEPS_VOLUME = ("permutation", "householder", "rotation", "additive")
 
@@ -95,7 +96,8 @@ def test_ladj_is_autograd_slogdet(name, context, direction, case):
             lambda y, k=k: apply(y, row(condition, k))[0], value[k]
         )
         expected = torch.linalg.slogdet(jacobian).logabsdet
-        torch.testing.assert_close(ladj[k], expected, rtol=0, atol=1e-7)  # solver rtol 1e-9
+        off = 1e-7 if name in SOLVED else 1e-10
+        torch.testing.assert_close(ladj[k], expected, rtol=0, atol=off)
     if name.endswith(KEEPS_VOLUME):
         assert (ladj == 0).all()
     else:
@@ -107,8 +109,9 @@ def test_round_trip_recovers_the_input_and_negates_ladj(name, case):
     transform, value, condition = case(name)
     x, forward = transform(value, condition)
     z, inverse = transform.inverse(x, condition)
-    torch.testing.assert_close(z, value, rtol=0, atol=1e-7)
-    torch.testing.assert_close(inverse, -forward, rtol=0, atol=1e-7)
+    off = 1e-7 if name in SOLVED else 1e-10
+    torch.testing.assert_close(z, value, rtol=0, atol=off)
+    torch.testing.assert_close(inverse, -forward, rtol=0, atol=off)
     assert (x - value).abs().max() > 1e-2
 
 

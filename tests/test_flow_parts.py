@@ -10,7 +10,7 @@ from torch.distributions import Independent, Normal
 import cnf
 from cnf import Flow
 from cnf.fields import Adapter, MLPField
-from cnf.transforms import Compose, Continuous, Coupling, Standardise
+from cnf.transforms import Compose, Continuous, Coupling, RationalQuadratic, Standardise
 
 F64 = torch.float64
 
@@ -45,6 +45,25 @@ def test_data_to_data_flow_keeps_an_exact_density(randomised, points):
     torch.testing.assert_close(flow.log_prob(points)[0], expected)
     x, log_prob = flow.sample_and_log_prob((2, 3), generator=seeded())
     torch.testing.assert_close(flow.log_prob(x), log_prob)
+
+
+def test_splines_and_a_field_mix_into_one_flow(randomised, points):
+    spline, tight = RationalQuadratic(4), cnf.Solver(rtol=1e-8, atol=1e-8)
+    parts = [
+        Coupling(2, map=spline, hidden=(8,)),
+        Continuous(MLPField(2, (8,), frequencies=1), tight),
+        Coupling(2, [1], map=spline, hidden=(8,)),
+    ]
+    flow = randomised(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
+    z = flow.encode(points)
+    jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
+    expected = flow.base.log_prob(z[0]) + jacobian.det().abs().log()
+    torch.testing.assert_close(flow.log_prob(points)[0], expected, rtol=0, atol=1e-6)
+    report = cnf.check(flow)
+    assert report.ok, str(report)
+    before = flow.log_prob(points).mean().item()
+    cnf.fit(flow, cnf.MaximumLikelihood(), points, cnf.TrainConfig(steps=5, progress=False))
+    assert flow.log_prob(points).mean().item() > before
 
 
 class UniformNoise:

@@ -157,15 +157,15 @@ class Radial(Transform):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, beta = self._constrained(context)
         away = z - centre
-        r = torch.linalg.vector_norm(away, dim=-1, keepdim=True)
+        r = _length(away)
         return z + beta * away / (alpha + r), self._ladj(r, alpha, beta, z.shape[-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centre, alpha, beta = self._constrained(context)
         away = x - centre
-        far = torch.linalg.vector_norm(away, dim=-1, keepdim=True)
-        p = alpha + beta - far  # r² + p r = α ‖x - c‖
-        root = (p * p + 4 * alpha * far).sqrt()
+        far = _length(away)
+        p, size = alpha + beta - far, alpha + beta + far  # r² + p r = α ‖x - c‖
+        root = size * ((p / size).square() + 4 * (alpha / size) * (far / size)).sqrt()
         r = torch.where(p > 0, 2 * alpha * far / (p.abs() + root), (root - p) / 2)
         z = centre + away / (1 + beta / (alpha + r))
         return z, -self._ladj(r, alpha, beta, x.shape[-1])
@@ -179,6 +179,12 @@ class Radial(Transform):
         h = 1 / (alpha + r)
         outward = (beta * alpha * h * h).log1p()  # 1 + βh - βrh² = 1 + βαh²
         return ((dim - 1) * (beta * h).log1p() + outward).squeeze(-1)
+
+
+def _length(vector: Tensor) -> Tensor:
+    """(*, D) → (*, 1), without squaring large or small numbers."""
+    size = vector.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
+    return size * torch.linalg.vector_norm(vector / size, dim=-1, keepdim=True)
 
 
 def _tanh_root(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> Tensor:

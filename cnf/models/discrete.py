@@ -29,7 +29,7 @@ def nice(
     activation: str = "relu",
     preprocess: str | None = "standardise",
 ) -> Flow:
-    """NICE: additive couplings, which keep volume, and one diagonal scaling; starts as identity.
+    """NICE: additive couplings, which keep volume, and one diagonal scaling.
 
     Source: Dinh et al. (2014), https://arxiv.org/abs/1410.8516.
 
@@ -43,7 +43,10 @@ def nice(
     """
 
     def layer(k: int) -> Transform:
-        return Coupling(dim, half(dim, k), Additive(), None, hidden, context, activation)
+        coupling = Coupling(dim, half(dim, k), Additive(), None, hidden, context, activation)
+        # Not at the identity: data with mirror symmetry give a shift no gradient to leave zero by.
+        coupling.net.layers[-1].reset_parameters()  # pyright: ignore
+        return coupling
 
     scaling = Elementwise(dim, Affine(), context_dim=context)
     return stacked([*_layers(layer, layers, dim, None), scaling], dim, preprocess)

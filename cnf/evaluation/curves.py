@@ -48,7 +48,7 @@ def plot_gap_over_time(results: Results) -> "Figure":
                 ax.plot([], [], color=colour[name], label=f"{title} (no finite value)")
                 continue
             time, mean, low, high = curve
-            ax.plot(time, mean, dash[name], color=colour[name], lw=2, label=title)
+            ax.plot(time, mean, ls=dash[name], color=colour[name], lw=2, label=title)
             ax.plot(time[-1:], mean[-1:], "o", color=colour[name], ms=5)
             if len(results.of(name)) > 1:
                 ax.fill_between(time, low, high, color=colour[name], alpha=0.18, lw=0)

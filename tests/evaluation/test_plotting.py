@@ -280,3 +280,15 @@ def test_error_is_the_larger_of_seeds_and_points(results):
     results = race()
     results.entries[0].scores["gap"] = math.nan
     assert all(map(math.isnan, mean_and_error(results, "cnf", "gap")))
+
+
+def test_more_contestants_than_colours_are_told_apart_by_dashes(results):
+    entries = [
+        dataclasses.replace(entry, contestant=f"{entry.contestant}-{k}")
+        for k in range(len(style.PALETTE))
+        for entry in results.entries
+    ]
+    many = dataclasses.replace(results, entries=entries)
+    assert len(many.contestants) > len(style.PALETTE)
+    for plot in (plot_gap_over_time, plot_quality_against_nfe):
+        assert {line.get_linestyle() for line in plot(many).axes[0].lines} > {"-"}

@@ -115,18 +115,25 @@ BUILDERS = {"ours": ours, "zuko": of_zuko, "nflows": of_nflows, "normflows": of_
 
 
 def run(options: Options) -> dict:
-    found: dict[str, dict] = {}
+    return {
+        f"{name}, D = {dim}": measured(BUILDERS, name, dim, options)
+        for name, dim in cases(options)
+    }
+
+
+def cases(options: Options) -> list[tuple[str, int]]:
+    names, dims = (("realnvp", "nsf-ar"), (2,)) if options.quick else (MODELS, (2, 8, 64))
+    return [(name, dim) for name in names for dim in dims]
+
+
+def measured(
+    builders: dict[str, Callable[[str, int], Parts]], name: str, dim: int, options: Options
+) -> dict[str, dict]:
+    """Column → who → summary."""
     rows = 32 if options.quick else ROWS
-    for name in ("realnvp", "nsf-ar") if options.quick else MODELS:
-        for dim in (2,) if options.quick else (2, 8, 64):
-            found[f"{name}, D = {dim}"] = _measured(name, dim, rows, options)
-    return found
-
-
-def _measured(name: str, dim: int, rows: int, options: Options) -> dict:
     x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
     calls: dict[str, dict[str, Callable[[], object]]] = {"step": {}, "log_prob": {}, "sample": {}}
-    for who, build in BUILDERS.items():
+    for who, build in builders.items():
         torch.manual_seed(0)
         flow, log_prob, sample = build(name, dim)
         calls["step"][who] = _step(flow, log_prob, x)

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+import compiled
 import couplings
 import discrete
 import imports
@@ -40,7 +41,7 @@ PEERS = ("zuko", "torchcfm", "nflows", "normflows")
 QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularised": regularised, "roofline": roofline, "matching": matching, "couplings": couplings,
-    "discrete": discrete, "recompute": recompute, "imports": imports,
+    "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
 }  # fmt: skip
 
 

@@ -1,0 +1,55 @@
+"""The discrete flows under `torch.compile`, beside what they take without it.
+
+As in discrete.py; `log_prob` and the sampler are what is compiled. A dash: it does not compile.
+"""
+
+from collections.abc import Callable
+
+import discrete
+import torch
+from discrete import BUILDERS, Parts
+from measure import Options
+from tables import markdown, number
+
+COLUMNS = ("step", "log_prob", "sample")
+
+
+def compiled(build: Callable[[str, int], Parts]) -> Callable[[str, int], Parts]:
+    def parts(name: str, dim: int) -> Parts:
+        flow, log_prob, sample = build(name, dim)
+        return flow, torch.compile(log_prob), torch.compile(sample)
+
+    return parts
+
+
+def run(options: Options) -> dict:
+    found: dict[str, dict] = {}
+    for name, dim in discrete.cases(options):
+        case = found[f"{name}, D = {dim}"] = {}
+        for who, build in BUILDERS.items():
+            torch.compiler.reset()
+            both = {"plain": build, "compiled": compiled(build)}
+            case[who] = discrete.measured(both, name, dim, options)
+    return found
+
+
+def table(found: dict) -> str:
+    """Of each contestant the compiled time and, in brackets, the time without."""
+    parts = []
+    for column in COLUMNS:
+        lines = []
+        for case, contestants in found.items():
+            best = {
+                who: min(s["median"] for s in columns[column].values())
+                for who, columns in contestants.items()
+            }
+            cells = [_cell(columns[column]) for columns in contestants.values()]
+            fastest = min(time for who, time in best.items() if who != "ours")
+            lines.append((case, *cells, f"{fastest / best['ours']:.2f}"))
+        header = (f"{column}, ms", *BUILDERS, "fastest peer / ours, each at its best")
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+def _cell(summaries: dict[str, dict[str, float]]) -> str:
+    return f"{number(summaries['compiled']['median'])} ({number(summaries['plain']['median'])})"

@@ -1,125 +1,127 @@
-"""The race over the eight toy densities: results.csv, the table of README.md, and one picture.
+"""The race over the eight toy densities: results.csv, table.md, and a picture for each density.
 
-`python experiments/toy/run.py` runs what config.yaml says; each density's own report goes to
-runs/toy/. `--table` only writes the table and the picture again from what is there.
+`python experiments/toy/run.py` races the contestants of config.yaml on each of its densities that
+results.csv lacks, and records a density as soon as its race is over; reports go to runs/toy/.
 """
 
-import argparse
 import csv
 import json
 import multiprocessing
-import statistics
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import matplotlib.figure
 import torch
 import yaml
 
+import cnf
 from cnf.evaluation import CONTESTANTS, compare
+from cnf.evaluation.plotting import plot_density
 from cnf.evaluation.report import write_report
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/toy")
+COLUMNS = 6  # of a picture
 
 
-def race(config: dict) -> None:
-    todo = [n for n in config["densities"] if not (RUNS / n / "results.csv").exists()]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config["processes"], mp_context=spawn) as pool:
-        list(pool.map(race_on, todo, [config] * len(todo)))
-
-
-def race_on(name: str, config: dict) -> None:
+def race(name: str, config: dict) -> str:
     torch.set_num_threads(config["threads"])
     results = compare(
-        config["contestants"], name, seconds=config["seconds"], seeds=config["seeds"],
+        config["contestants"], name, seconds=config["seconds"], seeds=[config["seed"]],
         folder=RUNS / name, progress=False,
         say=lambda line: print(f"{name}: {line}", flush=True),
     )  # fmt: skip
     write_report(results, RUNS / name)
+    return name
 
 
-def rows(config: dict) -> list[dict[str, str]]:
-    found = []
-    for name in config["densities"]:
-        path = RUNS / name / "results.csv"
-        if path.exists():
-            found += list(csv.DictReader(path.open()))
-    return found
+def record(name: str, config: dict) -> None:
+    """Put a density's race into results.csv, its picture beside it, and write the table again."""
+    machine = json.loads((RUNS / name / "results.json").read_text())["machine"]
+    about = {key: machine[key] for key in ("processor", "threads", "torch", "revision")}
+    rows = [row for row in recorded() if row["data"] != name]
+    rows += [{**row, **about} for row in csv.DictReader((RUNS / name / "results.csv").open())]
+    rows.sort(key=lambda row: config["densities"].index(row["data"]))
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (HERE / "table.md").write_text(table(config, rows))
+    gaps = {row["contestant"]: float(row["gap"]) for row in rows if row["data"] == name}
+    picture(name, config["seed"], gaps)
 
 
-def table(config: dict, found: list[dict[str, str]]) -> str:
-    titles = [CONTESTANTS[name].title for name in config["contestants"]]
-    lines = ["| gap (nats) | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
-    for name in config["densities"]:
+def picture(name: str, seed: int, gaps: dict[str, float]) -> None:
+    """The density and what each contestant made of it, on the density's own scale of colours."""
+    truth = cnf.data.toy(name)
+    peak = float(truth.log_prob(truth.grid()[0]).exp().max())
+    things = {f"the density {name}": truth}
+    for contestant, gap in gaps.items():
+        flow = cnf.load(RUNS / name / "runs" / f"{contestant}-seed-{seed}")
+        things[f"{CONTESTANTS[contestant].title}\n{gap:.3f}"] = flow
+    rows = -(-len(things) // COLUMNS)
+    figure = matplotlib.figure.Figure((1.7 * COLUMNS, 2 * rows), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS).ravel()
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, (title, thing) in zip(axes, things.items(), strict=False):
+        plot_density(thing, window=truth.support, ax=ax, vmax=peak, resolution=150)
+        ax.set_title(title.replace(" then", "\nthen"), fontsize=8)
+    (HERE / "pictures").mkdir(exist_ok=True)
+    figure.savefig(HERE / "pictures" / f"{name}.webp", dpi=90, pil_kwargs={"quality": 85})
+
+
+def recorded() -> list[dict[str, str]]:
+    file = HERE / "results.csv"
+    return list(csv.DictReader(file.open())) if file.exists() else []
+
+
+def table(config: dict, rows: list[dict[str, str]]) -> str:
+    """Gaps by contestant and density, each with its error in units of the last digit."""
+    found = {(row["contestant"], row["data"]): row for row in rows}
+    densities = [n for n in config["densities"] if any(row["data"] == n for row in rows)]
+    lines = [f"| gap (nats) | {' | '.join(densities)} |", "|---|" + "---:|" * len(densities)]
+    for name in config["contestants"]:
         cells = []
-        for contestant in config["contestants"]:
-            mine = [r for r in found if (r["data"], r["contestant"]) == (name, contestant)]
-            cells.append(
-                cell([float(r["gap"]) for r in mine], [float(r["gap_error"]) for r in mine])
-            )
-        best = min(range(len(cells)), key=lambda k: cells[k][0])
-        shown = [f"**{text}**" if k == best else text for k, (_, text) in enumerate(cells)]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        for density in densities:
+            row = found.get((name, density))
+            rivals = [float(r["gap"]) for r in rows if r["data"] == density]
+            text = "–" if row is None else f"{float(row['gap']):.3f}({_digit(row['gap_error'])})"
+            best = row is not None and float(row["gap"]) == min(rivals)
+            cells.append(f"**{text}**" if best else text)
+        lines.append(f"| {CONTESTANTS[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + _about(config, rows) + "\n"
 
 
-def cell(gaps: list[float], errors: list[float]) -> tuple[float, str]:
-    if not gaps:
-        return float("inf"), "–"
-    mean = statistics.fmean(gaps)
-    error = statistics.stdev(gaps) if len(gaps) > 1 else errors[0]
-    return mean, f"{mean:.3f} ± {error:.3f}"
+def _digit(error: str) -> int:
+    return max(1, round(1e3 * float(error)))
 
 
-def picture(config: dict) -> None:
-    """Every density above what the best contestant learned, on the density's own scale."""
-    import matplotlib.figure
-
-    from cnf import load
-    from cnf.data import toy
-    from cnf.evaluation.plotting import plot_density
-
-    names = config["densities"]
-    figure = matplotlib.figure.Figure(figsize=(2 * len(names), 4.4), layout="constrained")
-    axes = figure.subplots(2, len(names))
-    for column, name in enumerate(names):
-        found = list(csv.DictReader((RUNS / name / "results.csv").open()))
-        best = min(found, key=lambda r: float(r["gap"]))
-        flow = load(RUNS / name / "runs" / f"{best['contestant']}-seed-{best['seed']}")
-        truth = toy(name)
-        peak = float(truth.log_prob(truth.grid()[0]).exp().max())
-        for row, thing in enumerate((truth, flow)):
-            plot_density(thing, window=truth.support, ax=axes[row, column], vmax=peak)
-        axes[0, column].set_title(name)
-        axes[1, column].set_title(
-            f"{best['contestant']}\ngap {float(best['gap']):.3f}", fontsize=9
-        )
-    figure.savefig(HERE / "densities.png", dpi=110)
+def _about(config: dict, rows: list[dict[str, str]]) -> str:
+    keys = ("threads", "processor", "torch", "revision")
+    where = {tuple(row[key] for key in keys): set() for row in rows}
+    for row in rows:
+        where[tuple(row[key] for key in keys)].add(row["data"])
+    machines = "; ".join(
+        f"{', '.join(n for n in config['densities'] if n in names)}: {threads} thread of "
+        f"{processor}, torch {version}, revision {revision}"
+        for (threads, processor, version, revision), names in where.items()
+    )
+    return (
+        f"{config['seconds']} s of training per contestant, seed {config['seed']}, "
+        f"{config['processes']} densities at a time. {machines}."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", action="store_true", help="only write table and picture again")
-    only_table = parser.parse_args().table
     config = yaml.safe_load((HERE / "config.yaml").read_text())
-    if not only_table:
-        race(config)
-    found = rows(config)
-    with (HERE / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    machine = json.loads((RUNS / found[0]["data"] / "results.json").read_text())["machine"]
-    about = (
-        f"{config['seconds']} s of training per contestant, seeds {config['seeds']}, "
-        f"{machine['threads']} thread of {machine['processor']} each, "
-        f"{config['processes']} densities at a time, torch {machine['torch']}, "
-        f"revision {machine['revision']}."
-    )
-    (HERE / "table.md").write_text(table(config, found) + "\n\n" + about + "\n")
-    picture(config)
-    print(table(config, found))
+    known = {row["data"] for row in recorded()}
+    todo = [name for name in config["densities"] if name not in known]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config["processes"], mp_context=spawn) as pool:
+        for future in as_completed([pool.submit(race, name, config) for name in todo]):
+            record(future.result(), config)
+    print((HERE / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ FLOORS = {
     "nets": 2,
     "distributions": 2,
     "errors": 1,
+    "precision": 1,
     "registry": 1,
     "matching": 1,
     "data": 1,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.precision import current_autocast
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -29,9 +31,7 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[[Tensors], Tensors], parts: int, *tensors: Tensor) -> Any:
         ctx.run, ctx.parts = run, parts
-        device = tensors[0].device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        ctx.autocast = torch.autocast(device, dtype, enabled)
+        ctx.autocast = current_autocast(tensors[0])
         ctx.save_for_backward(*tensors)
         return run(tensors[:parts])
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cnf.precision import current_autocast
+
 Way = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -50,10 +52,12 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = None
         for step in steps:
-            value, ladj = step.apply(value, context)
-            total = ladj if total is None else total + ladj
+            with torch.enable_grad():  # a layer takes the way that it takes in the backward pass
+                value, ladj = step.apply(value.detach(), context)
+            total = ladj.detach() if total is None else total + ladj.detach()
         assert total is not None
-        ctx.steps, ctx.parameters = steps, parameters
+        value = value.detach()
+        ctx.steps, ctx.parameters, ctx.autocast = steps, parameters, current_autocast(value)
         ctx.save_for_backward(value, context)
         return value, total
 
@@ -65,13 +69,17 @@ class _Recomputed(torch.autograd.Function):
         leaf = context.detach().requires_grad_(wanted) if context is not None else None
         found: dict[Tensor, Tensor] = {}
         for step in reversed(ctx.steps):
-            before = step.undo(value, context).detach().requires_grad_()
+            with ctx.autocast:
+                before = step.undo(value, context).detach().requires_grad_()
+                with torch.enable_grad():
+                    after = step.apply(before, leaf)
             own = [p for p in step.module.parameters() if p.requires_grad]
             sources = [before, *own, *([leaf] if wanted and step.module.context_dim else [])]
-            with torch.enable_grad():
-                after = step.apply(before, leaf)
+            pairs = zip(after, (grad, grad_ladj), strict=True)
+            pairs = [pair for pair in pairs if pair[0].requires_grad]  # a log|det| may be constant
+            outputs, weights = zip(*pairs, strict=True)
             grads = torch.autograd.grad(
-                after, sources, (grad, grad_ladj), allow_unused=True, materialize_grads=True
+                outputs, sources, weights, allow_unused=True, materialize_grads=True
             )
             for source, part in zip(sources[1:], grads[1:], strict=True):
                 found[source] = found[source] + part if source in found else part

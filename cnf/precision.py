@@ -1,0 +1,18 @@
+"""Autocast: as it is now, for what runs again later; and off, for what needs its own precision."""
+
+import torch
+from torch import Tensor
+
+
+def current_autocast(value: Tensor) -> torch.autocast:
+    """A context with autocast on value's device as it is now."""
+    device = value.device.type
+    return torch.autocast(
+        device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    )
+
+
+def no_autocast(value: Tensor) -> torch.autocast:
+    """A context without autocast on value's device: a product in bfloat16 would be no inverse of
+    the other direction's, nor would its log-determinant be that of the map."""
+    return torch.autocast(value.device.type, enabled=False)

@@ -36,7 +36,7 @@ class Standardise(Transform):
             return
         scale = x.std(0) if len(x) > 1 else torch.ones_like(x[0])
         self.loc.copy_(x.mean(0))
-        self.scale.copy_(torch.where(scale > 0, scale, 1.0))  # a constant column stays as it is
+        self.scale.copy_(_or_one(scale, self.loc))
         self.fitted.fill_(True)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,8 @@ class Standardise(Transform):
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
     """x = z·exp(s) + m for each channel; the first batch of training sets s and m so that its z
-    have mean 0 and variance 1, and from then on they are trained.
+    have mean 0 and variance 1, and from then on they are trained. A batch is one of training where
+    the module trains and gradients are on; a flow trained by its samples starts at the identity.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
@@ -70,14 +71,21 @@ class ActNorm(Transform):
         self.places = math.prod(event_shape[1:])
         self.register_buffer("seen", torch.tensor(False))
         self._settled = False  # as `seen`, without asking the GPU each time
+        self.register_load_state_dict_post_hook(_unsettle)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self._first():
+            self.seen.fill_(True)
+            self._settled = True
         return torch.addcmul(self.loc, z, self.log_scale.exp()), self._ladj(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and not self._settled:
+        if self._first():
             self._settled = bool(self.seen) or self._see(x.detach())
         return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
+
+    def _first(self) -> bool:
+        return self.training and not self._settled and torch.is_grad_enabled()
 
     @torch.no_grad()
     def _see(self, x: Tensor) -> bool:
@@ -87,7 +95,7 @@ class ActNorm(Transform):
         loc = _over_processes(channels.mean(1))
         scale = _over_processes((channels - loc[:, None]).square().mean(1)).sqrt()
         self.loc.copy_(loc.view_as(self.loc))
-        self.log_scale.copy_(torch.where(scale > 0, scale, 1.0).log().view_as(self.loc))
+        self.log_scale.copy_(_or_one(scale, loc).log().view_as(self.loc))
         self.seen.fill_(True)
         return True
 
@@ -140,6 +148,17 @@ class BatchNorm(Transform):
 
     def _log_scale(self, variance: Tensor) -> Tensor:
         return 0.5 * (variance + self.eps).log() - self.gain
+
+
+def _or_one(scale: Tensor, loc: Tensor) -> Tensor:
+    """One where all numbers are the same but for rounding: a constant stays as it is."""
+    rounding = 10 * torch.finfo(scale.dtype).eps * loc.abs()
+    return torch.where(scale > rounding, scale, 1.0)
+
+
+def _unsettle(module: nn.Module, _: object) -> None:
+    """What was loaded may not have seen a batch."""
+    module._settled = False  # pyright: ignore
 
 
 def _over_processes(mean: Tensor) -> Tensor:

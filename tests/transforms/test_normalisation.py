@@ -88,3 +88,45 @@ def test_gradients_go_through_the_batchs_statistics(generator):
     x = torch.randn(6, 2, generator=generator, dtype=F64, requires_grad=True)
     transform = BatchNorm(2).double()
     assert torch.autograd.gradcheck(lambda x: transform.inverse(x), x)
+
+
+def test_actnorm_trained_by_samples_is_not_set_anew_by_data(generator):
+    transform = ActNorm((2,))
+    z = torch.randn(50, 2, generator=generator)
+    transform(z)[0].sum().backward()
+    with torch.no_grad():
+        transform.loc.add_(3.0)
+    transform.inverse(z)
+    assert transform.seen and transform.loc.tolist() == [3, 3]
+
+
+def test_actnorm_is_set_by_training_alone(generator):
+    transform, x = ActNorm((2,)), torch.randn(50, 2, generator=generator) + 9
+    with torch.no_grad():
+        transform.inverse(x), transform(x)
+    assert not transform.seen
+    transform.inverse(x)
+    assert transform.seen
+
+
+def test_actnorm_loaded_from_before_its_first_batch_waits_for_it(generator):
+    transform, fresh = ActNorm((2,)), ActNorm((2,)).state_dict()
+    x = torch.randn(50, 2, generator=generator)
+    transform.inverse(x)
+    transform.load_state_dict(fresh)
+    z, _ = transform.inverse(x + 5)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
+    copied = torch.nn.Sequential(transform)
+    copied.load_state_dict(torch.nn.Sequential(ActNorm((2,))).state_dict())
+    assert not copied[0]._settled
+
+
+@pytest.mark.parametrize("make", [Standardise, ActNorm])
+def test_a_constant_that_rounds_is_still_a_constant(make):
+    x = torch.full((10_000, 2), 1e4 + 1 / 3)
+    x[:, 1] = torch.linspace(-1, 1, 10_000)
+    transform = make((2,))
+    if make is Standardise:
+        transform.fit(x)
+    z, ladj = transform.inverse(x)
+    assert z[:, 0].abs().max() < 0.01 and ladj.abs().max() < 1

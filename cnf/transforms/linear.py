@@ -1,12 +1,13 @@
 """Linear transforms of vectors: permutations, triangular factors, orthogonal matrices."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnf.precision import no_autocast
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
@@ -66,15 +67,19 @@ class LU(Transform):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
         columns = (z - self.bias).reshape(-1, z.shape[-1]).T[self.restore]
-        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        columns = torch.linalg.solve_triangular(upper, columns, upper=True)
+        with no_autocast(z):
+            lower, upper = self._factors()
+            columns = torch.linalg.solve_triangular(
+                lower, columns, upper=False, unitriangular=True
+            )
+            columns = torch.linalg.solve_triangular(upper, columns, upper=True)
         return columns.T.reshape(z.shape), -self.log_diagonal.sum().expand(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
-        z = F.linear(x, (lower @ upper)[self.order], self.bias)
+        with no_autocast(x):
+            lower, upper = self._factors()
+            z = F.linear(x, (lower @ upper)[self.order], self.bias)
         return z, self.log_diagonal.sum().expand(x.shape[:-1])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -87,10 +92,14 @@ class Orthogonal(Transform):
     """x = Q z with an orthogonal Q; log|det| = 0. Subclasses say which Q."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.linear(z, self.matrix()), z.new_zeros(z.shape[:-1])
+        return self._times(self.matrix, z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return F.linear(x, self.matrix().T), x.new_zeros(x.shape[:-1])
+        return self._times(lambda: self.matrix().T, x)
+
+    def _times(self, matrix: Callable[[], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+        with no_autocast(value):
+            return F.linear(value, matrix()), value.new_zeros(value.shape[:-1])
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -105,7 +114,8 @@ class Householder(Orthogonal):
 
     Args:
         dim: D.
-        reflections: How many; D reach every orthogonal matrix.
+        reflections: How many, K: the determinant is (-1)^K, and D - 1 or D of them reach every
+            orthogonal matrix with that one.
     """
 
     def __init__(self, dim: int, reflections: int) -> None:

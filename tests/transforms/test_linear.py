@@ -64,3 +64,15 @@ def test_one_reflection_and_one_rotation_by_hand():
     torch.testing.assert_close(mirror(z)[0], torch.tensor([0.28, -0.96], dtype=F64))
     angle = torch.tensor(0.3, dtype=F64)
     torch.testing.assert_close(turn(z)[0], torch.stack([angle.cos(), angle.sin()]))
+
+
+@pytest.mark.parametrize("layer", [LU(6, rotated=True), Householder(6, 3), Rotation(6)])
+def test_autocast_leaves_linear_maps_in_their_own_precision(layer, randomised, generator):
+    layer = randomised(layer).float()
+    x = torch.randn(50, 6, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = layer.inverse(x)
+        again, _ = layer(z)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, layer.inverse(x)[0])
+    torch.testing.assert_close(again, x, rtol=1e-3, atol=1e-3)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnf.precision import no_autocast
 from cnf.transforms.base import TRANSFORMS, Transform
 from cnf.transforms.linear import householder_product
 from cnf.transforms.roots import increasing_root
 
-LOG_2 = math.log(math.expm1(math.log(2)))  # softplus of it is softplus(0): β = 0 where α is so
 ONE = math.log(math.expm1(1))  # softplus of it is one
+MARGIN = 8  # roundings between a determinant that must be positive and zero
 
 
 class Amortised(nn.Module):
@@ -80,7 +81,7 @@ class Planar(Transform):
         """û, w, b and wᵀû."""
         u, w, b = self.numbers(context)
         product = (w * u).sum(-1, keepdim=True)
-        along = F.softplus(product + ONE) - 1
+        along = _above_minus_one(product)
         squared = (w * w).sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
         return u + (along - product) * w / squared, w, b.squeeze(-1), along.squeeze(-1)
 
@@ -110,23 +111,27 @@ class Sylvester(Transform):
         self.numbers = Amortised([rank * rank, rank * rank, rank], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q, r, s, b = self._constrained(context)
-        tanh = torch.tanh(_times(s, _times(q.mT, z)) + b)
-        x = z + _times(q, _times(r, tanh))
-        return x, _sylvester_ladj(r, s, tanh)
+        with no_autocast(z):
+            q, r, s, b = self._constrained(context)
+            tanh = torch.tanh(_times(s, _times(q.mT, z)) + b)
+            return z + _times(q, _times(r, tanh)), _sylvester_ladj(r, s, tanh)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q, r, s, b = self._constrained(context)
-        target = _times(q.mT, x)
-        found: dict[int, tuple[Tensor, Tensor]] = {}  # y_i and its tanh, from the last on
+        with no_autocast(x):
+            q, r, s, b = self._constrained(context)
+            tanh = self._solved(_times(q.mT, x), r, s, b)
+            return x - _times(q, _times(r, tanh)), -_sylvester_ladj(r, s, tanh)
+
+    def _solved(self, target: Tensor, r: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        """tanh(S y + b) of the y with y + R tanh(S y + b) = target, from y's last on."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}  # y_i and its tanh
         for i in reversed(range(self.rank)):
             shift, offset = target[..., i], b[..., i]
             for j, (y_j, tanh_j) in found.items():
                 shift, offset = shift - r[..., i, j] * tanh_j, offset + s[..., i, j] * y_j
             y_i = _tanh_root(shift, r[..., i, i], s[..., i, i], offset)
             found[i] = y_i, torch.tanh(s[..., i, i] * y_i + offset)
-        tanh = torch.stack([found[i][1] for i in range(self.rank)], -1)
-        return x - _times(q, _times(r, tanh)), -_sylvester_ladj(r, s, tanh)
+        return torch.stack([found[i][1] for i in range(self.rank)], -1)
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, shape (*, D, M), R and S, (*, M, M), and b, (*, M)."""
@@ -173,12 +178,24 @@ class Radial(Transform):
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         centre, alpha, beta = self.numbers(context)
         alpha = F.softplus(alpha)
-        return centre, alpha, F.softplus(beta + LOG_2) - alpha
+        beta = torch.maximum(F.softplus(beta) - alpha, -_most(alpha) * alpha)
+        return centre, alpha, beta
 
     def _ladj(self, r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
         h = 1 / (alpha + r)
         outward = (beta * alpha * h * h).log1p()  # 1 + βh - βrh² = 1 + βαh²
         return ((dim - 1) * (beta * h).log1p() + outward).squeeze(-1)
+
+
+def _above_minus_one(x: Tensor) -> Tensor:
+    """softplus(x + ONE) - 1: increasing, above -1, and 0 at 0, where nothing cancels."""
+    small = torch.log1p((1 - math.exp(-1)) * torch.expm1(x.clamp(max=1)))
+    return torch.where(x < 1, small, F.softplus(x + ONE) - 1).clamp(min=-_most(x))
+
+
+def _most(like: Tensor) -> float:
+    """The number below one that rounding cannot make one."""
+    return 1 - MARGIN * torch.finfo(like.dtype).eps
 
 
 def _length(vector: Tensor) -> Tensor:
@@ -210,4 +227,5 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
 def _triangular(raw: Tensor, size: int) -> Tensor:
     """(*, size²) → upper triangular, the diagonal within ±1."""
     square = raw.unflatten(-1, (size, size))
-    return square.triu(1) + torch.diag_embed(square.diagonal(dim1=-2, dim2=-1).tanh())
+    diagonal = _most(raw) * square.diagonal(dim1=-2, dim2=-1).tanh()
+    return square.triu(1) + torch.diag_embed(diagonal)

@@ -14,8 +14,8 @@ def increasing_root(
     """y in [low, high] where each element's function is zero.
 
     Newton's method, with a bisection wherever its step is more than half of the last but one,
-    so that it cannot go in circles. A last Newton step is taken with gradients, whose derivative
-    is that of the implicit function theorem.
+    so that it cannot go in circles. Two last Newton steps are taken with gradients: the first has
+    the first derivative of the implicit function theorem, the second the second, too.
 
     Args:
         function: y → its value, in units of y, and its slope, which must be positive.
@@ -36,5 +36,7 @@ def increasing_root(
             fast = found | (2 * (newton - y).abs() <= before)
             nearer = torch.where(fast, newton, (low + high) / 2)
             y, last, before = nearer, (nearer - y).abs(), last
-    value, slope = function(y)
-    return y - value / slope
+    for _ in range(2 if torch.is_grad_enabled() else 1):
+        value, slope = function(y)
+        y = y - value / slope
+    return y

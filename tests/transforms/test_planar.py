@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cnf.transforms import Planar, Radial, Sylvester
+from cnf.transforms.planar import _above_minus_one
 from cnf.transforms.roots import increasing_root
 
 F64 = torch.float64
@@ -57,7 +58,9 @@ def test_gradients_through_both_directions_are_those_of_finite_differences(
         def applied(value, *parameters, apply=apply):
             return apply(value, condition)
 
-        assert torch.autograd.gradcheck(applied, (value, *transform.parameters()))
+        inputs = (value, *transform.parameters())
+        assert torch.autograd.gradcheck(applied, inputs)
+        assert torch.autograd.gradgradcheck(applied, inputs)
 
 
 def test_planar_by_hand():
@@ -74,11 +77,10 @@ def test_planar_by_hand():
 
 
 def test_radial_by_hand():
-    # α = softplus(0) = log 2, β = softplus(1) - log 2 where the raw number is 1 - UNIT
+    # α = softplus(0) = log 2, β = softplus(1) - log 2
     transform = Radial(2).double()
-    unit = math.log(math.expm1(math.log(2)))
     with torch.no_grad():
-        numbers = torch.tensor([1.0, 0.0, 0.0, 1.0 - unit], dtype=F64)
+        numbers = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=F64)
         transform.numbers.bias.copy_(numbers)
     alpha, beta = math.log(2), math.log1p(math.e) - math.log(2)
     x, ladj = transform(torch.tensor([1.0, 2.0], dtype=F64))
@@ -146,3 +148,50 @@ def test_small_numbers_are_near_the_identity(name, strong, generator):
     z = torch.randn(100, 3, generator=generator, dtype=F64)
     x, ladj = strong(name, scale=1e-3)(z)
     assert (x - z).abs().max() < 0.01 and ladj.abs().max() < 0.01
+
+
+FOLDED = {  # the layers at the ends of their constraints: w'u, R S and beta at -1, -1 and -alpha
+    "planar": (Planar(1), [-30.0, 1.0, 0.0]),
+    "sylvester": (Sylvester(1, 1), [20.0, -20.0, 0.0]),
+    "radial": (Radial(1), [0.0, 3.0, -40.0]),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_float32_stays_finite_where_a_constraint_is_met_exactly(name):
+    transform, numbers = FOLDED[name]
+    with torch.no_grad():
+        transform.numbers.bias.copy_(torch.tensor(numbers))
+    value = torch.linspace(-2, 2, 41).unsqueeze(-1).requires_grad_()
+    for apply in (transform.forward, transform.inverse):
+        y, ladj = apply(value)
+        assert torch.isfinite(y).all() and torch.isfinite(ladj).all()
+        inputs = [value, *transform.parameters()]
+        grads = torch.autograd.grad(y.sum() + ladj.sum(), inputs, allow_unused=True)
+        assert all(grad is None or torch.isfinite(grad).all() for grad in grads)
+
+
+def test_planar_with_a_small_w_moves_as_far_in_float32_as_in_float64(generator):
+    transform, z = Planar(2), torch.randn(20, 2, generator=generator)
+    with torch.no_grad():
+        transform.numbers.bias.copy_(torch.tensor([0.3, -0.2, 1e-5, 2e-5, 0.7]))
+    moved = transform(z)[0] - z
+    expected = transform.double()(z.double())[0] - z
+    torch.testing.assert_close(moved.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("x", [-40.0, -3.0, -1e-9, 0.0, 1e-9, 0.999, 1.0, 5.0, 700.0, 1e5])
+def test_planars_constraint_is_a_shifted_softplus(x):
+    given = torch.tensor(x, dtype=F64, requires_grad=True)
+    found = _above_minus_one(given)
+    expected = torch.nn.functional.softplus(given + math.log(math.expm1(1))) - 1
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.grad(found, given)[0].isfinite()
+
+
+def test_sylvester_under_autocast_is_sylvester(strong, generator):
+    transform = strong("sylvester", scale=1.0).float()
+    z = torch.randn(20, 3, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        x, ladj = transform(z)
+    torch.testing.assert_close((x, ladj), transform(z))

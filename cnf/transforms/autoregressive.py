@@ -47,6 +47,7 @@ class Autoregressive(Scheme):
         self.net = MADE(dim, self.map.size, hidden, context_dim, activation, True, period)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         columns, context = self._columns(z, context)
         raw_after = self.net.one_by_one(context)
         x, parts = columns.T[:, :0], []
@@ -57,6 +58,7 @@ class Autoregressive(Scheme):
         return self._rows(x.T, torch.stack(parts), z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         columns, context = self._columns(x, context)
         z, ladj = self.map.inverse(columns, *self.parametrise(self.net(columns.T, context)))
         return self._rows(z, ladj, x)

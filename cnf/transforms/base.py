@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import expect_event
 from cnf.registry import Registry
 from cnf.transforms.recompute import Step, recomputed
 
@@ -20,6 +21,7 @@ class Transform(nn.Module, ABC):
 
     Attributes:
         event_dims: How many trailing axes form the event: 1 for vectors, 3 for images.
+        event_shape: Shape of one event; None where any fits.
         context_dim: Size of the context; 0 for an unconditional transform.
         optional_context: Whether a conditional transform also takes context=None.
         recomputable: Whether the two directions are inverses while it trains, too.
@@ -28,9 +30,12 @@ class Transform(nn.Module, ABC):
     optional_context = False
     recomputable = True
 
-    def __init__(self, event_dims: int = 1, context_dim: int = 0) -> None:
+    def __init__(
+        self, event_dims: int = 1, context_dim: int = 0, event_shape: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.event_dims = event_dims
+        self.event_shape = None if event_shape is None else tuple(event_shape)
+        self.event_dims = event_dims if event_shape is None else len(event_shape)
         self.context_dim = context_dim
 
     @abstractmethod
@@ -41,12 +46,28 @@ class Transform(nn.Module, ABC):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data → base: z, of x's batch shape, and log|det ∂z/∂x|, shape (*batch,), in nats."""
 
+    def _expect(self, name: str, value: Tensor, context: Tensor | None = None) -> None:
+        """Raise ValueError unless `value`, z or x by name, is an event and a context is there."""
+        who = f"{type(self).__name__}.{'forward' if name == 'z' else 'inverse'}"
+        shape, start = self.event_shape, value.dim() - self.event_dims
+        if shape is not None and value.shape[start:] != shape:
+            expect_event(who, name, value, shape)
+        if not self.context_dim:
+            return
+        if context is None and self.optional_context:
+            return
+        if context is None:
+            wanted = f"expected a context of shape (*, {self.context_dim})"
+            raise ValueError(f"{who}: {wanted}, got None")
+        expect_event(who, "context", context, (self.context_dim,))
+
 
 class Compose(Transform):
     """f_n ∘ … ∘ f_1, listed from base to data; log-determinants add.
 
     Args:
-        transforms: One or more transforms of the same event dims.
+        transforms: One or more transforms of the same event dims (and, for vectors, the same D),
+            conditional ones with contexts of one size.
         recompute: Keep no activations for the backward pass, but recompute them by inversion:
             memory that does not grow with the number of transforms, for one more pass through
             the inverses.
@@ -61,7 +82,15 @@ class Compose(Transform):
         lossy = [type(t).__name__ for t in transforms if not t.recomputable]
         if recompute and lossy:
             raise ValueError(f"Compose: recompute=True, but in training {lossy[0]} has no inverse")
-        super().__init__(dims.pop(), max(transform.context_dim for transform in transforms))
+        sizes = {t.context_dim for t in transforms} - {0}
+        if len(sizes) > 1:
+            raise ValueError(f"Compose: expected one context_dim for all, got {sorted(sizes)}")
+        shapes = {t.event_shape: type(t).__name__ for t in transforms if t.event_shape is not None}
+        if dims == {1} and len(shapes) > 1:
+            parts = " and ".join(f"{name} of {shape}" for shape, name in shapes.items())
+            raise ValueError(f"Compose: expected one event shape for all, got {parts}")
+        shape = next(iter(shapes), None) if dims == {1} else None  # images may be squeezed
+        super().__init__(dims.pop(), max(sizes, default=0), shape)
         self.optional_context = all(t.optional_context for t in transforms if t.context_dim)
         self.recomputable = not lossy
         self.recompute = recompute
@@ -94,7 +123,7 @@ class Inverse(Transform):
     """A transform with its two directions exchanged."""
 
     def __init__(self, transform: Transform) -> None:
-        super().__init__(transform.event_dims, transform.context_dim)
+        super().__init__(transform.event_dims, transform.context_dim, transform.event_shape)
         self.optional_context = transform.optional_context
         self.recomputable = transform.recomputable
         self.transform = transform

@@ -84,7 +84,7 @@ class Continuous(Transform):
         divergence: str | Divergence | None = "exact",
         recipe: Recipe | None = None,
     ) -> None:
-        super().__init__(len(field.event_shape), field.context_dim)
+        super().__init__(context_dim=field.context_dim, event_shape=field.event_shape)
         self.optional_context = field.optional_context
         self.field = field
         self.solver = solver or Solver()
@@ -92,9 +92,11 @@ class Continuous(Transform):
         self.recipe = recipe or Recipe()
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         return self.integrate(z, context, towards="data", divergence=self.divergence)[:2]
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         return self.integrate(x, context, towards="base", divergence=self.divergence)[:2]
 
     def integrate(

@@ -134,7 +134,8 @@ class Scheme(Transform):
         context_dim: int = 0,
         event_dims: int = 1,
     ) -> None:
-        super().__init__(event_dims, context_dim)
+        shape = (dim,) if event_dims == 1 else None
+        super().__init__(event_dims, context_dim, shape)
         self.dim = dim
         self.map = map or Affine()
         self.parametrise = parametrise or self.map.parametrise
@@ -158,9 +159,11 @@ class TwoWayScheme(Scheme):
     """A scheme whose parameters are at hand in both directions, which differ in the map's way."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         return self._moved(self.map.forward, z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         return self._moved(self.map.inverse, x, context)
 
     @abstractmethod
@@ -179,8 +182,8 @@ class Elementwise(TwoWayScheme):
     Args:
         dim: D.
         map: The elementwise map m; affine if None.
-        parametrise: Makes the map's parameters from raw numbers, shape (map.size, D, N); the
-            map's own way if None.
+        parametrise: Makes the map's parameters from raw numbers, shape (map.size, D, N), or
+            (map.size, D, 1) without a context; the map's own way if None.
         hidden: Widths of the net from the context.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
@@ -211,8 +214,9 @@ class Elementwise(TwoWayScheme):
             assert context is not None
             raw = self.net.columns(context)
         assert raw is not None
-        raw = raw.unflatten(0, (self.map.size, self.dim)).expand(-1, -1, columns.shape[1])
-        return self._rows(*move(columns, *self.parametrise(raw)), value)
+        parameters = self.parametrise(raw.unflatten(0, (self.map.size, self.dim)))
+        parameters = [p.expand(*p.shape[:-1], columns.shape[1]) for p in parameters]
+        return self._rows(*move(columns, *parameters), value)
 
 
 class _Squashing(Transform):

@@ -24,7 +24,7 @@ class Permutation(Transform):
     restore: Tensor
 
     def __init__(self, dim: int, order: Sequence[int] | None = None) -> None:
-        super().__init__()
+        super().__init__(event_shape=(dim,))
         order = range(dim)[::-1] if order is None else order
         if sorted(order) != list(range(dim)):
             raise ValueError(f"Permutation: expected each of 0, …, {dim - 1} once, got {order}")
@@ -32,9 +32,11 @@ class Permutation(Transform):
         self.register_buffer("restore", torch.argsort(self.order))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         return _picked(z, self.order), z.new_zeros(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         return _picked(x, self.restore), x.new_zeros(x.shape[:-1])
 
 
@@ -56,7 +58,7 @@ class LU(Transform):
     signs: Tensor
 
     def __init__(self, dim: int, rotated: bool = False) -> None:
-        super().__init__()
+        super().__init__(event_shape=(dim,))
         start = torch.linalg.qr(torch.randn(dim, dim))[0] if rotated else torch.eye(dim)
         pivots, lower, upper = torch.linalg.lu(start)
         self.register_buffer("order", pivots.argmax(1))
@@ -67,6 +69,7 @@ class LU(Transform):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         columns = (z - self.bias).reshape(-1, z.shape[-1]).T[self.restore]
         with no_autocast(z):
             lower, upper = self._factors()
@@ -77,6 +80,7 @@ class LU(Transform):
         return columns.T.reshape(z.shape), -self.log_diagonal.sum().expand(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         with no_autocast(x):
             lower, upper = self._factors()
             z = F.linear(x, (lower @ upper)[self.order], self.bias)
@@ -92,9 +96,11 @@ class Orthogonal(Transform):
     """x = Q z with an orthogonal Q; log|det| = 0. Subclasses say which Q."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         return self._times(self.matrix, z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         return self._times(lambda: self.matrix().T, x)
 
     def _times(self, matrix: Callable[[], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +125,7 @@ class Householder(Orthogonal):
     """
 
     def __init__(self, dim: int, reflections: int) -> None:
-        super().__init__()
+        super().__init__(event_shape=(dim,))
         self.vectors = nn.Parameter(torch.randn(reflections, dim))
 
     def matrix(self) -> Tensor:
@@ -135,7 +141,7 @@ class Rotation(Orthogonal):
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(event_shape=(dim,))
         self.generator = nn.Parameter(torch.zeros(dim, dim))
 
     def matrix(self) -> Tensor:

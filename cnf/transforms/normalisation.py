@@ -25,7 +25,7 @@ class Standardise(Transform):
     fitted: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__(event_dims=len(event_shape))
+        super().__init__(event_shape=event_shape)
         self.register_buffer("loc", torch.zeros(*event_shape))
         self.register_buffer("scale", torch.ones(*event_shape))
         self.register_buffer("fitted", torch.tensor(False))
@@ -40,9 +40,11 @@ class Standardise(Transform):
         self.fitted.fill_(True)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         return z * self.scale + self.loc, self._ladj(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         return (x - self.loc) / self.scale, -self._ladj(x)
 
     def _ladj(self, value: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class ActNorm(Transform):
     seen: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__(event_dims=len(event_shape))
+        super().__init__(event_shape=event_shape)
         shape = (event_shape[0], *[1] * (len(event_shape) - 1))
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
@@ -74,12 +76,14 @@ class ActNorm(Transform):
         self.register_load_state_dict_post_hook(_unsettle)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         if self._first():
             self.seen.fill_(True)
             self._settled = True
         return torch.addcmul(self.loc, z, self.log_scale.exp()), self._ladj(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         if self._first():
             self._settled = bool(self.seen) or self._see(x.detach())
         return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
@@ -122,18 +126,20 @@ class BatchNorm(Transform):
     variance: Tensor
 
     def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        super().__init__()
+        super().__init__(event_shape=(dim,))
         self.momentum, self.eps = momentum, eps
         self.gain, self.shift = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("variance", torch.ones(dim))
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
         log_scale = self._log_scale(self.variance)
         x = (z - self.shift) * log_scale.exp() + self.mean
         return x, log_scale.sum().expand(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
         mean, variance = self.mean, self.variance
         rows = x.reshape(-1, x.shape[-1])
         if self.training and len(rows) > 1:

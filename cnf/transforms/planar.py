@@ -63,15 +63,17 @@ class Planar(Transform):
     """
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
-        super().__init__(context_dim=context_dim)
+        super().__init__(context_dim=context_dim, event_shape=(dim,))
         self.numbers = Amortised([dim, dim, 1], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         u, w, b, along = self._constrained(context)
         tanh = torch.tanh((w * z).sum(-1) + b)
         return z + u * tanh.unsqueeze(-1), (along * (1 - tanh * tanh)).log1p()
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         u, w, b, along = self._constrained(context)
         root = _tanh_root((w * x).sum(-1), along, torch.ones_like(along), b)
         tanh = torch.tanh(root + b)
@@ -105,18 +107,20 @@ class Sylvester(Transform):
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
         if not 1 <= rank <= dim:
             raise ValueError(f"Sylvester: expected 1 <= rank <= {dim}, got {rank}")
-        super().__init__(context_dim=context_dim)
+        super().__init__(context_dim=context_dim, event_shape=(dim,))
         self.dim, self.rank = dim, rank
         self.vectors = Amortised([rank * dim], context_dim, scale=1.0)
         self.numbers = Amortised([rank * rank, rank * rank, rank], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         with no_autocast(z):
             q, r, s, b = self._constrained(context)
             tanh = torch.tanh(_times(s, _times(q.mT, z)) + b)
             return z + _times(q, _times(r, tanh)), _sylvester_ladj(r, s, tanh)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         with no_autocast(x):
             q, r, s, b = self._constrained(context)
             tanh = self._solved(_times(q.mT, x), r, s, b)
@@ -156,16 +160,18 @@ class Radial(Transform):
     """
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
-        super().__init__(context_dim=context_dim)
+        super().__init__(context_dim=context_dim, event_shape=(dim,))
         self.numbers = Amortised([dim, 1, 1], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z, context)
         centre, alpha, beta = self._constrained(context)
         away = z - centre
         r = _length(away)
         return z + beta * away / (alpha + r), self._ladj(r, alpha, beta, z.shape[-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x, context)
         centre, alpha, beta = self._constrained(context)
         away = x - centre
         far = _length(away)

@@ -5,9 +5,11 @@ import inspect
 import pytest
 import torch
 
+from cnf import Flow
 from cnf.dynamics import Solver
 from cnf.fields import MLPField
 from cnf.transforms import (
+    LU,
     MAPS,
     TRANSFORMS,
     Autoregressive,
@@ -157,9 +159,11 @@ def test_context_broadcasts_matters_and_gets_its_gradient(name, direction, case)
     transform, value, condition = case(name, direction=direction)
     apply = getattr(transform, direction)
     shared = condition[0].clone().requires_grad_()
-    y, ladj = apply(value, shared.expand(5, 2))
-    other, _ = apply(value, condition[1].expand(5, 2))
+    y, ladj = apply(value, shared)
+    other, _ = apply(value, condition[1])
     assert (y - other).abs().max() > 1e-3
+    several, _ = apply(value.expand(3, 5, DIM), condition[:1])
+    torch.testing.assert_close(several, y.expand(3, 5, DIM), rtol=0, atol=1e-7)
     for output in (y.sum(), ladj.sum()):
         if output.requires_grad:
             (grad,) = torch.autograd.grad(output, shared, retain_graph=True)
@@ -226,3 +230,23 @@ def test_compose_refuses_what_does_not_fit_together():
         Compose([])
     with pytest.raises(ValueError, match=r"one event_dims for all, got \[1, 3\]"):
         Compose([Standardise((2,)), Standardise((1, 4, 4))])
+    with pytest.raises(ValueError, match=r"for all, got Coupling of \(2,\) and LU of \(3,\)"):
+        Compose([Coupling(2), LU(3)])
+    with pytest.raises(ValueError, match=r"one context_dim for all, got \[1, 2\]"):
+        Compose([Coupling(2, context_dim=1), LU(2), Coupling(2, context_dim=2)])
+    with pytest.raises(ValueError, match=r"transform of \(2,\), got Inverse of \(3,\)"):
+        Flow(None, Inverse(Coupling(3)), event_shape=(2,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_shapes_and_missing_contexts_are_named(name, case):
+    transform, value, condition = case(name)
+    for got in (value[:, :1], value.repeat(1, 2)) if transform.event_shape else ():
+        for way in (transform.forward, transform.inverse):
+            with pytest.raises(ValueError, match=r"ward: expected z of|rse: expected x of"):
+                way(got, condition)
+    for way in (transform.forward, transform.inverse) if transform.context_dim else ():
+        with pytest.raises(ValueError, match=r"(forward|inverse): expected a context .* None"):
+            way(value)
+        with pytest.raises(ValueError, match=r"expected context of shape \(\*, 2\), got \(5, 1\)"):
+            way(value, condition[:, :1])

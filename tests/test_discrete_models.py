@@ -75,6 +75,34 @@ def test_gradients_are_those_of_finite_differences(name, context, small_flow, ge
     assert torch.autograd.gradcheck(drawn, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_couplings_move_every_variable_whatever_is_drawn(seed, randomised, generator):
+    torch.manual_seed(seed)
+    flow = build("realnvp", dim=2, layers=2, hidden=(9,), between="shuffle", preprocess=None)
+    x = torch.randn(2, generator=generator, dtype=F64)
+    assert (randomised(flow).encode(x) - x).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_orders_differ_from_layer_to_layer(seed, randomised, generator):
+    torch.manual_seed(seed)
+    flow = randomised(build("maf", dim=2, layers=2, hidden=(9,), between="shuffle"))
+    x = torch.randn(2, generator=generator, dtype=F64)
+    assert torch.autograd.functional.jacobian(flow.encode, x).abs().min() > 1e-6
+
+
+def test_options_that_would_be_ignored_are_refused():
+    angles = {"period": 1.0, "between": None, "preprocess": None}
+    for name, options, text in (
+        ("glow", {"dim": 2, "levels": 3}, "levels are those of an image"),
+        ("glow", {"shape": (1, 4, 4), "hidden": (8, 8, 8)}, "two widths in hidden"),
+        ("nsf", {"dim": 2, "hidden": 64}, r"list of widths, such as \(64, 64\), got 64"),
+        ("nsf-ar", {"dim": 2, "bound": 3.0, **angles}, "nsf-ar: angles have no linear map"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            build(name, **options)
+
+
 def test_reversed_halves_are_refused():
     with pytest.raises(ValueError, match="between"):
         build("realnvp", dim=2, between="reverse")
@@ -105,7 +133,7 @@ def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomised):
     seam = (density[0] - density[-1]).abs().max(), (density[:, 0] - density[:, -1]).abs().max()
     inner = (density[1:] - density[:-1]).abs().max()
     assert max(seam) < 2 * inner  # no jump where the angle begins again
-    with pytest.raises(ValueError, match="nsf: angles have no linear map"):
+    with pytest.raises(ValueError, match=f"{name}: angles have no linear map"):
         build(name, dim=2, period=1.0)
 
 

@@ -42,6 +42,11 @@ def build(name: str, **options: Any) -> Flow:
             raise ValueError(
                 f"models.build({name!r}): expected {name_} >= {least}, got {options[name_]}"
             )
+    if isinstance(options.get("hidden"), int):
+        raise ValueError(
+            f"models.build({name!r}): expected hidden to be a list of widths, such as (64, 64), "
+            f"got {options['hidden']}"
+        )
     flow = builder(**options)
     flow.spec = {"model": name, "options": {key: _plain(value) for key, value in options.items()}}
     return flow

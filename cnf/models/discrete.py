@@ -1,23 +1,19 @@
 """The discrete models: layers of bijections that need no solver."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from cnf.distributions import Base, Uniform
-from cnf.errors import expect_choice
+from cnf.distributions import Uniform
 from cnf.flow import Flow
-from cnf.models.build import MODELS, as_preprocess
+from cnf.models.build import MODELS
+from cnf.models.stacks import ORDERS, half, layered, stacked
 from cnf.transforms.autoregressive import Autoregressive
-from cnf.transforms.base import Compose, Inverse, Transform
+from cnf.transforms.base import Inverse, Transform
 from cnf.transforms.coupling import Coupling
 from cnf.transforms.elementwise import Additive, Affine, Elementwise, ElementwiseMap, Inverted
-from cnf.transforms.linear import LU, Permutation
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
-
-HALVES = (None, "shuffle", "lu")  # reversed, the next layer would keep the same half again
-ORDERS = (*HALVES, "reverse")
 
 
 @MODELS.register("nice")
@@ -49,7 +45,7 @@ def nice(
         return coupling
 
     scaling = Elementwise(dim, Affine(), context_dim=context)
-    return stacked([*_layers(layer, layers, dim, None), scaling], dim, preprocess)
+    return stacked([*layered(layer, layers, dim, None), scaling], dim, preprocess)
 
 
 @MODELS.register("realnvp")
@@ -68,14 +64,14 @@ def realnvp(
 
     Args: as for `nice`, and
         between: What mixes the variables between layers, which keep one half and then the other:
-            None, "shuffle" (a random permutation, so that the masks are random) or "lu" (a trained
-            linear map).
+            None, "shuffle" (a random permutation before every second layer, so that the masks are
+            random) or "lu" (a trained linear map).
     """
 
     def layer(k: int) -> Transform:
         return Coupling(dim, half(dim, k), None, None, hidden, context, activation)
 
-    return stacked(_layers(layer, layers, dim, between), dim, preprocess)
+    return stacked(layered(layer, layers, dim, between), dim, preprocess)
 
 
 @MODELS.register("nsf")
@@ -85,7 +81,7 @@ def nsf(
     hidden: Sequence[int] = (64, 64),
     layers: int = 6,
     bins: int = 8,
-    bound: float = 5.0,
+    bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
     preprocess: str | None = "standardise",
@@ -97,18 +93,18 @@ def nsf(
 
     Args: as for `realnvp`, and
         bins: Of each spline.
-        bound: Where the splines end, in units of the standardised data.
+        bound: Where the splines end, in units of the standardised data; at 5 if None.
         period: Of the data, where all of them are angles: circular splines on
             [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
     """
 
-    spline = _spline(bins, bound, period, between, preprocess)
+    spline = _spline("nsf", bins, bound, period, between, preprocess)
 
     def layer(k: int) -> Transform:
         return Coupling(dim, half(dim, k), spline, None, hidden, context, activation, period)
 
     base = None if period is None else _on_circle(dim, period)
-    return stacked(_layers(layer, layers, dim, between), dim, preprocess, base)
+    return stacked(layered(layer, layers, dim, between), dim, preprocess, base)
 
 
 @MODELS.register("nsf-ar")
@@ -118,7 +114,7 @@ def nsf_ar(
     hidden: Sequence[int] = (64, 64),
     layers: int = 4,
     bins: int = 8,
-    bound: float = 5.0,
+    bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
     preprocess: str | None = "standardise",
@@ -131,13 +127,13 @@ def nsf_ar(
     Args: as for `nsf`.
     """
 
-    spline = _spline(bins, bound, period, between, preprocess)
+    spline = _spline("nsf-ar", bins, bound, period, between, preprocess)
 
     def layer(k: int) -> Transform:
         return Autoregressive(dim, spline, None, hidden, context, activation, period)
 
     base = None if period is None else _on_circle(dim, period)
-    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess, base)
+    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess, base)
 
 
 @MODELS.register("maf")
@@ -155,13 +151,13 @@ def maf(
     Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057.
 
     Args: as for `realnvp`, and
-        between: Also "reverse", the other order of the variables.
+        between: Also "reverse", the other order of the variables; "shuffle" before every layer.
     """
 
     def layer(k: int) -> Transform:
         return Autoregressive(dim, None, None, hidden, context, activation)
 
-    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess)
+    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess)
 
 
 @MODELS.register("iaf")
@@ -184,7 +180,7 @@ def iaf(
     def layer(k: int) -> Transform:
         return Inverse(Autoregressive(dim, None, None, hidden, context, activation))
 
-    return stacked(_layers(layer, layers, dim, between, ORDERS), dim, preprocess)
+    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess)
 
 
 @MODELS.register("planar")
@@ -204,7 +200,7 @@ def planar(
         layers: How many.
         preprocess: "standardise" or None.
     """
-    return stacked(_layers(lambda k: Planar(dim, context), layers, dim, None), dim, preprocess)
+    return stacked(layered(lambda k: Planar(dim, context), layers, dim, None), dim, preprocess)
 
 
 @MODELS.register("radial")
@@ -220,7 +216,7 @@ def radial(
 
     Args: as for `planar`.
     """
-    return stacked(_layers(lambda k: Radial(dim, context), layers, dim, None), dim, preprocess)
+    return stacked(layered(lambda k: Radial(dim, context), layers, dim, None), dim, preprocess)
 
 
 @MODELS.register("sylvester")
@@ -240,57 +236,26 @@ def sylvester(
     """
     rank = min(dim, 8) if rank is None else rank
     return stacked(
-        _layers(lambda k: Sylvester(dim, rank, context), layers, dim, None), dim, preprocess
+        layered(lambda k: Sylvester(dim, rank, context), layers, dim, None), dim, preprocess
     )
 
 
-def stacked(
-    transforms: list[Transform], dim: int, preprocess: str | None, base: Base | None = None
-) -> Flow:
-    """A flow of vectors through transforms, listed from base to data."""
-    return Flow(base, Compose(transforms), as_preprocess(preprocess, (dim,)), event_shape=(dim,))
-
-
-def _layers(
-    layer: Callable[[int], Transform],
-    layers: int,
-    dim: int,
-    between: str | None,
-    choices: tuple[str | None, ...] = HALVES,
-) -> list[Transform]:
-    """Layers 0, 1, … with something that mixes the variables between them."""
-    expect_choice("models", "between", between, choices)
-    if layers < 1:
-        raise ValueError(f"models: expected layers >= 1, got {layers}")
-    mixers: dict[str | None, Callable[[], list[Transform]]] = {
-        None: lambda: [],
-        "reverse": lambda: [Permutation(dim)],
-        "shuffle": lambda: [Permutation(dim, torch.randperm(dim).tolist())],
-        "lu": lambda: [LU(dim)],
-    }
-    stack = [layer(0)]
-    for k in range(1, layers):
-        stack += [*mixers[between](), layer(k)]
-    return stack
-
-
-def half(dim: int, k: int) -> range:
-    """The first half of the variables, or the last, in turn."""
-    middle = (dim + 1) // 2
-    return range(middle, dim) if k % 2 else range(middle)
-
-
 def _spline(
-    bins: int, bound: float, period: float | None, between: str | None, preprocess: str | None
+    who: str,
+    bins: int,
+    bound: float | None,
+    period: float | None,
+    between: str | None,
+    preprocess: str | None,
 ) -> ElementwiseMap:
     """Data to base, the way that training goes, by the spline's formula; the other by its root."""
     if period is None:
-        return Inverted(RationalQuadratic(bins, bound))
-    if between == "lu" or preprocess is not None:
+        return Inverted(RationalQuadratic(bins, 5.0 if bound is None else bound))
+    if between == "lu" or (preprocess, bound) != (None, None):
         raise ValueError(
-            "nsf: angles have no linear map and are not standardised; with period=… give "
-            f"between=None or 'shuffle' and preprocess=None, got {between!r} and "
-            f"{preprocess!r}"
+            f"{who}: angles have no linear map, are not standardised and end at half a period; "
+            "with period=… give preprocess=None, no bound and between=None or 'shuffle', got "
+            f"{preprocess!r}, {bound} and {between!r}"
         )
     return Inverted(CircularSpline(bins, period / 2))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cnf.flow import Flow
 from cnf.models.build import MODELS, as_preprocess
-from cnf.models.discrete import half, stacked
+from cnf.models.stacks import half, stacked
 from cnf.transforms.base import Compose, Inverse, Transform
 from cnf.transforms.coupling import Coupling
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
@@ -18,7 +18,7 @@ def glow(
     context: int = 0,
     hidden: Sequence[int] = (64, 64),
     layers: int = 8,
-    levels: int = 2,
+    levels: int | None = None,
     activation: str = "relu",
     preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
@@ -31,18 +31,21 @@ def glow(
 
     Args: as for `nice`, and
         layers: Steps (of each level, for images).
-        levels: How often an image is squeezed.
+        levels: How often an image is squeezed; twice if None.
         shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
     """
     if layers < 1:
         raise ValueError(f"models: expected layers >= 1, got {layers}")
     if shape is None:
         assert dim is not None
+        if levels is not None:
+            raise ValueError("glow: levels are those of an image: expected shape=…, got dim=…")
         steps: list[Transform] = []
         for k in range(layers):
             coupling = Coupling(dim, half(dim, k), None, None, hidden, context, activation)
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
         return stacked(steps, dim, preprocess)
+    levels = 2 if levels is None else levels
     if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
         raise ValueError(
             f"glow: expected shape (C, H, W) with H and W divisible by 2^levels = {2**levels}, "

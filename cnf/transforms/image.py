@@ -114,6 +114,8 @@ class ConvCoupling(TwoWayScheme):
     ) -> None:
         if not 0 < keep < channels:
             raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
+        if len(hidden) != 2:
+            raise ValueError(f"ConvCoupling: expected two widths in hidden, got {tuple(hidden)}")
         super().__init__(channels, map, parametrise, context_dim, event_dims=3)
         self.sizes = [keep, channels - keep]
         self.activation = ACTIVATIONS[activation]

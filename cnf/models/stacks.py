@@ -1,0 +1,61 @@
+"""Stacks of layers, with what mixes the variables between them."""
+
+from collections.abc import Callable
+
+import torch
+
+from cnf.distributions import Base
+from cnf.errors import expect_choice
+from cnf.flow import Flow
+from cnf.models.build import as_preprocess
+from cnf.transforms.base import Compose, Transform
+from cnf.transforms.linear import LU, Permutation
+
+HALVES = (None, "shuffle", "lu")  # reversed, the next layer would keep the same half again
+ORDERS = (*HALVES, "reverse")
+
+
+def stacked(
+    transforms: list[Transform], dim: int, preprocess: str | None, base: Base | None = None
+) -> Flow:
+    """A flow of vectors through transforms, listed from base to data."""
+    return Flow(base, Compose(transforms), as_preprocess(preprocess, (dim,)), event_shape=(dim,))
+
+
+def layered(
+    layer: Callable[[int], Transform],
+    layers: int,
+    dim: int,
+    between: str | None,
+    choices: tuple[str | None, ...] = HALVES,
+) -> list[Transform]:
+    """Layers 0, 1, … with something that mixes the variables between them."""
+    expect_choice("models", "between", between, choices)
+    if layers < 1:
+        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    # Couplings keep one half and then the other of the same order: each variable is moved.
+    shuffled = 1 if choices is ORDERS else 2
+    mixers: dict[str | None, Callable[[int], list[Transform]]] = {
+        None: lambda k: [],
+        "reverse": lambda k: [Permutation(dim)],
+        "shuffle": lambda k: [] if k % shuffled else [Permutation(dim, _another_order(dim))],
+        "lu": lambda k: [LU(dim)],
+    }
+    stack = [layer(0)]
+    for k in range(1, layers):
+        stack += [*mixers[between](k), layer(k)]
+    return stack
+
+
+def _another_order(dim: int) -> list[int]:
+    """Drawn at random, but not the order that is there."""
+    order = list(range(dim))
+    while dim > 1 and order == sorted(order):
+        order = torch.randperm(dim).tolist()
+    return order
+
+
+def half(dim: int, k: int) -> range:
+    """The first half of the variables, or the last, in turn."""
+    middle = (dim + 1) // 2
+    return range(middle, dim) if k % 2 else range(middle)

@@ -184,6 +184,32 @@ class Uniform(Base):
         return self.low + (self.high - self.low) * draw.to(self.low.device)
 
 
+class UniformAngles(Base):
+    """D angles, each uniform on the circle: any number is an angle, of the same density.
+
+    Args:
+        dim: D.
+        period: Length of the circle; samples lie in [-period/2, period/2).
+    """
+
+    def __init__(self, dim: int, period: float = 2 * math.pi) -> None:
+        if period <= 0:
+            raise ValueError(f"UniformAngles: expected period > 0, got {period}")
+        super().__init__((dim,))
+        self.period = period
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return z.new_full(z.shape[:-1], -self.event_shape[0] * math.log(self.period))
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        shape, like = (*sample_shape, *self.event_shape), self._like
+        device = like.device if generator is None else generator.device
+        draw = torch.rand(shape, generator=generator, device=device, dtype=like.dtype)
+        return self.period * (draw.to(like.device) - 0.5)
+
+
 class Empirical(Base):
     """Points as a source: samples are rows drawn with replacement; there is no density.
 

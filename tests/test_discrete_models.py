@@ -130,11 +130,23 @@ def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomised):
         drawn = flow.sample(500)
     assert density.mean().item() * (2 * math.pi) ** 2 == pytest.approx(1, abs=2e-3)
     assert drawn.abs().max() <= math.pi
+    turned = drawn + 2 * math.pi * torch.tensor([1.0, -3.0], dtype=F64)
+    torch.testing.assert_close(flow.log_prob(turned), flow.log_prob(drawn))
     seam = (density[0] - density[-1]).abs().max(), (density[:, 0] - density[:, -1]).abs().max()
     inner = (density[1:] - density[:-1]).abs().max()
     assert max(seam) < 2 * inner  # no jump where the angle begins again
     with pytest.raises(ValueError, match=f"{name}: angles have no linear map"):
         build(name, dim=2, period=1.0)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_angles_at_the_seam_have_a_density_in_float32(layers, randomised, generator):
+    options = {"period": 2.0, "between": None, "preprocess": None, "hidden": (9,)}
+    flow = randomised(build("nsf", dim=2, layers=layers, **options)).float()
+    edge = torch.tensor([1.0, -1.0, 1 - 6e-8, -1 + 6e-8, 0.3])
+    x = torch.cat([torch.cartesian_prod(edge, edge), flow.sample(20_000, generator=generator)])
+    assert torch.isfinite(flow.log_prob(x)).all()
+    assert x.abs().max() <= 1
 
 
 def test_sylvester_takes_all_directions_unless_told():

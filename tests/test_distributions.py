@@ -14,6 +14,7 @@ from cnf.distributions import (
     GaussianMixture,
     StandardNormal,
     Uniform,
+    UniformAngles,
     as_base,
 )
 
@@ -37,6 +38,7 @@ SCALES = torch.tensor([[0.5, 1.0], [1.5, 0.3], [1.0, 1.0]], dtype=F64)
 BASES = {
     "normal": lambda: StandardNormal((2,)).double(),
     "mixture": lambda: GaussianMixture(MEANS, SCALES),
+    "angles": lambda: UniformAngles(2, 3.0).double(),
     "uniform": lambda: Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)),
     "torch": lambda: FromTorch(Gamma(torch.tensor([2.0, 3.0], dtype=F64), 1.5)),
     "density": lambda: FromDensity(Stub()).double(),

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
-
-from cnf.distributions import Uniform
+from cnf.distributions import UniformAngles
 from cnf.flow import Flow
 from cnf.models.build import MODELS
 from cnf.models.stacks import ORDERS, half, layered, stacked
@@ -103,7 +101,7 @@ def nsf(
     def layer(k: int) -> Transform:
         return Coupling(dim, half(dim, k), spline, None, hidden, context, activation, period)
 
-    base = None if period is None else _on_circle(dim, period)
+    base = None if period is None else UniformAngles(dim, period)
     return stacked(layered(layer, layers, dim, between), dim, preprocess, base)
 
 
@@ -132,7 +130,7 @@ def nsf_ar(
     def layer(k: int) -> Transform:
         return Autoregressive(dim, spline, None, hidden, context, activation, period)
 
-    base = None if period is None else _on_circle(dim, period)
+    base = None if period is None else UniformAngles(dim, period)
     return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess, base)
 
 
@@ -258,7 +256,3 @@ def _spline(
             f"{preprocess!r}, {bound} and {between!r}"
         )
     return Inverted(CircularSpline(bins, period / 2))
-
-
-def _on_circle(dim: int, period: float) -> Uniform:
-    return Uniform(torch.full((dim,), -period / 2), torch.full((dim,), period / 2))

@@ -82,7 +82,8 @@ class CircularSpline(ElementwiseMap):
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         turn, *spline = parameters
-        return self.curve.value(self._wrapped(z + turn), *spline)
+        x, log_slope = self.curve.value(self._wrapped(z + turn), *spline)
+        return x.clamp(-self.curve.bound, self.curve.bound), log_slope  # rounding
 
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         turn, *spline = parameters
@@ -127,8 +128,12 @@ class _Curve:
         # The quadratic's root, and its discriminant, in forms where nothing cancels.
         rest, sy = 1 - y, s * y
         tilt = d0 * rest - d1 * y
-        root = 2 * sy / (tilt + 2 * sy + torch.addcmul(tilt * tilt, s * sy, rest, value=4).sqrt())
-        root = root.clamp(0, 1)
+        product = 4 * s * sy * rest
+        rises = tilt >= 0
+        size = torch.where(rises, tilt, -tilt)
+        both = size + torch.addcmul(product, size, size).sqrt()
+        both = torch.where(rises, both, product / both)  # tilt + √(tilt² + product)
+        root = (2 * sy / (both + 2 * sy)).clamp(0, 1)
         return torch.addcmul(zk, w, root), -_part(root, s, d0, d1)[1]
 
     def _bin(

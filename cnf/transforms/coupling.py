@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.nets import MLP, on_circle
 from cnf.transforms.base import TRANSFORMS
@@ -29,6 +29,8 @@ class Coupling(TwoWayScheme):
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         period: Of the variables, where they are angles: the net sees their sine and cosine.
+        net: Makes θ, of one's own, from its numbers of inputs and outputs: a module that sends
+            (N, inputs) to (N, outputs), which zeros start at the identity; an MLP if None.
     """
 
     order: Tensor
@@ -44,6 +46,7 @@ class Coupling(TwoWayScheme):
         context_dim: int = 0,
         activation: str = "silu",
         period: float | None = None,
+        net: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__(dim, map, parametrise, context_dim)
         self.period = period
@@ -64,7 +67,8 @@ class Coupling(TwoWayScheme):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", torch.argsort(order), persistent=False)
         inputs = len(kept) * (1 if period is None else 2) + context_dim
-        self.net = MLP(inputs, len(moved) * self.map.size, hidden, activation, zero_last=True)
+        outputs = len(moved) * self.map.size
+        self.net = net(inputs, outputs) if net else MLP(inputs, outputs, hidden, activation, True)
 
     def _moved(
         self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
@@ -75,7 +79,8 @@ class Coupling(TwoWayScheme):
         seen = on_circle(kept.T, self.period)
         if context is not None:
             seen = torch.cat([seen, context], -1)
-        raw = self.net.columns(seen).unflatten(0, (self.map.size, -1))
+        raw = self.net.columns(seen) if isinstance(self.net, MLP) else self.net(seen).T
+        raw = raw.unflatten(0, (self.map.size, -1))
         moved, ladj = move(moved, *self.parametrise(raw))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
         return self._rows(self._sorted(parts, self.restore), ladj, value)

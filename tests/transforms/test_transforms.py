@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 from cnf import Flow
 from cnf.dynamics import Solver
@@ -18,12 +19,26 @@ from cnf.transforms import (
     Coupling,
     Elementwise,
     Inverse,
+    RationalQuadratic,
     Standardise,
 )
 
 F64 = torch.float64
 TIGHT = Solver(rtol=1e-9, atol=1e-9, gradient="backprop")  # adjoint: see test_continuous.py
 DIM = 3
+
+
+class Residual(nn.Module):
+    """A net of one's own for couplings."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.first, self.block = nn.Linear(inputs, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.block(h.tanh()))
 
 
 def continuous(context):
@@ -33,6 +48,9 @@ def continuous(context):
 CASES = {
     "coupling": lambda context: Coupling(DIM, context_dim=context),
     "coupling, others kept": lambda context: Coupling(DIM, [2, 1], context_dim=context),
+    "coupling, a net of one's own": lambda context: Coupling(
+        DIM, context_dim=context, map=RationalQuadratic(3), net=lambda i, o: Residual(i, o)
+    ),
     "standardise": lambda context: Standardise((DIM,)),
     "continuous": continuous,
     "compose": lambda context: Compose(

@@ -149,6 +149,18 @@ def test_angles_at_the_seam_have_a_density_in_float32(layers, randomised, genera
     assert x.abs().max() <= 1
 
 
+def test_glow_begins_training_with_the_data_it_is_fitted_to(generator):
+    x = torch.randn(500, 2, generator=generator) * torch.tensor([3.0, 0.1]) + 7
+    flow = build("glow", dim=2, layers=3)
+    with torch.no_grad():
+        flow.log_prob(x)  # a look before training sets nothing
+    flow.preprocess.fit(x)
+    flow.train().log_prob(x).mean().backward()
+    z = flow.encode(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=1e-3)
+    assert (z.std(0) - 1).abs().max() < 0.1  # each was 1 before a rotation
+
+
 def test_sylvester_takes_all_directions_unless_told():
     assert build("sylvester", dim=3).transform.transforms[0].rank == 3
     assert build("sylvester", dim=20).transform.transforms[0].rank == 8

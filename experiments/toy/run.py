@@ -107,10 +107,7 @@ def _about(config: dict, rows: list[dict[str, str]]) -> str:
         f"{processor}, torch {version}, revision {revision}"
         for (threads, processor, version, revision), names in where.items()
     )
-    return (
-        f"{config['seconds']} s of training per contestant, seed {config['seed']}, "
-        f"{config['processes']} densities at a time. {machines}."
-    )
+    return f"{config['seconds']} s of training per contestant, seed {config['seed']}. {machines}."
 
 
 def main() -> None:

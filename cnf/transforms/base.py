@@ -48,18 +48,19 @@ class Transform(nn.Module, ABC):
 
     def _expect(self, name: str, value: Tensor, context: Tensor | None = None) -> None:
         """Raise ValueError unless `value`, z or x by name, is an event and a context is there."""
-        who = f"{type(self).__name__}.{'forward' if name == 'z' else 'inverse'}"
-        shape, start = self.event_shape, value.dim() - self.event_dims
-        if shape is not None and value.shape[start:] != shape:
-            expect_event(who, name, value, shape)
-        if not self.context_dim:
-            return
-        if context is None and self.optional_context:
+        shape, size = self.event_shape, self.context_dim
+        if shape is not None and value.shape[value.dim() - len(shape) :] != shape:
+            expect_event(self._who(name), name, value, shape)
+        if not size or (context is None and self.optional_context):
             return
         if context is None:
-            wanted = f"expected a context of shape (*, {self.context_dim})"
-            raise ValueError(f"{who}: {wanted}, got None")
-        expect_event(who, "context", context, (self.context_dim,))
+            wanted = f"expected a context of shape (*, {size})"
+            raise ValueError(f"{self._who(name)}: {wanted}, got None")
+        if context.shape[-1:] != (size,):
+            expect_event(self._who(name), "context", context, (size,))
+
+    def _who(self, name: str) -> str:
+        return f"{type(self).__name__}.{'forward' if name == 'z' else 'inverse'}"
 
 
 class Compose(Transform):

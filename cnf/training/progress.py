@@ -21,7 +21,8 @@ class ProgressBar:
 
     def __init__(self, show: bool, title: str) -> None:
         self._bar: Any = None
-        self._shown_at = self._step = 0.0
+        self._shown_at = 0.0
+        self._first: tuple[float, int] | None = None  # time and step of the first update
         if show:
             progress = optional("rich.progress", "train")
             text = progress.TextColumn
@@ -65,9 +66,10 @@ class ProgressBar:
         """Redraw; a large part of the time that goes into pairing stands where NFE else does."""
         if self._bar is None:
             return
-        now = time.perf_counter()
-        rate = (step - self._step) / (now - self._shown_at) if self._shown_at else 0.0
-        self._shown_at, self._step = now, step
+        now = self._shown_at = time.perf_counter()
+        self._first = self._first or (now, step)
+        start, done = self._first
+        rate = (step - done) / max(now - start, 1e-9)
         cost = f"pairing {pairing:.0%}" if not nfe and pairing > PAIRING else f"NFE {nfe}"
         fields = {"loss": f"{loss:.3f}", "cost": cost, "rate": f"{rate:.0f}"}
         self._bar.update(self._task, completed=fraction, **fields)

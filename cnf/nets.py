@@ -104,18 +104,22 @@ class MLP(nn.Module):
             zero_(self.layers[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[-1](self._features(x))
+        *inner, last = self.layers
+        for layer in inner:
+            x = self.activation.function(layer(x))
+        return last(x)
 
     def columns(self, x: Tensor) -> Tensor:
-        """(N, inputs) → (outputs, N): each output in one piece of memory."""
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
-        return _columns(self._features(x), last.weight, last.bias)
+        """(N, inputs) → (outputs, N): each output, and each hidden unit on the way, in one piece
+        of memory."""
+        *inner, last = [(layer.weight, layer.bias) for layer in self._linears()]
+        h = x.T
+        for weight, bias in inner:
+            h = self.activation.function(_linear(h, weight, bias))
+        return _linear(h, *last)
 
-    def _features(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = self.activation.function(layer(x))
-        return x
+    def _linears(self) -> list[nn.Linear]:
+        return list(self.layers)  # pyright: ignore
 
 
 class MADE(nn.Module):
@@ -167,11 +171,11 @@ class MADE(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D) → (size, D, N)."""
         x = on_circle(x, self.period)
-        h = x if context is None else torch.cat([context, x], -1)
+        h = x.T if context is None else torch.cat([context, x], -1).T
         *layers, last = self._masked_layers()
         for layer in layers:
-            h = self.activation.function(layer(h))
-        return _columns(h, last.masked(), last.bias).unflatten(0, (self.size, self.dim))
+            h = self.activation.function(_linear(h, layer.masked(), layer.bias))
+        return _linear(h, last.masked(), last.bias).unflatten(0, (self.size, self.dim))
 
     def one_by_one(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
         """A function of the first i inputs, (N, i), that gives output i, (size, N)."""
@@ -181,13 +185,11 @@ class MADE(nn.Module):
         def following(known: Tensor) -> Tensor:
             i = known.shape[-1]
             known = on_circle(known, self.period)
-            h = known if context is None else torch.cat([context, known], -1)
+            h = known.T if context is None else torch.cat([context, known], -1).T
             for (weight, bias), reaching in zip(weights, self.reaching, strict=True):
                 units = reaching[i]
-                h = self.activation.function(
-                    F.linear(h, weight[:units, : h.shape[-1]], bias[:units])
-                )
-            return _columns(h, rows[0][:, i, : h.shape[-1]], rows[1][:, i])
+                h = self.activation.function(_linear(h, weight[:units, : len(h)], bias[:units]))
+            return _linear(h, rows[0][:, i, : len(h)], rows[1][:, i])
 
         return following
 
@@ -225,9 +227,9 @@ def on_circle(angle: Tensor, period: float | None) -> Tensor:
     return torch.stack([turn.sin(), turn.cos()], -1).flatten(-2)
 
 
-def _columns(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer (N, inputs) → (outputs, N)."""
-    return torch.addmm(bias.unsqueeze(-1), weight, h.T)
+def _linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of columns, (inputs, N) → (outputs, N)."""
+    return torch.addmm(bias.unsqueeze(-1), weight, h)
 
 
 def zero_(layer: nn.Module) -> None:

@@ -56,11 +56,11 @@ def test_one_direction_takes_a_pass_and_the_other_one_for_each_variable(randomis
     monkeypatch.setattr(torch, "addmm", lambda *a: (calls.append(a[1].shape), columns(*a))[1])
     z = torch.randn(3, 4, dtype=F64)
     layer.inverse(z)
-    assert calls == [(8, 6)]  # all parameters of four variables
+    assert calls == [(6, 4), (8, 6)]  # the hidden units, and all parameters of four variables
     calls.clear()
     with torch.no_grad():
         x, ladj = layer(z)
-    assert len(calls) == 4 and all(shape[0] == 2 for shape in calls)  # one variable's each
+    assert len(calls) == 8 and all(shape[0] == 2 for shape in calls[1::2])  # one variable's each
     assert x.grad_fn is None and ladj.grad_fn is None
 
 

@@ -40,7 +40,7 @@ def randomised(generator):
                 parameter.copy_(draw * gain / math.sqrt(fan_in))
         for part in module.modules():
             if callable(getattr(part, "fit", None)):
-                shape = (64, *part.loc.shape)
+                shape = (64, *part.event_shape)
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64)
                 spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4
                 part.fit(draw * spread + 0.5)

@@ -13,11 +13,14 @@ from cnf.transforms.base import TRANSFORMS, Transform
 class Standardise(Transform):
     """x = z·scale + loc: the inverse gives data zero mean and unit variance; not trained.
 
+    Each variable has its own location and scale, of images each channel: pixels at the border,
+    which hardly vary, would be far out wherever they do.
+
     Until it is fitted it is the identity. `fit` sets it once; a second call changes nothing, so
     that training a flow again (fine-tuning) keeps the meaning of its weights.
 
     Args:
-        event_shape: Shape of one x.
+        event_shape: Shape of one x: (D,), or (C, H, W).
     """
 
     loc: Tensor
@@ -26,17 +29,21 @@ class Standardise(Transform):
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        self.register_buffer("loc", torch.zeros(*event_shape))
-        self.register_buffer("scale", torch.ones(*event_shape))
+        shape = _by_channel(event_shape)
+        self.places = math.prod(event_shape[1:])
+        self.register_buffer("loc", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("fitted", torch.tensor(False))
 
     def fit(self, x: Tensor) -> None:
         """Set location and scale from data `x`, shape (N, *event), if they are not set yet."""
         if self.fitted:
             return
-        scale = x.std(0) if len(x) > 1 else torch.ones_like(x[0])
-        self.loc.copy_(x.mean(0))
-        self.scale.copy_(_or_one(scale, self.loc))
+        over = [0, *range(2, x.dim())]
+        self.loc.copy_(x.mean(over).view_as(self.loc))
+        if len(x) > 1:
+            scale = torch.where(x.amax(over) > x.amin(over), x.std(over), 1.0)
+            self.scale.copy_(scale.view_as(self.loc))  # what is constant stays as it is
         self.fitted.fill_(True)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -48,14 +55,15 @@ class Standardise(Transform):
         return (x - self.loc) / self.scale, -self._ladj(x)
 
     def _ladj(self, value: Tensor) -> Tensor:
-        return self.scale.log().sum().expand(value.shape[: value.dim() - self.event_dims])
+        ladj = self.places * self.scale.log().sum()
+        return ladj.expand(value.shape[: value.dim() - self.event_dims])
 
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
     """x = z·exp(s) + m for each channel; the first batch of training sets s and m so that its z
     have mean 0 and variance 1, and from then on they are trained. A batch is one of training where
-    the module trains and gradients are on; a flow trained by its samples starts at the identity.
+    the module trains and gradients are on; where samples have trained s and m, they stay.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
@@ -67,7 +75,7 @@ class ActNorm(Transform):
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        shape = (event_shape[0], *[1] * (len(event_shape) - 1))
+        shape = _by_channel(event_shape)
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.places = math.prod(event_shape[1:])
@@ -77,19 +85,14 @@ class ActNorm(Transform):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
-        if self._first():
-            self.seen.fill_(True)
-            self._settled = True
         return torch.addcmul(self.loc, z, self.log_scale.exp()), self._ladj(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        if self._first():
-            self._settled = bool(self.seen) or self._see(x.detach())
+        if self.training and not self._settled and torch.is_grad_enabled():
+            trained = bool(self.seen | self.loc.any() | self.log_scale.any())  # by samples, too
+            self._settled = trained or self._see(x.detach())
         return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
-
-    def _first(self) -> bool:
-        return self.training and not self._settled and torch.is_grad_enabled()
 
     @torch.no_grad()
     def _see(self, x: Tensor) -> bool:
@@ -99,7 +102,8 @@ class ActNorm(Transform):
         loc = _over_processes(channels.mean(1))
         scale = _over_processes((channels - loc[:, None]).square().mean(1)).sqrt()
         self.loc.copy_(loc.view_as(self.loc))
-        self.log_scale.copy_(_or_one(scale, loc).log().view_as(self.loc))
+        varies = _over_processes((channels.amax(1) > channels.amin(1)).to(scale))
+        self.log_scale.copy_(torch.where(varies > 0, scale, 1.0).log().view_as(self.loc))
         self.seen.fill_(True)
         return True
 
@@ -156,10 +160,9 @@ class BatchNorm(Transform):
         return 0.5 * (variance + self.eps).log() - self.gain
 
 
-def _or_one(scale: Tensor, loc: Tensor) -> Tensor:
-    """One where all numbers are the same but for rounding: a constant stays as it is."""
-    rounding = 10 * torch.finfo(scale.dtype).eps * loc.abs()
-    return torch.where(scale > rounding, scale, 1.0)
+def _by_channel(event_shape: Sequence[int]) -> tuple[int, ...]:
+    """(D,) or, one number for each channel, (C, 1, 1)."""
+    return (event_shape[0], *[1] * (len(event_shape) - 1))
 
 
 def _unsettle(module: nn.Module, _: object) -> None:

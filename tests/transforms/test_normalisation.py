@@ -24,12 +24,17 @@ def test_standardise_fits_once_and_gives_zero_mean_unit_variance(generator):
     assert torch.equal(transform.loc, loc) and list(transform.parameters()) == []
 
 
-def test_standardise_works_on_images(generator):
-    x = torch.randn(50, 1, 4, 4, generator=generator, dtype=F64) * 3
-    transform = Standardise((1, 4, 4)).double()
+def test_standardise_is_by_channel_on_images(generator):
+    x = torch.randn(50, 2, 4, 4, generator=generator, dtype=F64) * 3 + 1
+    x[:, 1] *= 5
+    x[:, :, 0] = 0.0  # a border that does not vary
+    transform = Standardise((2, 4, 4)).double()
     transform.fit(x)
     z, ladj = transform.inverse(x)
-    torch.testing.assert_close(ladj, -x.std(0).log().sum().expand(50))
+    spread = torch.stack([x[:, 0].std(), x[:, 1].std()])
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2, dtype=F64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2, dtype=F64))
+    torch.testing.assert_close(ladj, (-16 * spread.log().sum()).expand(50))
     torch.testing.assert_close(transform(z)[0], x)
 
 
@@ -97,7 +102,13 @@ def test_actnorm_trained_by_samples_is_not_set_anew_by_data(generator):
     with torch.no_grad():
         transform.loc.add_(3.0)
     transform.inverse(z)
-    assert transform.seen and transform.loc.tolist() == [3, 3]
+    assert transform.loc.tolist() == [3, 3]
+
+
+def test_a_look_at_samples_is_no_training_of_actnorm(generator):
+    transform, x = ActNorm((2,)), 50 * torch.randn(50, 2, generator=generator) + 700
+    transform(torch.zeros(3, 2))
+    torch.testing.assert_close(transform.inverse(x)[0].mean(0), torch.zeros(2), rtol=0, atol=1e-4)
 
 
 def test_actnorm_is_set_by_training_alone(generator):
@@ -130,3 +141,12 @@ def test_a_constant_that_rounds_is_still_a_constant(make):
         transform.fit(x)
     z, ladj = transform.inverse(x)
     assert z[:, 0].abs().max() < 0.01 and ladj.abs().max() < 1
+
+
+@pytest.mark.parametrize("make", [Standardise, ActNorm])
+def test_what_varies_little_beside_its_size_is_no_constant(make, generator):
+    x = 1.7e9 + 1e3 * torch.randn(10_000, 1, generator=generator)  # seconds since 1970
+    transform = make((1,))
+    if make is Standardise:
+        transform.fit(x)
+    assert transform.inverse(x)[0].std().item() == pytest.approx(1, abs=0.02)

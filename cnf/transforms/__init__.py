@@ -11,15 +11,13 @@ from cnf.transforms.elementwise import (
     Elementwise,
     Inverted,
     Scheme,
-    Sigmoid,
-    Softplus,
-    Tanh,
 )
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.normalisation import ActNorm, BatchNorm, Standardise
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
+from cnf.transforms.squashing import Sigmoid, Softplus, Tanh
 
 __all__ = [
     "LU",

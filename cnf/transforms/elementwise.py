@@ -1,11 +1,9 @@
-"""Elementwise maps (used by coupling and autoregressive layers) and elementwise transforms."""
+"""Elementwise maps and the schemes that set their parameters: a base of couplings and the like."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnf.nets import MLP
@@ -217,92 +215,3 @@ class Elementwise(TwoWayScheme):
         parameters = self.parametrise(raw.unflatten(0, (self.map.size, self.dim)))
         parameters = [p.expand(*p.shape[:-1], columns.shape[1]) for p in parameters]
         return self._rows(*move(columns, *parameters), value)
-
-
-class _Squashing(Transform):
-    """A fixed function of each number: subclasses say which, by its value and log-slope.
-
-    What is not a value of it has no density: its log-determinant is -inf, and so is `log_prob`.
-    The support's ends themselves count as the numbers next to them.
-    """
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self._squash(z)
-        return x, _summed(log_slope, self.event_dims)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        low, high = self.support
-        z, log_slope = self._stretch(x)
-        log_slope = torch.where((x < low) | (x > high), -math.inf, log_slope)
-        return z, _summed(log_slope, self.event_dims)
-
-    support: tuple[float, float]
-
-    @abstractmethod
-    def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    @abstractmethod
-    def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-@TRANSFORMS.register("sigmoid", example=lambda dim: Sigmoid())
-class Sigmoid(_Squashing):
-    """x = low + (high - low)/(1 + e^-z), onto a box; its `Inverse` is the logit.
-
-    Args:
-        low: Lower end, a number.
-        high: Upper end.
-        event_dims: 1 for vectors, 3 for images.
-    """
-
-    def __init__(self, low: float = 0.0, high: float = 1.0, event_dims: int = 1) -> None:
-        if not high > low:
-            raise ValueError(f"Sigmoid: expected low < high, got {low} and {high}")
-        super().__init__(event_dims)
-        self.support, self.low, self.range = (low, high), low, high - low
-
-    def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        log_slope = math.log(self.range) + F.logsigmoid(z) + F.logsigmoid(-z)
-        return self.low + self.range * torch.sigmoid(z), log_slope
-
-    def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        info = torch.finfo(x.dtype)
-        least = info.tiny / info.eps  # smaller, and gradients would overflow
-        u = ((x - self.low) / self.range).clamp(least, 1 - info.eps / 2)
-        below, above = u.log(), (-u).log1p()
-        return below - above, -(below + above) - math.log(self.range)
-
-
-@TRANSFORMS.register("tanh", example=lambda dim: Tanh())
-class Tanh(_Squashing):
-    """x = tanh z, onto (-1, 1)."""
-
-    support = -1.0, 1.0
-
-    def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tanh(z), 2 * (math.log(2) - z - F.softplus(-2 * z))
-
-    def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        most = 1 - torch.finfo(x.dtype).eps / 2
-        x = x.clamp(-most, most)
-        return torch.atanh(x), -(-x).log1p() - x.log1p()
-
-
-@TRANSFORMS.register("softplus", example=lambda dim: Softplus())
-class Softplus(_Squashing):
-    """x = log(1 + e^z), onto the positive numbers."""
-
-    support = 0.0, math.inf
-
-    def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.logaddexp(z, torch.zeros_like(z)), F.logsigmoid(z)
-
-    def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        info = torch.finfo(x.dtype)
-        x = x.clamp(min=info.tiny / info.eps)
-        log_slope = -(-torch.expm1(-x)).log()
-        return x - log_slope, log_slope
-
-
-def _summed(log_slope: Tensor, event_dims: int) -> Tensor:
-    return log_slope.flatten(-event_dims).sum(-1)

@@ -64,3 +64,22 @@ def test_a_box_of_ones_own_and_its_logit(generator):
     assert transform.inverse(x + 6)[1].max() == -math.inf
     with pytest.raises(ValueError, match="expected low < high, got 1.0 and 1.0"):
         Sigmoid(1.0, 1.0)
+
+
+@pytest.mark.parametrize("box", [(0.1, 0.9), (-0.05, 1.05), (-3.0, 2.0), (0.0, 0.3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_what_saturates_stays_in_the_box_and_has_a_density(box, dtype):
+    transform, z = Sigmoid(*box), torch.linspace(-200, 200, 401, dtype=dtype).unsqueeze(-1)
+    x, _ = transform(z)
+    assert torch.isfinite(transform.inverse(x)[1]).all()
+    assert torch.isfinite(transform.inverse(x.float().double())[1]).all()  # as files keep it
+    beyond = x.new_tensor([[box[0] - 1e-3], [box[1] + 1e-3]])
+    assert (transform.inverse(beyond)[1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float16_comes_back(name):
+    transform, z = CASES[name][0], torch.linspace(-5, 3, 17, dtype=torch.float16).unsqueeze(-1)
+    again, _ = transform.inverse(transform(z)[0])
+    torch.testing.assert_close(again[6:], z[6:], rtol=0.05, atol=0.05)
+    assert name == "tanh" or (again - z).abs().max() < 0.2

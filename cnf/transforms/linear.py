@@ -71,12 +71,9 @@ class LU(Transform):
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
         columns = (z - self.bias).reshape(-1, z.shape[-1]).T[self.restore]
-        with no_autocast(z):
-            lower, upper = self._factors()
-            columns = torch.linalg.solve_triangular(
-                lower, columns, upper=False, unitriangular=True
-            )
-            columns = torch.linalg.solve_triangular(upper, columns, upper=True)
+        lower, upper = self._factors()
+        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
+        columns = torch.linalg.solve_triangular(upper, columns, upper=True)
         return columns.T.reshape(z.shape), -self.log_diagonal.sum().expand(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

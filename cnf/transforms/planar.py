@@ -41,7 +41,8 @@ class Amortised(nn.Module):
         whole = self.bias
         if self.weight is not None:
             assert context is not None
-            whole = F.linear(context, self.weight, self.bias)
+            with no_autocast(context):
+                whole = F.linear(context.to(self.weight), self.weight, self.bias)
         return whole.split(self.sizes, -1)
 
 

@@ -69,9 +69,10 @@ class Flow(nn.Module):
         self.preprocess = preprocess
         self.dequantisation = dequantisation
         self.event_shape = tuple(event_shape or self.base.event_shape)
-        if transform.event_shape not in (None, self.event_shape):
-            got = f"{type(transform).__name__} of {transform.event_shape}"
-            raise ValueError(f"Flow: expected a transform of {self.event_shape}, got {got}")
+        for part in (transform, preprocess):
+            if part is not None and part.event_shape not in (None, self.event_shape):
+                got = f"{type(part).__name__} of {part.event_shape}"
+                raise ValueError(f"Flow: expected a transform of {self.event_shape}, got {got}")
         self.context_dim = transform.context_dim
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 

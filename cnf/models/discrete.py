@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from cnf.distributions import UniformAngles
 from cnf.flow import Flow
 from cnf.models.build import MODELS
-from cnf.models.stacks import ORDERS, half, layered, stacked
+from cnf.models.stacks import half, layered, stacked
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Inverse, Transform
 from cnf.transforms.coupling import Coupling
@@ -131,7 +131,7 @@ def nsf_ar(
         return Autoregressive(dim, spline, None, hidden, context, activation, period)
 
     base = None if period is None else UniformAngles(dim, period)
-    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess, base)
+    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess, base)
 
 
 @MODELS.register("maf")
@@ -155,7 +155,7 @@ def maf(
     def layer(k: int) -> Transform:
         return Autoregressive(dim, None, None, hidden, context, activation)
 
-    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess)
+    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess)
 
 
 @MODELS.register("iaf")
@@ -178,7 +178,7 @@ def iaf(
     def layer(k: int) -> Transform:
         return Inverse(Autoregressive(dim, None, None, hidden, context, activation))
 
-    return stacked(layered(layer, layers, dim, between, ORDERS), dim, preprocess)
+    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess)
 
 
 @MODELS.register("planar")

@@ -27,18 +27,25 @@ def layered(
     layers: int,
     dim: int,
     between: str | None,
-    choices: tuple[str | None, ...] = HALVES,
+    halves: bool = True,
 ) -> list[Transform]:
-    """Layers 0, 1, … with something that mixes the variables between them."""
-    expect_choice("models", "between", between, choices)
+    """Layers 0, 1, … with something that mixes the variables between them.
+
+    Args:
+        layer: k → layer k.
+        layers: How many.
+        dim: D.
+        between: "shuffle", "lu", None, or, for layers that are not of halves, "reverse".
+        halves: Whether layers keep one half of the variables and then the other: those of the
+            same order belong together, or a shuffle could keep a variable in all of them.
+    """
+    expect_choice("models", "between", between, HALVES if halves else ORDERS)
     if layers < 1:
         raise ValueError(f"models: expected layers >= 1, got {layers}")
-    # Couplings keep one half and then the other of the same order: each variable is moved.
-    shuffled = 1 if choices is ORDERS else 2
     mixers: dict[str | None, Callable[[int], list[Transform]]] = {
         None: lambda k: [],
         "reverse": lambda k: [Permutation(dim)],
-        "shuffle": lambda k: [] if k % shuffled else [Permutation(dim, _another_order(dim))],
+        "shuffle": lambda k: [] if halves and k % 2 else [Permutation(dim, _another_order(dim))],
         "lu": lambda k: [LU(dim)],
     }
     stack = [layer(0)]

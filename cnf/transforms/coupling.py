@@ -30,7 +30,8 @@ class Coupling(TwoWayScheme):
         activation: A name in `cnf.nets.ACTIVATIONS`.
         period: Of the variables, where they are angles: the net sees their sine and cosine.
         net: Makes θ, of one's own, from its numbers of inputs and outputs: a module that sends
-            (N, inputs) to (N, outputs), which zeros start at the identity; an MLP if None.
+            (N, inputs) to (N, outputs), instead of the MLP of `hidden` and `activation`. Where its
+            last layer starts at zero, the coupling starts at the identity.
     """
 
     order: Tensor
@@ -80,7 +81,7 @@ class Coupling(TwoWayScheme):
         if context is not None:
             seen = torch.cat([seen, context], -1)
         raw = self.net.columns(seen) if isinstance(self.net, MLP) else self.net(seen).T
-        raw = raw.unflatten(0, (self.map.size, -1))
+        raw = raw.unflatten(0, (self.map.size, len(moved)))
         moved, ladj = move(moved, *self.parametrise(raw))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
         return self._rows(self._sorted(parts, self.restore), ladj, value)

@@ -227,6 +227,13 @@ def test_one_dimension_couples_to_its_context_alone(randomised, generator):
         Coupling(1)
 
 
+def test_a_net_of_ones_own_with_the_wrong_outputs_is_refused():
+    for wrong in (-1, 1, 2):
+        coupling = Coupling(4, net=lambda i, o, wrong=wrong: nn.Linear(i, o + wrong))
+        with pytest.raises(RuntimeError, match="unflatten"):
+            coupling(torch.zeros(5, 4))
+
+
 @pytest.mark.parametrize("keep", [(), (0, 1), (5,), (0, 0)], ids=str)
 def test_coupling_that_keeps_nonsense_is_refused(keep):
     with pytest.raises(ValueError, match="Coupling"):
@@ -254,6 +261,8 @@ def test_compose_refuses_what_does_not_fit_together():
         Compose([Coupling(2, context_dim=1), LU(2), Coupling(2, context_dim=2)])
     with pytest.raises(ValueError, match=r"transform of \(2,\), got Inverse of \(3,\)"):
         Flow(None, Inverse(Coupling(3)), event_shape=(2,))
+    with pytest.raises(ValueError, match=r"transform of \(2,\), got Standardise of \(3,\)"):
+        Flow(None, Coupling(2), Standardise((3,)), event_shape=(2,))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -30,6 +30,12 @@ class Step(NamedTuple):
     def apply(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.way(value, self._own(context))
 
+    def alone(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `apply`, the way that a layer takes with gradients, but keeping no graph."""
+        with torch.enable_grad():
+            value, ladj = self.apply(value, context)
+        return value.detach(), ladj.detach()
+
     def undo(self, value: Tensor, context: Tensor | None) -> Tensor:
         return self.back(value, self._own(context))[0]
 
@@ -52,11 +58,9 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = None
         for step in steps:
-            with torch.enable_grad():  # a layer takes the way that it takes in the backward pass
-                value, ladj = step.apply(value.detach(), context)
-            total = ladj.detach() if total is None else total + ladj.detach()
+            value, ladj = step.alone(value, context)
+            total = ladj if total is None else total + ladj
         assert total is not None
-        value = value.detach()
         ctx.steps, ctx.parameters, ctx.autocast = steps, parameters, current_autocast(value)
         ctx.save_for_backward(value, context)
         return value, total

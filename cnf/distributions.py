@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,11 +41,17 @@ class Base(nn.Module, ABC):
     ) -> Tensor:
         """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device."""
 
-    def _randn(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    def _drawn(
+        self,
+        draw: Callable[..., Tensor],
+        shape: Sequence[int],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """By `torch.randn` or `torch.rand`, on the generator's device, then on the module's."""
         like = self._like
         device = like.device if generator is None else generator.device
-        draw = torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype)
-        return draw.to(like.device)
+        drawn = draw(tuple(shape), generator=generator, device=device, dtype=like.dtype)
+        return drawn.to(like.device)
 
 
 class StandardNormal(Base):
@@ -63,7 +69,7 @@ class StandardNormal(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        return self._randn((*sample_shape, *self.event_shape), generator)
+        return self._drawn(torch.randn, (*sample_shape, *self.event_shape), generator)
 
 
 class FromTorch(Base):
@@ -147,7 +153,7 @@ class GaussianMixture(Base):
         weights = self.weights.to(self.weights.device if generator is None else generator.device)
         rows = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
         rows = rows[:count].reshape(shape).to(self.means.device)
-        noise = self._randn((*shape, *self.event_shape), generator)
+        noise = self._drawn(torch.randn, (*shape, *self.event_shape), generator)
         return self.means[rows] + self.scales[rows] * noise
 
 
@@ -178,10 +184,8 @@ class Uniform(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        device = self.low.device if generator is None else generator.device
-        shape = (*sample_shape, *self.event_shape)
-        draw = torch.rand(shape, generator=generator, device=device, dtype=self.low.dtype)
-        return self.low + (self.high - self.low) * draw.to(self.low.device)
+        draw = self._drawn(torch.rand, (*sample_shape, *self.event_shape), generator)
+        return self.low + (self.high - self.low) * draw
 
 
 class UniformAngles(Base):
@@ -204,10 +208,8 @@ class UniformAngles(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        shape, like = (*sample_shape, *self.event_shape), self._like
-        device = like.device if generator is None else generator.device
-        draw = torch.rand(shape, generator=generator, device=device, dtype=like.dtype)
-        return self.period * (draw.to(like.device) - 0.5)
+        draw = self._drawn(torch.rand, (*sample_shape, *self.event_shape), generator)
+        return self.period * (draw - 0.5)
 
 
 class Empirical(Base):

@@ -78,6 +78,14 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
         raise ValueError(f"{who}: expected {name} of shape ({wanted}), got {tuple(value.shape)}")
 
 
+def expect_context(who: str, context: Tensor | None, size: int) -> Tensor:
+    """The context; raise unless it is there, of shape (\\*, size)."""
+    if context is None:
+        raise ValueError(f"{who}: expected a context of shape (*, {size}), got None")
+    expect_event(who, "context", context, (size,))
+    return context
+
+
 def expect_finite(who: str, name: str, value: Tensor) -> None:
     """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity."""
     rows = (~torch.isfinite(value)).nonzero()[:, 0].unique().tolist()

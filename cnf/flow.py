@@ -13,7 +13,7 @@ from cnf.distributions import Base, FlowDistribution, as_base
 from cnf.dynamics.divergence import Divergence, as_divergence
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_event
+from cnf.errors import expect_context, expect_event
 from cnf.fields.base import VectorField
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous, Integral, is_continuous, reconfigured
@@ -273,12 +273,9 @@ class Flow(nn.Module):
                     "build it with context=…, the context's size"
                 )
             return None
-        if context is None:
-            if self.transform.optional_context:
-                return None
-            wanted = f"expected a context of shape (*, {self.context_dim})"
-            raise ValueError(f"{who}: {wanted}, got None")
-        expect_event(who, "context", context, (self.context_dim,))
+        if context is None and self.transform.optional_context:
+            return None
+        context = expect_context(who, context, self.context_dim)
         if batch is None:
             return context
         try:

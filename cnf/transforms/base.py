@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import expect_event
+from cnf.errors import expect_context, expect_event
 from cnf.registry import Registry
 from cnf.transforms.recompute import Step, recomputed
 
@@ -53,11 +53,8 @@ class Transform(nn.Module, ABC):
             expect_event(self._who(name), name, value, shape)
         if not size or (context is None and self.optional_context):
             return
-        if context is None:
-            wanted = f"expected a context of shape (*, {size})"
-            raise ValueError(f"{self._who(name)}: {wanted}, got None")
-        if context.shape[-1:] != (size,):
-            expect_event(self._who(name), "context", context, (size,))
+        if context is None or context.shape[-1:] != (size,):
+            expect_context(self._who(name), context, size)
 
     def _who(self, name: str) -> str:
         return f"{type(self).__name__}.{'forward' if name == 'z' else 'inverse'}"

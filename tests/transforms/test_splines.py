@@ -195,3 +195,13 @@ def test_the_root_in_float32_is_as_exact_as_the_steepness_allows(scale, generato
     found, _ = spline.inverse(x.float(), *(p.float() for p in parameters))
     error = (found - z).abs() * log_slope.exp().clamp(max=1)  # what is steep in x loses digits
     assert error.max() < 3e-6
+
+
+@pytest.mark.parametrize("bins", [8, 64])
+def test_rounding_puts_no_angle_beyond_the_circle_in_float32(bins, generator):
+    spline = CircularSpline(bins, 1.0)
+    raw = 3 * torch.randn(spline.size, 20_000, generator=generator)
+    turn, *rest = spline.parametrise(raw)
+    last = torch.full((20_000,), 1 - 2**-23)  # of what is not wrapped to the circle's other end
+    x, _ = spline.forward(last, torch.zeros_like(turn), *rest)
+    assert x.abs().max() <= 1

@@ -71,6 +71,7 @@ def test_a_box_of_ones_own_and_its_logit(generator):
 def test_what_saturates_stays_in_the_box_and_has_a_density(box, dtype):
     transform, z = Sigmoid(*box), torch.linspace(-200, 200, 401, dtype=dtype).unsqueeze(-1)
     x, _ = transform(z)
+    assert x.min() >= x.new_tensor(box[0]) and x.max() <= x.new_tensor(box[1])
     assert torch.isfinite(transform.inverse(x)[1]).all()
     assert torch.isfinite(transform.inverse(x.float().double())[1]).all()  # as files keep it
     beyond = x.new_tensor([[box[0] - 1e-3], [box[1] + 1e-3]])

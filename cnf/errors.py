@@ -2,12 +2,16 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DISTRIBUTION = "torch-cnf"  # what pip knows the package as
 
 
 class SolverError(RuntimeError):
@@ -55,13 +59,25 @@ def _restored(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """Import a module that only the extra `extra` installs, or say how to get it."""
+    """Import a module that only the extra `extra` installs, or say which packages it needs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        packages = " ".join(f"'{package}'" for package in _requirements(extra))
         raise ImportError(
-            f"{module} is needed here; install it with: pip install 'cnf[{extra}]'"
+            f"{module} is needed here ({error}); install it with: pip install {packages or module}"
         ) from error
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra of this distribution asks for; nothing where it is not installed as one."""
+    try:
+        listed = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    marked = (requirement.split(";", 1) for requirement in listed if ";" in requirement)
+    wanted = re.compile(rf"extra == ['\"]{re.escape(extra)}['\"]")
+    return [package.strip() for package, marker in marked if wanted.search(marker)]
 
 
 def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int]) -> None:

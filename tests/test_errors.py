@@ -2,10 +2,13 @@
 
 import math
 import pickle
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
+from cnf import errors
 from cnf.errors import (
     SolverError,
     UnknownNameError,
@@ -15,6 +18,8 @@ from cnf.errors import (
     expect_positive,
     optional,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_solver_error_says_cause_place_and_remedy():
@@ -43,10 +48,22 @@ def test_unknown_name_lists_known_ones_and_the_nearest():
     assert isinstance(error, ValueError) and isinstance(error, KeyError)
 
 
-def test_missing_extra_is_named():
-    with pytest.raises(ImportError, match=r"pip install 'cnf\[evaluation\]'"):
+def test_missing_extra_names_the_packages_to_install():
+    """Not `cnf[…]`: on the public index that is another package."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    with pytest.raises(ImportError) as caught:
         optional("no_such_module_anywhere", "evaluation")
+    named = str(caught.value).split("pip install ")[1].replace("'", "").split()
+    assert sorted(map(str.lower, named)) == sorted(map(str.lower, extras["evaluation"]))
     assert optional("math", "evaluation") is math
+
+
+def test_missing_module_is_named_where_the_package_was_not_installed(monkeypatch):
+    monkeypatch.setattr(errors, "DISTRIBUTION", "no-such-distribution")
+    with pytest.raises(ImportError, match="pip install no_such_module_anywhere$"):
+        optional("no_such_module_anywhere", "evaluation")
 
 
 @pytest.mark.parametrize("shape", [(2,), (5, 2), (0, 2), (3, 4, 2)])

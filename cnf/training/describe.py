@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from cnf.dynamics.divergence import DIVERGENCES
+from cnf.errors import DISTRIBUTION
 from cnf.matching import COUPLINGS, PATHS, TIMES
 from cnf.objectives import OBJECTIVES, Objective
 from cnf.training.config import TrainConfig
 
-PACKAGES = ("cnf", "torch", "torchdiffeq", "numpy", "lightning-fabric")
+PACKAGES = ("torch", "torchdiffeq", "numpy", "lightning-fabric")
 
 
 def configuration(
@@ -80,6 +81,7 @@ def machine() -> dict[str, Any]:
     return {
         "revision": _revision(),
         "python": platform.python_version(),
+        "cnf": _version(DISTRIBUTION),
         **{name: _version(name) for name in PACKAGES},
         "system": platform.platform(),
         "processor": _processor(),

@@ -30,6 +30,7 @@ class Toy(ABC):
 
     dim = 2
     source: str | None = None  # the file it was read from
+    columns: tuple[str, ...] | None = None  # names, which only one's own points have
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cnf.data.density import Toy
 from cnf.data.pictures import PICTURES, Picture
-from cnf.data.tabular import TABLES, Points, read_table, table_kind
+from cnf.data.tabular import TABLES, Points, read_points, table_kind
 from cnf.data.toys import TOYS, toy
 from cnf.errors import UnknownNameError
 
@@ -52,8 +52,8 @@ def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
     path = Path(source)
     if path.suffix.lower() in PICTURES:
         found = Picture(path)
-    elif (kind := table_kind(path)) is not None:
-        found = Points(read_table(path), path.name[: -len(kind)])
+    elif table_kind(path) is not None:
+        found = read_points(path)
     else:
         raise ValueError(_refusal(str(source), path))
     found.source = str(path.resolve())  # so that a run's configuration can name it

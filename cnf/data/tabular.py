@@ -4,7 +4,7 @@ import csv
 import gzip
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,10 +23,12 @@ class Points:
         x: The points, one a row: floating, integer or boolean tensor or array, shape (N, D) or
             (N,), N at least 2.
         name: What they are called.
+        columns: The columns' names, D of them, if they have any.
 
     Attributes:
         x: The points, float32, shape (N, D).
         dim: D.
+        columns: The columns' names, or None.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
             column, and a tenth of their distance beyond.
         entropy: None: it is not known.
@@ -43,10 +45,19 @@ class Points:
     entropy = None
     source: str | None = None  # the file they were read from
 
-    def __init__(self, x: Tensor | np.ndarray, name: str = "points") -> None:
+    def __init__(
+        self, x: Tensor | np.ndarray, name: str = "points", columns: Sequence[str] | None = None
+    ) -> None:
         self.name = name
         self.x = as_points("Points", x)
         self.dim = self.x.shape[1]
+        self.columns: tuple[str, ...] | None = (
+            None if columns is None else tuple(map(str, columns))
+        )
+        if self.columns is not None and len(self.columns) != self.dim:
+            raise ValueError(
+                f"Points: expected {self.dim} names in columns, got {len(self.columns)}"
+            )
         low, high = np.quantile(self.x.cpu().double().numpy(), (0.001, 0.999), axis=0)
         margin = np.where(high > low, 0.1 * (high - low), 0.5)
         self.support = torch.from_numpy(np.stack([low - margin, high + margin])).float()
@@ -91,7 +102,12 @@ def as_points(who: str, values: Any) -> Tensor:
 
 
 def read_table(path: str | Path) -> Tensor:
-    """The rows of a table of numbers, float32, shape (N, D).
+    """The rows of a table of numbers, float32, shape (N, D): see `read_points`."""
+    return read_points(path).x
+
+
+def read_points(path: str | Path) -> Points:
+    """A table of numbers, named as its file, with the names of its columns where it has them.
 
     Reads .csv and .txt (one header line or none; commas, semicolons, tabs or spaces; lines that
     start with # are skipped), the same with .gz behind, .npy, .npz (one array, or one called x)
@@ -111,7 +127,8 @@ def read_table(path: str | Path) -> Tensor:
         raise ValueError(f"{who}: expected a file ending in {', '.join(TABLES)}, got {ending}")
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a table, got {path}, which is no file")
-    return as_points(who, TABLES[kind](who, path))
+    values, columns = TABLES[kind](who, path)
+    return Points(as_points(who, values), path.name[: -len(kind)], columns)
 
 
 def table_kind(path: Path) -> str | None:
@@ -119,7 +136,10 @@ def table_kind(path: Path) -> str | None:
     return next((kind for kind in TABLES if path.name.lower().endswith(kind)), None)
 
 
-def _read_text(who: str, path: Path) -> np.ndarray:
+Table = tuple[np.ndarray, Sequence[str] | None]  # the numbers, and their columns' names
+
+
+def _read_text(who: str, path: Path) -> Table:
     try:
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
@@ -131,15 +151,23 @@ def _read_text(who: str, path: Path) -> np.ndarray:
         raise ValueError(f"{who}: expected at least 2 rows, got an empty file")
     first = numbered[0][1]
     delimiter = next((mark for mark in ",;" if mark in first), None)
-    header = not all(map(_is_number, _split(first, delimiter)))
-    body = numbered[header:]
+    names = _split(first, delimiter)
+    header = None if all(map(_is_number, names)) else names
+    body = numbered[header is not None :]
     if not body:
         raise ValueError(f"{who}: expected at least 2 rows, got a header line and none")
+    lines = [line for _, line in body]
     try:
-        return np.loadtxt([line for _, line in body], delimiter=delimiter, ndmin=2, quotechar='"')
+        values = np.loadtxt(lines, delimiter=delimiter, ndmin=2, quotechar='"')
     except ValueError as error:
-        _explain(who, body, delimiter, _split(first, delimiter) if header else None)
+        _explain(who, body, delimiter, header)
         raise ValueError(f"{who}: expected a table of numbers, got {error}") from error
+    if header is not None and len(header) != values.shape[1]:
+        raise ValueError(
+            f"{who}: expected as many names as columns, got {len(header)} names in line "
+            f"{numbered[0][0]} and {values.shape[1]} columns"
+        )
+    return values, header
 
 
 def _explain(
@@ -181,17 +209,17 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _read_numpy(who: str, path: Path) -> np.ndarray:
+def _read_numpy(who: str, path: Path) -> Table:
     try:
         # Opened here: numpy leaves a broken .npz open.
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
-                return loaded
+                return loaded, None
             names = loaded.files
             name = "x" if "x" in names else names[0] if len(names) == 1 else None
             if name is not None:
-                return loaded[name]
+                return loaded[name], None
     except (OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{who}: expected an array of numbers as numpy.save writes it, got something else "
@@ -203,7 +231,7 @@ def _read_numpy(who: str, path: Path) -> np.ndarray:
     )
 
 
-def _read_parquet(who: str, path: Path) -> np.ndarray:
+def _read_parquet(who: str, path: Path) -> Table:
     arrow, parquet = optional("pyarrow", "data"), optional("pyarrow.parquet", "data")
     try:
         table = parquet.read_table(path)
@@ -219,10 +247,10 @@ def _read_parquet(who: str, path: Path) -> np.ndarray:
             "drop the columns or encode them"
         )
     columns = [column.cast(arrow.float64()).to_numpy() for column in table.columns]
-    return np.stack(columns, 1) if columns else np.empty((0, 0))
+    return np.stack(columns, 1) if columns else np.empty((0, 0)), table.column_names
 
 
-TABLES: dict[str, Callable[[str, Path], np.ndarray]] = {
+TABLES: dict[str, Callable[[str, Path], Table]] = {
     ".csv": _read_text,
     ".csv.gz": _read_text,
     ".txt": _read_text,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf.data import Points, read_table, write_table
+from cnf.data import Points, load, read_table, write_table
 
 TABLE = np.array([[1.0, 2.5], [3.0, -4.0], [5e-3, 6.0]])
 EXPECTED = torch.tensor(TABLE, dtype=torch.float32)
@@ -198,3 +198,19 @@ def test_write_table_refuses_other_kinds_and_existing_files(tmp_path):
     write_table(tmp_path / "x.npy", torch.zeros(2, 2))
     with pytest.raises(ValueError, match="exists already"):
         write_table(tmp_path / "x.npy", torch.zeros(2, 2))
+
+
+def test_columns_keep_the_names_that_the_table_gives_them(text, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"a b": [1.0, 2.0], "c": [3, 4]}), tmp_path / "t.parquet")
+    assert load(tmp_path / "t.parquet").columns == ("a b", "c")
+    assert load(text('time,"my, own"\n1,2\n3,4')).columns == ("time", "my, own")
+    assert load(text("1,2\n3,4")).columns is None
+    assert Points(EXPECTED, columns=["a", "b"]).columns == ("a", "b")
+
+
+def test_as_many_names_as_columns_are_expected(text):
+    with pytest.raises(ValueError, match="got 3 names in line 1 and 2 columns"):
+        read_table(text("a,b,c\n1,2\n3,4"))
+    with pytest.raises(ValueError, match="Points: expected 2 names in columns, got 1"):
+        Points(EXPECTED, columns=["a"])

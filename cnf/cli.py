@@ -7,16 +7,17 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from cnf import __version__ as cnf_version
 from cnf import data as densities
 from cnf import models, objectives
+from cnf.arguments import explained, flags, required, settings_class, spelled
 from cnf.catalogue import KINDS
 from cnf.dynamics.solver import Solver
-from cnf.errors import CheckpointError, SolverError, optional
+from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.flow import Flow
 from cnf.training import TrainConfig, fit, load
 from cnf.training.run import free_folder, scored_rows, trained_on
@@ -38,7 +39,7 @@ def train(
         data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
             npy, parquet).
         model: A model by name (see `cnf list models`).
-        options: The model's options, such as --options.hidden "[128, 128]".
+        options: The model's options, such as --options.hidden 128,128.
         objective: What is minimised (see `cnf list objectives`). If not given, flow matching with
             more times near the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
@@ -151,8 +152,9 @@ def compare(
             npy, parquet).
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
         steps: Budget of each contestant in optimiser steps.
-        contestants: Who runs (see `cnf list contestants`); the first five if not given.
-        seeds: One run for each; 0 if none is given.
+        contestants: Who runs, such as nsf,realnvp (see `cnf list contestants`); cnf-likelihood,
+            cnf-flow-matching, cnf-both, ffjord, realnvp and nsf if not given.
+        seeds: One run for each, such as 0,1,2; 0 if none is given.
         folder: Where everything is written; it must not exist. runs/compare-… if not given.
         device: "auto", "cpu", "cuda" or "mps".
         w2_points: Points for the exact W2 distance.
@@ -202,7 +204,7 @@ def list_names(kind: str | None = None) -> None:
     escape = optional("rich.markup", "cli").escape
     kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}
     if kind is not None and kind not in kinds:
-        raise ValueError(f"unknown kind {kind!r}; known: {', '.join(kinds)}")
+        raise UnknownNameError("kind", kind, kinds)
     for name in [kind] if kind else kinds:
         table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
         table.title_justify, table.title_style = "left", "bold"
@@ -224,51 +226,71 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `cnf` command. What a user can cause ends in one line and exit code 2."""
-    parser = _parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        _parser().print_help()
+        raise SystemExit(2)
+    name, *words = given
+    if name.startswith("-"):
+        _parser().parse_args(given)
     try:
-        chosen = parser.parse_args(arguments)
-    except ArgumentError as error:
-        given = [str(argument) for argument in arguments or sys.argv[1:]]
-        where = f" (in {given[given.index('--config') + 1]})" if "--config" in given[:-1] else ""
-        print("cnf: error:", " ".join(str(error).split()) + where, file=sys.stderr)
-        raise SystemExit(2) from None
-    name = chosen.subcommand
-    options = chosen[name].as_dict()
-    try:
-        if name == "train":
-            options.pop("config", None)
-            names = {field.name for field in fields(TrainConfig)}
-            settings = {key: options.pop(key) for key in list(options) if key in names}
-            options["config"] = TrainConfig(**settings)
+        options = _options(name, words)
         COMMANDS[name](**options)
     except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # of `cnf list | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, TypeError, OSError, ImportError, SolverError, CheckpointError) as error:
         if os.environ.get("CNF_TRACEBACK"):
             raise
-        print(f"cnf {name}: error: {error}", file=sys.stderr)
+        command = f"cnf {name}" if name in COMMANDS else "cnf"
+        print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _options(name: str, words: list[str]) -> dict[str, Any]:
+    """The arguments of a command's function from its words."""
+    if name not in COMMANDS:
+        raise UnknownNameError("command", name, COMMANDS)
+    function = COMMANDS[name]
+    kinds = flags(function) | ({"config": Path, "print_config": None} if name == "train" else {})
+    words = spelled(words, kinds, required(function) or kinds)
+    try:
+        parsed = _parser().parse_args([name, *words])
+    except ArgumentError as error:
+        file = next((word[9:] for word in words if word.startswith("--config=")), None)
+        raise ValueError(explained(error, kinds) + (f" (in {file})" if file else "")) from error
+    options = parsed[name].as_dict()
+    options.pop("config", None)
+    for argument, kind in get_type_hints(function).items():
+        if settings := settings_class(kind):
+            own = {field.name: options.pop(field.name) for field in fields(settings)}
+            options[argument] = settings(**own)
+    return options
 
 
 def _parser() -> Any:
     jsonargparse = optional("jsonargparse", "cli")
-    parser = jsonargparse.ArgumentParser(prog="cnf", description=__doc__, exit_on_error=False)
+    about = f"{__doc__} Flags may be written with dashes, and lists as a,b,c."
+    parser = jsonargparse.ArgumentParser(prog="cnf", description=about, exit_on_error=False)
     parser.add_argument(
         "--version", action="version", version=f"cnf {cnf_version}, torch {torch.__version__}"
     )
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         first = _first_line(function)
-        command = jsonargparse.ArgumentParser(description=first, exit_on_error=False)
+        usage = " ".join([f"cnf {name}", *map(str.upper, required(function)), "[--flag value …]"])
+        command = jsonargparse.ArgumentParser(usage=usage, exit_on_error=False)
         if name == "train":
             told = "YAML file of these flags, such as RUN/config.yaml."
             command.add_argument("--config", action="config", help=told)
-            command.add_function_arguments(function, as_positional=False, skip={"config"})
-            command.add_class_arguments(TrainConfig)
-        elif name == "list":
-            command.add_argument("kind", nargs="?", help=f"One of {', '.join(KINDS)}, …; or all.")
-        else:
-            command.add_function_arguments(function, as_positional=True)
+        hints = get_type_hints(function).items()
+        settings = {argument: own for argument, kind in hints if (own := settings_class(kind))}
+        command.add_function_arguments(function, as_positional=False, skip=set(settings))
+        for own in settings.values():
+            command.add_class_arguments(own)
         commands.add_subcommand(name, command, help=first)
     return parser
 

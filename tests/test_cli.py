@@ -14,6 +14,7 @@ import torch
 import cnf
 from cnf import cli
 from cnf.evaluation import CONTESTANTS
+from cnf.evaluation.contestants import RACE
 
 SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
 SMALL += ["--batch_size", "32", "--validation_rows", "100"]
@@ -193,6 +194,33 @@ def test_list_shows_every_name_of_a_kind(kind, call):
     assert all(name in said for name in names) and said.strip()
 
 
+def test_data_by_position_dashes_and_lists_repeat_the_run_of_underscores_and_flags(call, tmp_path):
+    plain = ["--batch_size=32", "--options.hidden=[8, 8]", "--validation_rows=9"]
+    habit = ["--batch-size", "32", "--options.hidden", "8,8", "--validation-rows", "9"]
+    rest = ["--steps", "2", "--device", "cpu", "--model", "realnvp", "--folder"]
+    code, _, said = call(
+        "train", "--data", "moons", *plain, "--progress=false", *rest, tmp_path / "a"
+    )
+    assert code == 0, said
+    code, _, said = call("train", "moons", *habit, "--no-progress", *rest, tmp_path / "b")
+    assert code == 0, said
+    one, two = (tmp_path / name / "checkpoints" / "flow.safetensors" for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
+    configs = [(tmp_path / name / "config.yaml").read_text() for name in "ab"]
+    assert configs[0] == configs[1] and "batch_size: 32" in configs[0]
+
+
+def test_no_command_shows_help_and_exits_2(call):
+    code, said, _ = call()
+    assert code == 2 and all(name in said for name in cli.COMMANDS)
+
+
+def test_help_of_compare_names_those_who_run_unless_told(call):
+    _, said, _ = call("compare", "--help")
+    words = " ".join(said.split()).replace("cnf- ", "cnf-")
+    assert ", ".join(RACE[:-1]) + f" and {RACE[-1]} if not given" in words
+
+
 def parsers():
     commands = next(a for a in cli._parser()._actions if a.dest == "subcommand")
     return commands._name_parser_map.items()
@@ -201,7 +229,7 @@ def parsers():
 @pytest.mark.parametrize("name, parser", parsers())
 def test_every_argument_has_help(name, parser):
     actions = [action for action in parser._actions if action.help != "==SUPPRESS=="]
-    assert len(actions) > 1 and parser.description
+    assert len(actions) > 1
     for action in actions:
         text = (action.help or "").split("(type:")[0].split("(default:")[0].strip()
         assert len(text) > 5, f"cnf {name}: {action.dest} has no help"
@@ -210,12 +238,16 @@ def test_every_argument_has_help(name, parser):
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command_is_shown(name, call):
     code, said, _ = call(name, "--help")
-    assert code == 0 and said.startswith("usage: ")
+    assert code == 0 and said.startswith(f"usage: cnf {name}")
+    assert "".join(cli._first_line(cli.COMMANDS[name])[:-1].split()) in "".join(said.split())
 
 
 WRONG = {
-    "misspelt option": (["train", *TRAIN, "--stpes", "3"], "stpes"),
-    "no data": (["train", "--steps", "3"], "data"),
+    "misspelt option": (["train", *TRAIN, "--stpes", "3"], "Did you mean --steps?"),
+    "flag without its value": (["train", *TRAIN, "--steps"], "a value behind --steps"),
+    "a word too many": (["train", "moons", "pinwheel"], "unexpected 'pinwheel'"),
+    "seeds that are no numbers": (["compare", "moons", "--seeds", "0,x"], "list of a whole"),
+    "no data": (["train", "--steps", "3"], "expected DATA"),
     "unknown data": (["train", "--data", "mons"], "Did you mean 'moons'"),
     "missing file of data": (["train", "--data", "no.csv"], "no.csv"),
     "unknown model": (["train", *TRAIN, "--model", "cnff"], "Did you mean 'cnf'"),
@@ -227,10 +259,12 @@ WRONG = {
     "negative budget": (["train", *TRAIN, "--seconds", "-3"], "seconds > 0"),
     "zero budget": (["train", *TRAIN, "--steps", "0"], "steps > 0"),
     "both budgets": (["train", *TRAIN, "--steps", "3", "--seconds", "3"], "not both"),
-    "budget that is no number": (["train", *TRAIN, "--steps", "many"], "steps"),
+    "budget that is no number": (
+        ["train", *TRAIN, "--steps", "many"], "--steps to be a whole number or null, got many"
+    ),
     "unknown device": (["train", *TRAIN, "--steps", "3", "--device", "gpu0"], "gpu0"),
     "missing config": (["train", "--config", "no.yaml"], "no.yaml"),
-    "unknown command": (["trian"], "trian"),
+    "unknown command": (["trian"], "Did you mean 'train'"),
     "no run": (["evaluate", "nowhere"], "nowhere"),
     "no run to sample": (["sample", "nowhere", "x.npy"], "nowhere"),
     "no run to check": (["check", "nowhere"], "nowhere"),
@@ -240,7 +274,7 @@ WRONG = {
     "no steps": (["sample", "RUN", "x.npy", "--steps", "0"], "steps > 0"),
     "data of another size": (["evaluate", "RUN", "--data", "three.npy"], "(*, 2)"),
     "folder that exists": (["train", *TRAIN, "--steps", "3", "--folder", "RUN"], "exists already"),
-    "unknown kind of names": (["list", "model"], "models"),
+    "unknown kind of names": (["list", "model"], "Did you mean 'models'"),
     "unknown contestant": (["compare", "moons", "--steps", "1", "--contestants", "[x]"], "x"),
 }  # fmt: skip
 

@@ -26,6 +26,15 @@ def test_build_gives_a_flow_of_that_size(name, context):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_every_model_standardises_unless_told(name):
+    x = torch.tensor([5e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(200, 2)
+    flow = build(name, dim=2)
+    flow.preprocess.fit(x)
+    assert -flow.log_prob(x).mean() < 18  # a Gaussian has 7.4; millions as they are
+    assert build(name, dim=2, preprocess=None).preprocess is None
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_spec_survives_json_and_rebuilds_the_same_architecture(name):
     options = options_of(
         name,

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import cnf
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -23,3 +26,17 @@ def test_readme_example_runs(capsys):
     assert swaps >= 2
     exec(compile(shorter, "README.md", "exec"), {})
     assert "✓" in capsys.readouterr().out
+
+
+def test_own_network_of_the_readme_learns_data_far_from_unit_scale():
+    told = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names = {"cnf": cnf}
+    exec(compile(next(block for block in told if "Adapter(" in block), "README.md", "exec"), names)
+    x = torch.tensor([5e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(1_000, 2)
+    settings = cnf.TrainConfig(steps=60, progress=False)
+    cnf.fit(names["flow"], cnf.FlowMatching(), x, settings)
+    truth = torch.distributions.Normal(torch.tensor([5e4, 0.03]), torch.tensor([1e4, 0.01]))
+    y = truth.sample((500,))
+    with torch.no_grad():
+        gap = (truth.log_prob(y).sum(-1) - names["flow"].log_prob(y)).mean()
+    assert gap < 0.5  # nats; a thousand and more where the data are not standardised

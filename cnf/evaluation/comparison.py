@@ -193,7 +193,7 @@ def compare(
 def _raced(
     name: str, contestant: Contestant, judge: Judge, train: Any, density: Any, config: TrainConfig
 ) -> Entry:
-    flow, histories, memory = _train(contestant, train, density.dim, config)
+    flow, histories, memory = _train(contestant, train, density, config)
     scores = {**judge.scores(flow, config.seed), **_training_costs(histories, memory)}
     curve = _curve(histories, density, config.seed)
     few = judge.few_steps(flow, config.seed)
@@ -218,12 +218,15 @@ def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, floa
 
 
 def _train(
-    contestant: Contestant, data: Any, dim: int, base: TrainConfig
+    contestant: Contestant, data: Any, density: Any, base: TrainConfig
 ) -> tuple[Flow, list[History], float]:
     """The trained flow, each stage's history, and the peak memory of training in MB."""
+    options = {"dim": density.dim, **contestant.options}
+    if density.entropy is not None:
+        options |= contestant.toy_options
     with torch.random.fork_rng():
         torch.manual_seed(base.seed)  # contestants with the same field start from the same weights
-        flow = models.build(contestant.model, dim=dim, **contestant.options)
+        flow = models.build(contestant.model, **options)
     histories, memory = [], 0.0
     for number, stage in enumerate(contestant.stages, 1):
         part = {

@@ -75,14 +75,14 @@ def ffjord(
     activation: str | None = None,
     end_time: float = 0.5,
     solver: Solver | Mapping[str, Any] | None = None,
-    preprocess: str | None = None,
+    preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
     """FFJORD: concatsquash layers, a trained end time, dopri5 at 1e-5 with the adjoint.
 
-    The defaults are the paper's for 2-D densities; for images softplus and convolutions. Training
-    uses one Hutchinson probe, evaluation the exact trace.
+    The defaults are the paper's for 2-D densities, but that data are standardised; for images
+    softplus and convolutions. Training uses one Hutchinson probe, evaluation the exact trace.
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
     Args: as for `cnf`, and
@@ -108,7 +108,7 @@ def rnode(
     kinetic: float = 0.01,
     jacobian: float = 0.01,
     solver: Solver | Mapping[str, Any] | None = None,
-    preprocess: str | None = None,
+    preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:

@@ -68,7 +68,7 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
             f"load: {path} was not written by cnf (expected {FORMAT!r} in its header, "
             f"got {sorted(metadata)})"
         )
-    flow = into if into is not None else _built(json.loads(metadata[FORMAT]), path)
+    flow = into if into is not None else _built(json.loads(metadata[FORMAT]), tensors, path)
     _fill(flow, tensors, path)
     return flow.to(device)
 
@@ -117,16 +117,27 @@ def _find(path: Path, name: str) -> Path:
     raise CheckpointError(f"load: no {name} in {path}" if path.is_dir() else f"load: no {path}")
 
 
-def _built(spec: dict[str, Any] | None, path: Path) -> Flow:
+def _built(spec: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path) -> Flow:
     if spec is None:
         raise CheckpointError(
             f"load: {path} holds a flow that was built by hand; "
             "build it again and call load(path, into=flow)"
         )
     try:
-        return models.build(spec["model"], **spec["options"])
+        flow = models.build(spec["model"], **spec["options"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"load: cannot build the flow in {path}: {error}") from error
+    _without_later_defaults(flow, tensors)
+    return flow
+
+
+def _without_later_defaults(flow: Flow, tensors: dict[str, Tensor]) -> None:
+    """Take out preprocessing that a model did not have by default when the file was written."""
+    part = flow.preprocess
+    saved = any(name.startswith("preprocess.") for name in tensors)
+    if part is not None and part.state_dict() and not saved:
+        assert flow.spec is not None
+        flow.preprocess, flow.spec["options"]["preprocess"] = None, None
 
 
 def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

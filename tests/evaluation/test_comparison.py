@@ -94,6 +94,20 @@ def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypat
     assert len(trained_on[0]) == 240 and results.settings["test_points"] == 60
 
 
+@pytest.mark.parametrize("name", ["ffjord", "rnode"])
+def test_published_settings_are_for_toys_and_ones_own_points_are_standardised(name):
+    def trained(data):
+        source, config = cnf.data.load(data), cnf.TrainConfig(steps=1, progress=False)
+        rows = source if source.entropy else source.x
+        return comparison._train(CONTESTANTS[name], rows, source, config)[0]
+
+    assert trained("moons").preprocess is None
+    points = torch.tensor([4e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(300, 2)
+    gaussian = points.std(0).log().sum().item() + 1 + math.log(2 * math.pi)
+    nll = metrics.nll(trained(points), points).value
+    assert abs(nll - gaussian) < 2  # hundreds of millions where they are as they are
+
+
 def test_a_contestant_that_fails_does_not_stop_the_race(monkeypatch):
     real = comparison._train
 

@@ -63,6 +63,16 @@ def test_conditional_flow_is_built_again(name, small, points, tmp_path):
     assert torch.equal(read.log_prob(points, context), flow.log_prob(points, context))
 
 
+def test_flow_saved_when_its_model_did_not_standardise_loads_as_it_was(points, tmp_path):
+    flow = cnf.models.build("ffjord", dim=2, hidden=(8,), preprocess=None)
+    del flow.spec["options"]["preprocess"]  # what the default was
+    read = load(save(flow, tmp_path / "old.safetensors"))
+    assert read.preprocess is None
+    assert torch.equal(read.log_prob(points), flow.log_prob(points))
+    again = load(save(read, tmp_path / "new.safetensors"))
+    assert again.preprocess is None and again.spec["options"]["preprocess"] is None
+
+
 def test_hand_built_flow_needs_into(small, points, tmp_path):
     built = small("realnvp")
     by_hand = cnf.Flow(None, built.transform, event_shape=(2,))

@@ -1,10 +1,10 @@
 """Checkpoints: a flow's weights with how to build it, and the state that training goes on from."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,43 @@ from cnf import models
 from cnf.errors import CheckpointError, optional
 from cnf.flow import Flow
 
-FORMAT = "cnf-flow-1"
+FORMAT = "cnf-flow-2"
+UNHASHED = "cnf-flow-1"  # of files written before they carried a hash
 FLOW_FILE = "flow.safetensors"
 STATE_FILE = "state.pt"
+STATE_MARK = b"cnf-state-2 "  # then the hash of the rest, then a newline
+TEMPORARY = ".tmp"
+NO_HASH = "0" * 64  # stands for the hash while it is computed
 
 
 def save(flow: nn.Module, path: str | Path) -> Path:
     """Write weights, and the recipe of a flow made by `models.build`, to one safetensors file.
 
     The file is written beside the old one and then takes its place, so that a failure leaves the
-    old one as it was.
+    old one as it was. It carries a hash of all its bytes.
 
     Args:
         flow: Any module.
         path: The file; a folder gets `flow.safetensors`.
     Raises:
-        CheckpointError: It cannot be written (no permission, a full disk).
+        CheckpointError: A weight is NaN or infinite, or the file cannot be written (no permission,
+            a full disk).
     """
     path = Path(path)
     path = path / FLOW_FILE if path.is_dir() else path
     safetensors = optional("safetensors.torch", "train")
+    if bad := non_finite(flow):
+        raise CheckpointError(
+            f"save: the weight {bad} is NaN or infinite; {path} was not written. Training that "
+            "ends so has diverged: lower lr"
+        )
     state = flow.state_dict().items()
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state}
     # One key: the library writes several in an order that differs between runs.
-    metadata = {FORMAT: json.dumps(getattr(flow, "spec", None))}
-    data = safetensors.save(tensors, metadata=metadata)
-    return _replace(path, lambda temporary: temporary.write_bytes(data))
+    about = json.dumps({"sha256": NO_HASH, "spec": getattr(flow, "spec", None)})
+    data = safetensors.save(tensors, metadata={FORMAT: about})
+    data = data.replace(NO_HASH.encode(), _sha256(data).encode(), 1)
+    return write_whole(path, data)
 
 
 def load(path: str | Path, into: Flow | None = None, device: str | torch.device = "cpu") -> Flow:
@@ -54,59 +65,100 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
         CheckpointError: The file is missing, broken, of another program, or does not fit `into`.
     """
     path = _find(Path(path), FLOW_FILE)
-    safetensors, torch_side = (
-        optional(name, "train") for name in ("safetensors", "safetensors.torch")
-    )
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors: dict[str, Tensor] = torch_side.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"load: {path} is no readable safetensors file ({error})") from error
-    if FORMAT not in metadata:
-        raise CheckpointError(
-            f"load: {path} was not written by cnf (expected {FORMAT!r} in its header, "
-            f"got {sorted(metadata)})"
-        )
-    flow = into if into is not None else _built(json.loads(metadata[FORMAT]), tensors, path)
+    spec, tensors = _opened(path)
+    flow = into if into is not None else _built(spec, tensors, path)
     _fill(flow, tensors, path)
     return flow.to(device)
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write training state (tensors and plain containers) atomically."""
-    _replace(path, lambda temporary: torch.save(state, temporary))
+    """Write training state (tensors and plain containers) whole, after a hash of its bytes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    write_whole(path, STATE_MARK, _sha256(data).encode(), b"\n", data)
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
-    """Read training state; only tensors and plain containers are admitted."""
+    """Read training state; only tensors and plain containers are admitted.
+
+    Raises:
+        CheckpointError: There is none, or it is broken, or something else.
+    """
     path = _find(Path(folder), STATE_FILE)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-    ) as error:
+        data = path.read_bytes()
+        if data.startswith(STATE_MARK):
+            told, _, data = data.removeprefix(STATE_MARK).partition(b"\n")
+            if told != _sha256(data).encode():
+                raise CheckpointError("its hash is not that of its bytes")
+        elif not data.startswith(b"PK"):  # files without a hash were what torch.save writes
+            raise CheckpointError("it is no training state written by cnf")
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"it holds a {type(state).__name__}")
+    except CheckpointError as error:
+        raise CheckpointError(f"resume: {path} is broken: {error}") from None
+    except Exception as error:  # torch has no one error for a file that it cannot read
         message = f"resume: {path} is broken, or no training state written by cnf"
         raise CheckpointError(message) from error
+    return state
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def non_finite(module: nn.Module) -> str | None:
+    """The name of the first parameter that holds NaN or infinity, if there is one."""
+    named = module.named_parameters()
+    return next((name for name, value in named if not torch.isfinite(value).all()), None)
+
+
+def write_whole(path: Path, *parts: bytes | memoryview) -> Path:
+    """Replace a file's bytes, all or none of them.
+
+    Raises:
+        CheckpointError: It cannot be written; what was there is kept.
+    """
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{TEMPORARY}")  # names have a limit
     try:
-        write(temporary)
+        with temporary.open("wb") as file:
+            file.writelines(parts)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except OSError as error:
         message = f"save: cannot write {path} ({error}); what was there is kept"
         raise CheckpointError(message) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _opened(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """A flow file's recipe and tensors, after the check of its hash."""
+    safetensors, torch_side = (
+        optional(name, "train") for name in ("safetensors", "safetensors.torch")
+    )
+    try:
+        data = path.read_bytes()
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors: dict[str, Tensor] = torch_side.load(data)
+        about = json.loads(metadata.get(FORMAT, metadata.get(UNHASHED, "null")))
+    except Exception as error:  # of the library, of JSON, of the file system, too deep, too large
+        raise CheckpointError(f"load: {path} is no readable safetensors file ({error})") from error
+    if not metadata.keys() & {FORMAT, UNHASHED}:
+        raise CheckpointError(
+            f"load: {path} was not written by cnf (expected {FORMAT!r} in its header, "
+            f"got {sorted(metadata)})"
+        )
+    if FORMAT not in metadata:
+        return about, tensors
+    told = about.get("sha256") if isinstance(about, dict) else None
+    if told != _sha256(data.replace(str(told).encode(), NO_HASH.encode(), 1)):
+        raise CheckpointError(f"load: {path} is broken: its hash is not that of its bytes")
+    return about["spec"], tensors
 
 
 def _find(path: Path, name: str) -> Path:
@@ -125,7 +177,7 @@ def _built(spec: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path) 
         )
     try:
         flow = models.build(spec["model"], **spec["options"])
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a recipe without a hash may ask for anything
         raise CheckpointError(f"load: cannot build the flow in {path}: {error}") from error
     _without_later_defaults(flow, tensors)
     return flow
@@ -144,10 +196,12 @@ def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     dtypes = (value.dtype for value in tensors.values() if value.is_floating_point())
     try:
         flow.to(next(dtypes, None)).load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"load: the weights in {path} do not fit the flow: {first_line(error)}"
         ) from error
+    if bad := non_finite(flow):
+        raise CheckpointError(f"load: the weight {bad} in {path} is NaN or infinite")
 
 
 def first_line(error: Exception) -> str:

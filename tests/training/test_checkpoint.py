@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import pickle
+import resource
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +16,7 @@ import cnf
 from cnf.training import load, save
 from cnf.training.checkpoint import load_state, save_state
 
+OLD = Path(__file__).parent / "before_hashes"  # written when files carried no hash
 MODELS = ["cnf", "ffjord", "realnvp"]
 
 
@@ -181,40 +184,30 @@ def test_foreign_state_is_refused(data, tmp_path):
     assert str(path) in refusal(load_state, path)
 
 
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def small_disk():
+    """(bytes) → no file grows beyond so many, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_leaves_the_old_checkpoint_byte_for_byte(small, written, monkeypatch):
+def test_full_disk_leaves_the_old_checkpoint_byte_for_byte(small, written, small_disk):
     old, other = written.read_bytes(), small()
     torch.nn.init.ones_(next(other.parameters()))
-
-    def half(self, data):
-        with open(self, "wb") as file:
-            file.write(data[: len(data) // 2])
-        full()
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_bytes", half)
-        message = refusal(save, other, written)
-    assert "No space left" in message and str(written) in message
+    small_disk(len(old) // 2)
+    message = refusal(save, other, written)
+    assert "cannot write" in message and str(written) in message
     assert written.read_bytes() == old
     assert os.listdir(written.parent) == [written.name]
 
 
-def test_full_disk_leaves_the_old_state_byte_for_byte(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_state_byte_for_byte(tmp_path, small_disk):
     path = tmp_path / "state.pt"
     save_state({"a": 1}, path)
     old = path.read_bytes()
-
-    def half(state, target):
-        with open(target, "wb") as file:
-            file.write(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
-        assert "cannot write" in refusal(save_state, {"a": 2}, path)
+    small_disk(1000)
+    assert "cannot write" in refusal(save_state, {"a": torch.ones(1000)}, path)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["state.pt"]
 
@@ -241,3 +234,94 @@ def test_shared_weights_are_saved(tmp_path):
     path = save(module, tmp_path / "tied.safetensors")
     read = safetensors.torch.load_file(path)
     assert torch.equal(read["1.weight"], read["0.weight"])
+
+
+def flipped(data):
+    """The bytes with one bit flipped, in each of the first hundred bytes and some of the rest."""
+    for place in [*range(100), *range(100, len(data), 7)]:
+        yield data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def test_no_flipped_bit_of_a_flow_file_loads(tmp_path):
+    flow = cnf.models.build("realnvp", dim=2, layers=1, hidden=(2,), preprocess=None)
+    path = save(flow, tmp_path / "flow.safetensors")
+    for data in flipped(path.read_bytes()):
+        path.write_bytes(data)
+        assert str(path) in refusal(load, path)
+
+
+def test_no_flipped_bit_of_a_state_file_loads(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state({"learner": {"w": torch.ones(3)}, "records": [{"step": 1}]}, path)
+    for data in flipped(path.read_bytes()):
+        path.write_bytes(data)
+        assert str(path) in refusal(load_state, path)
+
+
+def test_saving_twice_gives_the_same_bytes(small, written, tmp_path):
+    again = save(small(), tmp_path / "again.safetensors")
+    assert again.read_bytes() == written.read_bytes()
+
+
+def test_flow_written_before_hashes_still_loads():
+    flow = load(OLD)
+    assert flow.spec["options"]["hidden"] == [2]
+    weights = torch.cat([value.flatten() for value in flow.parameters()])
+    assert weights.sum().item() == pytest.approx(-3.147118091583252, rel=1e-6)
+
+
+def test_state_written_before_hashes_still_loads():
+    state = load_state(OLD)
+    assert state["budget"]["step"] == 3 and len(state["records"]) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_no_number_is_named_when_written_and_when_read(value, small, tmp_path):
+    flow, path = small("realnvp"), tmp_path / "x.safetensors"
+    name, weight = list(flow.named_parameters())[3]
+    torch.nn.init.constant_(weight, value)
+    assert name in refusal(save, flow, path) and not path.exists()
+    metadata = {"cnf-flow-1": json.dumps(flow.spec)}
+    safetensors.torch.save_file(flow.state_dict(), path, metadata=metadata)
+    assert name in refusal(load, path)
+
+
+DAMAGED = {
+    "deep JSON": {"cnf-flow-1": "[" * 100_000},
+    "deep JSON, hashed": {"cnf-flow-2": "[" * 100_000},
+    "no JSON": {"cnf-flow-2": "{"},
+    "a list": {"cnf-flow-2": "[1]"},
+    "no hash": {"cnf-flow-2": json.dumps({"spec": None})},
+    "a hash that is a number": {"cnf-flow-2": json.dumps({"sha256": 3, "spec": None})},
+    "an empty hash": {"cnf-flow-2": json.dumps({"sha256": "", "spec": None})},
+    "another hash": {"cnf-flow-2": json.dumps({"sha256": "0" * 64, "spec": None})},
+    **{f"{kind}, unhashed": {"cnf-flow-1": text} for kind, text in SPECS.items()},
+    "options null": {"cnf-flow-1": '{"model": "cnf", "options": null}'},
+    "model a list": {"cnf-flow-1": '{"model": [], "options": {"dim": 2}}'},
+    "model null": {"cnf-flow-1": '{"model": null, "options": {"dim": 2}}'},
+    "dim null": {"cnf-flow-1": '{"model": "cnf", "options": {"dim": null}}'},
+    "dim a fraction": {"cnf-flow-1": '{"model": "realnvp", "options": {"dim": 2.5}}'},
+    "huge": {"cnf-flow-1": '{"model": "realnvp", "options": {"dim": 2, "hidden": [1e30]}}'},
+    "other weights": {"cnf-flow-1": '{"model": "realnvp", "options": {"dim": 2}}'},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_header_is_refused(kind, tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"w": torch.ones(2)}, path, metadata=DAMAGED[kind])
+    assert str(path) in refusal(load, path)
+
+
+@pytest.mark.parametrize("name, read", [("flow.safetensors", load), ("state.pt", load_state)])
+def test_folder_in_place_of_the_file_is_refused(name, read, tmp_path):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert str(tmp_path) in refusal(read, tmp_path)
+    assert str(tmp_path) in refusal(read, tmp_path / "checkpoints" / name)
+
+
+@pytest.mark.parametrize("held", [3, [1], torch.ones(2), None, "x"])
+def test_state_that_holds_another_thing_is_refused(held, tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(held, path)
+    assert type(held).__name__ in refusal(load_state, path)

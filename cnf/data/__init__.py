@@ -1,9 +1,20 @@
 """Data to learn from: known densities, pictures as densities, and one's own points."""
 
+from cnf.data.columns import Columns
 from cnf.data.density import Toy
 from cnf.data.pictures import Picture
 from cnf.data.source import load
 from cnf.data.tabular import Points, read_table, write_table
 from cnf.data.toys import TOYS, toy
 
-__all__ = ["TOYS", "Picture", "Points", "Toy", "load", "read_table", "toy", "write_table"]
+__all__ = [
+    "TOYS",
+    "Columns",
+    "Picture",
+    "Points",
+    "Toy",
+    "load",
+    "read_table",
+    "toy",
+    "write_table",
+]

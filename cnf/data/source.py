@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from cnf.data.columns import Columns
 from cnf.data.density import Toy
 from cnf.data.pictures import PICTURES, Picture
 from cnf.data.tabular import TABLES, Points, read_points, table_kind
@@ -15,13 +16,16 @@ from cnf.errors import UnknownNameError
 Source = Toy | Points
 
 
-def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
+def load(
+    source: str | PathLike[str] | Source | Tensor | np.ndarray, columns: Columns | None = None
+) -> Source:
     """What `source` stands for, as something with `name`, `dim`, `support` and `sample`.
 
     Args:
         source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
             points as a tensor or array of shape (N, D), or what this function returns, which comes
             back as it is.
+        columns: What the columns of a table are for; all are modelled if None.
 
     Returns:
         A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points.
@@ -38,6 +42,9 @@ def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
     Traceback (most recent call last):
     ValueError: load: unknown density 'mons'; known: ... Did you mean 'moons'? ...
     """
+    table = isinstance(source, str | PathLike) and table_kind(Path(source)) is not None
+    if columns not in (None, Columns()) and not table:
+        raise ValueError(f"load: columns can be chosen of a table, got {source}")
     if isinstance(source, Toy | Points):
         return source
     if isinstance(source, Tensor | np.ndarray):
@@ -52,8 +59,8 @@ def load(source: str | PathLike[str] | Source | Tensor | np.ndarray) -> Source:
     path = Path(source)
     if path.suffix.lower() in PICTURES:
         found = Picture(path)
-    elif table_kind(path) is not None:
-        found = read_points(path)
+    elif table:
+        found = read_points(path, columns)
     else:
         raise ValueError(_refusal(str(source), path))
     found.source = str(path.resolve())  # so that a run's configuration can name it

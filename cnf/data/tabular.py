@@ -1,5 +1,6 @@
 """One's own points: reading them from a table, and drawing from them."""
 
+import copy
 import csv
 import gzip
 import pickle
@@ -12,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.data.columns import Columns, Table, as_column, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, optional
+
+SPLIT = 2_718_281  # seed of the part of one's own points that is never trained on
 
 
 class Points:
@@ -24,11 +28,16 @@ class Points:
             (N,), N at least 2.
         name: What they are called.
         columns: The columns' names, D of them, if they have any.
+        context: Condition of each row, shape (N, C).
+        weight: Weight of each row, at least 0, shape (N,).
 
     Attributes:
         x: The points, float32, shape (N, D).
         dim: D.
         columns: The columns' names, or None.
+        context: As given, of x's dtype, or None.
+        weight: As given, of x's dtype, or None.
+        reading: What the columns of the file that they were read from are for.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
             column, and a tenth of their distance beyond.
         entropy: None: it is not known.
@@ -44,9 +53,15 @@ class Points:
 
     entropy = None
     source: str | None = None  # the file they were read from
+    reading: Columns | None = None
 
     def __init__(
-        self, x: Tensor | np.ndarray, name: str = "points", columns: Sequence[str] | None = None
+        self,
+        x: Tensor | np.ndarray,
+        name: str = "points",
+        columns: Sequence[str] | None = None,
+        context: Tensor | np.ndarray | None = None,
+        weight: Tensor | np.ndarray | None = None,
     ) -> None:
         self.name = name
         self.x = as_points("Points", x)
@@ -58,16 +73,55 @@ class Points:
             raise ValueError(
                 f"Points: expected {self.dim} names in columns, got {len(self.columns)}"
             )
+        self.context = self._of_each_row("context", context)
+        weight = self._of_each_row("weight", weight)
+        if weight is not None and (weight.shape[1] > 1 or weight.min() < 0 or weight.max() == 0):
+            raise ValueError("Points: expected a weight of at least 0 for each row, and one above")
+        self.weight = None if weight is None else weight[:, 0]
         low, high = np.quantile(self.x.cpu().double().numpy(), (0.001, 0.999), axis=0)
         margin = np.where(high > low, 0.1 * (high - low), 0.5)
         self.support = torch.from_numpy(np.stack([low - margin, high + margin])).float()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n rows drawn with replacement, shape (n, D), float32, on the generator's device."""
+        """n rows drawn with replacement, by their weights where they have any, shape (n, D),
+        float32, on the generator's device."""
+        return self.take(self.draw(n, generator)).x
+
+    def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """The numbers of n rows drawn with replacement, by their weights where they have any."""
         expect_count(f"{self.name}.sample", n)
         device = generator.device if generator is not None else None
-        rows = torch.randint(len(self.x), (n,), generator=generator, device=device)
-        return self.x.to(rows.device)[rows]
+        if self.weight is None:
+            return torch.randint(len(self.x), (n,), generator=generator, device=device)
+        edges = self.weight.double().cumsum(0).to(device or "cpu")
+        drawn = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        return torch.searchsorted(edges, drawn * edges[-1], right=True).clamp(max=len(edges) - 1)
+
+    def take(self, rows: Tensor) -> "Points":
+        """The points of some rows, with their contexts and weights, on the device of `rows`."""
+        taken = copy.copy(self)
+        for name in ("x", "context", "weight"):
+            value = getattr(self, name)
+            setattr(taken, name, None if value is None else value.to(rows.device)[rows])
+        return taken
+
+    def split(self, share: float) -> tuple["Points", "Points"]:
+        """The points in two random parts, the same for the same number of rows.
+
+        Args:
+            share: Part of the rows in the second.
+        """
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
+        count = int(share * len(order))
+        return self.take(order[count:]), self.take(order[:count])
+
+    def _of_each_row(self, name: str, values: Any) -> Tensor | None:
+        if values is None:
+            return None
+        rows = as_points(f"Points({name})", values).to(self.x)
+        if len(rows) != len(self.x):
+            raise ValueError(f"Points: expected {len(self.x)} rows of {name}, got {len(rows)}")
+        return rows
 
     def log_prob(self, x: Tensor) -> NoReturn:
         """Raise: nobody knows the density that one's own points come from."""
@@ -106,13 +160,16 @@ def read_table(path: str | Path) -> Tensor:
     return read_points(path).x
 
 
-def read_points(path: str | Path) -> Points:
+def read_points(path: str | Path, columns: Columns | None = None) -> Points:
     """A table of numbers, named as its file, with the names of its columns where it has them.
 
     Reads .csv and .txt (one header line or none; commas, semicolons, tabs or spaces; lines that
     start with # are skipped), the same with .gz behind, .npy, .npz (one array, or one called x)
     and .parquet. Nothing is unpickled.
 
+    Args:
+        path: The file.
+        columns: What its columns are for; all are modelled if None.
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The kind of file is unknown, or what it holds is not a table of at least two
@@ -127,16 +184,18 @@ def read_points(path: str | Path) -> Points:
         raise ValueError(f"{who}: expected a file ending in {', '.join(TABLES)}, got {ending}")
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a table, got {path}, which is no file")
-    values, columns = TABLES[kind](who, path)
-    return Points(as_points(who, values), path.name[: -len(kind)], columns)
+    table = TABLES[kind](who, path)
+    reading = (columns or Columns()).settled(who, table)
+    x, context, weight = reading.pick(who, table)
+    names = reading.columns if table.named else None
+    points = Points(as_points(who, x), path.name[: -len(kind)], names, context, weight)
+    points.reading = reading
+    return points
 
 
 def table_kind(path: Path) -> str | None:
     """The ending in TABLES that the path has, if any."""
     return next((kind for kind in TABLES if path.name.lower().endswith(kind)), None)
-
-
-Table = tuple[np.ndarray, Sequence[str] | None]  # the numbers, and their columns' names
 
 
 def _read_text(who: str, path: Path) -> Table:
@@ -151,62 +210,67 @@ def _read_text(who: str, path: Path) -> Table:
         raise ValueError(f"{who}: expected at least 2 rows, got an empty file")
     first = numbered[0][1]
     delimiter = next((mark for mark in ",;" if mark in first), None)
-    names = _split(first, delimiter)
-    header = None if all(map(_is_number, names)) else names
+    top = [_split(line, delimiter) for _, line in numbered[:2]]
+    header = _named(top[0]) if _is_header(top) else None
     body = numbered[header is not None :]
     if not body:
         raise ValueError(f"{who}: expected at least 2 rows, got a header line and none")
-    lines = [line for _, line in body]
     try:
-        values = np.loadtxt(lines, delimiter=delimiter, ndmin=2, quotechar='"')
-    except ValueError as error:
-        _explain(who, body, delimiter, header)
-        raise ValueError(f"{who}: expected a table of numbers, got {error}") from error
-    if header is not None and len(header) != values.shape[1]:
+        rows = [line for _, line in body]
+        columns = list(np.loadtxt(rows, delimiter=delimiter, ndmin=2, quotechar='"').T)
+    except ValueError:
+        columns = _mixed(who, body, delimiter)
+    if header is not None and len(header) != len(columns):
         raise ValueError(
             f"{who}: expected as many names as columns, got {len(header)} names in line "
-            f"{numbered[0][0]} and {values.shape[1]} columns"
+            f"{numbered[0][0]} and {len(columns)} columns"
         )
-    return values, header
+    return _table(columns, header, [number for number, _ in body])
 
 
-def _explain(
-    who: str, body: list[tuple[int, str]], delimiter: str | None, header: list[str] | None
-) -> None:
-    """Raise naming what stands where a number should, or the first line of another length."""
-    width = len(header or _split(body[0][1], delimiter))
-    names = header or [str(k + 1) for k in range(width)]
-    wrong: dict[str, str] = {}
-    for number, line in body:
-        row = _split(line, delimiter)
-        if len(row) != width:
+def _is_header(lines: list[list[str]]) -> bool:
+    """Whether the first line holds names: no number at all, or none above some number."""
+    first, below = lines[0], lines[-1]
+    pairs = zip(first, below, strict=False)
+    return not any(map(is_number, first)) or any(
+        is_number(under) and not is_number(cell) for cell, under in pairs
+    )
+
+
+def _named(cells: list[str]) -> list[str]:
+    """A header's names, each once; a column without one has its number."""
+    names: list[str] = []
+    for number, cell in enumerate(cells, 1):
+        name = cell or f"column-{number}"
+        names.append(name if name not in names else f"{name}-{number}")
+    return names
+
+
+def _mixed(who: str, body: list[tuple[int, str]], delimiter: str | None) -> list[np.ndarray]:
+    """The columns of lines that hold more than numbers."""
+    rows = [_split(line, delimiter) for _, line in body]
+    for (number, _), row in zip(body, rows, strict=True):
+        if len(row) != len(rows[0]):
             raise ValueError(
-                f"{who}: expected {width} columns in every line, got {len(row)} in line {number}"
+                f"{who}: expected {len(rows[0])} columns in every line, got {len(row)} in line "
+                f"{number}"
             )
-        for name, cell in zip(names, row, strict=True):
-            if not _is_number(cell):
-                wrong.setdefault(name, f"{name} ({cell!r} in line {number})")
-    if wrong:
-        raise ValueError(
-            f"{who}: expected numbers in every column, got others in {', '.join(wrong.values())}; "
-            "drop the columns or encode them, and fill or drop missing values"
-        )
+    return [as_column(cells) for cells in zip(*rows, strict=True)]
+
+
+def _table(
+    columns: Sequence[np.ndarray], names: Sequence[str] | None, lines: Sequence[int] | None = None
+) -> Table:
+    keys = names or [str(k + 1) for k in range(len(columns))]
+    return Table(dict(zip(keys, columns, strict=True)), names is not None, lines)
 
 
 def _split(line: str, delimiter: str | None) -> list[str]:
     if delimiter is None:  # a tab parts names that have spaces in them
         names = line.strip().split("\t")
-        cells = names if len(names) > 1 and not _is_number(names[0]) else line.split()
+        cells = names if len(names) > 1 and not is_number(names[0]) else line.split()
         return [cell.strip().strip('"') for cell in cells]
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_numpy(who: str, path: Path) -> Table:
@@ -215,11 +279,11 @@ def _read_numpy(who: str, path: Path) -> Table:
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
-                return loaded, None
+                return _array(who, loaded)
             names = loaded.files
             name = "x" if "x" in names else names[0] if len(names) == 1 else None
             if name is not None:
-                return loaded[name], None
+                return _array(who, loaded[name])
     except (OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{who}: expected an array of numbers as numpy.save writes it, got something else "
@@ -231,6 +295,16 @@ def _read_numpy(who: str, path: Path) -> Table:
     )
 
 
+def _array(who: str, values: np.ndarray) -> Table:
+    rows = values[:, None] if values.ndim == 1 else values
+    if rows.ndim != 2 or rows.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{who}: expected an array of numbers of shape (N, D), got {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    return _table(list(rows.T), None)
+
+
 def _read_parquet(who: str, path: Path) -> Table:
     arrow, parquet = optional("pyarrow", "data"), optional("pyarrow.parquet", "data")
     try:
@@ -238,16 +312,16 @@ def _read_parquet(who: str, path: Path) -> Table:
     except (OSError, arrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{who}: expected a Parquet file, got {reason}") from error
+    return _table([_arrow_column(arrow, c) for c in table.columns], table.column_names)
+
+
+def _arrow_column(arrow: Any, column: Any) -> np.ndarray:
     types = arrow.types
     numeric = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
-    wrong = [f"{f.name} ({f.type})" for f in table.schema if not any(ok(f.type) for ok in numeric)]
-    if wrong:
-        raise ValueError(
-            f"{who}: expected numbers in every column, got others in {', '.join(wrong)}; "
-            "drop the columns or encode them"
-        )
-    columns = [column.cast(arrow.float64()).to_numpy() for column in table.columns]
-    return np.stack(columns, 1) if columns else np.empty((0, 0)), table.column_names
+    if any(ok(column.type) for ok in numeric):
+        return column.cast(arrow.float64()).to_numpy()
+    cells = ("" if cell is None else str(cell) for cell in column.to_pylist())
+    return np.array(list(cells), dtype=object)
 
 
 TABLES: dict[str, Callable[[str, Path], Table]] = {

@@ -1,0 +1,232 @@
+"""What the columns of a table are for: those that are modelled, a context, weights."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from cnf.errors import UnknownNameError
+
+ATOMS = 20  # as many different values in a column of many rows are no continuous distribution
+MISSING = ("", "na", "n/a", "nan", "null", "none")
+
+
+@dataclass
+class Table:
+    """The columns of a file by name, or by number from 1 where it names none.
+
+    Attributes:
+        columns: Name → numbers, float64 with NaN for a missing cell, or text, "" for one.
+        named: Whether the file gives the names.
+        lines: The line of each row in a text file.
+    """
+
+    columns: dict[str, np.ndarray]
+    named: bool
+    lines: Sequence[int] | None = None
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for a reader of the file."""
+        return f"row {row}" if self.lines is None else f"line {self.lines[row]}"
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The table of some rows: a mask, or their numbers."""
+        lines = None if self.lines is None else np.asarray(self.lines)[rows].tolist()
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Table(columns, self.named, lines)
+
+
+class Picked(NamedTuple):
+    """What `Columns.pick` takes out of a table of N rows, each part with a row for each."""
+
+    x: np.ndarray
+    context: np.ndarray | None
+    weight: np.ndarray | None
+
+
+@dataclass
+class Columns:
+    """What the columns of one's own table are for.
+
+    Args:
+        columns: The columns to model, by name, or by number from 1 in a file without names; all
+            that are neither context nor weight if not given.
+        context: The columns that the model is conditioned on; text is coded one-hot.
+        weight: The column of the rows' weights.
+        drop_missing: Leave out rows with a missing value in a column that is used.
+        labels: The texts that each context column may hold, in the order of their one-hot code,
+            such as {species: [cat, dog]}; those of the file if not given.
+    """
+
+    columns: list[str] | None = None
+    context: list[str] | None = None
+    weight: str | None = None
+    drop_missing: bool = False
+    labels: dict[str, list[str]] | None = None
+
+    def settled(self, who: str, table: Table) -> "Columns":
+        """These settings with every column and label named, so that another table can be read in
+        the same way.
+
+        Raises:
+            ValueError: An unknown column, one with two purposes, or none to model.
+        """
+        context, labels = self.context or [], dict(self.labels or {})
+        apart = [*context, *([] if self.weight is None else [self.weight])]
+        names = self.columns
+        if names is None:
+            names = [name for name in table.columns if name not in apart]
+        for name in [*names, *apart]:
+            if name not in table.columns:
+                raise ValueError(f"{who}: {UnknownNameError('column', name, table.columns)}")
+        if not names or len({*names, *apart}) < len(names) + len(apart):
+            raise ValueError(
+                f"{who}: expected one purpose for each column and one to model at least, got "
+                f"columns {names}, context {context}, weight {self.weight}"
+            )
+        for name in context:
+            cells = table.columns[name]
+            if cells.dtype != object or name in labels:
+                continue
+            labels[name] = sorted(set(cells) - {""})
+            if len(labels[name]) > max(8, len(cells) // 2):
+                raise ValueError(
+                    f"{who}: expected labels in {name}, got {len(labels[name])} different texts "
+                    f"in {len(cells)} rows"
+                )
+        return replace(self, columns=names, labels=labels or None)
+
+    def pick(self, who: str, table: Table) -> Picked:
+        """The columns' parts of a table, by what `settled` has settled.
+
+        Raises:
+            ValueError: Text where numbers are needed, missing values, a label that is not known.
+        """
+        names, context = self.columns or [], self.context or []
+        weights = [] if self.weight is None else [self.weight]
+        table = self._complete(who, table, [*names, *context, *weights])
+        _expect_numbers(who, table, [*names, *weights])
+        warn_of_columns(who, {name: table.columns[name] for name in names})
+        return Picked(
+            np.stack([table.columns[name] for name in names], 1),
+            np.concatenate([self._coded(who, table, name) for name in context], 1)
+            if context
+            else None,
+            table.columns[weights[0]] if weights else None,
+        )
+
+    def parse(self, who: str, values: Sequence[str]) -> list[float]:
+        """One context from what a user types: a value for each column in order, or name=value.
+
+        >>> columns = Columns(context=["u", "pet"], labels={"pet": ["cat", "dog"]})
+        >>> columns.parse("sample", ["pet=dog", "u=3"])
+        [3.0, 0.0, 1.0]
+        """
+        names = self.context or [str(k + 1) for k in range(len(values))]
+        given = dict(zip(names, values, strict=False))
+        if values and all(value.partition("=")[0] in names for value in values):
+            given = {name: value for name, _, value in (text.partition("=") for text in values)}
+        if len(values) != len(names) or set(given) != set(names):
+            raise ValueError(
+                f"{who}: expected a context of {', '.join(names)}, got {', '.join(values)}"
+            )
+        texts = self.labels or {}
+        table = Table(
+            {
+                name: np.array([text], dtype=object) if name in texts else as_column([text])
+                for name, text in given.items()
+            },
+            named=True,
+        )
+        coded = [self._coded(who, table, name)[0] for name in names]
+        return np.concatenate(coded).tolist()
+
+    def _complete(self, who: str, table: Table, used: list[str]) -> Table:
+        missing = {name: _missing(table.columns[name]) for name in used}
+        bad = np.logical_or.reduce(list(missing.values()))
+        if not bad.any():
+            return table
+        if self.drop_missing:
+            return table.take(~bad)
+        first = [
+            f"{name} ({table.place(int(rows.argmax()))})"
+            for name, rows in missing.items()
+            if rows.any()
+        ]
+        raise ValueError(
+            f"{who}: expected no missing values, got some in {bad.sum()} of {len(bad)} rows, "
+            f"first in {', '.join(first)}; fill them in, or leave the rows out by drop_missing"
+        )
+
+    def _coded(self, who: str, table: Table, name: str) -> np.ndarray:
+        """A context column as numbers, shape (N, 1), or labels one-hot, shape (N, labels)."""
+        cells, labels = table.columns[name], (self.labels or {}).get(name)
+        if labels is None:
+            _expect_numbers(who, table, [name])
+            return np.asarray(cells, dtype=np.float64)[:, None]
+        if cells.dtype != object:
+            cells = np.array([f"{cell:g}" for cell in cells], dtype=object)
+        for row, cell in enumerate(cells):
+            if cell not in labels:
+                place = f" in {table.place(row)}" if len(cells) > 1 else ""
+                raise ValueError(f"{who}: {UnknownNameError(name, cell, labels)}{place}")
+        return (cells[:, None] == np.array(labels, dtype=object)).astype(np.float64)
+
+
+def as_column(cells: Sequence[str]) -> np.ndarray:
+    """Numbers, NaN for a missing one, if every cell is one or missing; else text, "" for one."""
+    present = [None if cell.lower() in MISSING else cell for cell in cells]
+    try:
+        return np.array([np.nan if cell is None else float(cell) for cell in present])
+    except ValueError:
+        return np.array(["" if cell is None else cell for cell in present], dtype=object)
+
+
+def warn_of_columns(who: str, columns: dict[str, np.ndarray]) -> None:
+    """Warn of columns that count the rows, and of those whose few values have no density."""
+    for name, values in columns.items():
+        if len(values) < 50 or not np.isfinite(values).all():
+            continue
+        if (np.diff(values) == 1).all():
+            warnings.warn(
+                f"{who}: column {name!r} counts the rows, which is nothing to model; leave it out "
+                "by naming the columns to model",
+                stacklevel=2,
+            )
+        elif 1 < len(different := np.unique(values)) <= ATOMS:
+            warnings.warn(
+                f"{who}: column {name!r} has only {len(different)} different values in "
+                f"{len(values)} rows, and single values have no density: the likelihood can grow "
+                "without bound. Leave it out, make it a context, or add noise as wide as the "
+                "steps between its values (dequantisation)",
+                stacklevel=2,
+            )
+
+
+def _missing(column: np.ndarray) -> np.ndarray:
+    return column == "" if column.dtype == object else np.isnan(column)
+
+
+def _expect_numbers(who: str, table: Table, names: Sequence[str]) -> None:
+    wrong = []
+    for name in names:
+        if table.columns[name].dtype == object:
+            cells = enumerate(table.columns[name])
+            row, cell = next((row, cell) for row, cell in cells if not is_number(cell))
+            wrong.append(f"{name} ({cell!r} in {table.place(row)})")
+    if wrong:
+        raise ValueError(
+            f"{who}: expected numbers in every column, got others in {', '.join(wrong)}; "
+            "leave them out by naming the columns to model, or make labels a context"
+        )
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell holds a number."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""What the columns of a table are for, and what is said of columns that have no density."""
+
+import numpy as np
+import pytest
+import torch
+
+from cnf.data import Columns, Points, load
+
+PETS = "pet,weight,u,age\ncat,1,.5,3\ndog,2,.25,4\n,1,.1,5\ndog,0,na,6\nape,1,.75,7\n"
+
+
+@pytest.fixture
+def pets(tmp_path):
+    (tmp_path / "pets.csv").write_text(PETS)
+    return tmp_path / "pets.csv"
+
+
+def test_columns_context_and_weight_are_taken_by_name(pets):
+    points = load(pets, Columns(["age"], ["u", "pet"], "weight", drop_missing=True))
+    assert points.columns == ("age",) and points.x.tolist() == [[3], [4], [7]]
+    assert points.weight.tolist() == [1, 2, 1]
+    # ape, cat, dog: in alphabetical order
+    assert points.context.tolist() == [[0.5, 0, 1, 0], [0.25, 0, 0, 1], [0.75, 1, 0, 0]]
+    assert points.reading.labels == {"pet": ["ape", "cat", "dog"]}
+
+
+def test_every_other_column_is_modelled_unless_told(pets):
+    points = load(pets, Columns(context=["pet"], drop_missing=True))
+    assert points.columns == ("weight", "u", "age")
+
+
+def test_columns_without_names_have_numbers(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(6.0).reshape(2, 3))
+    points = load(tmp_path / "x.npy", Columns(["3", "1"]))
+    assert points.x.tolist() == [[2, 0], [5, 3]] and points.columns is None
+
+
+def test_labels_keep_their_code_in_another_file(pets, tmp_path):
+    (tmp_path / "new.csv").write_text("pet,age\ndog,1\ndog,2\n")
+    reading = load(pets, Columns(["age"], ["pet"], drop_missing=True)).reading
+    assert load(tmp_path / "new.csv", reading).context.tolist() == [[0, 0, 1]] * 2
+    (tmp_path / "new.csv").write_text("pet,age\ndog,1\ncow,2\n")
+    with pytest.raises(ValueError, match="unknown pet 'cow'; known: ape, cat, dog.* in line 3"):
+        load(tmp_path / "new.csv", reading)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_missing_values_are_refused_by_place_or_their_rows_left_out(kind, pets, tmp_path):
+    where = "line 4"
+    if kind == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pet, age = ["cat", "dog", None, "dog", "ape"], [3.0, 4.0, 5.0, 6.0, 7.0]
+        parquet.write_table(arrow.table({"pet": pet, "age": age}), tmp_path / "pets.parquet")
+        pets, where = tmp_path / "pets.parquet", "row 2"
+    columns = Columns(["age"], ["pet"])
+    with pytest.raises(ValueError, match=rf"in 1 of 5 rows, first in pet \({where}\)"):
+        load(pets, columns)
+    columns.drop_missing = True
+    assert load(pets, columns).x[:, 0].tolist() == [3, 4, 6, 7]
+
+
+def test_text_with_numbers_in_its_first_row_is_no_header(tmp_path):
+    (tmp_path / "x.csv").write_text("1,a\n2,b\n3,a\n")
+    points = load(tmp_path / "x.csv", Columns(context=["2"]))
+    assert points.x[:, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        (Columns(["agee"]), "unknown column 'agee'; known: .*Did you mean 'age'"),
+        (Columns(context=["pte"]), "unknown column 'pte'.*Did you mean 'pet'"),
+        (Columns(["age"], ["age"]), "expected one purpose for each column"),
+        (Columns(["age"], weight="age"), "expected one purpose for each column"),
+        (Columns([]), "one to model at least"),
+        (Columns(["pet"], drop_missing=True), r"others in pet \('cat' in line 2\).*a context"),
+        (Columns(["age"], weight="pet", drop_missing=True), r"others in pet \('cat' in line 2\)"),
+    ],
+)
+def test_columns_that_cannot_be_are_named(columns, message, pets):
+    with pytest.raises(ValueError, match=message):
+        load(pets, columns)
+
+
+def test_text_that_differs_in_every_row_is_no_label(tmp_path):
+    (tmp_path / "x.csv").write_text("who,x\n" + "".join(f"n{k},{k}\n" for k in range(9)))
+    with pytest.raises(
+        ValueError, match="expected labels in who, got 9 different texts in 9 rows"
+    ):
+        load(tmp_path / "x.csv", Columns(context=["who"]))
+
+
+def test_columns_of_what_is_no_table_are_refused():
+    with pytest.raises(ValueError, match="columns can be chosen of a table, got moons"):
+        load("moons", Columns(["x"]))
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (["dog", "3"], [0, 1, 3]),
+        (["u=3", "pet=dog"], [0, 1, 3]),
+        (["pet=a=b", "u=3"], "unknown pet 'a=b'; known: cat, dog"),
+        (["dog"], "expected a context of pet, u, got dog"),
+        (["pet=dog", "pet=cat"], "expected a context of pet, u"),
+        (["dog", "old"], r"got others in u \('old'"),
+    ],
+)
+def test_context_is_read_as_typed(values, said):
+    columns = Columns(context=["pet", "u"], labels={"pet": ["cat", "dog"]})
+    if isinstance(said, list):
+        assert columns.parse("sample", values) == said
+        return
+    with pytest.raises(ValueError, match=said):
+        columns.parse("sample", values)
+
+
+def test_index_column_and_columns_of_few_values_are_warned_of(tmp_path):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(60, 1))
+    lines = [f"{k},{k % 3},{v:.6f}" for k, (v,) in enumerate(x)]
+    (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))
+    with pytest.warns(UserWarning) as told:
+        points = load(tmp_path / "x.csv")
+    assert points.columns == ("column-1", "rooms", "income")
+    said = sorted(str(warning.message) for warning in told)
+    assert len(said) == 2
+    assert "'column-1' counts the rows" in said[0]
+    assert "'rooms' has only 3 different values in 60 rows" in said[1]
+    load(tmp_path / "x.csv", Columns(["income"], ["rooms"]))  # says nothing
+
+
+def test_points_are_split_in_parts_that_have_no_row_in_common():
+    x = torch.arange(50.0)
+    points = Points(x, context=2 * x, weight=x + 1)
+    train, test = points.split(0.2)
+    assert len(test.x) == 10
+    assert sorted([*train.x[:, 0].tolist(), *test.x[:, 0].tolist()]) == x.tolist()
+    assert torch.equal(test.context, 2 * test.x) and torch.equal(test.weight, test.x[:, 0] + 1)
+    assert torch.equal(points.split(0.2)[1].x, test.x)
+
+
+def test_weighted_points_are_drawn_by_their_weights():
+    points = Points(torch.arange(3.0), weight=torch.tensor([0.0, 1.0, 3.0]))
+    drawn = points.sample(4000, torch.Generator().manual_seed(0))[:, 0]
+    shares = torch.bincount(drawn.long(), minlength=3) / 4000
+    # binomial: a standard deviation of 0.007
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.25, 0.75]), rtol=0, atol=0.028)
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ({"weight": [1.0, -1.0, 1.0]}, "a weight of at least 0"),
+        ({"weight": [0.0, 0.0, 0.0]}, "a weight of at least 0"),
+        ({"context": [1.0, 2.0]}, "expected 3 rows of context, got 2"),
+    ],
+)
+def test_contexts_and_weights_fit_their_points(parts, message):
+    with pytest.raises(ValueError, match=message):
+        Points(torch.zeros(3), **{name: np.array(value) for name, value in parts.items()})

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cnf.errors import expect_choice, expect_positive
 
 BATCH_SIZE = 1024
+PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
 _NUMBERS = {
     **dict.fromkeys(("steps", "batch_size", "seed", "validations", "validation_rows"), int),
@@ -44,7 +47,9 @@ class TrainConfig:
         device: "auto", "cpu", "cuda", or "mps".
         devices: Processes, one for each device.
         strategy: Lightning Fabric's strategy for several processes, such as "ddp".
-        precision: Fabric's precision; null for the module's own dtype, "bf16-mixed" for autocast.
+        precision: "bf16-mixed" computes a float32 module's fields and nets in bfloat16, by
+            autocast; data, preprocessing, ODE states, log-determinants, losses and weights stay
+            float32, validation too. Null, "32-true" and "64-true" are the module's own dtype.
         progress: Show a progress bar.
         ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
             with `steps` it repeats.
@@ -102,6 +107,12 @@ class TrainConfig:
         for name in ("weight_decay", "validations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{who}: expected {name} >= 0, got {getattr(self, name)!r}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(
+                f"{who}: expected precision to be one of {', '.join(map(repr, PRECISIONS))}, or "
+                f"None for the module's own, got {self.precision!r}; float16, and bfloat16 "
+                "throughout, are too narrow for log-determinants: take 'bf16-mixed'"
+            )
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(
                 f"{who}: expected a strategy that reruns the script, such as 'ddp', "

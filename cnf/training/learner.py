@@ -10,19 +10,33 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.objectives import Batch, Loss, Objective
-from cnf.training.config import TrainConfig
+from cnf.training.config import PRECISIONS, TrainConfig
 from cnf.transforms.continuous import Continuous
 
 BAD_STEPS = 20  # gradients in a row that may be NaN or infinite before training gives up
 
 
 def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
-    """Fabric with this run's processes started."""
+    """Fabric with this run's processes started.
+
+    Never with its own mixed precision: that rounds the batch to bfloat16 before the step.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"fit: expected a module in float32 or float64, got {dtype}; call module.float(), and "
+            "take TrainConfig(precision='bf16-mixed') for bfloat16 in its nets"
+        )
+    if config.precision is not None and PRECISIONS[config.precision] != dtype:
+        raise ValueError(
+            f"fit: precision={config.precision!r} expects a module in "
+            f"{PRECISIONS[config.precision]}, got {dtype}; convert it: "
+            f"module.to({PRECISIONS[config.precision]})"
+        )
     fabric = Fabric(
         accelerator=config.device,
         devices=config.devices,
         strategy=config.strategy,
-        precision=config.precision or ("64-true" if dtype == torch.float64 else "32-true"),  # pyright: ignore
+        precision="64-true" if dtype == torch.float64 else "32-true",
     )
     fabric.launch()
     return fabric
@@ -31,12 +45,15 @@ def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
 class _Step(nn.Module):
     """What Fabric sets up: DDP sees every gradient, whatever the objective calls inside."""
 
-    def __init__(self, module: nn.Module, objective: Objective) -> None:
+    def __init__(self, module: nn.Module, objective: Objective, mixed: bool) -> None:
         super().__init__()
-        self.module, self.objective = module, objective
+        self.module, self.objective, self.mixed = module, objective, mixed
 
     def forward(self, batch: Batch) -> Loss:
-        return self.objective(self.module, batch)
+        if not self.mixed:
+            return self.objective(self.module, batch)
+        with torch.autocast(batch.x.device.type, torch.bfloat16):
+            return self.objective(self.module, batch)
 
 
 class Learner:
@@ -63,7 +80,7 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._bare = _Step(module, objective)
+        self._bare = _Step(module, objective, config.precision == "bf16-mixed")
         self._step = fabric.setup_module(self._bare)
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
         self.kept = module

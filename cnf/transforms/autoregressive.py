@@ -52,7 +52,7 @@ class Autoregressive(Scheme):
         raw_after = self.net.one_by_one(context)
         x, parts = columns.T[:, :0], []
         for z_i in columns:
-            x_i, ladj = self.map.forward(z_i, *self.parametrise(raw_after(x)))
+            x_i, ladj = self.map.forward(z_i, *self._map_parameters(raw_after(x), z))
             x = torch.cat([x, x_i.unsqueeze(-1)], -1)
             parts.append(ladj)
         return self._rows(x.T, torch.stack(parts), z)
@@ -60,5 +60,5 @@ class Autoregressive(Scheme):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
         columns, context = self._columns(x, context)
-        z, ladj = self.map.inverse(columns, *self.parametrise(self.net(columns.T, context)))
+        z, ladj = self.map.inverse(columns, *self._map_parameters(self.net(columns.T, context), x))
         return self._rows(z, ladj, x)

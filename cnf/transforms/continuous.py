@@ -20,6 +20,7 @@ from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice
 from cnf.fields.base import VectorField
 from cnf.fields.wrappers import pieces_of
+from cnf.precision import with_current_autocast
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
@@ -163,6 +164,7 @@ class Continuous(Transform):
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
                 return rates(piece, t, state[0], context)
 
+            dynamics = with_current_autocast(dynamics, state[0])
             state, evaluations = ode.solve(
                 dynamics, state, t0, t1, self._share(t0, t1), self._params(context)
             )
@@ -182,6 +184,7 @@ class Continuous(Transform):
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
                 return (piece(t, state[0], context).to(state[0].dtype),)
 
+            dynamics = with_current_autocast(dynamics, value)
             stretch = [t0, *(t for t in times if min(t0, t1) < t < max(t0, t1)), t1]
             (points,), _ = ode.solve_path(
                 dynamics, (path[-1][-1],), stretch, self._share(t0, t1), self._params(context)

@@ -82,7 +82,7 @@ class Coupling(TwoWayScheme):
             seen = torch.cat([seen, context], -1)
         raw = self.net.columns(seen) if isinstance(self.net, MLP) else self.net(seen).T
         raw = raw.unflatten(0, (self.map.size, len(moved)))
-        moved, ladj = move(moved, *self.parametrise(raw))
+        moved, ladj = move(moved, *self._map_parameters(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
         return self._rows(self._sorted(parts, self.restore), ladj, value)
 

@@ -138,6 +138,10 @@ class Scheme(Transform):
         self.map = map or Affine()
         self.parametrise = parametrise or self.map.parametrise
 
+    def _map_parameters(self, raw: Tensor, value: Tensor) -> Parameters:
+        """The map's parameters in the value's dtype: a net may compute in bfloat16, a map not."""
+        return self.parametrise(raw.to(value.dtype))
+
     def _columns(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(*batch, D) → (D, N), one piece of memory for each variable; context as (N, C)."""
         if context is not None:
@@ -212,6 +216,6 @@ class Elementwise(TwoWayScheme):
             assert context is not None
             raw = self.net.columns(context)
         assert raw is not None
-        parameters = self.parametrise(raw.unflatten(0, (self.map.size, self.dim)))
+        parameters = self._map_parameters(raw.unflatten(0, (self.map.size, self.dim)), value)
         parameters = [p.expand(*p.shape[:-1], columns.shape[1]) for p in parameters]
         return self._rows(*move(columns, *parameters), value)

@@ -140,7 +140,7 @@ class ConvCoupling(TwoWayScheme):
             planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
             seen = torch.cat([kept, planes], 1)
         raw = self._net(seen).unflatten(1, (self.map.size, -1)).movedim(1, 0)
-        moved, ladj = move(moved, *self.parametrise(raw))
+        moved, ladj = move(moved, *self._map_parameters(raw, value))
         images = torch.cat([kept, moved], 1)
         return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
 

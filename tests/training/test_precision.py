@@ -1,0 +1,76 @@
+"""bf16-mixed: bfloat16 in fields and nets, everything else as wide as without it."""
+
+import math
+
+import pytest
+import torch
+
+import cnf
+from cnf import FlowMatching, MaximumLikelihood
+from cnf.objectives import Objective
+
+MODELS = ["cnf", "otflow", "realnvp", "nsf", "nsf-ar", "maf", "glow"]
+
+
+def trained(flow, objective, data, config, **settings):
+    return cnf.fit(flow, objective, data, config(steps=5, clip=1.0, **settings))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_likelihood_in_bf16_mixed_is_nearly_that_of_float32(name, small, config, points):
+    losses = []
+    for precision in ("bf16-mixed", None):
+        flow = small(name)
+        history = trained(flow, MaximumLikelihood(), points, config, precision=precision, ema=None)
+        losses.append(torch.tensor([record["loss"] for record in history.records]))
+        assert all(p.dtype == torch.float32 for p in flow.parameters())
+        assert flow.log_prob(points).dtype == torch.float32
+    assert losses[0].isfinite().all() and not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=0, atol=0.05)  # of about 4 nats
+
+
+def test_bf16_mixed_trains_on_data_as_they_are(small, config):
+    x = (1000 + torch.linspace(0, 1, 4096).double()).float().unsqueeze(1).expand(-1, 2)
+    met = []
+
+    class Watched(Objective):
+        def prepare(self, module, batch, generator=None):
+            return batch
+
+        def __call__(self, module, batch, generator=None):
+            assert torch.is_autocast_enabled("cpu")
+            met.append(batch.x[:, 0])
+            return MaximumLikelihood()(module, batch, generator)
+
+    settings = {"precision": "bf16-mixed", "batch_size": 3000, "validations": 0}
+    cnf.fit(small("realnvp"), Watched(), x, config(steps=1, **settings))
+    (rows,) = met
+    assert rows.dtype == torch.float32 and len(rows.unique()) == 3000
+
+
+def test_validation_is_in_full_precision(small, config, points):
+    flow = small()
+    history = trained(flow, FlowMatching(), points, config, precision="bf16-mixed", validations=1)
+    held_out = cnf.training.stream.as_stream(points, config(steps=5)).validation
+    expected = -flow.eval().log_prob(held_out.x).double().mean().item()
+    assert math.isclose(history.records[-1]["val_nll"], expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "bf16-true", "transformer-engine"])
+def test_precisions_too_narrow_for_log_determinants_are_refused(precision):
+    with pytest.raises(ValueError, match=f"'{precision}'.*take 'bf16-mixed'"):
+        cnf.TrainConfig(precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("64-true", torch.float32), ("32-true", torch.float64), ("bf16-mixed", torch.float64)],
+)
+def test_a_precision_that_is_not_the_modules_is_refused(precision, dtype, small, config, points):
+    with pytest.raises(ValueError, match=f"precision='{precision}'.*got {dtype}"):
+        trained(small().to(dtype), FlowMatching(), points, config, precision=precision)
+
+
+def test_a_module_in_bfloat16_is_refused(small, config, points):
+    with pytest.raises(ValueError, match=r"got torch.bfloat16; call module.float\(\)"):
+        trained(small().bfloat16(), FlowMatching(), points, config)

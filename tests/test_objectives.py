@@ -9,6 +9,7 @@ from cnf import Batch, Flow, FlowMatching, Hutchinson, MaximumLikelihood, Solver
 from cnf.fields import Adapter
 from cnf.matching import Pairing
 from cnf.objectives import OBJECTIVES
+from cnf.objectives.base import resampled
 from cnf.transforms import Continuous
 
 F64 = torch.float64
@@ -122,7 +123,7 @@ def test_prepare_makes_every_draw(objective, small_flow, x):
     assert not any(v.requires_grad for v in vars(first).values() if v is not None)
 
 
-def test_coupling_carries_context_and_weight_with_x1(small_flow, x, context):
+def test_coupling_carries_context_with_x1_and_weighs_pairs(small_flow, x, context):
     swap = torch.tensor([3, 0, 5, 1, 2, 4])
     move = torch.tensor([1, 2, 3, 4, 5, 0])
     extra = torch.arange(1, 7).double()
@@ -130,14 +131,12 @@ def test_coupling_carries_context_and_weight_with_x1(small_flow, x, context):
     def couple(x0, x1, context, generator):
         return Pairing(swap, move, extra)
 
-    flow, weight = small_flow("cnf", context=3), torch.tensor([1.0, 2, 3, 4, 5, 6]).double()
-    plain = FlowMatching().prepare(flow, Batch(x, context, weight=weight), seeded())
-    paired = FlowMatching(coupling=couple).prepare(
-        flow, Batch(x, context, weight=weight), seeded()
-    )
+    flow = small_flow("cnf", context=3)
+    plain = FlowMatching().prepare(flow, Batch(x, context), seeded())
+    paired = FlowMatching(coupling=couple).prepare(flow, Batch(x, context), seeded())
     assert torch.equal(paired.x0, plain.x0[swap])
     assert torch.equal(paired.x, x[move]) and torch.equal(paired.context, context[move])
-    assert torch.equal(paired.weight, weight[move] * extra)
+    assert torch.equal(paired.weight, extra)
 
 
 def test_coupling_may_change_the_number_of_pairs(small_flow, x):
@@ -235,3 +234,100 @@ def test_misspelt_settings_are_refused():
     ):
         with pytest.raises(ValueError):
             make()
+
+
+MISFITS = {
+    "weight of shape (N, 1)": (
+        dict(weight=torch.ones(6, 1)),
+        r"weight of shape \(6,\), got .*6, 1",
+    ),
+    "one weight": (dict(weight=torch.tensor(1.0)), r"weight of shape \(6,\)"),
+    "too few weights": (dict(weight=torch.ones(5)), r"weight of shape \(6,\), got .*\(5,\)"),
+    "an array as weight": (
+        dict(weight=torch.ones(6).numpy()),
+        "weight to be a torch.Tensor, got nda",
+    ),
+    "times of shape (N, 1)": (dict(t=torch.ones(6, 1)), r"t of shape \(6,\), got .*\(6, 1\)"),
+    "one stop": (dict(stop=torch.tensor(0.1)), r"stop of shape \(6,\), got .*\(\)"),
+    "one context for all": (dict(context=torch.ones(1, 3)), "6 rows, .* got .*1, 3"),
+    "x0 of another batch": (dict(x0=torch.ones(5, 2)), "x0 of 6 rows, as many as x has"),
+    "negative weight": (dict(weight=-torch.arange(6.0)), r"at least 0, got -1 in row 1 \(5 of 6"),
+    "NaN weight": (dict(weight=torch.full((6,), torch.nan)), "finite .* got nan in row 0"),
+    "infinite weight": (dict(weight=torch.full((6,), torch.inf)), "finite .* got inf"),
+    "weights of 0": (dict(weight=torch.zeros(6)), "above 0, got 0 in all 6"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_batch_that_would_broadcast_is_refused_when_it_is_made(kind, x):
+    tensors, message = MISFITS[kind]
+    with pytest.raises(ValueError, match=f"^Batch: expected .*{message}"):
+        Batch(x, **tensors)
+
+
+@pytest.mark.parametrize(
+    "objective", [FlowMatching(), MaximumLikelihood(), cnf.objectives.Joint()]
+)
+def test_rows_of_more_than_one_event_are_refused(objective, small_flow, x):
+    message = r"expected one row for each x, shape \('N', 2\), got \(6, 1, 2\)"
+    with pytest.raises(ValueError, match=message):
+        objective(small_flow("cnf"), Batch(x[:, None], weight=torch.ones(6)), seeded())
+
+
+def test_x0_of_another_event_is_refused(small_flow, x):
+    with pytest.raises(ValueError, match=r"x0 of x1's shape \(6, 2\), got \(6, 1, 2\)"):
+        FlowMatching()(small_flow("cnf"), Batch(x, x0=x[:, None]), seeded())
+
+
+@pytest.mark.parametrize(
+    "objective", [FlowMatching(), MaximumLikelihood(), cnf.objectives.Joint()]
+)
+def test_a_batch_whose_weights_are_all_0_teaches_nothing(objective, small_flow, x):
+    flow = small_flow("cnf")
+    batch = Batch(x, weight=torch.ones(6)).but(weight=torch.zeros(6))  # as chance may draw it
+    value = objective(flow, batch, seeded()).value
+    assert value == 0
+    slopes = torch.autograd.grad(value, list(objective.parameters(flow)), allow_unused=True)
+    assert not any(slope.any() for slope in slopes if slope is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_weights_may_be_counts(dtype, small_flow, x):
+    flow, weight = small_flow("realnvp"), torch.tensor([1, 0, 1, 1, 0, 1], dtype=dtype)
+    value = MaximumLikelihood()(flow, Batch(x, weight=weight)).value
+    torch.testing.assert_close(value, -flow.log_prob(x)[weight > 0].mean())
+
+
+def test_rows_are_resampled_as_often_as_their_weights_say():
+    weight = torch.tensor([0.0, 3.0, 1.5, 0.25, 0.0, 1.25], dtype=F64)
+    x = torch.arange(6.0)[:, None]
+    counts = torch.stack(
+        [
+            torch.bincount(
+                resampled(Batch(x, weight=weight), seeded(k)).x[:, 0].long(), minlength=6
+            )
+            for k in range(2_000)
+        ]
+    )
+    share = 6 * weight / weight.sum()
+    assert ((counts - share).abs() < 2).all()  # of N strata a row fills all but two, or misses
+    torch.testing.assert_close(counts.double().mean(0), share, rtol=0, atol=0.05)  # 4 deviations
+    assert torch.equal(resampled(Batch(x, weight=torch.full((6,), 0.1)), seeded()).x, x)
+
+
+@pytest.mark.parametrize(
+    "coupling", ["independent", "minibatch-ot", "conditional-ot", "sinkhorn", "semidiscrete"]
+)
+def test_weights_change_the_law_of_the_data_and_not_of_the_base(coupling):
+    """x is ±2, of weights 9 and 1. Weights of pairs would move the base to -0.64."""
+    x = torch.tensor([-2.0, 2.0], dtype=F64).repeat(256)[:, None]
+    data = Batch(
+        x + 0.002 * torch.randn(512, 1, generator=seeded(3), dtype=F64), weight=(5 - 2 * x[:, 0])
+    )
+    flow = cnf.models.build("cnf", dim=1, hidden=(4,), preprocess=None).double()
+    objective = FlowMatching(coupling=coupling)
+    objective = objective.begin(flow, lambda n: data, seeded(1))
+    batch = objective.prepare(flow, data, seeded(2))
+    weight = torch.ones(512) if batch.weight is None else batch.weight
+    share, mean = ((weight * v).sum() / weight.sum() for v in (batch.x[:, 0] < 0, batch.x0[:, 0]))
+    assert abs(share - 0.9) < 0.06 and abs(mean) < 0.2

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from copy import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import expect_event
 from cnf.flow import Flow
 from cnf.registry import Registry
 from cnf.transforms.continuous import Continuous
@@ -24,11 +26,15 @@ class Batch:
         context: Condition, shape (N, C).
         x0: Base samples paired with x, shape (N, *event).
         x1: x as the transform gives it, inside preprocessing, shape (N, *event).
-        weight: Weight of each row, shape (N,).
+        weight: Weight of each row, at least 0, shape (N,).
         t: Times, shape (N,).
         noise: Of a noisy path, shape (N, *event).
         probe: Hutchinson probes, shape (N, probes, *event).
         stop: Time at which a solve towards the base ends, the same in each row, shape (N,).
+
+    Raises:
+        ValueError: A tensor has another number of rows than x, or a number that each row has one
+            of is not of shape (N,); a weight is negative, NaN or infinite, or all are zero.
     """
 
     x: Tensor
@@ -41,10 +47,38 @@ class Batch:
     probe: Tensor | None = None
     stop: Tensor | None = None
 
-    def map(self, function: Any) -> "Batch":
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise ValueError(f"Batch: expected {name} to be a torch.Tensor, got {kind}")
+            if name in ("weight", "t", "stop"):
+                fits, wanted = value.shape == self.x.shape[:1], f"shape ({len(self.x)},)"
+            else:
+                fits = value.dim() and len(value) == len(self.x)
+                wanted = "shape (N, …)" if name == "x" else f"{len(self.x)} rows, as many as x has"
+            if not fits:
+                raise ValueError(
+                    f"Batch: expected {name} of {wanted}, got shape {tuple(value.shape)}"
+                )
+        if (
+            self.weight is not None and self.weight.device.type == "cpu"
+        ):  # a GPU would be waited for
+            expect_weights("Batch", self.weight)
+
+    def but(self, **tensors: Tensor | None) -> "Batch":
+        """The batch with other tensors in place of its own; they are not checked again."""
+        batch = copy(self)
+        for name, value in tensors.items():
+            setattr(batch, name, value)
+        return batch
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `function` applied to each tensor that is there."""
-        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return Batch(**{name: function(value) for name, value in tensors if value is not None})
+        tensors = vars(self).items()
+        return self.but(**{k: function(value) for k, value in tensors if value is not None})
 
 
 class Loss(NamedTuple):
@@ -119,6 +153,49 @@ def require_continuous(who: str, flow: Flow) -> Continuous:
     return flow.transform
 
 
+def expect_rows(who: str, flow: Flow, batch: Batch) -> None:
+    """Raise unless the rows of the batch are what the flow models: x of shape (N, \\*event)."""
+    expect_event(who, "x", batch.x, flow.event_shape)
+    if batch.x.dim() != 1 + len(flow.event_shape):
+        raise ValueError(
+            f"{who}: expected one row for each x, shape {('N', *flow.event_shape)}, got "
+            f"{tuple(batch.x.shape)}; flatten what comes before"
+        )
+
+
+def expect_weights(who: str, weight: Tensor) -> None:
+    """Raise unless weights, shape (N,), are finite, at least 0, and not all 0."""
+    wrong = (~((weight >= 0) & torch.isfinite(weight))).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"{who}: expected weights that are finite and at least 0, got {weight[wrong[0]]:g} in "
+            f"row {wrong[0]} ({len(wrong)} of {len(weight)} rows)"
+        )
+    if len(weight) and not weight.any():
+        raise ValueError(f"{who}: expected a weight above 0, got 0 in all {len(weight)} rows")
+
+
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of (N,), weighted where there are weights."""
-    return values.mean() if weight is None else (weight * values).sum() / weight.sum()
+    """Mean of (N,), weighted where there are weights; 0 where all of these are 0."""
+    if weight is None:
+        return values.mean()
+    weight = weight.to(values)
+    return (weight * values).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def resampled(batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    """As many rows, drawn by their weights: what comes is equally weighted.
+
+    Stratified: one draw from each N-th of the weights, so that equal weights give the rows as they
+    are. Where all weights are 0, they stay 0.
+    """
+    if batch.weight is None:
+        return batch
+    n, weight = len(batch.x), batch.weight.double()
+    device = weight.device if generator is None else generator.device
+    within = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    ends = weight.cumsum(0)
+    places = (torch.arange(n, device=weight.device) + within.to(weight.device)) * (ends[-1] / n)
+    rows = torch.searchsorted(ends, places, right=True).clamp(max=n - 1)
+    drawn = batch.map(lambda value: value[rows])
+    return drawn.but(weight=(ends[-1:] > 0).to(batch.x.dtype).expand(n))

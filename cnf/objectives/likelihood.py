@@ -18,6 +18,7 @@ from cnf.objectives.base import (
     Loss,
     Objective,
     as_flow,
+    expect_rows,
     require_continuous,
     weighted_mean,
 )
@@ -67,17 +68,18 @@ class MaximumLikelihood(Objective):
     ) -> Batch:
         if batch.probe is None:
             probe = self._divergence(as_flow("MaximumLikelihood", module)).draw(batch.x, generator)
-            batch = replace(batch, probe=None if probe is None else probe.movedim(0, 1))
+            batch = batch.but(probe=None if probe is None else probe.movedim(0, 1))
         if self.steer and batch.stop is None:
             device = batch.x.device if generator is None else generator.device
             stop = self.steer * torch.rand((), generator=generator, device=device)
-            batch = replace(batch, stop=stop.to(batch.x).expand(len(batch.x)))
+            batch = batch.but(stop=stop.to(batch.x).expand(len(batch.x)))
         return batch
 
     def __call__(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Loss:
         flow = as_flow("MaximumLikelihood", module)
+        expect_rows("MaximumLikelihood", flow, batch)
         batch = self.prepare(flow, batch, generator)
         divergence = self._divergence(flow)
         if batch.probe is not None:

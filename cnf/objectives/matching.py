@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import expect_choice, expect_event
+from cnf.errors import expect_choice
 from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, made_for
 from cnf.flow import Flow
-from cnf.matching.couplings import as_coupling
+from cnf.matching.couplings import as_coupling, independent
 from cnf.matching.paths import Linear, Path, PathSample, as_path
 from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
@@ -22,7 +22,9 @@ from cnf.objectives.base import (
     Loss,
     Objective,
     as_flow,
+    expect_rows,
     require_continuous,
+    resampled,
     weighted_mean,
 )
 
@@ -85,7 +87,7 @@ class FlowMatching(Objective):
             return self
         flow = as_flow("FlowMatching", module)
         with torch.no_grad():
-            data = _inside(flow, data, generator)
+            data = _inside(flow, resampled(data, generator), generator)
             plan = coupling.fit(
                 data.x1, lambda n, g: flow.base.sample((n,), g), data.context, generator
             )
@@ -96,7 +98,7 @@ class FlowMatching(Objective):
     ) -> Batch:
         flow = as_flow("FlowMatching", module)
         field = require_continuous("FlowMatching", flow).field
-        expect_event("FlowMatching", "x", batch.x, flow.event_shape)
+        expect_rows("FlowMatching", flow, batch)
         with torch.no_grad():
             if batch.x0 is None:
                 batch = self._paired(flow, batch, generator)
@@ -107,11 +109,14 @@ class FlowMatching(Objective):
 
     def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
         coupling = self._made[0]
+        if getattr(coupling, "func", coupling) is not independent:
+            # Weights of pairs would weigh the base too: it would no longer be what is sampled.
+            batch = resampled(batch, generator)
         if isinstance(coupling, _Among):
             x0 = flow.base.sample((len(batch.x),), generator)
-            batch = coupling.partners(x0, batch.context)
-            drawn = batch if flow.dequantisation is None else _inside(flow, batch, generator)
-            return replace(drawn, x0=x0)
+            drawn = coupling.partners(x0, batch.context)
+            drawn = drawn if flow.dequantisation is None else _inside(flow, drawn, generator)
+            return drawn.but(x0=x0, weight=batch.weight)
         batch = _inside(flow, batch, generator)
         x0 = flow.base.sample((len(batch.x),), generator)
         i, j, weight = coupling(x0, batch.x1, batch.context, generator)
@@ -151,6 +156,9 @@ class FlowMatching(Objective):
         if not ready or (path.noisy and batch.noise is None):
             batch = self.prepare(flow, batch, generator)
         assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
+        if batch.x0.shape != batch.x1.shape:
+            shapes = f"{tuple(batch.x1.shape)}, got {tuple(batch.x0.shape)}"
+            raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
         sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
         context = flow.checked_context("FlowMatching", batch.context, batch.t.shape)
         predicted, target = self._regressed(field, path, sample, batch, context)
@@ -232,7 +240,7 @@ def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batc
         x1 = flow.dequantisation.encode(x1, generator)[0]
     if flow.preprocess is not None:
         x1 = flow.preprocess.inverse(x1)[0]
-    return replace(batch, x1=x1)
+    return batch.but(x1=x1)
 
 
 def _mean_square(predicted: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ def fit(
     config: TrainConfig,
     *,
     context: Any = None,
+    weight: Any = None,
     validation: Any = None,
 ) -> History:
     """Train `module` by `objective`; afterwards it holds the averaged (EMA) weights.
@@ -43,15 +44,18 @@ def fit(
             map-style dataset, an iterable of batches, or None where the objective needs none.
         config: Budget, optimiser, averaging, where to write.
         context: Condition of each row of an array, shape (N, C).
-        validation: Held-out rows, x or (x, context); drawn from the density, or a tenth of one's
-            own data, if None.
+        weight: Weight of each row of an array, at least 0, shape (N,): how much it counts in the
+            loss and in held-out scores.
+        validation: Held-out rows, x or (x, context) or a `Batch` with weights; drawn from the
+            density, or a tenth of one's own data, if None.
     Returns:
         What was logged, and why training ended.
     Raises:
-        ValueError: Data that are too few, of the wrong shape, NaN; a folder that exists.
+        ValueError: Data that are too few, of the wrong shape, NaN; weights that are negative, NaN
+            or all 0; a folder that exists.
         CheckpointError: The run's folder cannot be written or resumed.
     """
-    trainer = _Trainer(module, objective, data, config, context, validation)
+    trainer = _Trainer(module, objective, data, config, context, weight, validation)
     try:
         return trainer.run()
     finally:
@@ -61,7 +65,7 @@ def fit(
 class _Trainer:
     def __init__(
         self, module: nn.Module, objective: Objective, data: Any, config: TrainConfig,
-        context: Any, validation: Any,
+        context: Any, weight: Any, validation: Any,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
         from cnf.training.learner import Learner, launched
@@ -69,7 +73,7 @@ class _Trainer:
         self.module, self.objective, self.config = module, objective, config
         self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
         missing = getattr(getattr(module, "transform", None), "optional_context", False)
-        self.stream = as_stream(data, config, context, validation, missing)
+        self.stream = as_stream(data, config, context, weight, validation, missing)
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)

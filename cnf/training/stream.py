@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.errors import expect_finite
 from cnf.objectives import Batch
+from cnf.objectives.base import expect_weights
 from cnf.training.config import BATCH_SIZE, TrainConfig
 
 NULL = ("context", True)  # what may be NaN: a context that may be missing
@@ -188,6 +189,7 @@ def as_stream(
     data: Any,
     config: TrainConfig,
     context: Any = None,
+    weight: Any = None,
     validation: Any = None,
     missing: bool = False,
 ) -> Stream:
@@ -196,23 +198,35 @@ def as_stream(
     Args: as of `fit`, and
         missing: Whether a context may be missing, NaN.
     """
-    held_out = None if validation is None else as_batch(validation, "validation", missing)
+    held_out = None
+    if validation is not None:
+        held_out = _weighty(as_batch(validation, "validation", missing))
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
     if isinstance(data, Batch):
         if context is not None:
             raise ValueError("fit: a Batch holds its own context, got context=… beside it")
+        if weight is not None:
+            raise ValueError("fit: a Batch holds its own weight, got weight=… beside it")
         for name, value in vars(data).items():
             if value is not None and value.is_floating_point() and (name, missing) != NULL:
                 expect_finite("fit", name, value)
-        return RowStream(Rows(_same_length(data)), config, held_out)
+        return RowStream(Rows(_weighty(data)), config, held_out)
     points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
     if isinstance(points, Tensor) or hasattr(points, "__array__"):
         given = None if context is None else _checked("context", context, missing)
-        rows = Batch(_checked("data", points), given)
-        return RowStream(Rows(_same_length(rows)), config, held_out)
+        x = _checked("data", points)
+        if given is not None and len(given) != len(x):
+            raise ValueError(f"fit: expected {len(x)} rows of context, got {len(given)}")
+        rows = Batch(x, given, weight=None if weight is None else _weights(weight, len(x)))
+        return RowStream(Rows(_weighty(rows)), config, held_out)
     if context is not None:
         raise ValueError("fit: context=… goes with an array; elsewhere batches are (x, context)")
+    if weight is not None:
+        raise ValueError(
+            "fit: weight=… goes with an array; elsewhere batches are cnf.Batch(x, weight=…), and "
+            "a density is sampled by its own weights"
+        )
     if data is None:
         return NoData(config)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
@@ -247,7 +261,8 @@ def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
     own = batch.map(lambda value: value[rank * size : (rank + 1) * size])
     if own.weight is None or batch.weight is None:
         return own, 1.0
-    return own, (own.weight.sum() * processes / batch.weight.sum()).item()
+    whole = batch.weight.sum()
+    return own, (own.weight.sum() * processes / whole).item() if whole > 0 else 1.0
 
 
 def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
@@ -265,11 +280,20 @@ def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
         )
 
 
-def _same_length(batch: Batch) -> Batch:
-    for name, value in vars(batch).items():
-        if value is not None and len(value) != len(batch.x):
-            raise ValueError(f"fit: expected {len(batch.x)} rows of {name}, got {len(value)}")
-    return batch
+def _weights(value: Any, n: int) -> Tensor:
+    weight = torch.as_tensor(value)
+    if weight.shape != (n,):
+        raise ValueError(f"fit: expected weight of shape ({n},), got {tuple(weight.shape)}")
+    expect_weights("fit", weight)
+    return weight
+
+
+def _weighty(rows: Batch) -> Batch:
+    """The rows less those of weight 0, which say nothing."""
+    if rows.weight is None:
+        return rows
+    expect_weights("fit", rows.weight)
+    return rows if (rows.weight > 0).all() else rows.map(lambda value: value[rows.weight > 0])
 
 
 def _checked(name: str, value: Any, missing: bool = False) -> Tensor:

@@ -57,17 +57,18 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> float:
-        return sum(
-            -flow.log_prob(rows.x, rows.context).double().sum().item()
-            for rows in self._chunks(CHUNK)
-        ) / len(self._rows.x)
+        total = 0.0
+        for rows in self._chunks(CHUNK):
+            log_prob = flow.log_prob(rows.x, rows.context).double()
+            total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
+        return total / _mass(self._rows)
 
     def _loss(self, module: nn.Module) -> float:
         generator, total = seeded(self.config.seed, -4), 0.0  # the same draws every time
         for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for
             batch = self.objective.prepare(module, rows, generator)
-            total += len(rows.x) * self.objective(module, batch).value.item()
-        return total / len(self._rows.x)
+            total += _mass(rows) * self.objective(module, batch).value.item()
+        return total / _mass(self._rows)
 
     def _chunks(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self._rows.x), size):
@@ -91,3 +92,8 @@ class Validation:
         """Take up a checkpoint's state."""
         self.done, self.stale = state["done"], state["stale"]
         self.best, self.best_weights = state["best"], state["weights"]
+
+
+def _mass(rows: Batch) -> float:
+    """The sum of the rows' weights; each counts as one where there are none."""
+    return len(rows.x) if rows.weight is None else rows.weight.double().sum().item()

@@ -293,7 +293,8 @@ def _weighty(rows: Batch) -> Batch:
     if rows.weight is None:
         return rows
     expect_weights("fit", rows.weight)
-    return rows if (rows.weight > 0).all() else rows.map(lambda value: value[rows.weight > 0])
+    heavy = rows.weight > 0
+    return rows if heavy.all() else rows.map(lambda value: value[heavy])
 
 
 def _checked(name: str, value: Any, missing: bool = False) -> Tensor:

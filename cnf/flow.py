@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,20 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.distributions import Base, FlowDistribution, as_base
-from cnf.dynamics.divergence import Divergence, as_divergence
+from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event
 from cnf.fields.base import VectorField
+from cnf.rows import Rows
 from cnf.transforms.base import Compose, Transform
-from cnf.transforms.continuous import Continuous, Integral, is_continuous, reconfigured
+from cnf.transforms.continuous import (
+    Continuous,
+    Integral,
+    is_adaptive,
+    is_continuous,
+    reconfigured,
+)
 
 Shape = int | Sequence[int]
 
@@ -96,6 +103,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Log-density in nats, (*batch, *event) → (*batch,); exact unless asked otherwise.
 
+        A row of x or context that holds NaN has NaN, one of x at infinity has -inf; the others are
+        as they would be without it, gradients too.
+
         Args:
             x: Data.
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
@@ -107,8 +117,9 @@ class Flow(nn.Module):
             SolverError: An ODE solve failed.
         """
         divergence = None if divergence is None else as_divergence(divergence)
-        z, ladj = self._inverse(x, context, "log_prob", divergence, generator)
-        return self.base.log_prob(z) + ladj
+        rows, y, context, outer = self._enter(x, context, "log_prob", generator)
+        z, ladj = self._inner(_taken(divergence, rows)).inverse(y, context)
+        return rows.give(self.base.log_prob(z) + ladj + outer, rows.log_density)
 
     def log_prob_and_integral(
         self,
@@ -126,14 +137,20 @@ class Flow(nn.Module):
         """
         _ = self.field  # raises for a flow that has none
         assert isinstance(self.transform, Continuous)
-        y, context, outer = self._enter(x, context, "log_prob", generator)
-        if self.preprocess is not None:
-            y, ladj = self.preprocess.inverse(y)
-            outer = outer + ladj
+        rows, y, context, outer = self._enter(x, context, "log_prob", generator)
         solved = self.transform.integrate(
-            y, context, towards="base", divergence=divergence, integrands=integrands, stop=stop
+            y, context, towards="base", divergence=_taken(divergence, rows),
+            integrands=integrands, stop=stop,
+        )  # fmt: skip
+        log_prob = self.base.log_prob(solved.value) + solved.ladj + outer
+        estimates = solved.estimates
+        return rows.give(log_prob, rows.log_density), Integral(
+            rows.give(solved.value),
+            rows.give(solved.ladj),
+            tuple(rows.give(integral) for integral in solved.integrals),
+            solved.nfe,
+            None if estimates is None else rows.give(estimates, axis=1),
         )
-        return self.base.log_prob(solved.value) + solved.ladj + outer, solved
 
     def sample(
         self,
@@ -171,20 +188,22 @@ class Flow(nn.Module):
                 "Flow.sample_and_log_prob: a dequantised flow has no density of its samples; "
                 "call sample, then log_prob for the bound"
             )
+        rows, z, context = self._start(z, context)
         x, ladj = self._whole(None)(z, context)
-        return x, self.base.log_prob(z) - ladj
+        return rows.give(x), rows.give(self.base.log_prob(z) - ladj)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Data → base sample z, of the same batch shape."""
-        return self._inverse(x, context, "encode", "off")[0]
+        """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
+        rows, y, context, _ = self._enter(x, context, "encode", None)
+        return rows.give(self._inner("off").inverse(y, context)[0])
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Base sample → data."""
+        """Base sample → data; NaN in rows that are not finite."""
         expect_event("Flow.decode", "z", z, self.base.event_shape)
         self._expect_dtype("decode", "z", z)
-        x, _ = self._whole("off")(
-            z, self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
-        )
+        context = self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
+        rows, z, context = self._start(z, context)
+        x = rows.give(self._whole("off")(z, context)[0])
         return x if self.dequantisation is None else self.dequantisation.decode(x)
 
     def trajectory(
@@ -199,8 +218,10 @@ class Flow(nn.Module):
         if not times or times[0] != 0 or falls:
             raise ValueError("Flow.trajectory: expected times ascending from 0.0")
         context = self.checked_context("Flow.trajectory", context, z.shape[: self._batch(z)])
+        rows, z, context = self._start(z, context)
         path = self.transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
-        return path if self.preprocess is None else self.preprocess(path)[0]
+        path = path if self.preprocess is None else self.preprocess(path)[0]
+        return rows.give(path, axis=1)
 
     def with_solver(self, solver: Solver) -> "Flow":
         """The same weights under another solver: few-step sampling, tighter evaluation."""
@@ -221,35 +242,40 @@ class Flow(nn.Module):
 
     def _whole(self, divergence: str | Divergence | None) -> Transform:
         """Transform and preprocessing; "off" leaves out log-determinants, None changes nothing."""
-        transform = self.transform
-        if divergence is not None and is_continuous(transform):
-            setting = None if divergence == "off" else divergence
-            transform = reconfigured(transform, divergence=setting)
+        transform = self._inner(divergence)
         return transform if self.preprocess is None else Compose([transform, self.preprocess])
 
-    def _inverse(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        who: str,
-        divergence: str | Divergence | None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        y, context, log_weight = self._enter(x, context, who, generator)
-        z, ladj = self._whole(divergence).inverse(y, context)
-        return z, ladj + log_weight
+    def _inner(self, divergence: str | Divergence | None) -> Transform:
+        """The transform under another divergence; see `_whole`."""
+        if divergence is None or not is_continuous(self.transform):
+            return self.transform
+        setting = None if divergence == "off" else divergence
+        return reconfigured(self.transform, divergence=setting)
 
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | float]:
-        """x and context checked, x dequantised, and the log-weight of that."""
+    ) -> tuple[Rows, Tensor, Tensor | None, Tensor | float]:
+        """x, checked, dequantised and preprocessed, its context, and the log-weight of that."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_dtype(who, "x", x)
         context = self.checked_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
-        if self.dequantisation is None:
-            return x, context, 0.0
-        y, log_weight = self.dequantisation.encode(x, generator)
-        return y, context, log_weight
+        y, outer = x, 0.0
+        if self.dequantisation is not None:
+            y, outer = self.dequantisation.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
+        if self.preprocess is not None:
+            y, ladj = self.preprocess.inverse(y)
+            outer = outer + ladj
+        rows = self._rows([x] if y is x else [x, y], context)
+        return rows, rows.take(y), rows.take(context), rows.take(outer)
+
+    def _start(self, z: Tensor, context: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
+        """What a map towards the data begins with."""
+        rows = self._rows([z], context)
+        return rows, rows.take(z), rows.take(context)
+
+    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
+        missing, drop = self.transform.optional_context, is_adaptive(self.transform)
+        return Rows(values, len(self.event_shape), context, missing, drop)
 
     def _expect_dtype(self, who: str, name: str, value: Tensor) -> None:
         dtype = self.base._like.dtype
@@ -297,3 +323,10 @@ class Flow(nn.Module):
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
         return self.base.sample(shape, generator), context
+
+
+def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence | None:
+    """The divergence for the rows that are computed with."""
+    if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
+        return divergence
+    return replace(divergence, probe=rows.take(divergence.probe, axis=1))

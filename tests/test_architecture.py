@@ -30,6 +30,7 @@ FLOORS = {
     "errors": 1,
     "precision": 1,
     "registry": 1,
+    "rows": 1,
     "matching": 1,
     "data": 1,
 }

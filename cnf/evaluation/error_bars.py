@@ -73,7 +73,9 @@ def log_prob_with_error(
         _tightened(flow), x.double(), None if context is None else context.double(),
         divergence if divergence is None else _doubled(divergence), seed,
     )  # fmt: skip
-    solver_error = (reference - value).abs().to(value.dtype)
+    # Minus infinity, of a row at infinity or outside of the support, is exact.
+    solver_error = torch.where(value == reference, 0.0, (reference - value).abs())
+    solver_error = solver_error.to(value.dtype)
     return LogProb(value, _half_width(value, estimates, confidence), solver_error, nfe)
 
 

@@ -281,3 +281,9 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
 def is_continuous(transform: nn.Module) -> bool:
     """Whether a `Continuous` stands anywhere in it."""
     return any(isinstance(module, Continuous) for module in transform.modules())
+
+
+def is_adaptive(transform: nn.Module) -> bool:
+    """Whether an ODE in it chooses its steps, by all rows together."""
+    solvers = (part.solver for part in transform.modules() if isinstance(part, Continuous))
+    return any(not solver.fixed for solver in solvers)

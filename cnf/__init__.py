@@ -22,7 +22,7 @@ from cnf import (
     transforms,
 )
 from cnf.dynamics import Exact, Hutchinson, Solver
-from cnf.errors import CheckpointError, SolverError
+from cnf.errors import CheckpointError, DivergedError, SolverError
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood
 
@@ -39,6 +39,7 @@ _LAZY = {
 __all__ = [
     "Batch",
     "CheckpointError",
+    "DivergedError",
     "Exact",
     "Flow",
     "FlowMatching",

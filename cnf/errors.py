@@ -37,6 +37,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read, or put into the given flow."""
 
 
+class DivergedError(ValueError):
+    """Training whose loss, gradients or weights are no numbers, or whose ODE is out of hand."""
+
+
 class UnknownNameError(ValueError, KeyError):
     """A name that no registry entry has; the message lists those there are."""
 

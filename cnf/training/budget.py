@@ -68,5 +68,6 @@ class Budget:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
-        self.step, self.seconds, self.ticks = state["step"], state["seconds"], state["ticks"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.ticks = [int(tick) for tick in state["ticks"]]
         self.refresh()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -43,7 +44,8 @@ class TrainConfig:
             null to go on.
         checkpoint_seconds: Seconds between checkpoints.
         folder: The run's folder, which must not exist; null to write nothing.
-        resume: Go on with the run in `folder` from its last checkpoint.
+        resume: Go on with the run in `folder` from its last checkpoint; "auto" for going on if
+            there is one, else beginning.
         device: "auto", "cpu", "cuda", or "mps".
         devices: Processes, one for each device.
         strategy: Lightning Fabric's strategy for several processes, such as "ddp".
@@ -71,7 +73,7 @@ class TrainConfig:
     patience: int | None = None
     checkpoint_seconds: float = 60.0
     folder: Path | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     device: str = "auto"
     devices: int = 1
     strategy: str = "auto"
@@ -120,8 +122,11 @@ class TrainConfig:
             )
         if self.ticks is not None and self.seconds is not None:
             raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")
+        expect_choice(who, "resume", self.resume, (True, False, "auto"))
         if self.resume and self.folder is None:
-            raise ValueError(f"{who}: resume=True needs folder=…, the run to go on with")
+            raise ValueError(
+                f"{who}: resume={self.resume!r} needs folder=…, the run to go on with"
+            )
         if (self.batch_size or BATCH_SIZE) % self.devices:
             raise ValueError(
                 f"{who}: expected batch_size divisible by devices, "

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib import metadata
@@ -13,11 +14,15 @@ import torch
 from torch import nn
 
 from cnf.dynamics.divergence import DIVERGENCES
-from cnf.errors import DISTRIBUTION
+from cnf.errors import DISTRIBUTION, CheckpointError
 from cnf.matching import COUPLINGS, PATHS, TIMES
 from cnf.objectives import OBJECTIVES, Objective
 from cnf.training.config import TrainConfig
+from cnf.training.fingerprint import same_data
 
+FIXED = {"model", "options", "objective", "objective_options", "seed", "batch_size"}
+BUDGETS = ("steps", "seconds", "ticks")  # a run in seconds is told as one in steps afterwards
+UNTOLD = {"progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks"}
 PACKAGES = ("torch", "torchdiffeq", "numpy", "lightning-fabric")
 
 
@@ -36,11 +41,61 @@ def configuration(
     }
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, what differs of all that must be the same for a run to go on as itself."""
-    names = ("model", "options", "objective", "objective_options", "seed", "batch_size")
-    changed = [name for name in names if before.get(name) != now[name]]
-    return ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+class Origin:
+    """What a run is made from: its settings, its data, torch and the device.
+
+    Restoring it compares them with those of the run that goes on.
+
+    Args:
+        description: What `configuration` says.
+        data: The data's `fingerprint`.
+        device: Where training runs.
+    """
+
+    def __init__(self, description: dict[str, Any], data: Any, device: torch.device) -> None:
+        self.description, self.data = description, data
+        self.made_by = {"torch": str(torch.__version__), "device": device.type}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"description": self.description, "data": self.data, "made_by": self.made_by}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Refuse what is another run, and tell what else differs.
+
+        Raises:
+            CheckpointError: Model, objective, seed, batch size or data are others.
+        """
+        before, now = _flat(state["description"]), _flat(self.description)
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        changed = [name for name in changed if name.split(".")[0] not in UNTOLD]
+        both = [n for n in BUDGETS if None not in (before.get(n), now.get(n))]
+        changed = [name for name in changed if name not in BUDGETS or name in both]
+        told = {name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed}
+        fixed = [told[name] for name in changed if name.split(".")[0] in FIXED]
+        if fixed:
+            raise CheckpointError(f"is another run: {', '.join(fixed)}")
+        if not same_data(state["data"], self.data):
+            raise CheckpointError(
+                f"was trained on other data than these (it had {before.get('data')!r}, this is "
+                f"{now.get('data')!r}); give it the same, or begin a new run"
+            )
+        made = {n: (a, self.made_by[n]) for n, a in (state["made_by"] or {}).items()}
+        words = [*told.values(), *(f"{n} was {a}, is {b}" for n, (a, b) in made.items() if a != b)]
+        if words:
+            warnings.warn(
+                f"fit: the run goes on with other settings than it had: {', '.join(words)}",
+                stacklevel=2,
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else None
+        found |= {f"{prefix}{name}": value} if inner is None else inner
+    return found
 
 
 def objective_name(objective: Objective) -> str:

@@ -1,6 +1,7 @@
 """What a training run has done."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,6 +17,7 @@ class History:
             fit to the data.
         pairing: Of these, seconds in which batches were drawn and paired.
         reason: Why it ended: "budget", "patience" or "interrupted".
+        signal: Number of the signal that interrupted it; 0 for none.
         skipped: Steps left out because their gradient was NaN or infinite.
         ticks: See `TrainConfig.ticks`.
     """
@@ -26,9 +28,22 @@ class History:
     preparing: float = 0.0
     pairing: float = 0.0
     reason: str = "budget"
+    signal: int = 0
     skipped: int = 0
     ticks: list[int] = field(default_factory=list)
 
     def column(self, name: str) -> list[float]:
         """The values of one metric, where it was logged."""
         return [record[name] for record in self.records if name in record]
+
+    def interrupt(self, number: int) -> None:
+        """Note the signal that ends the run."""
+        self.reason, self.signal = "interrupted", number
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"records": self.records}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state."""
+        self.records = [dict(record) for record in state["records"]]

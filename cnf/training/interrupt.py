@@ -1,4 +1,4 @@
-"""Ctrl-C between steps."""
+"""Ctrl-C, SIGTERM and SIGHUP between steps."""
 
 import signal
 import threading
@@ -6,22 +6,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known to every system
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the work.
+
+    Attributes:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is seen between steps, a second one at once (in the main thread only)."""
-    pressed = threading.Event()
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Inside, a signal to end is seen between steps, a second one at once.
 
-    def press(number: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
+    Yields what tells the number of the signal that came, 0 for none. Only the main thread can see
+    signals. One that the process was started to ignore, as `nohup` does, stays ignored.
+    """
+    received: list[int] = []
 
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.signal(signal.SIGINT, press)
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            raise Interrupted(number)
+        received.append(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
+    taken = [n for n in before if before[n] != signal.SIG_IGN or n == signal.SIGINT]
+    for number in taken:
+        signal.signal(number, receive)
     try:
-        yield pressed.is_set
+        yield lambda: received[0] if received else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in taken:
+            signal.signal(number, before[number] or signal.SIG_DFL)

@@ -9,7 +9,9 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cnf.errors import CheckpointError, DivergedError
 from cnf.objectives import Batch, Loss, Objective
+from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
 from cnf.transforms.continuous import Continuous
 
@@ -144,7 +146,7 @@ class Learner:
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
-            raise ValueError(
+            raise DivergedError(
                 f"fit: the gradient was NaN or infinite in {BAD_STEPS} steps in a row "
                 f"(loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
                 "check the data's scale"
@@ -161,9 +163,39 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state."""
-        self.module.load_state_dict(state["module"])
-        self.kept.load_state_dict(state["kept"])
-        self.steps = state["steps"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.skipped = state["skipped"]
+        """Take up a checkpoint's state; the optimiser's settings are this run's own.
+
+        Raises:
+            CheckpointError: A tensor is not of the shape and dtype that it must have.
+        """
+        for module, saved in ((self.module, state["module"]), (self.kept, state["kept"])):
+            for name, weight in module.named_parameters():
+                _expect_like(name, saved[name], weight.shape, weight.dtype)
+            module.load_state_dict(saved)
+            if bad := non_finite(module):
+                raise CheckpointError(f"holds a weight {bad} that is NaN or infinite")
+        moments = state["optimizer"]["state"]
+        self._expect_moments(moments)
+        own = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**own, "state": moments})
+        self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+
+    def _expect_moments(self, moments: dict[int, dict[str, Any]]) -> None:
+        """The fused optimisers take a tensor of another size as it is, and write beyond it."""
+        for number, found in moments.items():
+            weight = self.parameters[number]
+            if found.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise CheckpointError(f"holds the state of another optimizer: {sorted(found)}")
+            _expect_like("step", found["step"], torch.Size(), torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                _expect_like(name, found[name], weight.shape, weight.dtype)
+
+
+def _expect_like(name: str, value: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (shape, dtype):
+        got = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            got = f"{tuple(value.shape)} and {value.dtype}"
+        raise CheckpointError(
+            f"holds a {name} of another model: expected {tuple(shape)} and {dtype}, got {got}"
+        )

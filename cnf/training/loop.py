@@ -1,5 +1,6 @@
 """Training: one loop for every objective, in plain sight."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -7,16 +8,16 @@ import torch
 from torch import nn
 
 from cnf.dynamics import ode
-from cnf.errors import CheckpointError, optional
+from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
 from cnf.training.config import TrainConfig
-from cnf.training.describe import configuration, differences, machine, objective_name
+from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
 from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
-from cnf.training.run import Run
+from cnf.training.run import Part, Run, restore
 from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded, shared
 from cnf.training.validation import Validation
 
@@ -35,7 +36,8 @@ def fit(
 ) -> History:
     """Train `module` by `objective`; afterwards it holds the averaged (EMA) weights.
 
-    Ctrl-C ends training after the step in hand, saves, and returns with reason "interrupted".
+    Ctrl-C, SIGTERM and SIGHUP end training after the step in hand; it saves, and returns with
+    reason "interrupted".
 
     Args:
         module: A flow, or any module that the objective understands.
@@ -54,12 +56,17 @@ def fit(
         ValueError: Data that are too few, of the wrong shape, NaN; weights that are negative, NaN
             or all 0; a folder that exists.
         CheckpointError: The run's folder cannot be written or resumed.
+        DivergedError: The gradient or the weights are no numbers any more, or training has led to
+            an ODE that cannot be solved. The last checkpoint is kept.
     """
     trainer = _Trainer(module, objective, data, config, context, weight, validation)
-    try:
-        return trainer.run()
-    finally:
-        trainer.close()
+    with trainer.folder:
+        trainer.take_up()
+        try:
+            return trainer.run()
+        except BaseException as error:
+            trainer.fail(error)
+            raise
 
 
 class _Trainer:
@@ -80,20 +87,27 @@ class _Trainer:
         self.fabric = launched(config, self.dtype)
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
-        self.description = configuration(module, objective, data, config)
-        main = self.fabric.is_global_zero
-        self.folder = Run(config.folder, config.resume) if config.folder and main else None
+        data_hash = self.stream.fingerprint() if config.folder else None
+        description = configuration(module, objective, data, config)
+        self.origin = Origin(description, data_hash, self.fabric.device)
+        self.folder = Run(config.folder if self.fabric.is_global_zero else None, config.resume)
         self.budget, self.history = Budget(config), History()
         held_out = self.stream.validation
         held_out = None if held_out is None else self._placed(held_out)
         self.validation = Validation(objective, config, held_out)
         self.saved_at = time.perf_counter()
-        if config.resume:
-            self._restore()
+
+    def take_up(self) -> None:
+        """Go on from the folder's checkpoint, if that is wanted; say what runs."""
+        self.resumes = self.fabric.broadcast(self.folder.resumes)
+        if self.resumes:
+            assert self.config.folder is not None
+            restore(self.config.folder, self._parts())
+        self.first_step = self.budget.step
+        self._describe("running")
 
     def run(self) -> History:
         show = self.config.progress and self.fabric.is_global_zero
-        self._describe("running")
         self._save()  # from now on the run can be resumed
         with (
             torch.random.fork_rng(),
@@ -117,8 +131,8 @@ class _Trainer:
                 if self.validation.due(self.budget.fraction) or self.budget.done:
                     scored = self._validate(bar)
                 self._record(loss, nfe, scored)
-                if self._agreed(interrupted()):
-                    self.history.reason = "interrupted"
+                if number := self._agreed(interrupted()):
+                    self.history.interrupt(number)
                     break
                 if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
                     self._save()
@@ -143,7 +157,7 @@ class _Trainer:
         if begun is not self.objective:
             self.objective = begun
             self.learner.begin(begun)
-            if not self.config.resume:
+            if not self.resumes:
                 self.history.preparing = time.perf_counter() - start
                 self.budget.charge(self.history.preparing)
         if self.learner.compiles:
@@ -169,9 +183,9 @@ class _Trainer:
         if self.fabric.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _agreed(self, stop: bool) -> bool:
-        """Whether process 0 was interrupted: all must leave after the same step."""
-        return self.fabric.broadcast(stop) if self.fabric.world_size > 1 else stop
+    def _agreed(self, signal: int) -> int:
+        """The signal that process 0 received: all must leave after the same step."""
+        return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
 
     def _placed(self, batch: Batch) -> Batch:
         device = self.fabric.device
@@ -203,67 +217,71 @@ class _Trainer:
         if scored is not None:
             record[self.validation.name] = scored
         records.append(record)
-        if self.folder is not None:
-            self.folder.log(record)
+        self.folder.log(record)
 
     def _finish(self, bar: ProgressBar) -> None:
         history, budget = self.history, self.budget
         history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
         history.skipped = self.learner.skipped
+        self._save()
+        self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
+        if self.folder.folder is not None:
+            checkpoint.save(self.module, self.folder.checkpoints)
+        self._describe(history.reason)
         if history.reason == "interrupted":
             kept = self.config.folder and f"saved; resume it in {self.config.folder}"
             bar.say(f"Interrupted at step {budget.step}: {kept or 'not saved'}.")
-        self._save()
-        self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
-        if self.folder is not None:
-            checkpoint.save(self.module, self.folder.checkpoints)
-        self._describe(history.reason)
+
+    def fail(self, error: BaseException) -> None:
+        """Write how far the run came and why it ended; its last checkpoint stays.
+
+        Raises:
+            DivergedError: It was training that made the ODE unsolvable.
+        """
+        diverged = isinstance(error, SolverError) and self.budget.step > self.first_step
+        ended = "diverged" if diverged or isinstance(error, DivergedError) else "failed"
+        if isinstance(error, KeyboardInterrupt):
+            ended = "interrupted"
+        with contextlib.suppress(CheckpointError):  # the error itself is to be told, not the disk
+            self.folder.write_metrics(self.history.records)
+            self._describe(ended, f"{type(error).__name__}: {error}")
+        if diverged:
+            assert isinstance(error, SolverError)
+            raise DivergedError(
+                f"fit: training diverged: with the weights of step {self.budget.step} the ODE "
+                f"cannot be solved ({error.cause}); lower lr={self.learner.lr:g}, clip harder, or "
+                "give likelihood penalties={'kinetic': 0.01}"
+            ) from error
+
+    def _parts(self) -> dict[str, Part]:
+        """What a checkpoint holds, and a resumed run takes up in this order."""
+        return {
+            "origin": self.origin,
+            "learner": self.learner,
+            "budget": self.budget,
+            "validation": self.validation,
+            "history": self.history,
+        }
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()
-        if self.folder is None:
-            return
+        for module in (self.learner.module, self.learner.kept):
+            if bad := checkpoint.non_finite(module):  # a good checkpoint must outlive it
+                raise DivergedError(
+                    f"fit: training diverged: the weight {bad} is NaN or infinite at step "
+                    f"{self.budget.step}; lower lr={self.learner.lr:g}"
+                )
         self.folder.write_metrics(self.history.records)
-        checkpoint.save(self.learner.kept, self.folder.checkpoints)
-        state = {
-            "learner": self.learner.state(),
-            "budget": self.budget.state(),
-            "validation": self.validation.state(),
-            "records": self.history.records,
-            "description": self.description,
-        }
-        checkpoint.save_state(state, self.folder.checkpoints / checkpoint.STATE_FILE)
+        self.folder.save(self.learner.kept, self._parts())
 
-    def close(self) -> None:
-        if self.folder is not None:
-            self.folder.close()
-
-    def _restore(self) -> None:
-        assert self.config.folder is not None
-        state = checkpoint.load_state(self.config.folder)
-        if told := differences(state.get("description", {}), self.description):
-            raise CheckpointError(f"resume: {self.config.folder} is another run: {told}")
-        try:
-            self.learner.restore(state["learner"])
-            self.budget.restore(state["budget"])
-            self.validation.restore(state["validation"])
-            self.history.records = state["records"]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: the state in {self.config.folder} is of another model or objective "
-                f"({checkpoint.first_line(error)})"
-            ) from error
-
-    def _describe(self, ended: str) -> None:
-        if self.folder is None:
-            return
+    def _describe(self, ended: str, error: str | None = None) -> None:
         budget, config = self.budget, self.config
-        description = self.description
+        description = self.origin.description
         if config.seconds is not None and ended in ("budget", "patience"):  # the file repeats it
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
             description = {**description, **spent}
-        self.folder.write_config(description)
-        self.folder.write_manifest(
+        self.folder.describe(
+            description,
             {
                 **machine(),
                 "device": str(self.fabric.device),
@@ -275,7 +293,8 @@ class _Trainer:
                 "seconds": round(budget.seconds, 3),
                 "skipped_steps": self.learner.skipped,
                 "ended": ended,
-            }
+                **({"error": error} if error else {}),
+            },
         )
 
 

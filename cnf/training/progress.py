@@ -24,6 +24,7 @@ class ProgressBar:
         self._shown_at = 0.0
         self._first: tuple[float, int] | None = None  # time and step of the first update
         if show:
+            title = optional("rich.markup", "train").escape(title)
             progress = optional("rich.progress", "train")
             text = progress.TextColumn
             self._bar = progress.Progress(
@@ -94,4 +95,4 @@ class ProgressBar:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(message)
+            self._bar.console.print(message, markup=False, highlight=False)

@@ -4,53 +4,106 @@ import csv
 import io
 import json
 import os
+import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
+
+from torch import nn
 
 from cnf.errors import CheckpointError, optional
+from cnf.training import checkpoint
+
+LOCK = ".lock"
+FILES = {"checkpoints", "figures", "tensorboard", "config.yaml", "manifest.json", "metrics.csv"}
+
+
+class Part(Protocol):
+    """What a checkpoint holds a part of: the learner, the budget, …"""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class Run:
     """Writes a run's folder; files are replaced whole, so that each is readable at any time.
 
+    As a context manager it makes the folder and holds its lock: two processes cannot train into
+    one folder. The system lets go of the lock of a process that dies.
+
     Args:
-        folder: The folder.
-        resume: Whether it must be there already; else it must not.
-    Raises:
-        ValueError: It is there and `resume` is False, or the other way round.
-        CheckpointError: It cannot be made.
+        folder: The folder; None to write nothing.
+        resume: Whether a run must be there already; else none may. "auto" takes either.
     """
 
-    def __init__(self, folder: Path, resume: bool = False) -> None:
-        self.folder = folder
-        if resume and not folder.is_dir():
+    def __init__(self, folder: Path | None, resume: bool | Literal["auto"] = False) -> None:
+        self.folder, self._resume = folder, resume
+        self.resumes = False
+        self._lock: Any = None
+        self._events: Any = None
+
+    def __enter__(self) -> "Run":
+        """Make the folder, or take it up.
+
+        Raises:
+            ValueError: There is a run already, or there is none to resume.
+            CheckpointError: The folder cannot be made, or another process trains into it.
+        """
+        if self.folder is None:
+            return self
+        folder, there = self.folder, (self.checkpoints / checkpoint.STATE_FILE).is_file()
+        if self._resume is True and not folder.is_dir():
             raise ValueError(f"fit: there is no run to resume in {folder}")
-        if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if self._resume is True and not there:
+            raise CheckpointError(
+                f"fit: there is no checkpoint state.pt to resume in {folder}; "
+                'resume="auto" begins where there is none'
+            )
+        self.resumes = there and self._resume is not False
+        if not self.resumes and not _free(folder):
             raise ValueError(
                 f"fit: {folder} exists already; choose another folder, or resume that run"
             )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (folder / "figures").mkdir(exist_ok=True)
+            self._lock = lock(folder)
+            for place in (folder, self.checkpoints):  # of processes that died while writing
+                for temporary in place.glob(f".*{checkpoint.TEMPORARY}"):
+                    temporary.unlink()
         except OSError as error:
+            self.__exit__()
             raise CheckpointError(
                 f"fit: cannot make the run's folder {folder} ({error})"
             ) from error
-        self._events: Any = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._events is not None:
+            self._events.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints are."""
+        assert self.folder is not None
         return self.folder / "checkpoints"
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """config.yaml, from which `cnf train --config` starts the same run again."""
-        yaml = optional("yaml", "train")
-        self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
+    def save(self, flow: nn.Module, parts: dict[str, Part]) -> None:
+        """A checkpoint: the flow, and the state from which `restore` goes on."""
+        if self.folder is not None:
+            state = {name: part.state() for name, part in parts.items()}
+            checkpoint.save_state(state, self.checkpoints / checkpoint.STATE_FILE)
+            checkpoint.save(flow, self.checkpoints)
 
-    def write_manifest(self, facts: dict[str, Any]) -> None:
-        """manifest.json: what made the numbers."""
-        self._write("manifest.json", json.dumps(facts, indent=2) + "\n")
+    def describe(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """manifest.json: what made the numbers; config.yaml, from which `cnf train --config`
+        starts the same run again."""
+        if self.folder is not None:
+            yaml = optional("yaml", "train")
+            self._write("manifest.json", json.dumps(manifest, indent=2) + "\n")
+            self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def write_metrics(self, records: list[dict[str, float]]) -> None:
         """metrics.csv, one row per record."""
@@ -59,10 +112,13 @@ class Run:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        self._write("metrics.csv", text.getvalue())
+        if self.folder is not None:
+            self._write("metrics.csv", text.getvalue())
 
     def log(self, record: dict[str, float]) -> None:
         """One record to TensorBoard."""
+        if self.folder is None:
+            return
         if self._events is None:
             tensorboard = optional("torch.utils.tensorboard.writer", "train")
             self._events = tensorboard.SummaryWriter(str(self.folder / "tensorboard"))
@@ -70,25 +126,76 @@ class Run:
             if name != "step":
                 self._events.add_scalar(name, value, int(record["step"]))
 
-    def close(self) -> None:
-        """Flush what is open."""
-        if self._events is not None:
-            self._events.close()
-
     def _write(self, name: str, text: str) -> None:
-        path = self.folder / name
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise CheckpointError(f"fit: cannot write {path} ({error})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        assert self.folder is not None
+        checkpoint.write_whole(self.folder / name, text.encode())
+
+
+def restore(folder: Path, parts: dict[str, Part]) -> None:
+    """Put a checkpoint's state into the parts.
+
+    Raises:
+        CheckpointError: It is broken, or does not fit them.
+    """
+    state = checkpoint.load_state(folder)
+    if "history" not in state:  # written before the parts of a run had one form
+        description = state.get("description", {})
+        origin = {"description": description, "data": None, "made_by": None}
+        state = {**state, "history": {"records": state.get("records")}, "origin": origin}
+    try:
+        for name, part in parts.items():
+            part.restore(state[name])
+    except CheckpointError as error:
+        raise CheckpointError(f"resume: {folder} {error}") from None
+    except Exception as error:  # a state that was made by hand may hold anything
+        raise CheckpointError(
+            f"resume: the state in {folder} is of another model or objective "
+            f"({checkpoint.first_line(error)})"
+        ) from error
+
+
+def lock(folder: Path) -> Any:
+    """A lock on the folder, held until it is closed or this process ends.
+
+    Raises:
+        CheckpointError: Another holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none; a folder is not protected there
+        return None
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise CheckpointError(
+            f"fit: {folder} is being written by {owner}; wait for it, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _free(folder: Path) -> bool:
+    """Whether nothing is there, or only what a run leaves that died before it could be resumed."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir() or any((folder / "checkpoints").glob("[!.]*")):
+        return False
+    names = {path.name for path in folder.iterdir() if path.suffix != checkpoint.TEMPORARY}
+    names -= {LOCK, "checkpoints", "figures"}
+    return not names or ("manifest.json" in names and names <= FILES)
 
 
 def free_folder(wanted: Path) -> Path:
     """`wanted`, or the first of wanted-2, wanted-3, … that is not there."""
+    wanted = wanted.with_name(wanted.name[:100])  # names have a limit
     folder, number = wanted, 1
     while folder.exists():
         number += 1

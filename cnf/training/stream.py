@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from cnf.errors import expect_finite
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
+from cnf.training import fingerprint
 from cnf.training.config import BATCH_SIZE, TrainConfig
 
 NULL = ("context", True)  # what may be NaN: a context that may be missing
@@ -37,6 +38,10 @@ class Stream(ABC):
     def rows(self, n: int) -> Batch | None:
         """n rows to train on, or all that there are; None where there are none."""
 
+    @abstractmethod
+    def fingerprint(self) -> Any:
+        """What tells these data from others, as plain data or a tensor; None if nothing does."""
+
 
 class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
@@ -54,6 +59,9 @@ class DensityStream(Stream):
 
     def rows(self, n: int) -> Batch:
         return Batch(self.density.sample(n, seeded(self.seed, -6)))
+
+    def fingerprint(self) -> Any:
+        return fingerprint.of_density(self.density, mixed(-11))
 
 
 class RowStream(Stream):
@@ -101,6 +109,11 @@ class RowStream(Stream):
             )
         return self.data[self.train[:n]]
 
+    def fingerprint(self) -> str:
+        """Of rows in memory, else of those that preprocessing is fitted to."""
+        rows = self.data.data
+        return fingerprint.of_rows(rows if isinstance(rows, Batch) else Batch(self.head))
+
 
 class IterableStream(Stream):
     """An iterable of batches, begun again when it ends; a resumed run skips what it has seen.
@@ -117,7 +130,8 @@ class IterableStream(Stream):
     ) -> None:
         self.batches, self.validation, self.seed = batches, validation, config.seed
         self.missing = missing
-        self.head = as_batch(next(self._begin(0)), missing=missing).x
+        self.first = as_batch(next(self._begin(0)), missing=missing)
+        self.head = self.first.x
         self._iterator, self._pass, self._next = self._begin(0), 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
@@ -139,6 +153,9 @@ class IterableStream(Stream):
             self._next += 1
             if self._next > step:
                 return as_batch(item, missing=self.missing)
+
+    def fingerprint(self) -> str:
+        return fingerprint.of_rows(self.first)
 
     def rows(self, n: int) -> Batch:
         found: list[Batch] = []
@@ -166,6 +183,9 @@ class NoData(Stream):
         return Batch(torch.empty(self.size, 0))
 
     def rows(self, n: int) -> None:
+        return None
+
+    def fingerprint(self) -> None:
         return None
 
 

@@ -90,8 +90,8 @@ class Validation:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state."""
-        self.done, self.stale = state["done"], state["stale"]
-        self.best, self.best_weights = state["best"], state["weights"]
+        self.done, self.stale = int(state["done"]), int(state["stale"])
+        self.best, self.best_weights = float(state["best"]), state["weights"]
 
 
 def _mass(rows: Batch) -> float:

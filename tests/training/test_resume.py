@@ -7,6 +7,7 @@ import torch
 import yaml
 
 import cnf
+from cnf.training import checkpoint
 
 KINDS = ["toy", "rows", "batches"]
 
@@ -143,3 +144,151 @@ def test_resuming_a_finished_run_changes_nothing(small, config, points, same, tm
     second = cnf.fit(again, cnf.FlowMatching(), points, config(steps=60, resume=True, **settings))
     assert (second.steps, second.reason) == (first.steps, "patience")
     assert same(flow, again)
+
+
+OTHER = {
+    "a changed row": lambda x: torch.cat([x[:50], x[50:51] + 1e-3, x[51:]]),
+    "another order": lambda x: x.flip(0),
+    "fewer rows": lambda x: x[:90],
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: cnf.Batch(x), lambda x: x.numpy()])
+def test_resume_refuses_other_rows(kind, wrap, small, config, points, tmp_path):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), wrap(points), config(**settings))
+    other = wrap(OTHER[kind](points))
+    with pytest.raises(cnf.CheckpointError, match="other data"):
+        cnf.fit(small(), cnf.FlowMatching(), other, config(resume=True, **settings))
+
+
+def test_resume_refuses_another_density_dataset_and_iterable(small, config, points, tmp_path):
+    moved = points + 1
+    pairs = {
+        "density": (cnf.data.toy("moons"), cnf.data.toy("circles")),
+        "dataset": (list_of(points), list_of(moved)),
+        "batches": (list(points.split(20)), list(moved.split(20))),
+        "context": (cnf.Batch(points, points), cnf.Batch(points, moved)),
+    }
+    for name, (data, other) in pairs.items():
+        flow = {"context": 2} if name == "context" else {}
+        settings = {"folder": tmp_path / name}
+        cnf.fit(small(**flow), cnf.FlowMatching(), data, config(**settings))
+        resume = config(resume=True, **settings)
+        cnf.fit(small(**flow), cnf.FlowMatching(), data, resume)
+        with pytest.raises(cnf.CheckpointError, match="other data"):
+            cnf.fit(small(**flow), cnf.FlowMatching(), other, resume)
+
+
+def list_of(x):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, row):
+            return x[row]
+
+    return Rows()
+
+
+def test_resume_tells_settings_that_differ_and_uses_the_new_ones(small, config, points, tmp_path):
+    settings = {"folder": tmp_path / "run", "optimizer": "adamw"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(steps=4, weight_decay=0.1, **settings))
+    changed = {"steps": 8, "lr": 1e-9, "weight_decay": 0.9, "resume": True}
+    words = "steps was 4, is 8, .*lr was None, is 1e-09.*weight_decay was 0.1, is 0.9"
+    seen = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *rest):
+        seen.append(self.param_groups[0]["weight_decay"])
+        return real(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match=words):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        cnf.fit(small(), cnf.FlowMatching(), points, config(**changed, **settings))
+    assert seen and set(seen) == {0.9}
+
+
+def test_model_that_differs_is_told_by_the_option(small, config, points, tmp_path):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
+    with pytest.raises(cnf.CheckpointError, match=r"options.hidden was \[8\], is \[9\]"):
+        flow = small(hidden=(9,))
+        cnf.fit(flow, cnf.FlowMatching(), points, config(resume=True, **settings))
+
+
+BROKEN = {
+    "moments of another shape": ("learner", "optimizer", "state", 0, "exp_avg", torch.ones(99)),
+    "moments of another dtype": ("learner", "optimizer", "state", 0, "exp_avg", "double"),
+    "step of another shape": ("learner", "optimizer", "state", 0, "step", torch.ones(3)),
+    "moments that are words": ("learner", "optimizer", "state", 0, "exp_avg_sq", "x"),
+    "moments of another optimiser": ("learner", "optimizer", "state", 0, "momentum", 1),
+    "moments of no parameter": ("learner", "optimizer", "state", 99, {}),
+    "no optimiser": ("learner", "optimizer", None),
+    "weights that are words": ("learner", "module", "x"),
+    "average that is NaN": ("learner", "kept", "nan"),
+    "no learner": ("learner", None),
+    "budget that is words": ("budget", "step", "many"),
+    "ticks that are a number": ("budget", "ticks", 3),
+    "scores that are a list": ("validation", "best", [1]),
+    "records that are a number": ("history", "records", 3),
+    "description that is a list": ("origin", "description", [1]),
+    "data that are a dict": ("origin", "data", {}),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_state_that_does_not_fit_is_a_checkpoint_error(kind, small, config, points, tmp_path):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(steps=2, **settings))
+    path = tmp_path / "run" / "checkpoints" / "state.pt"
+    state = checkpoint.load_state(path)
+    *way, name, value = BROKEN[kind]
+    place = state
+    for step in way:
+        place = place[step]
+    if isinstance(value, str) and value == "double":
+        value = place[name].double()
+    if isinstance(value, str) and value == "nan":
+        value = {key: torch.full_like(weight, torch.nan) for key, weight in place[name].items()}
+    place[name] = value
+    checkpoint.save_state(state, path)
+    with pytest.raises(cnf.CheckpointError, match=str(tmp_path)):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(steps=4, resume=True, **settings))
+
+
+def test_mid_run_checkpoint_holds_the_averaged_weights(small, config, points, tmp_path):
+    folder, seen = tmp_path / "run", []
+
+    class Watch(cnf.FlowMatching):
+        def prepare(self, module, batch, generator=None):
+            if (folder / "checkpoints" / "state.pt").is_file():
+                seen.append((checkpoint.load_state(folder)["learner"], cnf.load(folder)))
+            return super().prepare(module, batch, generator)
+
+    settings = config(steps=5, folder=folder, checkpoint_seconds=1e-9, validations=0, ema=0.5)
+    cnf.fit(small(), Watch(), points, settings)
+    saved, flow = seen[-1]
+    expected = {name: weight.clone() for name, weight in seen[0][0]["module"].items()}
+    for step, (learner, _) in enumerate(seen[1:], 1):
+        decay = min(0.5, step / (step + 9))
+        for name, weight in learner["module"].items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+    names = [name for name, _ in flow.named_parameters()]
+    for name in names:
+        assert torch.allclose(flow.state_dict()[name], expected[name], atol=1e-6)
+    assert any(not torch.allclose(saved["module"][n], expected[n], atol=1e-4) for n in names)
+
+
+def test_best_weights_of_patience_survive_a_resume(small, config, points, watched, same, tmp_path):
+    settings = {"steps": 12, "validations": 12, "patience": 12, "lr": 0.5}
+    data, whole = watched("rows", press)
+    straight, resumed = small(), small()
+    cnf.fit(straight, cnf.FlowMatching(), whole, config(**settings))
+    folder = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), data, config(**settings, **folder))
+    saved = checkpoint.load_state(tmp_path / "run")["validation"]
+    assert saved["weights"] is not None
+    cnf.fit(resumed, cnf.FlowMatching(), whole, config(resume=True, **settings, **folder))
+    assert same(straight, resumed)

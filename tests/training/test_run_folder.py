@@ -25,7 +25,8 @@ def run(small, config, tmp_path):
 def test_folder_holds_the_promised_files_and_no_others(run):
     _, folder, _ = run
     assert sorted(os.listdir(folder)) == [
-        "checkpoints", "config.yaml", "figures", "manifest.json", "metrics.csv", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "figures", "manifest.json", "metrics.csv",
+        "tensorboard",
     ]  # fmt: skip
     assert sorted(os.listdir(folder / "checkpoints")) == ["flow.safetensors", "state.pt"]
     assert os.listdir(folder / "figures") == []

@@ -1,0 +1,203 @@
+"""How a run ends: by a signal, an error, divergence or death; what it leaves is of use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cnf
+from cnf.training import checkpoint
+from cnf.training.run import Run
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return lambda: json.loads((tmp_path / "run" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_saves_and_ends_the_run(number, small, config, watched, manifest, tmp_path):
+    data, _ = watched("toy", lambda: signal.raise_signal(number))
+    before = [signal.getsignal(each) for each in SIGNALS]
+    history = cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
+    assert (history.reason, history.signal, history.steps) == ("interrupted", number, 4)
+    assert checkpoint.load_state(tmp_path / "run")["budget"]["step"] == 4
+    assert manifest()["ended"] == "interrupted"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_hangup_that_nohup_ignores_stays_ignored(small, config, watched):
+    data, _ = watched("toy", lambda: signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        history = cnf.fit(small(), cnf.FlowMatching(), data, config())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (history.reason, history.steps) == ("budget", 6)
+
+
+def boom():
+    raise MemoryError("no room")
+
+
+def test_any_error_leaves_metrics_and_an_honest_manifest(
+    small, config, watched, manifest, tmp_path
+):
+    data, _ = watched("toy", boom)
+    with pytest.raises(MemoryError):
+        cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
+    told = manifest()
+    assert (told["ended"], told["steps"], told["error"]) == ("failed", 3, "MemoryError: no room")
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_divergence_is_named_and_the_last_finite_checkpoint_kept(
+    config, broken, points, manifest, tmp_path
+):
+    folder = tmp_path / "run"
+    settings = config(steps=90, folder=folder, checkpoint_seconds=1e-9, ema=None)
+    with pytest.raises(cnf.DivergedError, match="lower lr="):
+        cnf.fit(torch.nn.Linear(2, 2), broken(range(3, 90)), points, settings)
+    assert manifest()["ended"] == "diverged" and "lower lr=" in manifest()["error"]
+    state = checkpoint.load_state(folder)
+    assert all(torch.isfinite(value).all() for value in state["learner"]["module"].values())
+    assert state["budget"]["step"] == 3 + 19
+
+
+def test_weights_that_are_no_numbers_never_replace_a_checkpoint(
+    small, config, points, watched, manifest, tmp_path
+):
+    flow = small()
+    data, _ = watched("toy", lambda: torch.nn.init.constant_(next(flow.parameters()), torch.nan))
+
+    class Blind(cnf.FlowMatching):
+        def __call__(self, module, batch, generator=None):
+            value = sum(p.nan_to_num().square().sum() for p in module.parameters())
+            return cnf.Loss(value, {})
+
+    settings = config(folder=tmp_path / "run", checkpoint_seconds=1e-9, validations=0)
+    with pytest.raises(cnf.DivergedError, match="is NaN or infinite at step 4"):
+        cnf.fit(flow, Blind(), data, settings)
+    assert manifest()["ended"] == "diverged"
+    assert checkpoint.load_state(tmp_path / "run")["budget"]["step"] == 3
+    cnf.load(tmp_path / "run")
+
+
+def stiff():
+    raise cnf.SolverError("the field is stiff", "loosen rtol", t=0.5, nfe=3, settings="dopri5")
+
+
+def test_ode_that_training_made_unsolvable_is_divergence(
+    small, config, watched, manifest, tmp_path
+):
+    data, _ = watched("toy", stiff)
+    with pytest.raises(cnf.DivergedError, match="weights of step 3 .* lower lr=") as raised:
+        cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
+    assert isinstance(raised.value.__cause__, cnf.SolverError)
+    assert manifest()["ended"] == "diverged"
+
+
+def test_ode_that_fails_at_the_first_step_is_a_solver_error(small, config, points):
+    class Stiff(cnf.FlowMatching):
+        def __call__(self, module, batch, generator=None):
+            return stiff()
+
+    with pytest.raises(cnf.SolverError, match="stiff"):
+        cnf.fit(small(), Stiff(), points, config())
+
+
+def test_refused_resume_leaves_the_manifest_alone(small, config, points, manifest, tmp_path):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
+    with pytest.raises(cnf.CheckpointError, match="seed was 0, is 1"):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(resume=True, seed=1, **settings))
+    assert manifest()["ended"] == "budget"
+
+
+def test_auto_begins_then_goes_on(small, config, watched, same, tmp_path):
+    data, whole = watched("toy", lambda: signal.raise_signal(signal.SIGTERM))
+    settings = config(folder=tmp_path / "run", resume="auto")
+    assert cnf.fit(small(), cnf.FlowMatching(), data, settings).steps == 4
+    resumed, straight = small(), small()
+    assert cnf.fit(resumed, cnf.FlowMatching(), whole, settings).steps == 6
+    cnf.fit(straight, cnf.FlowMatching(), whole, config())
+    assert same(resumed, straight)
+
+
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_run_killed_before_its_first_checkpoint_can_be_begun_again(
+    resume, small, config, points, monkeypatch, tmp_path
+):
+    settings = config(folder=tmp_path / "run", resume=resume)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", lambda *_: boom())
+        with pytest.raises(MemoryError):
+            cnf.fit(small(), cnf.FlowMatching(), points, settings)
+    assert (tmp_path / "run" / "manifest.json").is_file()
+    assert cnf.fit(small(), cnf.FlowMatching(), points, settings).steps == 6
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "mine.txt"])
+def test_folder_with_files_of_ones_own_is_never_begun_in(name, small, config, points, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path, resume="auto"))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_temporary_files_of_dead_processes_are_removed(small, config, points, tmp_path):
+    folder = tmp_path / "run"
+    cnf.fit(small(), cnf.FlowMatching(), points, config(folder=folder))
+    for place in (folder / ".config.yaml.1.tmp", folder / "checkpoints" / ".state.pt.1.tmp"):
+        place.write_text("half")
+    cnf.fit(small(), cnf.FlowMatching(), points, config(folder=folder, resume=True))
+    assert not [path for path in folder.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_folder_that_another_process_trains_into_is_refused(small, config, points, tmp_path):
+    folder = tmp_path / "run"
+    hold = "import sys; from cnf.training.run import lock; from pathlib import Path\n"
+    hold += "held = lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    cnf.fit(small(), cnf.FlowMatching(), points, config(folder=folder))
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", hold, str(folder)]
+    settings = config(folder=folder, resume=True)
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(cnf.CheckpointError, match=f"being written by process {other.pid} on"):
+            cnf.fit(small(), cnf.FlowMatching(), points, settings)
+        other.kill()
+    cnf.fit(small(), cnf.FlowMatching(), points, settings)  # the lock of the dead is no lock
+
+
+ODD = ["$x$ 50% [/b] 'a' \"b\"", "two\nlines", "Größe 数据", "x" * 200]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_run_in_a_folder_of_any_name_is_saved_and_resumed(
+    name, small, config, watched, capsys, tmp_path
+):
+    data, whole = watched("toy", lambda: signal.raise_signal(signal.SIGINT))
+    settings = {"folder": tmp_path / name, "progress": True}
+    cnf.fit(small(), cnf.FlowMatching(), data, config(**settings))
+    said = "".join(capsys.readouterr().out.split())
+    assert "".join(str(tmp_path / name).split()) in said
+    history = cnf.fit(small(), cnf.FlowMatching(), whole, config(resume=True, **settings))
+    assert history.steps == 6
+    cnf.load(tmp_path / name)
+
+
+def test_read_only_folder_is_a_checkpoint_error(small, config, points, monkeypatch, tmp_path):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")  # as a test may run as root
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    with pytest.raises(cnf.CheckpointError, match="Permission denied"):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path / "run"))
+    assert os.listdir(tmp_path) == []

@@ -22,7 +22,7 @@ def of_rows(batch: Batch) -> str:
             small = value.numel() * value.element_size() <= WHOLE
             rows = value if small else torch.cat([value[:ROWS], value[-ROWS:]])
             flat = rows.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

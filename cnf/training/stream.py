@@ -89,7 +89,8 @@ class RowStream(Stream):
                 f"{len(self.train)} ({len(rows)} less {held_out} held out); lower batch_size"
             )
         self.validation = validation
-        self.head = rows[self.train[:100_000]].x
+        self.first = rows[self.train[:100_000]]
+        self.head = self.first.x
         self._epoch, self._order = -1, self.train
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -112,7 +113,7 @@ class RowStream(Stream):
     def fingerprint(self) -> str:
         """Of rows in memory, else of those that preprocessing is fitted to."""
         rows = self.data.data
-        return fingerprint.of_rows(rows if isinstance(rows, Batch) else Batch(self.head))
+        return fingerprint.of_rows(rows if isinstance(rows, Batch) else self.first)
 
 
 class IterableStream(Stream):

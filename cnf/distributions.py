@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from cnf.errors import expect_finite
+from cnf.errors import expect_finite, expect_unmasked
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -256,6 +256,7 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
     if all(hasattr(base, name) for name in ("dim", "sample", "log_prob")):
         return FromDensity(base)
     if isinstance(base, Tensor) or hasattr(base, "__array__"):
+        expect_unmasked("Flow", "base", base)
         return Empirical(torch.as_tensor(base))
     raise ValueError(
         "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, a "

@@ -8,6 +8,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,11 +111,27 @@ def expect_finite(who: str, name: str, value: Tensor) -> None:
     """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity."""
     rows = (~torch.isfinite(value)).nonzero()[:, 0].unique().tolist()
     if rows:
-        shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
         raise ValueError(
             f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "
-            f"{len(value)} rows (rows {shown}); drop or impute them"
+            f"{len(value)} rows (rows {_some(rows)}); drop or impute them"
         )
+
+
+def expect_unmasked(who: str, name: str, value: Any) -> None:
+    """Raise, naming rows and columns, if `value` is a masked array with masked entries."""
+    if not isinstance(value, np.ma.MaskedArray) or not np.ma.is_masked(value):
+        return
+    where = np.argwhere(np.ma.getmaskarray(value))
+    rows = np.unique(where[:, 0]).tolist()
+    columns = f", columns {_some(np.unique(where[:, 1]).tolist())}" if where.shape[1] > 1 else ""
+    raise ValueError(
+        f"{who}: expected {name} without masked entries, got {len(rows)} of {len(value)} rows "
+        f"with some (rows {_some(rows)}{columns}); drop these rows, or fill them: {name}.filled(…)"
+    )
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
 
 
 def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """A flow: a base distribution and a transform, with what stands between it and the data."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event
 from cnf.fields.base import VectorField
+from cnf.precision import collapsing, widest
 from cnf.rows import Rows
-from cnf.transforms.base import Compose, Transform
+from cnf.transforms.base import Transform
 from cnf.transforms.continuous import (
     Continuous,
     Integral,
@@ -42,6 +44,10 @@ class Dequantisation(Protocol):
 
 class Flow(nn.Module):
     """p(x) by change of variables: z from `base`, x = preprocess(transform(z)).
+
+    x may have more digits than the weights: a flow in float32 takes float64 data, standardises
+    them in float64 and goes on in float32. Log-densities come in the dtype of x, samples in
+    `data_dtype`, and z and contexts are of the flow's own `dtype`.
 
     >>> import cnf
     >>> flow = cnf.models.build("realnvp", dim=2)
@@ -84,6 +90,18 @@ class Flow(nn.Module):
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, base samples and contexts."""
+        return self.base._like.dtype
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Of samples: `dtype`, or that of the data `preprocess` was fitted to if it is wider."""
+        dtype = torch.promote_types(getattr(self.preprocess, "dtype", self.dtype), self.dtype)
+        limit = widest(self.base._like.device)
+        return dtype if torch.promote_types(dtype, limit) == limit else self.dtype
+
+    @property
     def field(self) -> VectorField:
         """The vector field of a continuous flow; any other flow has none (TypeError)."""
         if not isinstance(self.transform, Continuous):
@@ -113,13 +131,15 @@ class Flow(nn.Module):
                 what the flow was built with, which is exact.
             generator: Source of the dequantisation's draw.
         Raises:
-            ValueError: A wrong shape or dtype; a context missing or not expected.
+            ValueError: A wrong shape, or fewer digits than the flow's; a context missing or not
+                expected.
             SolverError: An ODE solve failed.
         """
         divergence = None if divergence is None else as_divergence(divergence)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
         z, ladj = self._inner(_taken(divergence, rows)).inverse(y, context)
-        return rows.give(self.base.log_prob(z) + ladj + outer, rows.log_density)
+        log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
+        return rows.give(log_prob, rows.log_density)
 
     def log_prob_and_integral(
         self,
@@ -142,7 +162,7 @@ class Flow(nn.Module):
             y, context, towards="base", divergence=_taken(divergence, rows),
             integrands=integrands, stop=stop,
         )  # fmt: skip
-        log_prob = self.base.log_prob(solved.value) + solved.ladj + outer
+        log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(x.dtype)
         estimates = solved.estimates
         return rows.give(log_prob, rows.log_density), Integral(
             rows.give(solved.value),
@@ -189,8 +209,9 @@ class Flow(nn.Module):
                 "call sample, then log_prob for the bound"
             )
         rows, z, context = self._start(z, context)
-        x, ladj = self._whole(None)(z, context)
-        return rows.give(x), rows.give(self.base.log_prob(z) - ladj)
+        y, ladj = self._inner(None)(z, context)
+        x, outer = self.outside(y)
+        return rows.give(x), rows.give(self.base.log_prob(z) - (ladj + outer))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
@@ -200,10 +221,10 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data; NaN in rows that are not finite."""
         expect_event("Flow.decode", "z", z, self.base.event_shape)
-        self._expect_dtype("decode", "z", z)
+        self._expect_dtype("decode", z)
         context = self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
-        x = rows.give(self._whole("off")(z, context)[0])
+        x = rows.give(self.outside(self._inner("off")(z, context)[0])[0])
         return x if self.dequantisation is None else self.dequantisation.decode(x)
 
     def trajectory(
@@ -211,6 +232,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Where z is at `times` (ascending from 0), in data space: (times, *batch, *event)."""
         expect_event("Flow.trajectory", "z", z, self.event_shape)
+        self._expect_dtype("trajectory", z)
         _ = self.field  # raises for a flow that has none
         assert isinstance(self.transform, Continuous)
         times = [float(t) for t in times]
@@ -220,8 +242,34 @@ class Flow(nn.Module):
         context = self.checked_context("Flow.trajectory", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
         path = self.transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
-        path = path if self.preprocess is None else self.preprocess(path)[0]
-        return rows.give(path, axis=1)
+        return rows.give(self.outside(path)[0], axis=1)
+
+    def inside(
+        self, x: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        """x as the transform gives it: dequantised, inside preprocessing, in the flow's dtype.
+
+        Args:
+            x: Data, of any floating dtype.
+            generator: Source of the dequantisation's draw.
+        Returns:
+            y, of x's shape, and what this adds to the log-density, shape (*batch,), or 0.
+        """
+        total = 0.0
+        if self.dequantisation is not None:
+            x, total = self.dequantisation.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
+        if self.preprocess is None:
+            _warn_of_merged(collapsing(x.reshape(-1, *self.event_shape), self.dtype), self.dtype)
+        else:
+            if torch.promote_types(x.dtype, self.data_dtype) != x.dtype:
+                _warn_of_merged(getattr(self.preprocess, "unresolved", ()), x.dtype)
+            x, ladj = self.preprocess.inverse(x)
+            total = total + ladj
+        return x.to(self.dtype), total
+
+    def outside(self, y: Tensor) -> tuple[Tensor, Tensor | float]:
+        """What the transform gives, in data space, and log|det| of that, shape (*batch,), or 0."""
+        return (y, 0.0) if self.preprocess is None else self.preprocess(y.to(self.data_dtype))
 
     def with_solver(self, solver: Solver) -> "Flow":
         """The same weights under another solver: few-step sampling, tighter evaluation."""
@@ -240,13 +288,8 @@ class Flow(nn.Module):
         """This flow as a `torch.distributions.Distribution`, for Pyro and friends."""
         return FlowDistribution(self, context)
 
-    def _whole(self, divergence: str | Divergence | None) -> Transform:
-        """Transform and preprocessing; "off" leaves out log-determinants, None changes nothing."""
-        transform = self._inner(divergence)
-        return transform if self.preprocess is None else Compose([transform, self.preprocess])
-
     def _inner(self, divergence: str | Divergence | None) -> Transform:
-        """The transform under another divergence; see `_whole`."""
+        """The transform; "off" leaves out log-determinants, None changes nothing."""
         if divergence is None or not is_continuous(self.transform):
             return self.transform
         setting = None if divergence == "off" else divergence
@@ -255,16 +298,15 @@ class Flow(nn.Module):
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[Rows, Tensor, Tensor | None, Tensor | float]:
-        """x, checked, dequantised and preprocessed, its context, and the log-weight of that."""
+        """x `inside`, checked, its context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
-        self._expect_dtype(who, "x", x)
+        if torch.promote_types(x.dtype, self.dtype) != x.dtype:
+            raise ValueError(
+                f"Flow.{who}: expected x of dtype {self.dtype}, the flow's, or wider, got "
+                f"{x.dtype}; convert one of them: x.to({self.dtype}) or flow.to({x.dtype})"
+            )
         context = self.checked_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
-        y, outer = x, 0.0
-        if self.dequantisation is not None:
-            y, outer = self.dequantisation.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
-        if self.preprocess is not None:
-            y, ladj = self.preprocess.inverse(y)
-            outer = outer + ladj
+        y, outer = self.inside(x, generator)
         rows = self._rows([x] if y is x else [x, y], context)
         return rows, rows.take(y), rows.take(context), rows.take(outer)
 
@@ -277,12 +319,11 @@ class Flow(nn.Module):
         missing, drop = self.transform.optional_context, is_adaptive(self.transform)
         return Rows(values, len(self.event_shape), context, missing, drop)
 
-    def _expect_dtype(self, who: str, name: str, value: Tensor) -> None:
-        dtype = self.base._like.dtype
-        if value.dtype != dtype:
+    def _expect_dtype(self, who: str, z: Tensor) -> None:
+        if z.dtype != self.dtype:
             raise ValueError(
-                f"Flow.{who}: expected {name} of dtype {dtype}, the flow's, got {value.dtype}; "
-                f"convert one of them: {name}.to({dtype}) or flow.to({value.dtype})"
+                f"Flow.{who}: expected z of dtype {self.dtype}, the flow's, got {z.dtype}; "
+                f"convert one of them: z.to({self.dtype}) or flow.to({z.dtype})"
             )
 
     def _batch(self, value: Tensor) -> int:
@@ -330,3 +371,13 @@ def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence 
     if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
         return divergence
     return replace(divergence, probe=rows.take(divergence.probe, axis=1))
+
+
+def _warn_of_merged(columns: Sequence[int], dtype: torch.dtype) -> None:
+    if columns:
+        warnings.warn(
+            f"Flow: {dtype} merges values of x in columns {list(columns)}, so that results there "
+            "mean little; give x in float64 to a flow that was fitted to it with "
+            "preprocess='standardise', or subtract a constant from these columns",
+            stacklevel=2,
+        )

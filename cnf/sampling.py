@@ -168,7 +168,7 @@ def sde(
         device = x.device if generator is None else generator.device
         dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
         x = x + h * drift + h**0.5 * g * dw
-    x = x if flow.preprocess is None else flow.preprocess(x)[0]
+    x, _ = flow.outside(x)
     return x if flow.dequantisation is None else flow.dequantisation.decode(x)
 
 

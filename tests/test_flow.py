@@ -48,6 +48,67 @@ def test_log_prob_of_a_linear_flow_is_a_gaussians(points):
     torch.testing.assert_close(flow.log_prob(points), gaussian.log_prob(points), rtol=0, atol=1e-7)
 
 
+class Linear32(nn.Module):
+    def forward(self, t, x):
+        return x @ Linear.matrix.to(x).T
+
+
+@pytest.fixture(params=["discrete", "continuous"])
+def far(request):
+    """A flow in float32, N(loc, RRᵀ) near 1e8, and the float64 points that it was fitted to."""
+    x = 1e8 + torch.randn(500, 2, generator=seeded(1), dtype=F64) * torch.tensor([2.0, 0.5])
+    outer, inner = Standardise((2,)), Standardise((2,))
+    outer.fit(x)
+    inner.scale.copy_(torch.tensor([0.8, 1.1]))
+    root = inner.scale.diag()
+    if request.param == "continuous":
+        solver = Solver(rtol=1e-7, atol=1e-7)
+        inner, root = (
+            Continuous(Adapter(Linear32(), (2,)), solver),
+            torch.matrix_exp(Linear.matrix),
+        )
+    flow = Flow(None, inner, outer, event_shape=(2,)).float()
+    root = outer.scale.diag() @ root
+    return flow, x, MultivariateNormal(outer.loc, root @ root.T)
+
+
+def test_flow_in_float32_keeps_the_digits_of_float64_data(far):
+    flow, x, gaussian = far
+    log_prob = flow.log_prob(x)
+    assert log_prob.dtype == F64 and flow.encode(x).dtype == flow.dtype == torch.float32
+    # float32 within; rounding x to float32 would be off by thousands of nats
+    torch.testing.assert_close(log_prob, gaussian.log_prob(x), rtol=0, atol=2e-5)
+    back = flow.decode(flow.encode(x))
+    torch.testing.assert_close(back - 1e8, x - 1e8, rtol=0, atol=1e-4)  # two solves at 1e-7
+    drawn, claimed = flow.sample_and_log_prob(4000, generator=seeded())
+    assert drawn.dtype == claimed.dtype == flow.sample().dtype == F64
+    torch.testing.assert_close(claimed, gaussian.log_prob(drawn), rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn.std(0), gaussian.stddev, rtol=0.05, atol=0)  # 4000 draws
+
+
+def test_trajectory_and_integrals_keep_the_digits_too(far):
+    flow, x, gaussian = far
+    if not isinstance(flow.transform, Continuous):
+        return
+    path = flow.trajectory(flow.encode(x), [0.0, 0.5, 1.0])
+    assert path.dtype == F64
+    torch.testing.assert_close(path[-1] - 1e8, x - 1e8, rtol=0, atol=1e-4)
+    log_prob, _ = flow.log_prob_and_integral(x)
+    torch.testing.assert_close(log_prob, gaussian.log_prob(x), rtol=0, atol=2e-5)
+
+
+def test_what_float32_merges_is_told(far):
+    flow, x, _ = far
+    with pytest.warns(UserWarning, match=r"torch.float32 merges values of x in columns \[0, 1\]"):
+        flow.log_prob(x.float())
+    flow.preprocess = None
+    with pytest.warns(UserWarning, match=r"torch.float32 merges values of x in columns \[1\]"):
+        flow.log_prob(torch.stack([x[:, 0] - 1e8, x[:, 1]], 1))
+    near = x - 1e8  # float64 that float32 holds as well is scored in silence
+    assert flow.log_prob(near).dtype == F64
+    assert torch.equal(flow.log_prob(near).float(), flow.log_prob(near.float()))
+
+
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_density_integrates_to_one(name, context, small_flow, contexts):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cnf.data.columns import Columns, Table, as_column, is_number
 from cnf.data.density import expect_count
-from cnf.errors import expect_finite, optional
+from cnf.errors import expect_finite, expect_unmasked, optional
 
 SPLIT = 2_718_281  # seed of the part of one's own points that is never trained on
 
@@ -32,7 +32,7 @@ class Points:
         weight: Weight of each row, at least 0, shape (N,).
 
     Attributes:
-        x: The points, float32, shape (N, D).
+        x: The points, shape (N, D), in float64 unless they were given in float32.
         dim: D.
         columns: The columns' names, or None.
         context: As given, of x's dtype, or None.
@@ -80,11 +80,11 @@ class Points:
         self.weight = None if weight is None else weight[:, 0]
         low, high = np.quantile(self.x.cpu().double().numpy(), (0.001, 0.999), axis=0)
         margin = np.where(high > low, 0.1 * (high - low), 0.5)
-        self.support = torch.from_numpy(np.stack([low - margin, high + margin])).float()
+        self.support = torch.from_numpy(np.stack([low - margin, high + margin])).to(self.x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n rows drawn with replacement, by their weights where they have any, shape (n, D),
-        float32, on the generator's device."""
+        """n rows drawn with replacement, by their weights where they have any, shape (n, D), on
+        the generator's device."""
         return self.take(self.draw(n, generator)).x
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -135,14 +135,20 @@ class Points:
 
 
 def as_points(who: str, values: Any) -> Tensor:
-    """Float32 tensor of shape (N, D) from a tensor or array of numbers; a vector is one column."""
+    """Tensor of shape (N, D) from a tensor or array of numbers; a vector is one column.
+
+    Numbers keep their value: float32 stays, what has fewer digits becomes float32, the rest
+    (integers too) float64.
+    """
+    expect_unmasked(who, "x", values)
     if isinstance(values, Tensor):
         x = values.detach()
     else:
         values = np.asarray(values)
         if values.dtype.kind not in "fiub":
             raise ValueError(f"{who}: expected an array of numbers, got dtype {values.dtype}")
-        x = torch.from_numpy(np.array(values, dtype=np.float64))
+        narrow = values.dtype.kind == "f" and values.dtype.itemsize <= 4
+        x = torch.from_numpy(np.array(values, dtype=np.float32 if narrow else np.float64))
     if x.is_complex():
         raise ValueError(f"{who}: expected real numbers, got dtype {x.dtype}; split the parts")
     x = x[:, None] if x.dim() == 1 else x
@@ -150,13 +156,15 @@ def as_points(who: str, values: Any) -> Tensor:
         raise ValueError(f"{who}: expected points of shape (N, D), got {tuple(values.shape)}")
     if len(x) < 2:
         raise ValueError(f"{who}: expected at least 2 rows, got {len(x)}")
-    x = x.float()
+    x = x.to(
+        torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.double
+    )
     expect_finite(who, "x", x)
     return x
 
 
 def read_table(path: str | Path) -> Tensor:
-    """The rows of a table of numbers, float32, shape (N, D): see `read_points`."""
+    """The rows of a table of numbers, float64, shape (N, D): see `read_points`."""
     return read_points(path).x
 
 
@@ -349,4 +357,4 @@ def write_table(path: str | Path, x: Tensor) -> None:
     if path.suffix == ".npy":
         np.save(path, x.numpy())
     else:
-        np.savetxt(path, x.numpy(), delimiter=",", fmt="%.8g")
+        np.savetxt(path, x.numpy(), delimiter=",", fmt="%s")  # as few digits as give x back

@@ -50,8 +50,7 @@ def layer_path(flow: Flow, z: Tensor) -> Tensor:
         transform = reconfigured(transform, divergence=None)
     for layer in _layers(transform):
         values.append(layer(values[-1])[0])
-    path = torch.stack(values)
-    return path if flow.preprocess is None else flow.preprocess(path)[0]
+    return flow.outside(torch.stack(values))[0]
 
 
 @torch.no_grad()

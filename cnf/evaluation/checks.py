@@ -8,7 +8,6 @@ shows, and of the flow as it is, where a solver or a dtype that is too coarse sh
 import copy
 import math
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Generator, Tensor
@@ -81,16 +80,15 @@ class Case:
         return [part for part in self.flow.modules() if isinstance(part, Continuous)]
 
     def rows(self, flow: Flow, count: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The first `count` rows of x, z and context, in the dtype of `flow`."""
+        """The first `count` rows of x, z and context, in the dtypes of `flow`."""
         like = reference(flow)
         context = None if self.context is None else self.context[:count].to(like)
-        return self.x[:count].to(like), self.z[:count].to(like), context
+        return self.x[:count].to(like.device, flow.data_dtype), self.z[:count].to(like), context
 
 
 def reference(flow: Flow) -> Tensor:
     """A tensor of the flow's dtype and device."""
-    tensors = chain(flow.parameters(), flow.buffers())  # every base has a buffer that follows
-    return next(tensor for tensor in tensors if tensor.is_floating_point())
+    return next(flow.parameters(), flow.base._like)
 
 
 def in_mode(flow: Flow, training: bool) -> Flow:

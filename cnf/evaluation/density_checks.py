@@ -43,10 +43,8 @@ def mass(case: Case) -> Outcome:
 
 def _wide(case: Case, samples: Tensor) -> Tensor:
     """The samples spread by half again, inside the support that preprocessing may bound."""
-    preprocess = case.flow.preprocess
-    y = samples if preprocess is None else preprocess.inverse(samples)[0]
-    y = y.mean(0) + 1.5 * (y - y.mean(0))
-    return y if preprocess is None else preprocess(y)[0]
+    y, _ = case.flow.inside(samples)
+    return case.flow.outside(y.mean(0) + 1.5 * (y - y.mean(0)))[0]
 
 
 def _integral(
@@ -105,7 +103,7 @@ def log_determinant(case: Case) -> list[Outcome]:
     outcomes = []
     for flow in (case.exact, case.double) if case.continuous else (case.exact,):
         x, z, context = case.rows(flow, 6)
-        whole = flow._whole(None)
+        whole = _whole(flow)
         for way, function, value in (("encode", whole.inverse, x), ("decode", whole, z)):
             ladj, true = _ladj_and_truth(function, value, context)
             error = (ladj - true).abs().mean().item()
@@ -155,7 +153,7 @@ def _slogdet(
 
 def _culprit(flow: Flow, x: Tensor, context: Tensor | None) -> str:
     """Which part's log-determinant is wrong, and how; empty where all are right, and their sum."""
-    whole, first, sums = flow._whole(None), x, [torch.zeros(()), torch.zeros(())]
+    whole, first, sums = _whole(flow), x, [torch.zeros(()), torch.zeros(())]
     parts = [*_parts(flow.transform), *_parts(flow.preprocess)]
     for number, part in reversed(list(enumerate(parts, 1))):
         given = context if part.context_dim else None
@@ -179,6 +177,12 @@ def _culprit(flow: Flow, x: Tensor, context: Tensor | None) -> str:
     if all((a - b).abs().mean() <= 1e-3 for a, b in zip(claims, sums, strict=True)):
         return ""
     return "every part's own is right: one is left out of the sum, or counted twice"
+
+
+def _whole(flow: Flow) -> Transform:
+    """From base to data, for a flow whose data are of its own dtype."""
+    parts = [flow.transform, flow.preprocess]
+    return Compose([part for part in parts if part is not None])
 
 
 def _parts(transform: nn.Module | None) -> list[Transform]:

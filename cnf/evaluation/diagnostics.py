@@ -196,7 +196,7 @@ def _case(
     dequantisation, flow.dequantisation = flow.dequantisation, None
     if x is not None:
         chosen = torch.randperm(rows, generator=generator)[:n]
-        x = x.reshape(rows, *flow.event_shape)[chosen].to(like)
+        x = x.reshape(rows, *flow.event_shape)[chosen].to(like.device, flow.data_dtype)
         x = x if dequantisation is None else dequantisation.encode(x)[0]
         if context is not None:
             context = context.reshape(rows, -1)[chosen]

@@ -94,7 +94,7 @@ def _fixed(
                 "log_prob_with_error: an estimator's spread needs a flow whose transform is one "
                 f"Continuous, got a {type(flow.transform).__name__}; take divergence='exact'"
             )
-        return replace(divergence, probe=divergence.draw(x, generator))
+        return replace(divergence, probe=divergence.draw(x.to(flow.dtype), generator))
     return divergence
 
 

@@ -172,8 +172,7 @@ def normalised_path_energy(
     """
     energy = _energy_from("normalised_path_energy", flow, x0, context)
     # The energy is measured where the field lives, and so must the optimum be.
-    target = x1 if flow.preprocess is None else flow.preprocess.inverse(x1)[0]
-    optimum = wasserstein2(x0, target) ** 2
+    optimum = wasserstein2(x0, flow.inside(x1)[0]) ** 2
     if optimum == 0:
         raise ValueError("normalised_path_energy: expected x0 and x1 to differ, got W2 = 0")
     return Estimate(abs(energy.value - optimum) / optimum, energy.error / optimum)

@@ -67,7 +67,8 @@ class MaximumLikelihood(Objective):
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
     ) -> Batch:
         if batch.probe is None:
-            probe = self._divergence(as_flow("MaximumLikelihood", module)).draw(batch.x, generator)
+            flow = as_flow("MaximumLikelihood", module)
+            probe = self._divergence(flow).draw(batch.x.to(flow.dtype), generator)
             batch = batch.but(probe=None if probe is None else probe.movedim(0, 1))
         if self.steer and batch.stop is None:
             device = batch.x.device if generator is None else generator.device

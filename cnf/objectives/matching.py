@@ -235,12 +235,7 @@ def _law(times: Any) -> Any:
 
 def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
     """The batch with x1: x as the transform gives it."""
-    x1 = batch.x
-    if flow.dequantisation is not None:
-        x1 = flow.dequantisation.encode(x1, generator)[0]
-    if flow.preprocess is not None:
-        x1 = flow.preprocess.inverse(x1)[0]
-    return batch.but(x1=x1)
+    return batch.but(x1=flow.inside(batch.x, generator)[0])
 
 
 def _mean_square(predicted: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:

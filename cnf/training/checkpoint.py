@@ -193,7 +193,8 @@ def _without_later_defaults(flow: Flow, tensors: dict[str, Tensor]) -> None:
 
 
 def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    dtypes = (value.dtype for value in tensors.values() if value.is_floating_point())
+    # Of the weights: preprocessing has float64 buffers whatever the flow's dtype is.
+    dtypes = (tensors[name].dtype for name, _ in flow.named_parameters() if name in tensors)
     try:
         flow.to(next(dtypes, None)).load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:

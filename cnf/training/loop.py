@@ -10,8 +10,10 @@ from torch import nn
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.objectives import Batch, Loss, Objective
+from cnf.precision import widest
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
+from cnf.training.columns import expect_resolved
 from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
@@ -85,6 +87,10 @@ class _Trainer:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
         self.fabric = launched(config, self.dtype)
+        wide = widest(self.fabric.device) == torch.float64
+        self.keeps_digits = wide and getattr(module, "preprocess", None) is not None
+        if not self.keeps_digits:
+            expect_resolved(self.stream.head, self.dtype, getattr(data, "columns", None))
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
         data_hash = self.stream.fingerprint() if config.folder else None
@@ -188,8 +194,16 @@ class _Trainer:
         return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
 
     def _placed(self, batch: Batch) -> Batch:
-        device = self.fabric.device
-        return batch.map(lambda v: v.to(device, self.dtype if v.is_floating_point() else None))
+        """On the device, in the module's dtype; x keeps its digits until it is standardised."""
+
+        def placed(value: torch.Tensor) -> torch.Tensor:
+            if not value.is_floating_point():
+                return value.to(self.fabric.device)
+            wide = value is batch.x and self.keeps_digits
+            dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype
+            return value.to(self.fabric.device, dtype)
+
+        return batch.map(placed)
 
     def _spend(self, seconds: float) -> None:
         if self.fabric.world_size > 1 and self.config.seconds is not None:
@@ -301,4 +315,4 @@ class _Trainer:
 def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:
     preprocess = getattr(module, "preprocess", None)
     if head is not None and hasattr(preprocess, "fit"):
-        preprocess.fit(head.to(next(iter(preprocess.buffers()))))  # pyright: ignore
+        preprocess.fit(head.to(next(preprocess.buffers()).device))  # pyright: ignore

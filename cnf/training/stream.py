@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from cnf.errors import expect_finite
+from cnf.errors import expect_finite, expect_unmasked
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
 from cnf.training import fingerprint
@@ -319,6 +319,7 @@ def _weighty(rows: Batch) -> Batch:
 
 
 def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
+    expect_unmasked("fit", name, value)
     value = torch.as_tensor(value)
     if value.dim() < 2 or len(value) < 2:
         raise ValueError(

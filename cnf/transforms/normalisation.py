@@ -1,11 +1,12 @@
 """Location and scale: of the data, fitted once; of the first batch; of every batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from cnf.precision import COARSE, widest
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
@@ -19,8 +20,17 @@ class Standardise(Transform):
     Until it is fitted it is the identity. `fit` sets it once; a second call changes nothing, so
     that training a flow again (fine-tuning) keeps the meaning of its weights.
 
+    Location and scale are float64 whatever the dtype of the flow, and stay so under `float()` and
+    `half()`: in float32, a location of 10⁸ would be off by up to 4. The result has the dtype of
+    the argument. A device without float64 (MPS) holds them in float32, and data that this would
+    merge are refused there.
+
     Args:
         event_shape: Shape of one x: (D,), or (C, H, W).
+
+    Attributes:
+        dtype: float64 where it was fitted to float64 data, else float32; kept in checkpoints.
+        unresolved: The columns whose values float32 would merge, known once it is fitted.
     """
 
     loc: Tensor
@@ -29,34 +39,77 @@ class Standardise(Transform):
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        shape = _by_channel(event_shape)
+        zeros = torch.zeros(_by_channel(event_shape))
+        zeros = zeros.to(widest(zeros.device))
         self.places = math.prod(event_shape[1:])
-        self.register_buffer("loc", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("loc", zeros)
+        self.register_buffer("scale", torch.ones_like(zeros))
         self.register_buffer("fitted", torch.tensor(False))
+        self.dtype, self.unresolved = torch.float32, ()
+        self.register_load_state_dict_pre_hook(_default_dtype)
+        self.register_load_state_dict_post_hook(_resolve)
 
     def fit(self, x: Tensor) -> None:
         """Set location and scale from data `x`, shape (N, *event), if they are not set yet."""
         if self.fitted:
             return
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.to(self.loc.dtype)
         over = [0, *range(2, x.dim())]
         self.loc.copy_(x.mean(over).view_as(self.loc))
         if len(x) > 1:
             scale = torch.where(x.amax(over) > x.amin(over), x.std(over), 1.0)
             self.scale.copy_(scale.view_as(self.loc))  # what is constant stays as it is
         self.fitted.fill_(True)
+        _resolve(self)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
-        return z * self.scale + self.loc, self._ladj(z)
+        return (z * self.scale + self.loc).to(z.dtype), self._ladj(z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        return (x - self.loc) / self.scale, -self._ladj(x)
+        return ((x - self.loc) / self.scale).to(x.dtype), -self._ladj(x)
+
+    def get_extra_state(self) -> Tensor:
+        """An empty tensor, whose dtype is what is kept."""
+        return torch.empty(0, dtype=self.dtype)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.dtype = state.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardise":
+        self.fitted = fn(self.fitted)
+        device = self.fitted.device
+        dtype = widest(device)
+        if dtype == torch.float32 and self.unresolved:
+            raise ValueError(
+                f"Standardise: columns {list(self.unresolved)} need float64, which {device.type} "
+                "does not have; subtract a constant from them, or stay on the CPU"
+            )
+        for name in ("loc", "scale"):
+            value = self._buffers[name]
+            assert value is not None
+            moved = torch.empty_like if value.is_meta else torch.Tensor.to
+            self._buffers[name] = moved(value, device=device, dtype=dtype)
+        return self
 
     def _ladj(self, value: Tensor) -> Tensor:
-        ladj = self.places * self.scale.log().sum()
+        ladj = (self.places * self.scale.log().sum()).to(value.dtype)
         return ladj.expand(value.shape[: value.dim() - self.event_dims])
+
+
+def _default_dtype(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Checkpoints were without the dtype, and all of float32 data."""
+    state.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.float32))
+
+
+def _resolve(module: nn.Module, _: object = None) -> None:
+    """Once, so that no call has to ask a GPU."""
+    assert isinstance(module, Standardise)
+    rounding = torch.finfo(torch.float32).eps / 4 * module.loc.abs()  # on average
+    coarse = (rounding > COARSE * module.scale).flatten()
+    module.unresolved = tuple(coarse.nonzero().flatten().tolist())
 
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))

@@ -1,5 +1,7 @@
 """Everything that `fit` takes as data, and context that follows its rows."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -196,17 +198,72 @@ def test_float64_module_takes_float32_data_and_stays_float64(small, config):
         assert flow.log_prob(ROWS.double()).dtype == torch.float64
 
 
+RECIPES = [("cnf", cnf.FlowMatching()), ("cnf", cnf.MaximumLikelihood()), ("realnvp", None)]
+
+
+@pytest.mark.parametrize(("name", "objective"), RECIPES)
+def test_training_far_from_zero_is_training_near_it(name, objective, small, config, tmp_path):
+    objective = objective or cnf.MaximumLikelihood()
+    near, far = small(name), small(name)
+    x = ROWS.double()
+    histories = [
+        cnf.fit(flow, objective, given.numpy(), config(steps=30), validation=given[:20])
+        for flow, given in ((near, x), (far, 1e8 + x))
+    ]
+    # equal but for the rounding of 1e8 + x in float64, 1.5e-8
+    losses = [torch.tensor(history.column("loss")) for history in histories]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-3)
+    assert histories[1].column("val_nll")[-1] == pytest.approx(
+        histories[0].column("val_nll")[-1], abs=1e-3
+    )
+    wanted = near.log_prob(x)
+    loaded = cnf.load(cnf.training.save(far, tmp_path / "flow.safetensors"))
+    copies = [far, loaded, copy.deepcopy(far).float(), copy.deepcopy(far).double()]
+    for flow in copies:
+        torch.testing.assert_close(flow.log_prob(1e8 + x), wanted, rtol=0, atol=1e-3)
+        drawn = flow.sample(500, generator=torch.Generator().manual_seed(0))
+        assert drawn.dtype == torch.float64 and 0.3 < drawn.std() < 3
+    assert all(p.dtype == torch.float32 for p in far.parameters())
+
+
+def test_numbers_that_float32_merges_are_refused_by_name(small, config):
+    x = torch.stack([ROWS[:, 0].double(), 1.7e9 + ROWS[:, 1].double()], 1)
+    points = cnf.data.Points(x, columns=["height", "seconds"])
+    with pytest.raises(
+        ValueError, match=r"fit: torch.float32 merges .* of column 'seconds'; build"
+    ):
+        cnf.fit(small(preprocess=None), cnf.FlowMatching(), points, config())
+    with pytest.raises(ValueError, match=r"of column 1; build"):
+        cnf.fit(nn.Linear(2, 2), Target(), x, config())
+    cnf.fit(small(preprocess=None), cnf.FlowMatching(), x - x.mean(0), config())
+
+
+def test_masked_rows_are_refused(small, config):
+    x = np.ma.masked_array(ROWS.numpy().copy())
+    x[7, 1] = np.ma.masked
+    with pytest.raises(ValueError, match=r"fit: expected data without masked .*rows 7, columns 1"):
+        cnf.fit(small(), cnf.FlowMatching(), x, config())
+    with pytest.raises(ValueError, match=r"fit: expected validation without masked"):
+        cnf.fit(small(), cnf.FlowMatching(), ROWS, config(), validation=x)
+    with pytest.raises(ValueError, match=r"fit: expected context without masked"):
+        cnf.fit(small(context=2), cnf.FlowMatching(), ROWS, config(), context=x)
+    with pytest.raises(ValueError, match=r"Flow: expected base without masked"):
+        cnf.Flow(x, small().transform)
+
+
 def test_preprocessing_is_fitted_to_training_rows_once(small, config):
     flow = small()
     cnf.fit(flow, cnf.FlowMatching(), ROWS * 3 + 5, config(validations=0))
-    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).mean(0))
-    torch.testing.assert_close(flow.preprocess.scale, (ROWS * 3).std(0))
+    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).double().mean(0))
+    torch.testing.assert_close(
+        flow.preprocess.scale, (ROWS * 3).double().std(0), rtol=1e-6, atol=0
+    )
     cnf.fit(flow, cnf.MaximumLikelihood(), ROWS, config())
-    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).mean(0))
+    torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).double().mean(0))
 
 
 def test_preprocessing_never_sees_held_out_rows(small, config):
-    flow, rows = small(), torch.arange(200.0).reshape(100, 2).square()
+    flow, rows = small(), torch.arange(200.0).double().reshape(100, 2).square()
     cnf.fit(flow, cnf.FlowMatching(), rows, config(steps=1))
     held_out = 100 * rows.mean(0) - 90 * flow.preprocess.loc  # the sum of ten rows, if it is so
     assert (held_out > 0).all() and not torch.allclose(flow.preprocess.loc, rows.mean(0))

@@ -1,5 +1,7 @@
 """Location and scale: of the data, of the first batch, of every batch."""
 
+import copy
+
 import pytest
 import torch
 
@@ -36,6 +38,59 @@ def test_standardise_is_by_channel_on_images(generator):
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2, dtype=F64))
     torch.testing.assert_close(ladj, (-16 * spread.log().sum()).expand(50))
     torch.testing.assert_close(transform(z)[0], x)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.float(), lambda m: m.half(), lambda m: m.to(F64)])
+def test_statistics_of_large_numbers_survive_every_cast(cast, generator):
+    noise = torch.randn(500, 2, generator=generator, dtype=F64)
+    transform = Standardise((2,))
+    transform.fit(1e8 + noise)
+    transform = cast(torch.nn.Sequential(copy.deepcopy(transform)))[0]
+    z, ladj = transform.inverse(1e8 + noise)
+    expected = (noise - noise.mean(0)) / noise.std(0)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-6)  # a step at 1e8 is 1.5e-8
+    torch.testing.assert_close(ladj, -noise.std(0).log().sum().expand(500), rtol=0, atol=1e-7)
+    torch.testing.assert_close(transform(z)[0] - 1e8, noise, rtol=0, atol=1e-6)
+    assert transform.dtype == F64 and transform.unresolved == (0, 1)
+    half = transform.inverse(noise.half())
+    assert half[0].dtype == half[1].dtype == transform(noise.half())[0].dtype == torch.float16
+
+
+def test_dtype_of_the_data_is_kept_in_the_state(generator):
+    x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64)
+    fitted, loaded, old = (torch.nn.Sequential(Standardise((2,))).float() for _ in range(3))
+    fitted[0].fit(x)
+    loaded.load_state_dict(fitted.state_dict())
+    assert loaded[0].dtype == F64 and loaded[0].unresolved == (0, 1)
+    assert torch.equal(loaded[0].inverse(x)[0], fitted[0].inverse(x)[0])
+    state = {name: value.float() for name, value in fitted.state_dict().items()}
+    del state["0._extra_state"]  # as before location and scale were float64
+    old.load_state_dict(state)
+    assert old[0].dtype == torch.float32 and old[0].loc.dtype == F64
+    assert torch.equal(old[0].scale, fitted[0].scale.float().double())
+
+
+def test_statistics_follow_to_another_device_empty_ones_too():
+    transform = Standardise((2,)).to("meta")
+    assert transform.loc.device.type == transform.fitted.device.type == "meta"
+    assert transform.to_empty(device="cpu").scale.dtype == F64
+
+
+def test_device_without_float64_takes_what_float32_resolves_only(monkeypatch, generator):
+    noise = torch.randn(500, 2, generator=generator, dtype=F64)
+    near, far = Standardise((2,)), Standardise((2,))
+    near.fit(10 + noise)
+    far.fit(torch.tensor([10, 1e8]) + noise)
+    monkeypatch.setattr("cnf.transforms.normalisation.widest", lambda device: torch.float32)
+    z, _ = near.to("cpu").inverse((10 + noise).float())
+    assert z.dtype == near.loc.dtype == torch.float32
+    torch.testing.assert_close(
+        z, ((noise - noise.mean(0)) / noise.std(0)).float(), atol=1e-5, rtol=0
+    )
+    with pytest.raises(
+        ValueError, match=r"Standardise: columns \[1\] need float64, which cpu does"
+    ):
+        far.to("cpu")
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((3,), 3), ((3, 4, 5), 3)])

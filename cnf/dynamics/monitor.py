@@ -190,7 +190,9 @@ def _saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, Stat
         if not isinstance(inner, torch.nn.Parameter) and not inner._is_zerotensor():
             storage = inner.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Detached: a node that holds its own result is a cycle that nothing ever frees. Autograd
+        # keeps the tensor's place in the graph itself, for second derivatives.
+        return tensor if tensor.is_leaf else tensor.detach()
 
     # Eager, as compiled code may refuse hooks; it saves no more than that.
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -1,15 +1,19 @@
 """What a solve keeps for its backward pass, counted in bytes, and how "auto" chooses."""
 
+import gc
 import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+import cnf
 from cnf.dynamics import Solver, record
 from cnf.dynamics.ode import GIB
+from cnf.errors import SolverError
+from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import MLPField
-from cnf.transforms import Continuous
+from cnf.transforms import Compose, Continuous, Planar, Sylvester
 
 F64 = torch.float64
 
@@ -155,3 +159,76 @@ def test_auto_keeps_no_more_than_it_may(run, whole):
         with watched() as kept:
             run(solver)
         assert kept.most < 1.3 * share * whole(64)  # the first evaluation, and the ends
+
+
+def live():
+    """Tensors that are alive, and the storages that they hold."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return len(found), len({tensor.untyped_storage().data_ptr() for tensor in found})
+
+
+def assert_nothing_stays(call):
+    call()  # what is made once
+    before = live()
+    for _ in range(3):
+        call()
+    assert live() == before
+
+
+METHODS = {"fixed": {"method": "rk4", "steps": 2}, "adaptive": {"rtol": 0.1, "atol": 0.1}}
+MODES = {
+    "backprop": {"gradient": "backprop"},
+    "checkpoint": {"gradient": "checkpoint", "segments": 2},
+    "adjoint": {"gradient": "adjoint"},
+    "auto": {},
+    "auto, outgrown": {"memory": 1e-9},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_is_freed_whether_it_was_used_or_not(method, mode, small_flow):
+    solver = Solver(**METHODS[method], **MODES[mode])
+    flow = small_flow("cnf", hidden=(4,), context=1, solver=solver)
+    x, context = (torch.ones(3, size, dtype=F64, requires_grad=True) for size in (2, 1))
+
+    def use():
+        flow.log_prob(x, 2 * context)
+        flow.log_prob(x, context, divergence="hutchinson")
+        flow.log_prob(x, context).sum().backward(inputs=[x])
+        flow.sample_and_log_prob(3, context)
+        flow.trajectory(2 * x, [0.0, 0.5, 1.0], context)
+        if mode in ("backprop", "checkpoint", "auto"):
+            torch.autograd.grad(flow.log_prob(x, context).sum(), x, create_graph=True)
+        failing = flow.with_solver(Solver(max_nfe=5, **MODES[mode]))
+        with pytest.raises(SolverError, match="too many evaluations"):
+            failing.log_prob(x, context)
+
+    assert_nothing_stays(use)
+
+
+@pytest.mark.parametrize("name", ["ffjord", "rnode", "otflow"])
+def test_no_field_keeps_its_graph(name, small_flow):
+    flow = small_flow(name, solver=Solver("euler", steps=2))
+    x = torch.ones(3, 2, dtype=F64, requires_grad=True)
+    objective, batch = cnf.MaximumLikelihood(), cnf.Batch(x.detach())
+
+    def use():
+        log_prob_with_error(flow, x)
+        objective(flow, batch)
+        objective(flow, batch).value.backward()
+
+    assert_nothing_stays(use)
+
+
+def test_recomputed_layers_keep_no_graph(randomised):
+    layers = [Planar(2), Sylvester(2, 1)]
+    stack = randomised(Compose(layers, recompute=True))
+    x = torch.ones(3, 2, dtype=F64, requires_grad=True)
+
+    def use():
+        stack.inverse(x)
+        stack(x)[1].sum().backward(inputs=[x])
+
+    assert_nothing_stays(use)

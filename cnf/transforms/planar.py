@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnf.precision import no_autocast
 from cnf.transforms.base import TRANSFORMS, Transform
 from cnf.transforms.linear import householder_product
-from cnf.transforms.roots import increasing_root
+from cnf.transforms.roots import tanh_root
 
 ONE = math.log(math.expm1(1))  # softplus of it is one
 MARGIN = 8  # roundings between a determinant that must be positive and zero
@@ -55,7 +55,7 @@ class Planar(Transform):
 
     As in the paper wᵀû is a softplus of wᵀu less one, but shifted so that 0 stays 0: the paper's
     -0.31 would make û long, and the map far from the identity, where w is small. The inverse finds
-    α = wᵀz, a root of one increasing function.
+    wᵀz + b, a root of one increasing function.
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:
@@ -76,8 +76,7 @@ class Planar(Transform):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
         u, w, b, along = self._constrained(context)
-        root = _tanh_root((w * x).sum(-1), along, torch.ones_like(along), b)
-        tanh = torch.tanh(root + b)
+        tanh = torch.tanh(tanh_root((w * x).sum(-1) + b, along))
         return x - u * tanh.unsqueeze(-1), -(along * (1 - tanh * tanh)).log1p()
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,8 +133,9 @@ class Sylvester(Transform):
             shift, offset = target[..., i], b[..., i]
             for j, (y_j, tanh_j) in found.items():
                 shift, offset = shift - r[..., i, j] * tanh_j, offset + s[..., i, j] * y_j
-            y_i = _tanh_root(shift, r[..., i, i], s[..., i, i], offset)
-            found[i] = y_i, torch.tanh(s[..., i, i] * y_i + offset)
+            r_ii, s_ii = r[..., i, i], s[..., i, i]
+            tanh_i = torch.tanh(tanh_root(s_ii * shift + offset, r_ii * s_ii))
+            found[i] = shift - r_ii * tanh_i, tanh_i
         return torch.stack([found[i][1] for i in range(self.rank)], -1)
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -209,17 +209,6 @@ def _length(vector: Tensor) -> Tensor:
     """(*, D) → (*, 1), without squaring large or small numbers."""
     size = vector.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
     return size * torch.linalg.vector_norm(vector / size, dim=-1, keepdim=True)
-
-
-def _tanh_root(x: Tensor, a: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """y with y + a·tanh(c y + d) = x, where a·c > -1."""
-    x, a, c, d = torch.broadcast_tensors(x, a, c, d)
-
-    def function(y: Tensor) -> tuple[Tensor, Tensor]:
-        tanh = torch.tanh(c * y + d)
-        return y + a * tanh - x, 1 + a * c * (1 - tanh * tanh)
-
-    return increasing_root(function, x - a.abs(), x + a.abs())
 
 
 def _sylvester_ladj(r: Tensor, s: Tensor, tanh: Tensor) -> Tensor:

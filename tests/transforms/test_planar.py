@@ -7,7 +7,7 @@ import torch
 
 from cnf.transforms import Planar, Radial, Sylvester
 from cnf.transforms.planar import _above_minus_one
-from cnf.transforms.roots import increasing_root
+from cnf.transforms.roots import tanh_root
 
 F64 = torch.float64
 CASES = {
@@ -108,39 +108,31 @@ def test_sylvester_of_rank_one_is_planar(generator):
         Sylvester(2, 3)
 
 
-def test_root_and_its_derivative_have_closed_form():
-    # y³ + y = c at y = 2 is c = 10, and dy/dc = 1/(3y² + 1) = 1/13
-    c = torch.tensor([10.0, -10.0, 0.0], dtype=F64, requires_grad=True)
-    low, high = torch.full((3,), -1e3, dtype=F64), torch.full((3,), 1e3, dtype=F64)
-    y = increasing_root(lambda y: (y**3 + y - c, 3 * y**2 + 1), low, high)
-    torch.testing.assert_close(y, torch.tensor([2.0, -2.0, 0.0], dtype=F64))
-    (slope,) = torch.autograd.grad(y.sum(), c)
-    torch.testing.assert_close(slope, torch.tensor([1 / 13, 1 / 13, 1.0], dtype=F64))
+def test_root_and_its_derivatives_have_closed_form():
+    # u = ±log 2 has tanh u = ±3/5, so that s = u + 2 tanh u; du/ds = 1/(1 + k sech² u) = 25/57
+    u = torch.tensor([math.log(2), -math.log(2), 0.0], dtype=F64)
+    s, k = (u + 2 * u.tanh()).requires_grad_(), torch.tensor(2.0, dtype=F64, requires_grad=True)
+    found = tanh_root(s, k)
+    torch.testing.assert_close(found, u, rtol=1e-15, atol=1e-15)
+    slope, bend = torch.autograd.grad(found.sum(), (s, k))
+    torch.testing.assert_close(slope, torch.tensor([25 / 57, 25 / 57, 1 / 3], dtype=F64))
+    assert bend.abs() < 1e-15  # ∂u/∂k is odd in u
+    _, tangent = torch.func.jvp(tanh_root, (s.detach(), k.detach()), (torch.ones_like(s), k * 0))
+    torch.testing.assert_close(tangent, slope, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_root_is_found_where_newton_alone_would_run_away(dtype):
-    target = torch.tensor([-0.999, 0.0, 0.999], dtype=dtype)
-
-    def steep(y):  # flat far out: from a start there Newton leaves for infinity
-        tanh = torch.tanh(50 * y)
-        return y * 1e-3 + tanh - target, 1e-3 + 50 * (1 - tanh * tanh)
-
-    y = increasing_root(steep, target - 1e4, target + 1e4)
-    assert steep(y)[0].abs().max() < 100 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("bend", [-0.999, -0.9, -0.5, 0.5, 5.0, 50.0])
-def test_root_is_found_where_newton_alone_would_go_in_circles(bend, dtype, generator):
-    x = 3 * torch.randn(2_000, generator=generator, dtype=dtype)
-
-    def bent(y):
-        tanh = torch.tanh(y)
-        return y + bend * tanh - x, 1 + bend * (1 - tanh * tanh)
-
-    y = increasing_root(bent, x - abs(bend), x + abs(bend))
-    assert bent(y)[0].abs().max() < 20 * torch.finfo(dtype).eps * max(1, abs(bend))
+@pytest.mark.parametrize("k", ["folded", -0.999, -0.9, -0.5, 0.0, 1e-8, 0.5, 5.0, 50.0, 1e3, 1e6])
+def test_root_is_found_in_a_fixed_number_of_steps(k, dtype):
+    eps = torch.finfo(dtype).eps
+    k = -1 + 8 * eps if k == "folded" else k
+    near = abs(k) * (1 + torch.cat([-torch.logspace(-7, -1, 100), torch.logspace(-7, -1, 100)]))
+    s = torch.cat([torch.zeros(1), torch.logspace(-30, 6, 1_000), near]).to(dtype)
+    for value in (s, -s):
+        u = tanh_root(value, torch.full_like(s, k))
+        pull = k * torch.tanh(u)
+        assert ((u + pull - value).abs() <= 2 * eps * (u.abs() + pull.abs() + s)).all()
+        assert (u * value >= 0).all()
 
 
 @pytest.mark.parametrize("name", CASES)

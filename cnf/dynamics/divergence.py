@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cnf.dynamics.fixed import transformed
 from cnf.errors import expect_choice
 from cnf.fields.base import HasDivergence, VectorField, exact_divergence
 from cnf.fields.wrappers import innermost, pieces_of
@@ -66,7 +67,7 @@ def hutchinson(
 
 def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """v(x) and εᵀJ for each ε of `probe`, shape (n, *x.shape): a VJP each."""
-    if torch.compiler.is_compiling():  # which can trace this, and not autograd.grad
+    if transformed():  # autograd.grad cannot be
         value, pull = torch.func.vjp(v, x)  # pyright: ignore
         return value, torch.stack([pull(epsilon)[0] for epsilon in probe])
     graph = torch.is_grad_enabled()
@@ -230,7 +231,7 @@ def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchi
 
 def _normal(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that a graph may hold of one made in inference mode."""
-    if torch.compiler.is_compiling() or not tensor.is_inference():
+    if transformed() or not tensor.is_inference():
         return tensor
     return tensor.clone()
 

@@ -1,13 +1,14 @@
-"""One short fixed-step loop, for `torch.compile` and CUDA graphs.
+"""One short fixed-step loop, for `torch.compile`, `torch.func` and CUDA graphs.
 
-torchdiffeq's loop compares times on the device, which neither can capture; this one takes the same
-steps with times known beforehand.
+torchdiffeq's loop compares times on the device, which none of them can follow; this one takes the
+same steps with times known beforehand.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch._C import _functorch as functorch  # pyright: ignore
 
 from cnf.dynamics.monitor import Dynamics, State
 
@@ -23,6 +24,18 @@ TABLEAUX: dict[str, tuple[Sequence[float], Sequence[Sequence[float]], Sequence[f
         (1 / 8, 3 / 8, 3 / 8, 1 / 8),
     ),
 }
+
+
+def transformed() -> bool:
+    """Whether operations are traced by `torch.compile` or transformed by `torch.func`."""
+    return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
+
+
+def captured() -> bool:
+    """Whether a solve must not look at its numbers."""
+    if transformed():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def integrate(dynamics: Dynamics, state: State, stops: Sequence[float], method: str) -> State:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.dynamics import fixed
 from cnf.dynamics.checkpoint import checkpointed
 from cnf.dynamics.monitor import Dynamics, State, TooMuchMemory, Watched, record
-from cnf.dynamics.solver import MULTISTEP, STAGES, Solver
+from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 
 __all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
@@ -37,8 +37,9 @@ def solve(
 ) -> Solution:
     """Solve d state/dt = dynamics(t, state) from t0 to t1 (t1 < t0 is allowed).
 
-    Under `torch.compile` or while a CUDA graph is captured, a fixed-step solve is one loop that
-    either can hold, differentiated by backprop.
+    Under `torch.compile`, under `torch.func` and while a CUDA graph is captured, a fixed-step
+    solve is one loop that each of them can hold, differentiated by backprop. `torch.compile` leaves
+    any other solve as it is; `torch.func` has none.
 
     Args:
         dynamics: (t of shape (), state) → rates, one tensor for each of the state's, of its shape.
@@ -51,19 +52,10 @@ def solve(
             gradient to: parameters and the context.
     Raises:
         SolverError: NaN in the field, a stiff field, too many evaluations, too narrow a dtype.
+        TypeError: A solve under `torch.func` whose steps are not known beforehand.
     """
-    if solver.evaluations is not None and _captured():
-        stops = _stops(solver, t0, t1)
-        end = fixed.integrate(dynamics, state, stops, solver.method)
-        return Solution(end, (len(stops) - 1) * STAGES[solver.method])
     path, nfe = solve_path(dynamics, state, [t0, t1], solver, params)
     return Solution(tuple(values[-1] for values in path), nfe)
-
-
-def _captured() -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def solve_path(
@@ -74,6 +66,8 @@ def solve_path(
     params: Sequence[Tensor],
 ) -> tuple[State, int]:
     """As `solve`, with the state at each of `times` (monotone): shapes (len(times), …)."""
+    if fixed.captured():
+        return _captured(dynamics, state, times, solver, params)
     dtype = state[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise SolverError(
@@ -95,6 +89,37 @@ def solve_path(
         raise watched.explain()
     watched.forward_is_over(times[-1])
     return path, nfe
+
+
+def _captured(
+    dynamics: Dynamics,
+    state: State,
+    times: Sequence[float],
+    solver: Solver,
+    params: Sequence[Tensor],
+) -> tuple[State, int]:
+    """`solve_path` where a graph is captured or a function transformed."""
+    if solver.evaluations is None:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(solve_path)(dynamics, state, times, solver, params)
+        raise TypeError(
+            f"solve: torch.func (grad, vmap, jacrev, …) and CUDA graphs cannot pass through "
+            f"{solver.method}, whose steps depend on the numbers; take a fixed-step solver: "
+            'flow.with_solver(Solver("rk4", steps=16, gradient="backprop"))'
+        )
+    stops = _stops(solver, times[0], times[-1])
+    between = [_within(stops, t0, t1) for t0, t1 in pairwise(times)]
+    stretches = iter(between)
+    path = _stitched(
+        lambda y, *_: fixed.integrate(dynamics, y, next(stretches), solver.method), state, times
+    )
+    return path, STAGES[solver.method] * sum(len(stretch) - 1 for stretch in between)
+
+
+def _within(stops: Sequence[float], t0: float, t1: float) -> list[float]:
+    """t0, the stops between, t1."""
+    low, high = min(t0, t1) + ENDS, max(t0, t1) - ENDS
+    return [t0, *(stop for stop in stops if low < stop < high), t1]
 
 
 def _differentiable(

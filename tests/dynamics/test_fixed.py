@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cnf.dynamics import Solver, fixed, ode, solve
+from cnf.dynamics import Solver, fixed, solve
 from cnf.dynamics.solver import STAGES
 from cnf.models import build
 
@@ -51,7 +51,7 @@ def test_the_tableaux_are_those_of_every_one_step_method():
 @pytest.fixture
 def captured(monkeypatch):
     """As if a graph were being captured."""
-    monkeypatch.setattr(ode, "_captured", lambda: True)
+    monkeypatch.setattr(fixed, "captured", lambda: True)
 
 
 def traced(flow):
@@ -68,7 +68,7 @@ def test_a_captured_solve_reads_no_number_back_from_the_device(name, captured, s
     graph = traced(flow)(x)
     assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ode, "_captured", lambda: False)
+        patch.setattr(fixed, "captured", lambda: False)
         torch.testing.assert_close(graph(x), flow.log_prob(x), rtol=0, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import cnf
 from cnf import Flow, Solver
-from cnf.dynamics import ode, record, solve
+from cnf.dynamics import fixed, record, solve
 from cnf.dynamics.ode import solve_path
 from cnf.dynamics.solver import STAGES, as_solver
 from cnf.evaluation.error_bars import log_prob_with_error
@@ -81,13 +81,13 @@ def dynamics(weight):
 @pytest.fixture
 def captured(monkeypatch):
     """As if a graph were being captured."""
-    monkeypatch.setattr(ode, "_captured", lambda: True)
+    monkeypatch.setattr(fixed, "captured", lambda: True)
 
 
 @pytest.mark.parametrize("gradient", ["auto", "backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("loop", ["torchdiffeq's", "captured"])
 def test_euler_on_the_exponential_is_the_product_of_its_steps(gradient, loop, monkeypatch):
-    monkeypatch.setattr(ode, "_captured", lambda: loop == "captured")
+    monkeypatch.setattr(fixed, "captured", lambda: loop == "captured")
     solver, widths = Solver("euler", grid=GRID, gradient=gradient), np.diff(GRID)
 
     def field(t, state):
@@ -108,7 +108,7 @@ def test_euler_on_the_exponential_is_the_product_of_its_steps(gradient, loop, mo
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 @pytest.mark.parametrize("method", STAGES)
 def test_each_method_takes_the_steps_of_its_tableau(method, ends, dtype, loop, monkeypatch):
-    monkeypatch.setattr(ode, "_captured", lambda: loop == "captured")
+    monkeypatch.setattr(fixed, "captured", lambda: loop == "captured")
     stops = stops_between(*ends)
     solver = Solver(method, grid=GRID)
     (x,), nfe = solve(dynamics(A.to(dtype)), (X0.to(dtype),), *ends, solver, ())
@@ -254,7 +254,7 @@ def test_a_captured_flow_takes_the_same_grid(name, captured, small_flow):
     flow = small_flow(name, solver=Solver("rk4", grid=GRID))
     found = flow.log_prob(X0), flow.decode(X0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ode, "_captured", lambda: False)
+        patch.setattr(fixed, "captured", lambda: False)
         expected = flow.log_prob(X0), flow.decode(X0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 

@@ -38,8 +38,8 @@ def solve(
     """Solve d state/dt = dynamics(t, state) from t0 to t1 (t1 < t0 is allowed).
 
     Under `torch.compile`, under `torch.func` and while a CUDA graph is captured, a fixed-step
-    solve is one loop that each of them can hold, differentiated by backprop. `torch.compile` leaves
-    any other solve as it is; `torch.func` has none.
+    solve is one loop that each of them can hold, differentiated by backprop. `torch.compile`
+    leaves any other solve as it is; `torch.func` has none.
 
     Args:
         dynamics: (t of shape (), state) → rates, one tensor for each of the state's, of its shape.

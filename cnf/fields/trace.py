@@ -46,7 +46,8 @@ def gated_product(left: Tensor, gate: Tensor, right: Tensor) -> Tensor:
     Returns:
         The transposed products, shape (*batch, D, J).
     """
-    if gate[..., 0].numel() < len(left):  # few rows: forming the shared product costs more
+    few = not torch.compiler.is_compiling() and gate[..., 0].numel() < left.shape[0]
+    if few:  # forming the shared product costs more; what is exported takes any number of rows
         return F.linear(right.T * gate.unsqueeze(-2), left)
     both = right.T.unsqueeze(1) * left  # (D, J, K), shared by the batch
     return F.linear(gate, both.flatten(0, 1)).unflatten(-1, both.shape[:2])

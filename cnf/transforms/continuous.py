@@ -129,11 +129,11 @@ class Continuous(Transform):
         # One batch axis, of rows, for the solver and the field.
         x = value.reshape(-1, *self.field.event_shape)
         if context is not None:
-            context = context.expand(*batch, -1).reshape(len(x), self.context_dim)
+            context = context.expand(*batch, -1).reshape(x.shape[0], self.context_dim)
         if probe is not None:
-            probe = probe.reshape(len(probe), *x.shape)
+            probe = probe.reshape(-1, *x.shape)
         channels = [] if estimator is None else [estimator.channels]
-        shapes = [(len(x), *shape) for shape in (*channels, *((),) * len(integrands))]
+        shapes = [(x.shape[0], *shape) for shape in (*channels, *((),) * len(integrands))]
         state = (x, *(x.new_zeros(shape) for shape in shapes))
         kind = _compiled_rates if self.solver.compile else _rates
         rates = partial(kind, estimator, tuple(integrands), probe)

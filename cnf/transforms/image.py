@@ -136,7 +136,7 @@ class ConvCoupling(TwoWayScheme):
         kept, moved = images.split(self.sizes, 1)
         seen = kept
         if context is not None:
-            flat = context.expand(*value.shape[:-3], -1).reshape(len(images), self.context_dim)
+            flat = context.expand(*value.shape[:-3], -1).reshape(images.shape[0], self.context_dim)
             planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
             seen = torch.cat([kept, planes], 1)
         raw = self._net(seen).unflatten(1, (self.map.size, -1)).movedim(1, 0)

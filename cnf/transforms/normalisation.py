@@ -57,7 +57,7 @@ class Standardise(Transform):
         x = x.to(self.loc.dtype)
         over = [0, *range(2, x.dim())]
         self.loc.copy_(x.mean(over).view_as(self.loc))
-        if len(x) > 1:
+        if x.shape[0] > 1:
             scale = torch.where(x.amax(over) > x.amin(over), x.std(over), 1.0)
             self.scale.copy_(scale.view_as(self.loc))  # what is constant stays as it is
         self.fitted.fill_(True)
@@ -199,10 +199,10 @@ class BatchNorm(Transform):
         self._expect("x", x)
         mean, variance = self.mean, self.variance
         rows = x.reshape(-1, x.shape[-1])
-        if self.training and len(rows) > 1:
+        if self.training and rows.shape[0] > 1:
             variance, mean = torch.var_mean(rows, 0, correction=0)
             with torch.no_grad():
-                unbiased = variance * (len(rows) / (len(rows) - 1))
+                unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
                 self.mean.lerp_(mean, self.momentum)
                 self.variance.lerp_(unbiased, self.momentum)
         log_scale = self._log_scale(variance)

@@ -53,3 +53,28 @@ def test_every_field_of_a_process_is_compiled(monkeypatch):
         x = torch.ones(3, dim)
         torch.testing.assert_close(timed.log_prob(x), flow.log_prob(x))
         assert counters["stats"]["unique_graphs"] == dim
+
+
+def assert_compiled_is_eager(flow, fullgraph):
+    x = torch.randn(3, *flow.event_shape, dtype=F64)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    compiled = torch.compile(flow.log_prob, fullgraph=fullgraph, backend="aot_eager")
+    found = []
+    for log_prob in (flow.log_prob, compiled):
+        value = log_prob(x)
+        slopes = torch.autograd.grad(value.sum(), parameters, materialize_grads=True)
+        found.append((value, *slopes))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("gradient", ["auto", "adjoint"])
+def test_an_adaptive_solve_is_left_out_of_the_graph(gradient, small_flow):
+    flow = small_flow("cnf", solver=Solver(rtol=0.1, atol=0.1, gradient=gradient))
+    assert_compiled_is_eager(flow, fullgraph=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["planar", "realnvp"])
+def test_a_discrete_flow_is_one_graph(name, small_flow):
+    assert_compiled_is_eager(small_flow(name, layers=1), fullgraph=True)

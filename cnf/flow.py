@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from cnf.distributions import Base, FlowDistribution, as_base
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
+from cnf.dynamics.fixed import transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event
@@ -316,7 +317,8 @@ class Flow(nn.Module):
         return rows, rows.take(z), rows.take(context)
 
     def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
-        missing, drop = self.transform.optional_context, is_adaptive(self.transform)
+        missing = self.transform.optional_context
+        drop = is_adaptive(self.transform) and not transformed()
         return Rows(values, len(self.event_shape), context, missing, drop)
 
     def _expect_dtype(self, who: str, z: Tensor) -> None:

@@ -32,6 +32,7 @@ _LAZY = {
     "TrainConfig": "cnf.training",
     "fit": "cnf.training",
     "load": "cnf.training",
+    "save": "cnf.training",
     "check": "cnf.evaluation",
     "compare": "cnf.evaluation",
 }

@@ -16,11 +16,11 @@ from cnf import data as densities
 from cnf import models, objectives
 from cnf.arguments import explained, flags, required, settings_class, spelled
 from cnf.catalogue import KINDS
+from cnf.data import Columns, Points
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
-from cnf.flow import Flow
 from cnf.training import TrainConfig, fit, load
-from cnf.training.run import free_folder, scored_rows, trained_on
+from cnf.training.run import free_folder, recorded, scored_rows
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
 
@@ -31,6 +31,8 @@ def train(
     options: dict[str, Any] | None = None,
     objective: str | None = None,
     objective_options: dict[str, Any] | None = None,
+    test: float = 0.1,
+    table: Columns | None = None,
     config: TrainConfig | None = None,
 ) -> None:
     """Train a model on a density or on one's own points, and keep everything in a run's folder.
@@ -44,12 +46,18 @@ def train(
             more times near the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
+        test: Part of one's own points that training never sees, for `cnf evaluate`.
+        table: What the columns of one's own table are for.
         config: The settings of the run.
     """
     config = config or TrainConfig()
-    source = densities.load(data)
+    source = densities.load(data, table)
+    if not 0 <= test < 1:
+        raise ValueError(f"expected 0 <= test < 1, got {test}")
+    if isinstance(source, Points):
+        source, _ = source.split(test)
     torch.manual_seed(config.seed)  # the first weights belong to what a seed repeats
-    flow = models.build(model, **{"dim": source.dim, **(options or {})})
+    flow = models.build(model, **{**source.sizes, **(options or {})})
     if objective is None:
         objective, recipe = RECIPES.get(model, ("maximum-likelihood", {}))
         objective_options = {**recipe, **(objective_options or {})}
@@ -71,30 +79,55 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
 
     Args:
         run: A run's folder or a flow file.
-        data: Density, picture or file of held-out points; what the run was trained on if not
-            given.
-        points: Test points at most. Of one's own points every other one is scored, and the rest
-            says what two sets of true points are apart.
+        data: Density, picture or file of held-out points, whose columns are read as the run's
+            were. If not given, what the run was trained on: of one's own points those that
+            training put aside.
+        points: Test points at most.
     """
     from cnf.evaluation.judge import Judge
-    from cnf.evaluation.tables import scores_table
+    from cnf.evaluation.tables import scores_table, status
     from cnf.training.stream import seeded
 
-    flow, source = _flow_and_data(run, data)
-    if source.entropy is None:
-        test, other, density = source.x[: 2 * points : 2], source.x[1 : 2 * points : 2], None
+    flow = load(run)
+    source, share = _data(run, data)
+    density = None if isinstance(source, Points) else source
+    if isinstance(source, Points):
+        test, other, which = _test_points(source, share, data)
+        test, other = (part.take(torch.arange(min(points, len(part.x)))) for part in (test, other))
     else:
         test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
-        density = source
-    judge = Judge(test, other, density)
-    scores = judge.scores(flow)
+        which = f"{points:,} draws from {source.name}"
+    with status("scoring") as say:
+        judge = Judge(test, other, density)
+        scores = judge.scores(flow, say=say)
     if run.is_dir():
         (run / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
+    apart = "" if density else " Distances are measured on standardized columns."
+    print(f"Scored on {which}.{apart}")
     _console().print(scores_table(scores, judge.floor))
 
 
+def _test_points(source: Points, share: float, data: str | None) -> tuple[Points, Points, str]:
+    """Points to score, others for the floor, and in words which they are."""
+    rest, test = source.split(share)
+    if data is None and len(test.x) > 1:
+        return test, rest, f"{len(test.x):,} rows that training never saw"
+    test, rest = (
+        source.take(torch.arange(0, len(source.x), 2)),
+        source.take(torch.arange(1, len(source.x), 2)),
+    )
+    if data is None:
+        return test, rest, f"{len(test.x):,} rows that training has seen; give others by --data"
+    return test, rest, f"{len(test.x):,} of the rows of {source.name}, every other one"
+
+
 def sample(
-    run: Path, output: Path, n: int = 1000, seed: int = 0, steps: int | None = None
+    run: Path,
+    output: Path,
+    n: int = 1000,
+    seed: int = 0,
+    steps: int | None = None,
+    context: list[str] | None = None,
 ) -> None:
     """Draw from a trained flow into a file.
 
@@ -104,14 +137,21 @@ def sample(
         n: How many points.
         seed: Seed of the draws.
         steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
+        context: What the samples are conditioned on: a value or label for each context column in
+            order, or name=value, such as species=cat,age=3.
     """
     if n < 1:
         raise ValueError(f"expected n >= 1, got {n}")
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
-    drawn = flow.sample((n,), generator=torch.Generator().manual_seed(seed))
-    densities.write_table(output, drawn)
+    reading = _columns(recorded(run)) if (run / "config.yaml").is_file() else Columns()
+    given = None if context is None else torch.tensor(reading.parse("sample", context))
+    if given is None and flow.context_dim:
+        wanted = ", ".join(reading.context or [f"{flow.context_dim} numbers"])
+        raise ValueError(f"this flow is conditioned on {wanted}; give --context")
+    drawn = flow.sample((n,), given, generator=torch.Generator().manual_seed(seed))
+    densities.write_table(output, drawn, reading.header)
     print(f"{n} points in {output}")
 
 
@@ -126,7 +166,7 @@ def plot(run: Path, data: str | None = None) -> None:
     from cnf.evaluation.comparison import measured
     from cnf.evaluation.plotting import save_figures
 
-    flow, source = _flow_and_data(run, data)
+    flow, (source, _) = load(run), _data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
     entropy = source.entropy or 0.0
     curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in scored_rows(run)]
@@ -144,6 +184,7 @@ def compare(
     folder: Path | None = None,
     device: str = "auto",
     w2_points: int = 2_000,
+    table: Columns | None = None,
 ) -> None:
     """Race likelihood training, flow matching and discrete flows on one density; write a report.
 
@@ -158,19 +199,21 @@ def compare(
         folder: Where everything is written; it must not exist. runs/compare-… if not given.
         device: "auto", "cpu", "cuda" or "mps".
         w2_points: Points for the exact W2 distance.
+        table: What the columns of one's own table are for.
     """
     from cnf.evaluation import comparison
     from cnf.evaluation.report import write_report
-    from cnf.evaluation.tables import results_table
+    from cnf.evaluation.tables import results_table, status
 
-    source = densities.load(data)
+    source = densities.load(data, table)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds
     results = comparison.compare(
         contestants, source, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
         device=device, w2_points=w2_points, say=lambda line: _console().rule(line, align="left"),
     )  # fmt: skip
-    page = write_report(results, folder)
+    with status("drawing the pictures"):
+        page = write_report(results, folder)
     _console().print(results_table(results))
     print(f"The report: {page.resolve()}")
 
@@ -257,10 +300,10 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
     function = COMMANDS[name]
     kinds = flags(function) | ({"config": Path, "print_config": None} if name == "train" else {})
     words = spelled(words, kinds, required(function) or kinds)
+    file = next((word[9:] for word in words if word.startswith("--config=")), None)
     try:
-        parsed = _parser().parse_args([name, *words])
+        parsed = _parser().parse_args([name, *_of_old(file), *words])
     except ArgumentError as error:
-        file = next((word[9:] for word in words if word.startswith("--config=")), None)
         raise ValueError(explained(error, kinds) + (f" (in {file})" if file else "")) from error
     options = parsed[name].as_dict()
     options.pop("config", None)
@@ -269,6 +312,14 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
             own = {field.name: options.pop(field.name) for field in fields(settings)}
             options[argument] = settings(**own)
     return options
+
+
+def _of_old(config: str | None) -> list[str]:
+    """What a configuration means that was written before one's own points had a test part."""
+    path = Path(config or "")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    known = any(line.startswith("test:") for line in lines)
+    return ["--test=0"] if any(line.startswith("ticks:") for line in lines) and not known else []
 
 
 def _parser() -> Any:
@@ -295,8 +346,21 @@ def _parser() -> Any:
     return parser
 
 
-def _flow_and_data(run: Path, data: str | None) -> tuple[Flow, Any]:
-    return load(run), densities.load(data or trained_on(run))
+def _data(run: Path, data: str | None) -> tuple[Any, float]:
+    """The data named, or what the run was trained on, read as they were; and the part of them that
+    training put aside."""
+    if data is not None and not (run / "config.yaml").is_file():
+        return densities.load(data), 0.0
+    settings = recorded(run)
+    name = data or settings["data"]
+    columns = _columns(settings) if densities.table_kind(Path(name)) else None
+    return densities.load(name, columns), settings.get("test", 0.0)
+
+
+def _columns(settings: dict[str, Any]) -> Columns:
+    """How a run read its table."""
+    names = {field.name for field in fields(Columns)}
+    return Columns(**{name: value for name, value in settings.items() if name in names})
 
 
 def _first_line(thing: Any) -> str:

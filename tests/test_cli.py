@@ -122,6 +122,79 @@ def test_own_file_trains_repeats_and_evaluates(name, call, tmp_path):
     assert code == 0, said
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A table with labels, and the folder of a run on it."""
+    folder, draw = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    label, x = draw.integers(0, 2, 200), draw.normal(size=(200, 2))
+    rows = [f"{a:.5f},{b:.5f},{'ab'[k]}" for k, (a, b) in zip(label, x, strict=True)]
+    (folder / "own.csv").write_text("income,rate,kind\n" + "\n".join([*rows, "1,,a"]))
+    budget = ["--model", "realnvp", "--options.layers", "2", "--steps", "2", "--no-progress"]
+    columns = ["--columns", "income,rate", "--context", "kind", "--drop-missing"]
+    cli.main(
+        ["train", str(folder / "own.csv"), *columns, *budget, "--folder", str(folder / "run")]
+    )
+    return folder
+
+
+def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
+    code, said, errors = call("evaluate", own / "run")
+    assert code == 0, errors
+    assert "20 rows that training never saw" in said and "standardized columns" in said
+    code, said, errors = call("evaluate", own / "run", "--data", own / "own.csv")
+    assert "100 of the rows of own" in said, errors
+
+
+def test_training_leaves_out_the_rows_that_evaluate_scores(own, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "cnf.evaluation.judge.Judge.scores",
+        lambda self, flow, **_: seen.update(test=self.test.x, floor=self.floor) or {"nll": 0.0},
+    )
+    cli.main(["evaluate", str(own / "run")])
+    monkeypatch.setattr(
+        cli,
+        "fit",
+        lambda flow, goal, source, config: seen.update(train=source.x) or cnf.training.History(),
+    )
+    cli.main(["train", "--config", str(own / "run" / "config.yaml"), "--folder", "unused"])
+    both = torch.cat([seen["train"], seen["test"]])
+    assert len(seen["train"]) == 180 and len(torch.unique(both, dim=0)) == 200
+
+
+def test_configuration_from_before_the_test_part_trains_on_every_row(own, monkeypatch, tmp_path):
+    old = (own / "run" / "config.yaml").read_text().replace("test: 0.1\n", "")
+    (tmp_path / "old.yaml").write_text(old)
+    rows = []
+    monkeypatch.setattr(
+        cli,
+        "fit",
+        lambda flow, goal, source, config: rows.append(len(source.x)) or cnf.training.History(),
+    )
+    cli.main(["train", "--config", str(tmp_path / "old.yaml"), "--folder", "unused"])
+    assert rows == [200]
+
+
+def test_samples_have_the_names_of_the_columns_and_the_context_asked_for(own, call, tmp_path):
+    run, flow = own / "run", cnf.load(own / "run")
+    for number, word in enumerate(("b", "kind=b")):
+        output = tmp_path / f"{number}.csv"
+        code, _, errors = call("sample", run, output, "-n", "4", "--context", word, "--seed", "5")
+        assert code == 0, errors
+        assert output.read_text().splitlines()[0] == "income,rate"
+        drawn = np.loadtxt(output, delimiter=",", skiprows=1)
+        draw = torch.Generator().manual_seed(5)
+        want = flow.sample((4,), torch.tensor([0.0, 1.0]), generator=draw)
+        np.testing.assert_allclose(drawn, want.numpy(), rtol=1e-6)
+
+
+def test_context_that_cannot_be_is_named(own, refused, tmp_path):
+    run, output = own / "run", tmp_path / "x.csv"
+    assert "conditioned on kind; give --context" in refused("sample", run, output)
+    assert "unknown kind 'c'; known: a, b" in refused("sample", run, output, "--context", "c")
+    assert not output.exists()
+
+
 def test_interrupted_train_resumes_to_the_same_bytes(call, run, tmp_path, monkeypatch):
     folder, steps = tmp_path / "new", []
     seed = "cnf.training.loop.seeded"

@@ -4,7 +4,7 @@ from cnf.data.columns import Columns
 from cnf.data.density import Toy
 from cnf.data.pictures import Picture
 from cnf.data.source import load
-from cnf.data.tabular import Points, read_table, write_table
+from cnf.data.tabular import Points, read_table, table_kind, write_table
 from cnf.data.toys import TOYS, toy
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Toy",
     "load",
     "read_table",
+    "table_kind",
     "toy",
     "write_table",
 ]

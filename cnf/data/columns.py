@@ -66,6 +66,11 @@ class Columns:
     drop_missing: bool = False
     labels: dict[str, list[str]] | None = None
 
+    @property
+    def header(self) -> list[str] | None:
+        """The names of what is modelled; None where the file had none, or nothing is chosen."""
+        return None if all(map(is_number, self.columns or [])) else self.columns
+
     def settled(self, who: str, table: Table) -> "Columns":
         """These settings with every column and label named, so that another table can be read in
         the same way.

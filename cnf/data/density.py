@@ -29,6 +29,7 @@ class Toy(ABC):
     """
 
     dim = 2
+    sizes = {"dim": 2}  # the options of a model of it
     source: str | None = None  # the file it was read from
     columns: tuple[str, ...] | None = None  # names, which only one's own points have
 

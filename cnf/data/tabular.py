@@ -3,6 +3,7 @@
 import copy
 import csv
 import gzip
+import io
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from cnf.data.columns import Columns, Table, as_column, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, expect_unmasked, optional
 
-SPLIT = 2_718_281  # seed of the part of one's own points that is never trained on
+SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
 
 
 class Points:
@@ -38,6 +39,7 @@ class Points:
         context: As given, of x's dtype, or None.
         weight: As given, of x's dtype, or None.
         reading: What the columns of the file that they were read from are for.
+        test_share: Part of the rows that `split` has put aside.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
             column, and a tenth of their distance beyond.
         entropy: None: it is not known.
@@ -54,6 +56,7 @@ class Points:
     entropy = None
     source: str | None = None  # the file they were read from
     reading: Columns | None = None
+    test_share = 0.0
 
     def __init__(
         self,
@@ -97,6 +100,12 @@ class Points:
         drawn = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
         return torch.searchsorted(edges, drawn * edges[-1], right=True).clamp(max=len(edges) - 1)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The options of a model of them: dim, and context where they have one."""
+        context = {} if self.context is None else {"context": self.context.shape[1]}
+        return {"dim": self.dim, **context}
+
     def take(self, rows: Tensor) -> "Points":
         """The points of some rows, with their contexts and weights, on the device of `rows`."""
         taken = copy.copy(self)
@@ -113,7 +122,9 @@ class Points:
         """
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
         count = int(share * len(order))
-        return self.take(order[count:]), self.take(order[:count])
+        rest, aside = self.take(order[count:]), self.take(order[:count])
+        rest.test_share = share
+        return rest, aside
 
     def _of_each_row(self, name: str, values: Any) -> Tensor | None:
         if values is None:
@@ -343,8 +354,8 @@ TABLES: dict[str, Callable[[str, Path], Table]] = {
 }
 
 
-def write_table(path: str | Path, x: Tensor) -> None:
-    """Write points, shape (N, D), to a new .npy or .csv file.
+def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = None) -> None:
+    """Write points, shape (N, D), to a new .npy or .csv file, the latter with its columns' names.
 
     Raises:
         ValueError: Another kind of file, or one that exists.
@@ -357,4 +368,8 @@ def write_table(path: str | Path, x: Tensor) -> None:
     if path.suffix == ".npy":
         np.save(path, x.numpy())
     else:
-        np.savetxt(path, x.numpy(), delimiter=",", fmt="%s")  # as few digits as give x back
+        header = io.StringIO()
+        csv.writer(header, lineterminator="").writerow(columns or [])
+        np.savetxt(  # as few digits as give x back
+            path, x.numpy(), delimiter=",", fmt="%s", header=header.getvalue(), comments=""
+        )

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cnf import models
-from cnf.data import load
+from cnf.data import Points, load
 from cnf.errors import SolverError
 from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
@@ -180,7 +179,7 @@ def compare(
         entropy=getattr(density, "entropy", None),
         settings={
             "seconds": seconds, "steps": steps, "seeds": list(seeds),
-            "test_points": len(judge.test), "w2_points": w2_points,
+            "test_points": len(judge.test.x), "w2_points": w2_points,
             "evaluation_solver": str(TIGHT), "failed": failed,
         },
         machine=machine(),
@@ -213,7 +212,7 @@ def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, floa
     entry = Entry(title, title, 0, judge.scores(flow), curve, judge.few_steps(flow), flow)
     return Results(
         density.name, density, [entry], judge.floor, density.entropy,
-        {"test_points": len(judge.test)}, machine(),
+        {"test_points": len(judge.test.x)}, machine(),
     )  # fmt: skip
 
 
@@ -221,7 +220,7 @@ def _train(
     contestant: Contestant, data: Any, density: Any, base: TrainConfig
 ) -> tuple[Flow, list[History], float]:
     """The trained flow, each stage's history, and the peak memory of training in MB."""
-    options = {"dim": density.dim, **contestant.options}
+    options = {**density.sizes, **contestant.options}
     if density.entropy is not None:
         options |= contestant.toy_options
     with torch.random.fork_rng():
@@ -235,8 +234,8 @@ def _train(
             "folder": base.folder and base.folder / f"stage-{number}",
         }
         settings = dict(stage.settings)
-        if isinstance(data, Tensor) and "batch_size" in settings:  # as many rows as there are
-            settings["batch_size"] = min(settings["batch_size"], len(data) * 9 // 10)
+        if isinstance(data, Points) and "batch_size" in settings:  # as many rows as there are
+            settings["batch_size"] = min(settings["batch_size"], len(data.x) * 9 // 10)
         with _peak_memory() as peak:
             histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
         memory = max(memory, peak())
@@ -252,9 +251,7 @@ def _prepared(density: Any, w2_points: int) -> tuple[Judge, Any]:
     if density.entropy is not None:
         test, other = (density.sample(TEST_POINTS, seeded(number, -9)) for number in (1, 2))
         return Judge(test, other, density, w2_points), density
-    order = torch.randperm(len(density.x), generator=seeded(0, -9))
-    held_out = max(2, len(order) // 5)
-    test, train = density.x[order[:held_out]], density.x[order[held_out:]]
+    train, test = density.split(0.2)
     return Judge(test, train, None, w2_points), train
 
 

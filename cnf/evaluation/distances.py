@@ -33,9 +33,14 @@ class Estimate(NamedTuple):
     error: float
 
     @classmethod
-    def of(cls, draws: Tensor) -> "Estimate":
-        """Mean and standard error (NaN for one draw) of independent draws; a NaN makes it NaN."""
+    def of(cls, draws: Tensor, weight: Tensor | None = None) -> "Estimate":
+        """Mean and standard error (NaN for one draw) of independent draws, weighted where they
+        have weights; a NaN makes it NaN."""
         draws = draws.detach().double().flatten()
+        if weight is not None:
+            shares = weight.to(draws) / weight.double().sum().to(draws.device)
+            mean = shares @ draws
+            return cls(mean.item(), (shares * (draws - mean)).norm().item())
         error = (draws.std() / math.sqrt(len(draws))).item() if len(draws) > 1 else math.nan
         return cls(draws.mean().item(), error)
 

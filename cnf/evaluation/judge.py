@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
 from cnf.evaluation.few_steps import Curve, nfe_curve
@@ -24,39 +25,66 @@ PATHS = 2_000  # trajectories for path energy and straightness
 class Judge:
     """Scores flows against one set of test points.
 
+    Distances of one's own points are measured on columns standardized by the test points, since
+    columns of other scales and units cannot be added; those of a known density as they are.
+
     Args:
-        test: Points of the true distribution, shape (N, D), which no flow has seen.
+        test: Points of the true distribution, shape (N, D), which no flow has seen; with the
+            contexts and weights that they have.
         reference: Other points of it, for the floor: what a perfect model would score.
         density: The true density, if it is known.
         w2_points: Points for the exact W2, whose cost grows with their cube.
     """
 
     def __init__(
-        self, test: Tensor, reference: Tensor, density: Any = None, w2_points: int = 2_000
+        self,
+        test: Tensor | Points,
+        reference: Tensor | Points,
+        density: Any = None,
+        w2_points: int = 2_000,
     ) -> None:
-        self.test, self.w2_points = test, w2_points
-        self.log_density = None if density is None else density.log_prob(test)
-        self.floor = self.distances(reference[: len(test)])
+        self.test, self.w2_points = _as_points(test), w2_points
+        self.log_density = None if density is None else density.log_prob(self.test.x)
+        self.target = _unweighted(self.test)
+        self.center, self.scale = torch.zeros(()), torch.ones(())
+        if density is None:
+            self.center, spread = self.target.x.double().mean(0), self.target.x.double().std(0)
+            self.scale = torch.where(spread > 0, spread, 1.0)
+        self.floor = self.distances(_unweighted(_as_points(reference)).x[: len(self.test.x)])
 
-    def scores(self, flow: Flow, seed: int = 0) -> dict[str, float]:
-        """Every score of one flow; NaN where one does not apply. Exact trace, tight solver."""
+    def scores(
+        self, flow: Flow, seed: int = 0, say: Callable[[str], None] = lambda _: None
+    ) -> dict[str, float]:
+        """Every score of one flow; NaN where one does not apply. Exact trace, tight solver.
+
+        Args:
+            flow: The flow.
+            seed: Of the samples.
+            say: Called with what is being done.
+        """
         flow.eval()
-        test = self.test.to(next(flow.parameters()).device)
+        device = next(flow.parameters()).device
+        test, target = (
+            points.take(_all_rows(points, device)) for points in (self.test, self.target)
+        )
         exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
+        context = None if test.context is None else test.context[:1000]
         with torch.no_grad():
-            drawn = flow.sample((len(test),), generator=seeded(seed, -8))
-            return {
-                **self.likelihood(exact, test),
-                **self.distances(drawn.cpu()),
-                **_paths(flow),
-                "round_trip": metrics.round_trip_error(exact, test[:1000]),
-                **_cost(flow, test),
-            }
+            say("log-likelihood")
+            scores = self.likelihood(exact, test)
+            say("distances between samples")
+            drawn = _sampled(flow, target, seeded(seed, -8))
+            scores |= self.distances(drawn.cpu())
+            say("paths")
+            scores |= _paths(flow, target.context)
+            scores["round_trip"] = metrics.round_trip_error(exact, test.x[:1000], context)
+            say("cost")
+            return {**scores, **_cost(flow, test)}
 
-    def likelihood(self, flow: Flow, test: Tensor) -> dict[str, float]:
+    def likelihood(self, flow: Flow, test: Points) -> dict[str, float]:
         """Gap to the truth where that is known, and NLL, with standard errors."""
-        log_prob = metrics.log_prob_chunked(flow, test).cpu()
-        nll = metrics.Estimate.of(-log_prob)
+        log_prob = metrics.log_prob_chunked(flow, test.x, test.context).cpu()
+        nll = metrics.Estimate.of(-log_prob, self.test.weight)
         scores = {"nll": nll.value, "nll_error": nll.error}
         if self.log_density is not None:
             gap = metrics.Estimate.of(self.log_density.double() - log_prob.double())
@@ -66,42 +94,81 @@ class Judge:
     def distances(self, drawn: Tensor) -> dict[str, float]:
         """Distances between samples and the test points."""
         few, some = slice(self.w2_points), slice(2 * self.w2_points)
+        x, y = self.standardized(drawn), self.standardized(self.target.x)
         return {
-            "w2": float(metrics.wasserstein2(drawn[few], self.test[few])),
+            "w2": float(metrics.wasserstein2(x[few], y[few])),
             "sliced_w2": self.sliced(drawn),
-            "mmd": float(metrics.mmd(drawn[some], self.test[some])),
-            "energy_distance": float(metrics.energy_distance(drawn[some], self.test[some])),
-            "c2st": float(metrics.c2st(self.test, drawn)),
+            "mmd": float(metrics.mmd(x[some], y[some])),
+            "energy_distance": float(metrics.energy_distance(x[some], y[some])),
+            "c2st": float(metrics.c2st(y, x)),
         }
 
     def sliced(self, drawn: Tensor) -> float:
         """Sliced W2 to the test points, always over the same directions."""
-        draw = seeded(0, -7)
-        return float(metrics.sliced_wasserstein2(drawn, self.test, 200, generator=draw))
+        x, y = self.standardized(drawn), self.standardized(self.target.x)
+        return float(metrics.sliced_wasserstein2(x, y, 200, generator=seeded(0, -7)))
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """x on the columns that distances are measured on."""
+        return (x.double() - self.center) / self.scale
 
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
         """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
-        return nfe_curve(flow, self.test, steps=FEW_STEPS, distance=self.sliced, seed=seed)
+        points = self.target.take(_all_rows(self.target, next(flow.parameters()).device))
+        return nfe_curve(
+            flow,
+            points.x,
+            steps=FEW_STEPS,
+            context=points.context,
+            distance=self.sliced,
+            seed=seed,
+        )
 
 
-def _paths(flow: Flow) -> dict[str, float]:
+def _as_points(x: Tensor | Points) -> Points:
+    return x if isinstance(x, Points) else Points(x)
+
+
+def _unweighted(points: Points) -> Points:
+    """As many rows drawn by their weights; the points themselves where they have none."""
+    return (
+        points
+        if points.weight is None
+        else points.take(points.draw(len(points.x), seeded(0, -10)))
+    )
+
+
+def _all_rows(points: Points, device: torch.device) -> Tensor:
+    return torch.arange(len(points.x), device=device)
+
+
+def _sampled(flow: Flow, like: Points, generator: torch.Generator | None = None) -> Tensor:
+    """A sample for each row, under its context where it has one."""
+    shape = (len(like.x),) if like.context is None else ()
+    return flow.sample(shape, like.context, generator=generator)
+
+
+def _paths(flow: Flow, context: Tensor | None) -> dict[str, float]:
     if not isinstance(flow.transform, Continuous):
         return {"path_energy": float("nan"), "straightness": float("nan")}
-    draw = seeded(0, -5)
+    draw, context = seeded(0, -5), None if context is None else context[:PATHS]
+    count = PATHS if context is None else len(context)
     return {
-        "path_energy": metrics.path_energy(flow, PATHS, draw).value,
-        "straightness": metrics.straightness(flow, PATHS, draw).value,
+        "path_energy": metrics.path_energy(flow, count, draw, context).value,
+        "straightness": metrics.straightness(flow, count, draw, context).value,
     }
 
 
-def _cost(flow: Flow, test: Tensor) -> dict[str, float]:
-    evaluations = metrics.nfe(flow, n=1000, generator=seeded(0, -6))
+def _cost(flow: Flow, test: Points) -> dict[str, float]:
+    context = None if test.context is None else test.context[:1000]
+    count = 1000 if context is None else len(context)
+    evaluations = metrics.nfe(flow, count, seeded(0, -6), context)
     return {
         "parameters": sum(p.numel() for p in flow.parameters()),
         "nfe_sample": evaluations.sample,
         "nfe_log_prob": evaluations.log_prob,
-        "ms_sample": _milliseconds(lambda: flow.sample((len(test),))),
-        "ms_log_prob": _milliseconds(lambda: flow.log_prob(test)),
+        "ms_sample": _milliseconds(lambda: _sampled(flow, test)),
+        "ms_log_prob": _milliseconds(lambda: flow.log_prob(test.x, test.context)),
     }
 
 

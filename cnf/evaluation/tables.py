@@ -1,5 +1,7 @@
 """Scores as tables in a terminal."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cnf.errors import optional
@@ -19,6 +21,8 @@ COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
 def results_table(results: Results) -> Any:
     """The race as a rich table, best first: mean over seeds, ± their standard deviation."""
     title = f"{results.data}, best first. A perfect model scores W2 {results.floor['w2']:.3g}."
+    if results.score == "nll":
+        title += " W2 is measured on standardized columns."
     columns = {
         name: metric
         for name, metric in COLUMNS.items()
@@ -33,6 +37,16 @@ def results_table(results: Results) -> Any:
         cells = (_cell(*results.mean(contestant, metric)) for metric in columns.values())
         table.add_row(results.of(contestant)[0].title, *cells)
     return table
+
+
+@contextmanager
+def status(what: str, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """Inside, a terminal shows what is being done; what is yielded changes the words."""
+    if not show:
+        yield lambda _: None
+        return
+    with optional("rich.console", "cli").Console().status(what) as line:
+        yield lambda part: line.update(f"{what}: {part}")
 
 
 def scores_table(scores: dict[str, float], floor: dict[str, float]) -> Any:

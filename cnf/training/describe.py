@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnf.data import Points
 from cnf.dynamics.divergence import DIVERGENCES
 from cnf.errors import DISTRIBUTION, CheckpointError
 from cnf.matching import COUPLINGS, PATHS, TIMES
@@ -34,6 +35,7 @@ def configuration(
     train = {k: v for k, v in asdict(config).items() if k not in ("folder", "resume")}
     return {
         "data": str(getattr(data, "source", None) or getattr(data, "name", type(data).__name__)),
+        **_read_as(data),
         **spec,
         "objective": objective_name(objective),
         "objective_options": _settings(objective),
@@ -96,6 +98,13 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else None
         found |= {f"{prefix}{name}": value} if inner is None else inner
     return found
+
+
+def _read_as(data: Any) -> dict[str, Any]:
+    """How one's own table was read, and the part of it that is kept from training."""
+    if not isinstance(data, Points) or data.reading is None:
+        return {}
+    return {**asdict(data.reading), "test": data.test_share}
 
 
 def objective_name(objective: Objective) -> str:

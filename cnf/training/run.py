@@ -212,12 +212,13 @@ def scored_rows(folder: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get("val_nll")]
 
 
-def trained_on(folder: Path) -> str:
-    """The density or file that a run's config.yaml names; a ValueError where it names none."""
+def recorded(folder: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml; a ValueError where there are none with its data."""
     path, yaml = folder / "config.yaml", optional("yaml", "train")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.yaml that names its data; give --data")
     try:
-        return str(yaml.safe_load(path.read_text())["data"])
+        settings = yaml.safe_load(path.read_text())
+        return {**settings, "data": str(settings["data"])}
     except (yaml.YAMLError, KeyError, TypeError):
         raise ValueError(f"{path} is broken: it names no data; give --data") from None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from cnf.data import Points
 from cnf.errors import expect_finite, expect_unmasked
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
@@ -224,6 +225,8 @@ def as_stream(
         held_out = _weighty(as_batch(validation, "validation", missing))
     if isinstance(data, Iterator):
         raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
+    if isinstance(data, Points) and (data.context is not None or data.weight is not None):
+        data = Batch(data.x, data.context, weight=data.weight)
     if isinstance(data, Batch):
         if context is not None:
             raise ValueError("fit: a Batch holds its own context, got context=… beside it")

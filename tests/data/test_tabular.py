@@ -248,3 +248,9 @@ def test_as_many_names_as_columns_are_expected(text):
         read_table(text("a,b,c\n1,2\n3,4"))
     with pytest.raises(ValueError, match="Points: expected 2 names in columns, got 1"):
         Points(EXPECTED, columns=["a"])
+
+
+def test_written_csv_names_its_columns(tmp_path):
+    write_table(tmp_path / "x.csv", torch.ones(2, 2), ["my, own", "b"])
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == '"my, own",b'
+    assert load(tmp_path / "x.csv").columns == ("my, own", "b")

@@ -91,7 +91,7 @@ def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypat
     monkeypatch.setattr(comparison, "fit", watch)
     results = race(["realnvp"], points)
     assert results.score == "nll" and results.entropy is None
-    assert len(trained_on[0]) == 240 and results.settings["test_points"] == 60
+    assert len(trained_on[0].x) == 240 and results.settings["test_points"] == 60
 
 
 @pytest.mark.parametrize("name", ["ffjord", "rnode"])

@@ -53,6 +53,7 @@ def independent(
         context: Condition of each row of x1, shape (N, C); not looked at.
         generator: Not used.
     """
+    _expect_rows("independent", x0, x1)
     _expect_as_many("independent", len(x0), len(x1))
     return Pairing()
 
@@ -75,6 +76,7 @@ def minibatch_ot(
     Args: as for `independent`.
     """
     _warn_of_context("minibatch-ot", context)
+    _expect_rows("minibatch-ot", x0, x1)
     return Pairing(j=_permutation("minibatch-ot", squared_distances(x0, x1)))
 
 
@@ -100,9 +102,15 @@ def conditional_ot(
             than its own.
         candidates: Part of the batch, for contexts that vary continuously.
     """
+    _expect_rows("conditional-ot", x0, x1)
+    _expect_as_many("conditional-ot", len(x0), len(x1))
     cost = squared_distances(x0, x1)
     if context is None:
         return Pairing(j=_permutation("conditional-ot", cost))
+    if len(context) != len(x1):
+        raise ValueError(
+            f"conditional-ot: expected a context for each of {len(x1)} rows, got {len(context)}"
+        )
     exact = "donot_use_mm_for_euclid_dist"  # equal contexts are at distance 0, to the bit
     context = _with_missing(context.double())
     apart = torch.cdist(context, context, compute_mode=exact).square()
@@ -135,6 +143,7 @@ def sinkhorn(
     """
     expect_positive("sinkhorn", reg=reg)
     _warn_of_context("sinkhorn", context)
+    _expect_rows("sinkhorn", x0, x1)
     cost = _numpy(squared_distances(x0, x1))
     reg = reg * cost.mean() if relative else reg
     # Scaling takes a twentieth of the time, as long as exp(-cost / reg) stays in float64's range.
@@ -163,6 +172,7 @@ def unbalanced(
     """
     expect_positive("unbalanced", reg=reg, marginal=marginal)
     _warn_of_context("unbalanced", context)
+    _expect_rows("unbalanced", x0, x1)
     cost = squared_distances(x0, x1)
     uniform = np.full(len(x0), 1 / len(x0))
     plan = optional("ot", "matching").unbalanced.sinkhorn_unbalanced(
@@ -191,6 +201,7 @@ def partial(
     if not 0 < mass <= 1:
         raise ValueError(f"partial: expected 0 < mass <= 1, got {mass}")
     _warn_of_context("partial", context)
+    _expect_rows("partial", x0, x1)
     cost = squared_distances(x0, x1)
     sides = [np.full(n, 1 / n) for n in cost.shape]
     plan = optional("ot", "matching").partial.partial_wasserstein(
@@ -290,6 +301,19 @@ def _with_missing(context: Tensor) -> Tensor:
 
 def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
+
+
+def _expect_rows(who: str, x0: Tensor, x1: Tensor) -> None:
+    """Raise unless both have rows, of events of one shape."""
+    if not len(x0) or not len(x1):
+        raise ValueError(
+            f"{who}: expected one row of x0 and of x1 or more, got {len(x0)} and {len(x1)}"
+        )
+    if x0.shape[1:] != x1.shape[1:]:
+        raise ValueError(
+            f"{who}: expected x0 and x1 of one event shape, got {tuple(x0.shape[1:])} and "
+            f"{tuple(x1.shape[1:])}"
+        )
 
 
 def _expect_as_many(who: str, base: int, data: int) -> None:

@@ -14,9 +14,9 @@ from cnf.matching.couplings import COUPLINGS, Pairing, conditional_ot, minibatch
 Draw = Callable[[int, torch.Generator | None], Tensor]  # so many base samples, (n, *event)
 Search = Callable[[Tensor], Tensor]  # points (n, D) → the row that each belongs to, (n,)
 
-START = 2_000  # rows of the exact problem whose solution the ascent starts from
+START = (512, 2_000)  # sides of the exact problem whose solution the ascent starts from
 QUANTILES = 2**20  # base samples whose quantiles are taken in one dimension
-DRAWN = (2**11, 2**15)  # base samples of one step of the ascent, at least and at most
+DRAWN = (2**12, 2**15)  # base samples of one step of the ascent, at least and at most
 TREE_DIMS = (3, 4)  # above, a tree for the exact partner, or for the near cells, does not pay
 NEAR = (5, 6, 8, 16, 32)  # cells looked at, until `AGREED` of all partners are the exact ones
 AGREED = 0.995
@@ -76,8 +76,14 @@ class SemiDiscrete:
             context: Labels, shape (M, C): rows that have one in common are a group.
             generator: Source of draws.
         Raises:
-            ValueError: Contexts that vary continuously, which make no groups.
+            ValueError: Contexts that vary continuously, which make no groups; no rows.
         """
+        if not len(x1):
+            raise ValueError("semidiscrete: expected one row of x1 or more, got 0")
+        if context is not None and len(context) != len(x1):
+            raise ValueError(
+                f"semidiscrete: expected a context for each of {len(x1)} rows, got {len(context)}"
+            )
 
         def solve(rows: Tensor) -> Search:
             flat = rows.detach().flatten(1)
@@ -188,7 +194,7 @@ def _ascended(
     is a sum over groups of rows, from coarse to fine, so that mass also moves far in few steps.
     """
     m = len(y)
-    first = _first_potentials(y, sample(min(m, START)))
+    first = _first_potentials(y, sample(min(START[1], max(START[0], m))))
     groups = _groups(y)
     parts = [torch.zeros_like(first) for _ in groups]
     optimizer = torch.optim.Adam(
@@ -199,7 +205,7 @@ def _ascended(
     mean, mass, sums = torch.zeros_like(first), torch.zeros_like(first), torch.zeros_like(y)
     last = max(1, steps // 5)
     for k in range(steps):
-        x = sample(int(min(DRAWN[1], max(DRAWN[0], m * 2 ** (4 * k / steps - 3)))))  # M/8 to 2M
+        x = sample(int(min(DRAWN[1], max(DRAWN[0], m * 2 ** (6 * k / steps - 3)))))  # M/8 to 8M
         p = first + sum(part[group] for part, group in zip(parts, groups, strict=True))
         j = _exact(y, p)(x)
         count = torch.bincount(j, minlength=m).to(y)
@@ -226,12 +232,15 @@ def _groups(y: Tensor) -> list[Tensor]:
 
 
 def _spread_out(m: int, n: int, device: torch.device) -> Tensor:
-    """n of m row numbers, evenly: the rows may be in an order."""
-    return torch.linspace(0, m - 1, n, device=device).long()
+    """n of m row numbers, evenly, for the rows may be in an order; each several times if n > m."""
+    return torch.arange(n, device=device) * m // n
 
 
 def _first_potentials(y: Tensor, x: Tensor) -> Tensor:
-    """Exact potentials of as many rows as x has, carried over to all rows: from x's side."""
+    """Exact potentials of as many rows as x has, carried over to all rows: from x's side.
+
+    Few rows are repeated, since as few base samples would say little of the base's halves.
+    """
     n = len(x)
     few = y[_spread_out(len(y), n, y.device)]
     duals = optimal_duals(-x @ few.T).to(y)

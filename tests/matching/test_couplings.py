@@ -57,3 +57,39 @@ def test_independent_leaves_the_order_alone(data):
 def test_independent_refuses_unequal_numbers(data):
     with pytest.raises(ValueError, match="as many x0 as x1, got 16 and 15"):
         COUPLINGS["independent"](data[0], data[1][:15])
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 4), (4, 0)])
+def test_no_rows_are_refused_in_the_same_words(name, sizes):
+    x0, x1 = (torch.zeros(n, 2) for n in sizes)
+    with pytest.raises(ValueError, match="expected one row of x0 and of x1 or more, got"):
+        as_coupling(name)(x0, x1)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_events_of_different_shapes_are_refused(name):
+    with pytest.raises(ValueError, match=r"one event shape, got \(2,\) and \(3,\)"):
+        as_coupling(name)(torch.zeros(4, 2), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5)])
+def test_unequal_sizes_are_paired_or_refused_in_the_same_words(name, sizes, generator):
+    x0, x1 = (torch.randn(n, 2, generator=generator) for n in sizes)
+    options = (
+        {"reg": 0.5} if name == "unbalanced" else {}
+    )  # POT's iteration ends with more entropy
+    try:
+        pairing = as_coupling({"name": name, **options})(x0, x1, generator=generator)
+    except ValueError as error:
+        assert f"expected as many x0 as x1, got {sizes[0]} and {sizes[1]}" in str(error)
+    else:
+        assert pairing.j is not None and len(pairing.j) == sizes[0]
+        assert 0 <= pairing.j.min() and pairing.j.max() < sizes[1]
+
+
+def test_conditional_ot_wants_a_context_for_each_row(generator):
+    x0, x1 = (torch.randn(4, 2, generator=generator) for _ in range(2))
+    with pytest.raises(ValueError, match="a context for each of 4 rows, got 3"):
+        COUPLINGS["conditional-ot"](x0, x1, torch.zeros(3, 1))

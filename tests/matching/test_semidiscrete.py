@@ -58,6 +58,53 @@ def test_every_row_is_the_partner_of_an_equal_share_of_the_base(event, rows, gen
     assert max(halves) < 1.02
 
 
+def imbalance(plan, x1, draw, n):
+    """RMS error of the rows' shares of the base, in parts of an equal share."""
+    return (masses(plan, x1, draw, n) - 1).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("rows", [2, 5, 20, 50])
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_few_rows_have_equal_shares(rows, seed):
+    """As few base samples as rows say little of the base's halves: 5 rows were 0.3 to 0.5 off."""
+    x1 = torch.randn(rows, 2, generator=seeded(seed))
+    plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(seed))
+    assert imbalance(plan, x1, normal(2), 300_000) < 0.03
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        pytest.param(lambda x: x * torch.tensor([100.0, 0.01]), id="columns of unlike scale"),
+        pytest.param(lambda x: x + 50 * torch.eye(len(x), 2), id="outliers"),
+        pytest.param(lambda x: x + 9 * x.sign(), id="clusters"),
+    ],
+)
+def test_few_rows_of_any_shape_have_equal_shares(spread):
+    for rows in (2, 5):
+        x1 = spread(torch.randn(rows, 2, generator=seeded(4)))
+        plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(4))
+        assert imbalance(plan, x1, normal(2), 300_000) < 0.03
+
+
+def test_a_thousand_rows_have_nearly_equal_shares():
+    x1 = torch.randn(1_000, 2, generator=seeded(3))
+    plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(3))
+    assert imbalance(plan, x1, normal(2), 1_000_000) < 0.1
+
+
+def test_few_rows_of_each_label_have_equal_shares():
+    label = torch.arange(10).repeat_interleave(3)
+    context = torch.nn.functional.one_hot(label).float()
+    x1 = torch.randn(30, 2, generator=seeded(3)) + label[:, None]
+    plan = SemiDiscrete().fit(x1, normal(2), context, seeded(3))
+    x0 = normal(2)(100_000, seeded(9))
+    for k in range(10):
+        j = plan(x0, x1, context[3 * k].expand(len(x0), -1)).j
+        share = torch.bincount(j - 3 * k, minlength=3) * 3 / len(x0)
+        assert (share - 1).square().mean().sqrt() < 0.03
+
+
 def test_cells_that_are_not_in_balance_are_seen(generator):
     """Nearest neighbours, potentials all zero, fail what the test above asks."""
     x1 = torch.randn(400, 2, generator=generator) * torch.linspace(0.5, 2, 400)[:, None] + 3
@@ -161,6 +208,13 @@ def test_before_it_is_fitted_it_is_minibatch_ot(generator):
     context = torch.arange(20)[:, None] % 2
     expected = COUPLINGS["conditional-ot"](x0, x1, context).j
     assert torch.equal(as_coupling("semidiscrete")(x0, x1, context).j, expected)
+
+
+def test_no_rows_and_contexts_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="semidiscrete: expected one row of x1 or more, got 0"):
+        SemiDiscrete().fit(torch.empty(0, 2), normal(2))
+    with pytest.raises(ValueError, match="a context for each of 4 rows, got 3"):
+        SemiDiscrete().fit(torch.ones(4, 2), normal(2), torch.ones(3, 1))
 
 
 def test_settings_are_checked():

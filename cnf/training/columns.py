@@ -1,11 +1,15 @@
 """What columns of one's own data may hold that a density cannot be learned from."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cnf.precision import collapsing
+
+NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
+ATOM = 0.1  # of the rows with one and the same value
 
 
 def expect_resolved(head: Tensor | None, dtype: torch.dtype, names: Sequence[str] | None) -> None:
@@ -23,3 +27,51 @@ def expect_resolved(head: Tensor | None, dtype: torch.dtype, names: Sequence[str
 def _named(columns: Iterable[int], names: Sequence[str] | None) -> str:
     found = [str(k) if names is None else repr(names[k]) for k in columns]
     return f"column{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
+    """Warn of columns along which no density is bounded, so that the NLL falls for ever: constant
+    ones, those that repeat or combine others, and those with a value that many rows share.
+
+    Args:
+        head: Rows, shape (N, *event); of images, whose borders may well be constant, nothing is
+            said. At most 10,000 rows are looked at.
+        names: Of the columns.
+    """
+    rows = head.detach()[:: max(1, len(head) // 10_000)].double().cpu()
+    if rows.dim() != 2 or len(rows) < 50:
+        return
+    constant = rows.amax(0) == rows.amin(0)
+    found = []
+    if constant.any():
+        found.append(f"{_named(constant.nonzero().flatten().tolist(), names)}: constant")
+    sizes = [int(column.unique(return_counts=True)[1].max()) for column in rows.T]
+    shared = [k for k, size in enumerate(sizes) if ATOM * len(rows) < size < len(rows)]
+    if shared:
+        found.append(f"{_named(shared, names)}: one value in more than {ATOM:.0%} of the rows")
+    varying = (~constant).nonzero().flatten()
+    found += _combinations(rows[:, varying], varying.tolist(), names)
+    if found:
+        warnings.warn(
+            f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
+            "without end and means nothing; drop these columns, or add noise of the size of "
+            "their rounding",
+            stacklevel=3,
+        )
+
+
+def _combinations(
+    rows: Tensor, numbers: Sequence[int], names: Sequence[str] | None
+) -> Iterator[str]:
+    """Words for each column that those before it give, up to `NEAR` of its spread."""
+    if len(rows) <= 2 * len(numbers) or len(numbers) > 500:
+        return  # so few rows lie in a plane by themselves; more columns take too long
+    standard = (rows - rows.mean(0)) / rows.std(0)
+    left = torch.linalg.qr(standard, mode="r").R.diagonal().abs() / len(rows) ** 0.5
+    free = [k for k in range(len(numbers)) if left[k] > NEAR]
+    for k in range(len(numbers)):
+        if left[k] <= NEAR:
+            before = [j for j in free if j < k]
+            weights = torch.linalg.lstsq(standard[:, before], standard[:, k]).solution
+            used = [numbers[j] for j, w in zip(before, weights, strict=True) if w.abs() > 0.01]
+            yield f"{_named([numbers[k]], names)}: follows from {_named(used, names)}"

@@ -9,18 +9,19 @@ from torch import nn
 
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
+from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.precision import widest
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
-from cnf.training.columns import expect_resolved
+from cnf.training.columns import expect_resolved, warn_of_degenerate
 from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
 from cnf.training.interrupt import interruptible
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
-from cnf.training.stream import as_stream, mixed, refuse_misfit, seeded, shared
+from cnf.training.stream import DensityStream, as_stream, mixed, refuse_misfit, seeded, shared
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -87,10 +88,15 @@ class _Trainer:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
         self.fabric = launched(config, self.dtype)
+        names = getattr(data, "columns", None)
+        head, own = self.stream.head, not isinstance(self.stream, DensityStream)
+        continuous = isinstance(module, Flow) and module.dequantisation is None
+        if head is not None and own and continuous and self.fabric.is_global_zero:
+            warn_of_degenerate(head, names)
         wide = widest(self.fabric.device) == torch.float64
         self.keeps_digits = wide and getattr(module, "preprocess", None) is not None
         if not self.keeps_digits:
-            expect_resolved(self.stream.head, self.dtype, getattr(data, "columns", None))
+            expect_resolved(self.stream.head, self.dtype, names)
         _fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
         data_hash = self.stream.fingerprint() if config.folder else None

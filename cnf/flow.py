@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
@@ -27,8 +28,25 @@ from cnf.transforms.continuous import (
     is_continuous,
     reconfigured,
 )
+from cnf.transforms.normalisation import initializing
 
 Shape = int | Sequence[int]
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Inside, a module is in eval mode; then each of its parts is in its own mode again.
+
+    What is no module (a density) has none."""
+    parts = list(module.modules()) if isinstance(module, nn.Module) else []
+    modes = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
 class Dequantisation(Protocol):
@@ -111,6 +129,21 @@ class Flow(nn.Module):
                 f"this one's is a {type(self.transform).__name__}"
             )
         return self.transform.field
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set what the first rows of training set, each `ActNorm` that nothing has set yet, from
+        data x, (*batch, *event). `fit` does it; nothing else than this call looks and changes."""
+        with evaluating(self), initializing(self.transform) as fresh:
+            if fresh:
+                _, y, context, _ = self._enter(x, context, "initialize", generator)
+                self._inner("off").inverse(y, context)
 
     def log_prob(
         self,

@@ -89,10 +89,11 @@ class Watched:
     def restart(self, start: float) -> None:
         self.start, self.nfe = start, 0
         self.last: tuple[Tensor, State] | None = None
+        self.at: tuple[Tensor, State] | None = None
 
     def __call__(self, t: Tensor, state: State) -> State:
         if self.nfe >= self.solver.max_nfe:
-            raise self.error(
+            raise self._noisy(t, state) or self.error(
                 "too many evaluations: the field is stiff or the tolerance out of reach",
                 "Loosen rtol and atol, lower the learning rate, regularise, or raise max_nfe.",
             )
@@ -102,6 +103,7 @@ class Watched:
         else:
             self.counts.backward += 1
         rates = self._evaluate(t, state)
+        self.at = (t.detach(), tuple(part.detach() for part in state))
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
         # LSODA steps on over NaN, and shortens its steps before infinity until max_nfe.
         if self.solver.method == "scipy_solver" and not _finite(rates):
@@ -123,6 +125,18 @@ class Watched:
         t = math.nan if self.last is None else self.last[0].item()
         t = t if math.isfinite(t) else self.start  # a NaN at the first point makes the step NaN
         return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
+
+    def _noisy(self, t: Tensor, state: State) -> SolverError | None:
+        """The error, where the field answers differently at the same point."""
+        with torch.no_grad():
+            one, other = (self.dynamics(t, state) for _ in range(2))
+        # More than what non-deterministic sums on a GPU leave in float32.
+        if all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(one, other, strict=True)):
+            return None
+        return self.error(
+            "the field gives two answers at the same point: dropout or other noise in train mode",
+            "Call flow.eval(), or take the noise out of the field.",
+        )
 
     def _before_backward_step(self, t: Tensor, state: State, dt: Tensor) -> None:
         """Called by torchdiffeq, ahead of its own bare assertions."""
@@ -169,7 +183,8 @@ class Watched:
                 "the field returned NaN or infinity",
                 "Check the inputs' scale, or lower the learning rate.",
             )
-        return self.error(
+        noisy = None if self.at is None else self._noisy(*self.at)
+        return noisy or self.error(
             "the step fell below what the dtype resolves: the field is stiff or discontinuous",
             "Loosen rtol/atol, compute in float64, or take a fixed-step method.",
         )

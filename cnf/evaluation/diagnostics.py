@@ -128,7 +128,7 @@ def check(
     x = None if x is None else _data(flow, x)
     batch = None if x is None else x.shape[: x.dim() - len(flow.event_shape)]
     generator = Generator().manual_seed(seed)
-    notes = []
+    notes = ["checked in eval mode; the flow is in train mode, and stays so"] * flow.training
     if flow.context_dim and context is None:
         context = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
         notes.append("context: none was given; a row of standard normal numbers was taken")

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.errors import optional
-from cnf.flow import Flow
+from cnf.flow import Flow, evaluating
 from cnf.transforms.continuous import Continuous, is_continuous
 
 
@@ -66,7 +66,7 @@ def log_prob_with_error(
         )
     divergence = _fixed(flow, x, divergence, generator)
     seed = int(torch.randint(2**62, (), generator=generator).item()) if flow.dequantisation else 0
-    with ode.record() as stats:
+    with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
     reference, _ = _scored(
@@ -119,7 +119,7 @@ def _scored(
 
 
 def _tightened(flow: Flow) -> Flow:
-    flow = copy.deepcopy(flow).double()
+    flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):
             part.solver = part.solver.refined()

@@ -8,7 +8,7 @@ from torch import Tensor
 from cnf.dynamics import record
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
-from cnf.flow import Flow
+from cnf.flow import Flow, evaluating
 from cnf.training.stream import seeded
 from cnf.transforms.continuous import is_continuous
 
@@ -50,7 +50,7 @@ def nfe_curve(
     curve = []
     for stepped in [*flows, flow]:
         z = flow.base.sample((len(target),), seeded(seed, -8))
-        with record() as stats:
+        with evaluating(flow), record() as stats:
             drawn = stepped.decode(z, context)
         curve.append((stats.forward, distance(drawn.cpu())))
     return curve

@@ -12,7 +12,7 @@ from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
 from cnf.evaluation.few_steps import Curve, nfe_curve
-from cnf.flow import Flow
+from cnf.flow import Flow, evaluating
 from cnf.training.stream import seeded
 from cnf.transforms.continuous import Continuous, is_continuous
 
@@ -62,14 +62,13 @@ class Judge:
             seed: Of the samples.
             say: Called with what is being done.
         """
-        flow.eval()
         device = next(flow.parameters()).device
         test, target = (
             points.take(_all_rows(points, device)) for points in (self.test, self.target)
         )
         exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
         context = None if test.context is None else test.context[:1000]
-        with torch.no_grad():
+        with evaluating(flow), torch.no_grad():
             say("log-likelihood")
             scores = self.likelihood(exact, test)
             say("distances between samples")

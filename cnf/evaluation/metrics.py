@@ -6,8 +6,9 @@ asked of a flow, `(flow, …)`, below. Nothing here takes gradients.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import repeat
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -25,7 +26,7 @@ from cnf.evaluation.distances import (
     wasserstein2,
     wasserstein2_floor,
 )
-from cnf.flow import Flow
+from cnf.flow import Flow, evaluating
 from cnf.transforms.continuous import Continuous
 
 __all__ = [
@@ -48,6 +49,9 @@ __all__ = [
     "wasserstein2_floor",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class Density(Protocol):
     """Anything with a known log-density: a Toy, a flow, a torch distribution."""
@@ -63,7 +67,18 @@ class Evaluations(NamedTuple):
     log_prob: int
 
 
-@torch.no_grad()
+def _evaluated(measure: Callable[P, R]) -> Callable[P, R]:
+    """The measure of a flow, its first argument, in eval mode and without gradients."""
+
+    @wraps(measure)
+    def within(*args: P.args, **kwargs: P.kwargs) -> R:
+        with evaluating(args[0] if args else kwargs["flow"]), torch.no_grad():
+            return measure(*args, **kwargs)
+
+    return within
+
+
+@_evaluated
 def log_prob_chunked(
     flow: Density, x: Tensor, context: Tensor | None = None, chunk: int = 10_000
 ) -> Tensor:
@@ -72,12 +87,10 @@ def log_prob_chunked(
     A context with a row for every point follows its points; any other is passed on whole.
     """
     expect_positive("log_prob_chunked", chunk=chunk)
-    if context is None:
-        return torch.cat([flow.log_prob(part) for part in x.split(chunk)])
-    rowwise = context.dim() > 1 and len(context) == len(x)
-    contexts = context.split(chunk) if rowwise else repeat(context)
+    rowwise = context is not None and context.dim() > 1 and len(context) == len(x)
+    contexts = context.split(chunk) if context is not None and rowwise else repeat(context)
     parts = zip(x.split(chunk), contexts, strict=False)
-    return torch.cat([flow.log_prob(part, c) for part, c in parts])
+    return torch.cat([flow.log_prob(*(p if context is not None else p[:1])) for p in parts])
 
 
 @METRICS.register("nll")
@@ -121,7 +134,7 @@ def gap(flow: Flow, density: Density, x: Tensor, chunk: int = 10_000) -> Estimat
 
 
 @METRICS.register("path-energy")
-@torch.no_grad()
+@_evaluated
 def path_energy(
     flow: Flow,
     n: int = 10_000,
@@ -149,7 +162,7 @@ def path_energy(
 
 
 @METRICS.register("normalised-path-energy")
-@torch.no_grad()
+@_evaluated
 def normalised_path_energy(
     flow: Flow, x0: Tensor, x1: Tensor, context: Tensor | None = None
 ) -> Estimate:
@@ -179,7 +192,7 @@ def normalised_path_energy(
 
 
 @METRICS.register("straightness")
-@torch.no_grad()
+@_evaluated
 def straightness(
     flow: Flow,
     n: int = 10_000,
@@ -219,7 +232,7 @@ def straightness(
 
 
 @METRICS.register("nfe")
-@torch.no_grad()
+@_evaluated
 def nfe(
     flow: Flow, n: int = 1000, generator: Generator | None = None, context: Tensor | None = None
 ) -> Evaluations:
@@ -236,7 +249,7 @@ def nfe(
 
 
 @METRICS.register("round-trip")
-@torch.no_grad()
+@_evaluated
 def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None) -> float:
     """Largest |decode(encode(x)) − x| over all coordinates, in the units of the data, or NaN."""
     _expect_points("round_trip_error", x)

@@ -55,7 +55,7 @@ def save(flow: nn.Module, path: str | Path) -> Path:
 
 
 def load(path: str | Path, into: Flow | None = None, device: str | torch.device = "cpu") -> Flow:
-    """Read a flow that `fit` or `save` has written. Nothing in the file is executed.
+    """Read a flow that `fit` or `save` has written, in eval mode. Nothing in it is executed.
 
     Args:
         path: A `.safetensors` file, a run's folder, or its checkpoint folder.
@@ -68,7 +68,7 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
     spec, tensors = _opened(path)
     flow = into if into is not None else _built(spec, tensors, path)
     _fill(flow, tensors, path)
-    return flow.to(device)
+    return flow.to(device).eval()
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

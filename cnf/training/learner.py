@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.errors import CheckpointError, DivergedError
+from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
@@ -92,6 +93,12 @@ class Learner:
         self._weights: list[Any] = list(module.parameters())
         self._buffers = list(zip(self.kept.buffers(), module.buffers(), strict=True))
         self.steps = self.skipped = self._bad_in_a_row = 0
+
+    def initialize(self, batch: Batch, generator: torch.Generator) -> None:
+        """Set a flow's `ActNorm`s from the first rows, which every process has whole."""
+        if isinstance(self.module, Flow) and batch.x.shape[1:] == self.module.event_shape:
+            self.module.initialize(batch.x, batch.context, generator=generator)
+            self.kept.load_state_dict(self.module.state_dict())
 
     def begin(self, objective: Objective) -> None:
         """Take the objective that has seen the data."""

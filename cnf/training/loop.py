@@ -39,6 +39,8 @@ def fit(
 ) -> History:
     """Train `module` by `objective`; afterwards it holds the averaged (EMA) weights.
 
+    It trains in train mode and comes back in eval mode, whatever it was handed in.
+
     Ctrl-C, SIGTERM and SIGHUP end training after the step in hand; it saves, and returns with
     reason "interrupted".
 
@@ -70,6 +72,8 @@ def fit(
         except BaseException as error:
             trainer.fail(error)
             raise
+        finally:
+            module.eval()
 
 
 class _Trainer:
@@ -120,6 +124,7 @@ class _Trainer:
 
     def run(self) -> History:
         show = self.config.progress and self.fabric.is_global_zero
+        self.module.train()
         self._save()  # from now on the run can be resumed
         with (
             torch.random.fork_rng(),
@@ -185,6 +190,8 @@ class _Trainer:
         self._seed_module(mixed(config.seed, step, fabric.global_rank, 1))
         generator = seeded(config.seed, step)
         batch = self._placed(self.stream.batch(step, generator))
+        if step == 0:
+            self.learner.initialize(batch, seeded(config.seed, -11))
         batch = self.objective.prepare(self.module, batch, generator)
         # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
         return shared(batch, fabric.global_rank, fabric.world_size)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnf.flow import Flow
+from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.stream import seeded
@@ -35,14 +35,11 @@ class Validation:
     def score(self, module: nn.Module, fraction: float) -> float:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
         self.done = int(fraction * self.config.validations + 1e-9)
-        training = module.training
-        module.eval()
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             if isinstance(module, Flow) and module.base.has_density:
                 self.name, score = "val_nll", self._nll(module)
             else:
                 self.name, score = "val_loss", self._loss(module)
-        module.train(training)
         if self.config.patience is not None:
             if score < self.best:
                 weights = {name: value.clone() for name, value in module.state_dict().items()}

@@ -1,7 +1,8 @@
 """Location and scale: of the data, fitted once; of the first batch; of every batch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +115,9 @@ def _resolve(module: nn.Module, _: object = None) -> None:
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
-    """x = z·exp(s) + m for each channel; the first batch of training sets s and m so that its z
-    have mean 0 and variance 1, and from then on they are trained. A batch is one of training where
-    the module trains and gradients are on; where samples have trained s and m, they stay.
+    """x = z·exp(s) + m for each channel, trained; the identity until data that pass while
+    `initializing` set s and m, so that their z have mean 0 and variance 1. Where training has set
+    s and m already, they stay.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
@@ -133,8 +134,7 @@ class ActNorm(Transform):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.places = math.prod(event_shape[1:])
         self.register_buffer("seen", torch.tensor(False))
-        self._settled = False  # as `seen`, without asking the GPU each time
-        self.register_load_state_dict_post_hook(_unsettle)
+        self.initializing = False
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
@@ -142,23 +142,20 @@ class ActNorm(Transform):
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        if self.training and not self._settled and torch.is_grad_enabled():
-            trained = bool(self.seen | self.loc.any() | self.log_scale.any())  # by samples, too
-            self._settled = trained or self._see(x.detach())
+        if self.initializing and not (self.seen | self.loc.any() | self.log_scale.any()):
+            self._see(x.detach())
         return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
 
     @torch.no_grad()
-    def _see(self, x: Tensor) -> bool:
+    def _see(self, x: Tensor) -> None:
         channels = x.reshape(-1, self.loc.shape[0], self.places).transpose(0, 1).flatten(1)
         if channels.shape[1] < 2:
-            return False
-        loc = _over_processes(channels.mean(1))
-        scale = _over_processes((channels - loc[:, None]).square().mean(1)).sqrt()
-        self.loc.copy_(loc.view_as(self.loc))
-        varies = _over_processes((channels.amax(1) > channels.amin(1)).to(scale))
-        self.log_scale.copy_(torch.where(varies > 0, scale, 1.0).log().view_as(self.loc))
+            return
+        self.loc.copy_(channels.mean(1).view_as(self.loc))
+        scale = channels.std(1, correction=0)
+        varies = channels.amax(1) > channels.amin(1)
+        self.log_scale.copy_(torch.where(varies, scale, 1.0).log().view_as(self.loc))
         self.seen.fill_(True)
-        return True
 
     def _ladj(self, value: Tensor) -> Tensor:
         batch = value.shape[: value.dim() - self.event_dims]
@@ -201,6 +198,9 @@ class BatchNorm(Transform):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and rows.shape[0] > 1:
             variance, mean = torch.var_mean(rows, 0, correction=0)
+        if (
+            self.training and rows.shape[0] > 1 and torch.is_grad_enabled()
+        ):  # else it is but a look
             with torch.no_grad():
                 unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
                 self.mean.lerp_(mean, self.momentum)
@@ -218,15 +218,15 @@ def _by_channel(event_shape: Sequence[int]) -> tuple[int, ...]:
     return (event_shape[0], *[1] * (len(event_shape) - 1))
 
 
-def _unsettle(module: nn.Module, _: object) -> None:
-    """What was loaded may not have seen a batch."""
-    module._settled = False  # pyright: ignore
-
-
-def _over_processes(mean: Tensor) -> Tensor:
-    """The mean of all processes' means, so that they start alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        mean = mean.clone()
-        torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
-    return mean
+@contextmanager
+def initializing(module: nn.Module) -> Iterator[bool]:
+    """Inside, data that go through `inverse` set each `ActNorm` that nothing has set;
+    gives whether there is any."""
+    fresh = [part for part in module.modules() if isinstance(part, ActNorm) and not part.seen]
+    for part in fresh:
+        part.initializing = True
+    try:
+        yield bool(fresh)
+    finally:
+        for part in fresh:
+            part.initializing = False

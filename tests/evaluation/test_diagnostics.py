@@ -93,7 +93,7 @@ def test_every_model_passes_with_random_weights(name, context, dim):
     report = check(perturbed(flow, 0.1))
     assert report.ok, str(report)
     assert report["mass"].passed is (True if dim < 3 else None)
-    assert bool(report.notes) is bool(context)
+    assert any("context" in note for note in report.notes) == bool(context)
 
 
 @pytest.mark.parametrize("name", ["cnf", "realnvp"])
@@ -113,7 +113,7 @@ def test_a_context_for_each_point_passes_in_float64(name):
     context = torch.randn(2, 50, 3, dtype=torch.float64)
     report = check(flow, x, context=context)
     assert report.ok, str(report)
-    assert not report.notes
+    assert not any("context" in note for note in report.notes)
 
 
 def test_a_flow_at_initialisation_passes_although_zeros_hide_gradients():

@@ -1,0 +1,72 @@
+"""Who is in train mode when, and what a first look may change."""
+
+import pytest
+import torch
+
+import cnf
+from cnf import MaximumLikelihood
+from cnf.fields import Adapter
+from cnf.objectives import Objective
+from cnf.transforms import ActNorm, Continuous
+
+
+def test_fit_trains_in_train_mode_and_returns_in_eval_mode(small, config, points):
+    modes = []
+
+    class Watched(Objective):
+        def prepare(self, module, batch, generator=None):
+            return batch
+
+        def __call__(self, module, batch, generator=None):
+            modes.extend(part.training for part in module.modules())
+            return MaximumLikelihood()(module, batch, generator)
+
+    flow = small("realnvp").eval()
+    cnf.fit(flow, Watched(), points, config(validations=2))
+    assert modes and all(modes)
+    assert not any(part.training for part in flow.modules())
+
+
+def test_a_loaded_flow_is_in_eval_mode(small, tmp_path):
+    flow = small("realnvp").train()
+    cnf.training.save(flow, tmp_path)
+    assert not any(part.training for part in cnf.load(tmp_path).modules())
+    assert not cnf.load(tmp_path, into=flow).training
+
+
+def test_the_average_holds_what_the_first_rows_set(small, config, points):
+    flow = small("glow", layers=2)
+    cnf.fit(flow, MaximumLikelihood(), points, config(steps=1, lr=1e-9, batch_size=90))
+    assert all(part.seen for part in flow.modules() if isinstance(part, ActNorm))
+    z = flow.encode(points)
+    torch.testing.assert_close(z.std(0), torch.ones(2), rtol=0, atol=0.1)
+
+
+def test_a_solve_of_noise_names_dropout_and_train_mode():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    solver = cnf.Solver(max_nfe=300)
+    transform = Continuous(Adapter(net, (2,), call="concat"), solver)
+    flow = cnf.Flow(None, transform, event_shape=(2,))
+    with pytest.raises(cnf.SolverError, match=r"dropout.*train mode.*flow.eval\(\)"):
+        flow.log_prob(torch.ones(20, 2))
+    assert flow.eval().log_prob(torch.ones(20, 2)).isfinite().all()
+
+
+def test_evaluation_leaves_train_mode_for_a_moment(small, points):
+    from cnf.evaluation import metrics
+    from cnf.evaluation.error_bars import log_prob_with_error
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x):
+            assert not self.training
+            return super().forward(x)
+
+    net = Watched(3, 2)
+    field = Adapter(net, (2,), call="concat")
+    flow = cnf.Flow(None, Continuous(field, cnf.Solver("rk4", steps=2)), event_shape=(2,)).train()
+    metrics.nll(flow, points)
+    metrics.straightness(flow, 5, steps=2)
+    metrics.nfe(flow, 5)
+    metrics.round_trip_error(flow, points)
+    log_prob_with_error(flow, points)
+    assert all(part.training for part in flow.modules())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from cnf.errors import expect_finite, expect_unmasked
+from cnf.errors import expect_finite, expect_shape, expect_unmasked
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -69,7 +69,9 @@ class StandardNormal(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        return self._drawn(torch.randn, (*sample_shape, *self.event_shape), generator)
+        return self._drawn(
+            torch.randn, (*expect_shape("sample", sample_shape), *self.event_shape), generator
+        )
 
 
 class FromTorch(Base):
@@ -96,7 +98,7 @@ class FromTorch(Base):
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         with seeded_from(generator):  # torch.distributions draw from the global generator only
-            return self.distribution.sample(torch.Size(sample_shape))
+            return self.distribution.sample(torch.Size(expect_shape("sample", sample_shape)))
 
 
 class FromDensity(Base):
@@ -112,8 +114,9 @@ class FromDensity(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        drawn = self.density.sample(math.prod(sample_shape), generator)
-        return drawn.reshape(*sample_shape, *self.event_shape).to(self._like)
+        shape = expect_shape("sample", sample_shape)
+        drawn = self.density.sample(math.prod(shape), generator)
+        return drawn.reshape(*shape, *self.event_shape).to(self._like)
 
 
 class GaussianMixture(Base):
@@ -149,7 +152,8 @@ class GaussianMixture(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        shape, count = tuple(sample_shape), math.prod(sample_shape)
+        shape = expect_shape("sample", sample_shape)
+        count = math.prod(shape)
         weights = self.weights.to(self.weights.device if generator is None else generator.device)
         rows = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
         rows = rows[:count].reshape(shape).to(self.means.device)
@@ -184,7 +188,9 @@ class Uniform(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        draw = self._drawn(torch.rand, (*sample_shape, *self.event_shape), generator)
+        draw = self._drawn(
+            torch.rand, (*expect_shape("sample", sample_shape), *self.event_shape), generator
+        )
         return self.low + (self.high - self.low) * draw
 
 
@@ -208,7 +214,9 @@ class UniformAngles(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        draw = self._drawn(torch.rand, (*sample_shape, *self.event_shape), generator)
+        draw = self._drawn(
+            torch.rand, (*expect_shape("sample", sample_shape), *self.event_shape), generator
+        )
         return self.period * (draw - 0.5)
 
 
@@ -240,7 +248,7 @@ class Empirical(Base):
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         device = self.points.device if generator is None else generator.device
-        shape = tuple(sample_shape)
+        shape = expect_shape("sample", sample_shape)
         rows = torch.randint(len(self.points), shape, generator=generator, device=device)
         return self.points[rows.to(self.points.device)]
 

@@ -5,6 +5,8 @@ import importlib
 import re
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from itertools import pairwise
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -132,6 +134,38 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
 
 def _some(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+
+
+def is_count(n: object) -> bool:
+    """Whether n is a whole number of at least 0: Python's, NumPy's, or one that is traced."""
+    whole = isinstance(n, int | Integral | torch.SymInt) and not isinstance(n, bool)
+    return whole and n >= 0  # pyright: ignore
+
+
+def expect_shape(who: str, sample_shape: Any) -> tuple[int, ...]:
+    """The sample shape as a tuple, an int n as (n,); raise unless it counts something."""
+    shape = (sample_shape,) if is_count(sample_shape) else sample_shape
+    if isinstance(shape, tuple | list) and all(map(is_count, shape)):
+        return tuple(shape)
+    raise ValueError(
+        f"{who}: expected sample_shape to be a whole number of at least 0, or a tuple of such, "
+        f"got {sample_shape!r}"
+    )
+
+
+def expect_times(who: str, times: Any) -> list[float]:
+    """The times as numbers; raise unless they ascend from 0 and lie in [0, 1]."""
+    if isinstance(times, Tensor) and times.requires_grad:
+        raise ValueError(f"{who}: times take no gradient; give it times.detach()")
+    try:
+        found = [float(t) for t in times]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{who}: expected times, a sequence of numbers, got {times!r}") from None
+    if not found or found[0] != 0 or not all(a < b <= 1 for a, b in pairwise(found)):
+        raise ValueError(
+            f"{who}: expected times ascending from 0.0 and inside [0, 1], got {found}"
+        )
+    return found
 
 
 def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.fixed import transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_context, expect_event
+from cnf.errors import expect_context, expect_event, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.rows import Rows
@@ -122,13 +122,15 @@ class Flow(nn.Module):
 
     @property
     def field(self) -> VectorField:
-        """The vector field of a continuous flow; any other flow has none (TypeError)."""
+        """The vector field of a continuous flow; any other flow has none (AttributeError)."""
         if not isinstance(self.transform, Continuous):
-            raise TypeError(
-                f"Flow.field: only a flow whose transform is a Continuous has a vector field; "
-                f"this one's is a {type(self.transform).__name__}"
-            )
+            raise AttributeError  # `__getattr__` says why
         return self.transform.field
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "field":  # nn.Module would hide the property's own message
+            raise AttributeError(_no_field("Flow.field", self))
+        return super().__getattr__(name)
 
     @torch.no_grad()
     def initialize(
@@ -189,10 +191,9 @@ class Flow(nn.Module):
 
         Args: `integrands` and `stop` as of `Continuous.integrate`, the rest as of `log_prob`.
         """
-        _ = self.field  # raises for a flow that has none
-        assert isinstance(self.transform, Continuous)
+        transform = require_field("Flow.log_prob_and_integral", self)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
-        solved = self.transform.integrate(
+        solved = transform.integrate(
             y, context, towards="base", divergence=_taken(divergence, rows),
             integrands=integrands, stop=stop,
         )  # fmt: skip
@@ -264,18 +265,14 @@ class Flow(nn.Module):
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """Where z is at `times` (ascending from 0), in data space: (times, *batch, *event)."""
+        """Where z is at `times`, from 0 to 1 at most, in data space: (times, *batch, *event)."""
         expect_event("Flow.trajectory", "z", z, self.event_shape)
         self._expect_dtype("trajectory", z)
-        _ = self.field  # raises for a flow that has none
-        assert isinstance(self.transform, Continuous)
-        times = [float(t) for t in times]
-        falls = any(b <= a for a, b in zip(times[:-1], times[1:], strict=True))
-        if not times or times[0] != 0 or falls:
-            raise ValueError("Flow.trajectory: expected times ascending from 0.0")
+        transform = require_field("Flow.trajectory", self)
+        times = expect_times("Flow.trajectory", times)
         context = self.checked_context("Flow.trajectory", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
-        path = self.transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
+        path = transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
         return rows.give(self.outside(path)[0], axis=1)
 
     def inside(
@@ -393,12 +390,26 @@ class Flow(nn.Module):
         who: str = "draw_base",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Base samples as `sample` begins with, and the context expanded to them."""
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+        shape = expect_shape(f"Flow.{who}", sample_shape)
         context = self.checked_context(f"Flow.{who}", context, None)
         if context is not None:
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
         return self.base.sample(shape, generator), context
+
+
+def require_field(who: str, flow: Flow) -> Continuous:
+    """The flow's `Continuous`, or a TypeError that says that it has no vector field."""
+    if not isinstance(flow.transform, Continuous):
+        raise TypeError(_no_field(who, flow))
+    return flow.transform
+
+
+def _no_field(who: str, flow: Flow) -> str:
+    return (
+        f"{who}: only a flow whose transform is a Continuous has a vector field; "
+        f"this one's is a {type(flow.transform).__name__}"
+    )
 
 
 def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence | None:

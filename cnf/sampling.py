@@ -159,7 +159,7 @@ def sde(
     expect_positive("sde", steps=steps)
     x, context = flow.draw_base(sample_shape, context, generator)
     times = tuple(k / steps for k in range(steps + 1)) if grid is None else tuple(grid)
-    if times[0] != 0 or times[-1] != 1 or any(a >= b for a, b in pairwise(times)):
+    if times[:1] != (0,) or times[-1] != 1 or not all(a < b for a, b in pairwise(times)):
         raise ValueError(f"sde: expected a grid ascending from 0 to 1, got {times}")
     for start, stop in pairwise(times):
         t, h = x.new_tensor(start), stop - start

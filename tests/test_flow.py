@@ -1,10 +1,14 @@
 """The one interface, for every model with random weights."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Independent, MultivariateNormal
 
+import cnf
 from cnf import Flow, Hutchinson, Solver
 from cnf.dynamics import record
 from cnf.fields import Adapter
@@ -270,9 +274,38 @@ def test_trajectory_runs_from_the_base_to_the_sample(name, small_flow, points, c
     torch.testing.assert_close(path[0], start)
     torch.testing.assert_close(path[-1], flow.decode(points, contexts), rtol=0, atol=1e-6)
     assert flow.trajectory(points, torch.tensor([0.0]), contexts).shape == (1, 5, 2)
-    for times in ([], [0.5, 1.0], [0.0, 0.0], [0, 1, 0.5]):
+    for times in ([], [0.5, 1.0], [0.0, 0.0], [0, 1, 0.5], [0, 2.0], [0.0, math.nan], [math.nan]):
         with pytest.raises(ValueError, match="times ascending from 0"):
             flow.trajectory(points, times, contexts)
+
+
+def test_times_are_numbers_inside_the_unit_interval(small_flow, points):
+    flow = small_flow("cnf")
+    whole = flow.trajectory(points, [0.0, 1.0])
+    assert torch.equal(flow.trajectory(points, np.array([0, 1])), whole)
+    moving = torch.tensor([0.0, 1.0], requires_grad=True)
+    for times, text in ((moving, "take no gradient"), (0.5, "sequence"), (["a"], "sequence")):
+        with pytest.raises(ValueError, match=f"Flow.trajectory.*{text}"):
+            flow.trajectory(points, times)
+    for stop in (2.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"stop inside \[0, 1\]"):
+            flow.log_prob_and_integral(points, stop=stop)
+    for times in ([0.0, 2.0], [0.0, math.nan]):
+        with pytest.raises(ValueError, match=r"times in \[0, 1\]"):
+            flow.transform.trajectory(points, times)
+
+
+@pytest.mark.parametrize("shape", [-1, True, 2.0, (2, -1), "3", None, (2, True)], ids=str)
+def test_a_sample_shape_that_counts_nothing_is_refused(shape, small_flow):
+    flow = small_flow("realnvp")
+    toy = cnf.data.toy("moons")
+    for call in (flow.sample, flow.rsample, flow.sample_and_log_prob, flow.base.sample):
+        with pytest.raises(ValueError, match="sample_shape to be a whole number of at least 0"):
+            call(shape)
+    for call in (toy.sample, cnf.data.load(torch.randn(5, 2)).sample):
+        with pytest.raises(ValueError, match="n to be an integer of at least 0"):
+            call(shape)
+    assert flow.sample(np.int64(3)).shape == (3, 2) == toy.sample(np.int64(3)).shape
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -295,8 +328,15 @@ def test_with_solver_shares_weights_and_changes_the_cost(name, small_flow, point
 
 def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, points):
     flow = small_flow("realnvp")
+    assert not hasattr(flow, "field") and hasattr(small_flow("cnf"), "field")
+    with pytest.raises(
+        AttributeError, match="only a flow whose transform is a Continuous.*Compose"
+    ):
+        _ = flow.field
+    with pytest.raises(AttributeError, match="no attribute 'fields'"):
+        _ = flow.fields
     for call in (
-        lambda: flow.field,
+        lambda: flow.log_prob_and_integral(points),
         lambda: flow.trajectory(points, [0, 1]),
         lambda: flow.with_solver(Solver()),
     ):

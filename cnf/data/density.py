@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_event
+from cnf.errors import expect_event, is_count
 
 
 class Toy(ABC):
@@ -107,7 +107,7 @@ class Toy(ABC):
 
 def expect_count(who: str, n: object) -> None:
     """Raise unless n is an integer of at least 0."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+    if not is_count(n):
         raise ValueError(f"{who}: expected n to be an integer of at least 0, got {n!r}")
 
 

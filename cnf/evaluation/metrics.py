@@ -26,7 +26,7 @@ from cnf.evaluation.distances import (
     wasserstein2,
     wasserstein2_floor,
 )
-from cnf.flow import Flow, evaluating
+from cnf.flow import Flow, evaluating, require_field
 from cnf.transforms.continuous import Continuous
 
 __all__ = [
@@ -272,7 +272,7 @@ def _continuous(
     who: str, flow: Flow, start: Tensor, context: Tensor | None
 ) -> tuple[Continuous, Tensor | None]:
     """The flow's inner, continuous part, and the context checked as in the flow's own calls."""
-    _ = flow.field  # raises the flow's own TypeError where there is none
+    require_field(who, flow)
     assert isinstance(flow.transform, Continuous)
     return flow.transform, flow.checked_context(who, context, start.shape[:1])
 

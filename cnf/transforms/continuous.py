@@ -123,6 +123,8 @@ class Continuous(Transform):
         expect_choice("Continuous.integrate", "towards", towards, ("data", "base"))
         ends = (0.0, 1.0) if towards == "data" else (1.0, 0.0)
         start, stop = ends[0], ends[1] if stop is None else stop
+        if not 0 <= stop <= 1:
+            raise ValueError(f"Continuous.integrate: expected stop inside [0, 1], got {stop}")
         estimator = None if divergence is None else as_divergence(divergence)
         probe = None if estimator is None else estimator.draw(value)
         batch = value.shape[: value.dim() - self.event_dims]
@@ -175,6 +177,8 @@ class Continuous(Transform):
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
         """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event)."""
+        if not all(0 <= t <= 1 for t in times):
+            raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
         # A time that float32 has rounded off a knot is the knot: no solve is that short.
         knots = [end for _, end, _ in pieces_of(self.field)]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]

@@ -1,16 +1,19 @@
 """Base distributions: normal, mixtures, uniform, any torch distribution, a toy, points."""
 
+import importlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from cnf.errors import expect_finite, expect_shape, expect_unmasked
+from cnf.errors import expect_event, expect_finite, expect_shape, expect_unmasked
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -273,25 +276,80 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
 
 
 class FlowDistribution(Distribution):
-    """A flow, given its context, as a torch distribution; see `Flow.distribution`."""
+    """A flow, given its context, as a torch distribution; see `Flow.distribution`.
 
-    has_rsample = True
+    Values broadcast against the batch shape, which is the context's. A value that is NaN or
+    outside of the support is no error: its log-density is NaN or -inf, as in `Flow.log_prob`.
+    """
+
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, flow: Any, context: Tensor | None) -> None:
-        batch = torch.Size() if context is None else context.shape[:-1]
+    def __init__(
+        self, flow: Any, context: Tensor | None, batch_shape: Sequence[int] | None = None
+    ) -> None:
+        if batch_shape is None:
+            batch_shape = () if context is None else context.shape[:-1]
         self.flow, self.context = flow, context
-        super().__init__(batch, torch.Size(flow.event_shape), validate_args=False)
+        self.has_rsample = flow.dequantisation is None  # pyright: ignore
+        super().__init__(
+            torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args=False
+        )
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
+        """A box where the flow ends in a map onto one, else real: angles are real as torch's are,
+        and what is outside of a bounded base's image has a log-density of -inf."""
+        last = self.flow.transform if self.flow.preprocess is None else self.flow.preprocess
+        while hasattr(last, "transforms"):
+            last = last.transforms[-1]
+        low, high = getattr(last, "support", (-math.inf, math.inf))
+        if math.isinf(low):
+            inner = constraints.real
+        else:
+            bounded = math.isfinite(high)
+            inner = (
+                constraints.interval(low, high) if bounded else constraints.greater_than_eq(low)
+            )
+        return constraints.independent(inner, len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
+        shape, context = torch.empty(self.batch_shape).expand(batch_shape).shape, self.context
+        if context is not None:
+            context = context.expand(*shape, context.shape[-1])
+        return type(self)(self.flow, context, shape)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.flow.rsample(sample_shape, self.context)
+        if self.context is None:
+            return self.flow.rsample((*sample_shape, *self.batch_shape))
+        return self.flow.rsample(tuple(sample_shape), self.context)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.flow.log_prob(value, self.context)
+        expect_event("FlowDistribution.log_prob", "value", value, self.event_shape)
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        try:
+            shape = torch.broadcast_shapes(batch, self.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                "FlowDistribution.log_prob: expected a value that broadcasts with the batch shape "
+                f"{tuple(self.batch_shape)}, got {tuple(value.shape)}"
+            ) from None
+        return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
+
+
+def flow_distribution(flow: Any, context: Tensor | None) -> FlowDistribution:
+    """The flow as a torch distribution; as Pyro's too where Pyro has been imported."""
+    kind = _pyro_kind() if "pyro" in sys.modules else FlowDistribution
+    return kind(flow, context)
+
+
+@cache
+def _pyro_kind() -> type[FlowDistribution]:
+    mixin = importlib.import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
+    return type(mixin)("PyroFlowDistribution", (FlowDistribution, mixin), {})
 
 
 @contextmanager

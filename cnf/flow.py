@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from cnf.distributions import Base, FlowDistribution, as_base
+from cnf.distributions import Base, as_base, flow_distribution
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.fixed import transformed
 from cnf.dynamics.regularizers import Integrand
@@ -316,8 +316,12 @@ class Flow(nn.Module):
         return flow
 
     def distribution(self, context: Tensor | None = None) -> Distribution:
-        """This flow as a `torch.distributions.Distribution`, for Pyro and friends."""
-        return FlowDistribution(self, context)
+        """This flow as a `torch.distributions.Distribution`, and Pyro's where Pyro is imported.
+
+        Its batch shape is the context's; see `FlowDistribution`.
+        """
+        context = self.checked_context("Flow.distribution", context, None)
+        return flow_distribution(self, context)
 
     def _inner(self, divergence: str | Divergence | None) -> Transform:
         """The transform; "off" leaves out log-determinants, None changes nothing."""

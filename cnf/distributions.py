@@ -1,5 +1,6 @@
 """Base distributions: normal, mixtures, uniform, any torch distribution, a toy, points."""
 
+import copy
 import importlib
 import math
 import sys
@@ -11,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    TransformedDistribution,
+    constraints,
+)
 
 from cnf.errors import expect_event, expect_finite, expect_shape, expect_unmasked
 
@@ -88,20 +95,71 @@ class FromTorch(Base):
 
     def __init__(self, distribution: Distribution) -> None:
         if distribution.batch_shape:
-            distribution = torch.distributions.Independent(
-                distribution, len(distribution.batch_shape)
-            )
+            distribution = Independent(distribution, len(distribution.batch_shape))
         super().__init__(distribution.event_shape)
         self.distribution = distribution
+        self.density = _zero_outside(distribution)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self.distribution.log_prob(z)
+        return self.density.log_prob(z)
 
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         with seeded_from(generator):  # torch.distributions draw from the global generator only
             return self.distribution.sample(torch.Size(expect_shape("sample", sample_shape)))
+
+
+class _ZeroOutside(Distribution):
+    """A distribution whose log-density outside of its support is -inf, and no error.
+
+    A point inside, where the gradient is finite, stands in for one that is not.
+    """
+
+    def __init__(self, inner: Distribution) -> None:
+        self.inner = inner
+        super().__init__(inner.batch_shape, inner.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        return self.inner.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        support, dims = self.inner.support, len(self.event_shape)
+        unbounded = torch.distributions.biject_to(support)
+        shape = unbounded.inverse_shape((*self.batch_shape, *self.event_shape))
+        point = unbounded(value.new_zeros(shape)).detach()
+
+        def at(rows: Tensor) -> Tensor:
+            each = rows.reshape([*rows.shape, *[1] * dims])
+            return self.inner.log_prob(torch.where(each, value, point))
+
+        inside = support.check(value)  # pyright: ignore
+        with torch.no_grad():
+            known = torch.where(inside, at(inside), -torch.inf)
+            missing = value.isnan().flatten(value.dim() - dims).any(-1) if dims else value.isnan()
+            known = torch.where(missing, torch.nan, known)
+        smooth = known.isfinite()  # at the support's end the density may be 0, its gradient NaN
+        return torch.where(smooth, at(smooth), known)
+
+
+def _zero_outside(distribution: Distribution) -> Distribution:
+    """The distribution for its `log_prob` alone: -inf outside of the support, part by part."""
+    if isinstance(distribution, Independent):
+        inner, dims = distribution.base_dist, distribution.reinterpreted_batch_ndims
+        return Independent(_zero_outside(inner), dims, validate_args=False)
+    if isinstance(distribution, MixtureSameFamily):
+        parts = _zero_outside(distribution.component_distribution)
+        return MixtureSameFamily(distribution.mixture_distribution, parts, validate_args=False)
+    try:
+        torch.distributions.biject_to(distribution.support)
+    except NotImplementedError:  # a support that torch does not know, or none
+        return distribution
+    if isinstance(distribution, TransformedDistribution):
+        distribution = copy.copy(distribution)
+        distribution.base_dist = _zero_outside(distribution.base_dist)
+        distribution._validate_args = False
+    return _ZeroOutside(distribution)
 
 
 class FromDensity(Base):
@@ -186,7 +244,7 @@ class Uniform(Base):
     def log_prob(self, z: Tensor) -> Tensor:
         inside = ((z >= self.low) & (z < self.high)).all(-1)
         density = -(self.high - self.low).log().sum()
-        return torch.where(inside, density, -torch.inf)
+        return torch.where(inside, density, -torch.inf) + 0 * z.clamp(-1, 1).sum(-1)  # NaN
 
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
@@ -212,7 +270,8 @@ class UniformAngles(Base):
         self.period = period
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return z.new_full(z.shape[:-1], -self.event_shape[0] * math.log(self.period))
+        density = z.new_full(z.shape[:-1], -self.event_shape[0] * math.log(self.period))
+        return density + 0 * z.clamp(-1, 1).sum(-1)  # NaN stays NaN
 
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None

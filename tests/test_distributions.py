@@ -7,6 +7,8 @@ import torch
 from torch import distributions as torchd
 from torch.distributions import Gamma, Independent, MultivariateNormal, Normal
 
+import cnf
+from cnf import Flow
 from cnf.distributions import (
     Empirical,
     FromDensity,
@@ -17,6 +19,7 @@ from cnf.distributions import (
     UniformAngles,
     as_base,
 )
+from cnf.transforms import Coupling
 
 F64 = torch.float64
 
@@ -159,3 +162,82 @@ def test_as_base_takes_what_a_user_gives():
     assert isinstance(as_base(Stub(), ()), FromDensity)
     with pytest.raises(ValueError, match="got str"):
         as_base("normal", ())
+
+
+ONES = torch.ones(2, dtype=F64)
+BOUNDED = {  # a base, a point inside, one outside
+    "uniform": (torchd.Uniform(0 * ONES, ONES), [0.2, 0.7], [0.2, 1.3]),
+    "beta": (torchd.Beta(2 * ONES, 3 * ONES), [0.2, 0.7], [-0.2, 0.7]),
+    "gamma": (Gamma(2 * ONES, 3 * ONES), [0.2, 1.7], [0.2, -0.7]),
+    "exponential": (torchd.Exponential(ONES), [0.2, 1.7], [0.2, -0.7]),
+    "log-normal": (torchd.LogNormal(ONES, ONES), [0.2, 1.7], [0.2, -0.7]),
+    "dirichlet": (torchd.Dirichlet(2 * ONES), [0.2, 0.8], [0.2, 0.7]),
+    "shifted uniform": (
+        torchd.TransformedDistribution(
+            torchd.Uniform(0 * ONES, ONES), torchd.AffineTransform(2.0, 3.0)
+        ),
+        [2.5, 4.0],
+        [2.5, 1.0],
+    ),
+    "boxes": (
+        torchd.MixtureSameFamily(
+            torchd.Categorical(ONES),
+            Independent(
+                torchd.Uniform(
+                    torch.tensor([[0.0, 0], [2, 2]], dtype=F64),
+                    torch.tensor([[1.0, 1], [3, 3]], dtype=F64),
+                ),
+                1,
+            ),
+        ),
+        [2.5, 2.1],
+        [1.5, 0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_point_outside_of_a_bounded_base_has_no_density_and_spoils_no_other(name):
+    distribution, inside, outside = BOUNDED[name]
+    base = as_base(distribution, ())
+    z = torch.tensor([inside, outside, inside], dtype=F64, requires_grad=True)
+    found = base.log_prob(z)
+    if name == "boxes":
+        expected = torch.full((2,), math.log(0.5), dtype=F64)
+    else:
+        expected = distribution.log_prob(z[[0, 2]])
+        expected = expected.sum(-1) if expected.dim() > 1 else expected
+    assert found[1] == -math.inf
+    torch.testing.assert_close(found[[0, 2]], expected)
+    if found.requires_grad:  # a uniform density has no gradient
+        (grad,) = torch.autograd.grad(found[[0, 2]].sum(), z)
+        (right,) = torch.autograd.grad(expected.sum(), z)
+        torch.testing.assert_close(grad, right)
+
+
+@pytest.mark.parametrize("name", ["uniform", "gamma", "boxes"])
+def test_a_bounded_base_makes_a_flow_with_minus_infinity_outside(name):
+    distribution, inside, outside = BOUNDED[name]
+    flow = Flow(distribution, Coupling(2)).double()  # the identity at the start
+    found = flow.log_prob(torch.tensor([inside, outside, [math.nan, 0.5]], dtype=F64))
+    assert found[0].isfinite() and found[1] == -math.inf and found[2].isnan()
+    found[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in flow.parameters())
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "moons"])
+def test_a_toy_as_a_base_gives_minus_infinity_far_outside(name):
+    flow = Flow(cnf.data.toy(name), Coupling(2))
+    x = torch.cat(
+        [cnf.data.toy(name).sample(3, torch.Generator().manual_seed(0)), torch.full((1, 2), 1e4)]
+    )
+    x.requires_grad_()
+    found = flow.log_prob(x)
+    assert found[:3].isfinite().all() and found[3] < -1e4
+    (grad,) = torch.autograd.grad(found[:3].sum(), x)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["angles", "uniform"])
+def test_nan_is_no_angle_and_in_no_box(name):
+    assert BASES[name]().log_prob(torch.tensor([math.nan, 0.5], dtype=F64)).isnan()

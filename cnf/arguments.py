@@ -120,6 +120,8 @@ def _shown(name: str) -> str:
 
 
 def _named(kind: Any) -> str:
+    if isinstance(kind, str):
+        return repr(kind)
     if get_origin(kind) is list:
         return f"a list of {_named(get_args(kind)[0])}"
     if get_origin(kind) is not dict and get_args(kind):

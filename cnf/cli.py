@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
@@ -69,9 +71,8 @@ def train(
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
     print(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
     if history.reason == "interrupted":
-        again = f"--config {config.folder}/config.yaml --folder {config.folder} --resume true"
-        print(f"Interrupted; go on with: cnf train {again}")
-        raise SystemExit(130)
+        print(f"Interrupted; go on with: cnf train --resume {shlex.quote(str(config.folder))}")
+        raise SystemExit(128 + history.signal)
 
 
 def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
@@ -185,6 +186,7 @@ def compare(
     device: str = "auto",
     w2_points: int = 2_000,
     table: Columns | None = None,
+    resume: bool = False,
 ) -> None:
     """Race likelihood training, flow matching and discrete flows on one density; write a report.
 
@@ -200,21 +202,24 @@ def compare(
         device: "auto", "cpu", "cuda" or "mps".
         w2_points: Points for the exact W2 distance.
         table: What the columns of one's own table are for.
+        resume: Go on with the race in `folder`: who has finished is not raced again.
     """
     from cnf.evaluation import comparison
     from cnf.evaluation.report import write_report
     from cnf.evaluation.tables import results_table, status
 
+    escape = optional("rich.markup", "cli").escape
     source = densities.load(data, table)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds
     results = comparison.compare(
         contestants, source, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
-        device=device, w2_points=w2_points, say=lambda line: _console().rule(line, align="left"),
+        device=device, w2_points=w2_points, resume=resume,
+        say=lambda line: _console().rule(escape(line), align="left"),
     )  # fmt: skip
+    _console().print(results_table(results))
     with status("drawing the pictures"):
         page = write_report(results, folder)
-    _console().print(results_table(results))
     print(f"The report: {page.resolve()}")
 
 
@@ -279,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = _options(name, words)
         COMMANDS[name](**options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
     except BrokenPipeError:  # of `cnf list | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -293,6 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+def _resumed(words: list[str]) -> list[str]:
+    """`--resume RUN` as the flags that it stands for; a config's own place is its run's folder."""
+    given = dict(word[2:].split("=", 1) for word in words if "=" in word)
+    resume, config = given.get("resume"), given.get("config")
+    if resume in (None, "true", "false", "auto"):
+        goes_on = resume in ("true", "auto") and config is not None and "folder" not in given
+        return [*words, f"--folder={Path(str(config)).parent}"] if goes_on else words
+    run = Path(str(resume))
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"there is no run to resume in {run}: it has no config.yaml")
+    rest = [word for word in words if word != f"--resume={resume}"]
+    return [f"--config={run / 'config.yaml'}", f"--folder={run}", "--resume=true", *rest]
+
+
 def _options(name: str, words: list[str]) -> dict[str, Any]:
     """The arguments of a command's function from its words."""
     if name not in COMMANDS:
@@ -300,6 +319,7 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
     function = COMMANDS[name]
     kinds = flags(function) | ({"config": Path, "print_config": None} if name == "train" else {})
     words = spelled(words, kinds, required(function) or kinds)
+    words = _resumed(words) if name == "train" else words
     file = next((word[9:] for word in words if word.startswith("--config=")), None)
     try:
         parsed = _parser().parse_args([name, *_of_old(file), *words])

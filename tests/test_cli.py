@@ -405,3 +405,29 @@ def test_ctrl_c_in_train_exits_130_and_says_how_to_resume(tmp_path):
     assert "resume" in (said + errors).replace(str(folder), "")
     assert "Traceback" not in errors
     assert (folder / "checkpoints" / "state.pt").is_file()
+
+
+@pytest.mark.parametrize("how", ["run", "config"])
+def test_resume_needs_nothing_but_the_run(how, call, run, tmp_path, monkeypatch):
+    folder, seeded, steps = tmp_path / "my $run", cnf.training.loop.seeded, []
+
+    def end(*numbers):
+        steps.append(numbers)
+        if len(steps) == 10:
+            signal.raise_signal(signal.SIGTERM)
+        return seeded(*numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cnf.training.loop.seeded", end)
+        code, said, _ = call("train", "--config", run / "config.yaml", "--folder", folder)
+    assert code == 128 + signal.SIGTERM
+    assert f"cnf train --resume '{folder}'" in said
+    config = ["--config", folder / "config.yaml", "--resume", "true"]
+    code, _, errors = call("train", *(["--resume", folder] if how == "run" else config))
+    assert code == 0, errors
+    file = "checkpoints/flow.safetensors"
+    assert (folder / file).read_bytes() == (run / file).read_bytes()
+
+
+def test_resume_of_no_run_ends_in_one_line(refused, tmp_path):
+    assert "no run to resume" in refused("train", "--resume", tmp_path / "nowhere")

@@ -9,21 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
 from cnf import models
 from cnf.data import Points, load
-from cnf.errors import SolverError
+from cnf.errors import CheckpointError
 from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
+from cnf.objectives import Batch
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.describe import machine
+from cnf.training.fingerprint import of_rows
+from cnf.training.interrupt import Interrupted
 from cnf.training.stream import seeded
 
 TEST_POINTS = 10_000
 VALIDATION_POINTS = 4_000
+ENTRY = "entry.json"
 
 
 @dataclass
@@ -132,6 +137,7 @@ def compare(
     device: str = "auto",
     progress: bool = True,
     w2_points: int = 2_000,
+    resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Results:
     """Race contestants on one density and measure them all in the same way.
@@ -146,11 +152,14 @@ def compare(
         device: As in `TrainConfig`.
         progress: Show progress bars.
         w2_points: Points for the exact W2 (its cost grows with the cube).
+        resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
     Raises:
         ValueError: An unknown contestant, a budget that is missing or not positive, a folder that
-            exists.
+            exists, or that holds another race; every contestant failed.
     """
+    if resume and folder is None:
+        raise ValueError("compare: resume=True needs folder=…, the race to go on with")
     base = TrainConfig(  # refuses a bad budget before anything is made
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
         validation_rows=VALIDATION_POINTS,
@@ -158,22 +167,38 @@ def compare(
     if contestants is None or not isinstance(contestants, dict):
         contestants = {name: CONTESTANTS[name] for name in contestants or RACE}
     density, folder = load(data), folder and Path(folder)
-    if folder and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"compare: {folder} exists already; choose another folder")
+    if folder and not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"compare: {folder} exists already; choose another folder, or resume that race"
+        )
     judge, train = _prepared(density, w2_points)
-    entries, failed = [], {}
-    for name, contestant in contestants.items():
+    race = {
+        "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
+        "test_points": len(judge.test),
+        "rows": of_rows(Batch(density.x)) if isinstance(density, Points) else None,
+    }  # fmt: skip
+    entries, failed = [], _unfit(contestants, density)
+    for name in [name for name in contestants if contestants[name].title not in failed]:
+        contestant = contestants[name]
         for seed in seeds:
             say(f"{contestant.title}, seed {seed}")
-            run = folder and folder / "runs" / f"{name}-seed-{seed}"
-            config = replace(base, seed=seed, folder=run)
+            run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
+            if run and (finished := _finished(run, name, race)):
+                entries.append(finished)
+                continue
+            config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
             try:
-                entries.append(_raced(name, contestant, judge, train, density, config))
-            except SolverError as error:  # it must not cost the others their race
-                failed[f"{contestant.title}, seed {seed}"] = str(error)
+                entry = _raced(name, contestant, judge, train, density, config)
+            except Exception as error:  # it must not cost the others their race
+                failed[f"{contestant.title}, seed {seed}"] = str(error) or type(error).__name__
                 say(f"failed: {error}")
+                continue
+            entries.append(entry)
+            if run:
+                _keep(run, entry, race)
     if not entries:
-        raise ValueError(f"compare: every contestant failed: {failed}")
+        reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
+        raise ValueError(f"compare: every contestant failed: {reasons}")
     results = Results(
         data=density.name, density=density, entries=entries, floor=judge.floor,
         entropy=getattr(density, "entropy", None),
@@ -187,6 +212,59 @@ def compare(
     if folder:
         results.save(folder)
     return results
+
+
+def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
+    """Contestants that cannot be built for such data, by title, and why."""
+    found = {}
+    for contestant in contestants.values():
+        try:
+            _built(contestant, density, 0)
+        except (ValueError, TypeError) as error:
+            found[contestant.title] = str(error)
+            if density.dim == 1:
+                found[contestant.title] = (
+                    f"{contestant.model} needs two dimensions or more, these data have one; "
+                    "nsf-ar takes one"
+                )
+    return found
+
+
+def _keep(run: Path, entry: Entry, race: dict[str, Any]) -> None:
+    """Write what `_finished` reads; the flow lies beside it."""
+    kept = {name: value for name, value in vars(entry).items() if name != "flow"}
+    text = json.dumps({"race": race, "entry": kept}, indent=1)
+    checkpoint.write_whole(run / ENTRY, text.encode())
+
+
+def _finished(run: Path, name: str, race: dict[str, Any]) -> Entry | None:
+    """The entry of a run that was raced to its end; None if it was not, or is unreadable.
+
+    Raises:
+        ValueError: It ran in another race than this.
+    """
+    try:
+        kept = json.loads((run / ENTRY).read_text())
+        entry, before = kept["entry"], kept["race"]
+        curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
+        few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
+        found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run))
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        return None
+    differs = [f"{key} was {before.get(key)!r}, is {race[key]!r}" for key in race
+               if before.get(key) != race[key]]  # fmt: skip
+    if differs:
+        raise ValueError(f"compare: {run} ran in another race: {', '.join(differs)}")
+    return found
+
+
+def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
+    options = {**density.sizes, **contestant.options}
+    if density.entropy is not None:
+        options |= contestant.toy_options
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # contestants with the same field start from the same weights
+        return models.build(contestant.model, **options)
 
 
 def _raced(
@@ -220,12 +298,7 @@ def _train(
     contestant: Contestant, data: Any, density: Any, base: TrainConfig
 ) -> tuple[Flow, list[History], float]:
     """The trained flow, each stage's history, and the peak memory of training in MB."""
-    options = {**density.sizes, **contestant.options}
-    if density.entropy is not None:
-        options |= contestant.toy_options
-    with torch.random.fork_rng():
-        torch.manual_seed(base.seed)  # contestants with the same field start from the same weights
-        flow = models.build(contestant.model, **options)
+    flow = _built(contestant, density, base.seed)
     histories, memory = [], 0.0
     for number, stage in enumerate(contestant.stages, 1):
         part = {
@@ -240,7 +313,7 @@ def _train(
             histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
         memory = max(memory, peak())
         if histories[-1].reason == "interrupted":
-            raise KeyboardInterrupt  # Ctrl-C is for the race, not for one contestant
+            raise Interrupted(histories[-1].signal)  # it is for the whole race
     if base.folder:
         checkpoint.save(flow, base.folder)
     return flow, histories, memory

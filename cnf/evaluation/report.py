@@ -249,6 +249,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         "Threads used": machine.pop("threads", None),
         "Revision of the code": machine.pop("revision", None),
     }
+    failed = settings.pop("failed", {})
+    shown["Left out"] = "; ".join(f"{who}: {why}" for who, why in failed.items()) or None
     rest = {key.replace("_", " "): value for key, value in {**settings, **machine}.items()}
     facts = [(key, str(value)) for key, value in {**shown, **rest}.items() if value is not None]
     return [*facts, ("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]

@@ -41,6 +41,7 @@ _RC: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "text.color": INK,
+    "text.parse_math": False,  # a file's name may hold dollars
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelsize": 11,
@@ -235,3 +236,5 @@ def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return make(*arguments, **options)
     except SolverError as error:
         return f"The ODE could not be solved: {error.cause}"
+    except Exception as error:
+        return f"It could not be drawn: {error}"

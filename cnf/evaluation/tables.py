@@ -20,7 +20,11 @@ COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
 
 def results_table(results: Results) -> Any:
     """The race as a rich table, best first: mean over seeds, ± their standard deviation."""
-    title = f"{results.data}, best first. A perfect model scores W2 {results.floor['w2']:.3g}."
+    escape = optional("rich.markup", "cli").escape
+    failed = results.settings.get("failed", {})
+    caption = "\n".join(f"Left out: {title}: {reason}" for title, reason in failed.items())
+    best = f"A perfect model scores W2 {results.floor['w2']:.3g}."
+    title = f"{escape(results.data)}, best first. {best}"
     if results.score == "nll":
         title += " W2 is measured on standardized columns."
     columns = {
@@ -29,13 +33,16 @@ def results_table(results: Results) -> Any:
         if metric == results.score or metric not in ("gap", "nll")
     }
     table = optional("rich.table", "cli").Table(
-        "contestant", title=title, box=optional("rich.box", "cli").SIMPLE
+        "contestant",
+        title=title,
+        caption=escape(caption) or None,
+        box=optional("rich.box", "cli").SIMPLE,
     )
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for contestant in results.ranking():
         cells = (_cell(*results.mean(contestant, metric)) for metric in columns.values())
-        table.add_row(results.of(contestant)[0].title, *cells)
+        table.add_row(escape(results.of(contestant)[0].title), *cells)
     return table
 
 

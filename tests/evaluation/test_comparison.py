@@ -12,6 +12,7 @@ import cnf
 from cnf.evaluation import CONTESTANTS, Contestant, Stage, comparison, metrics
 from cnf.evaluation.contestants import RACE
 from cnf.evaluation.judge import Judge
+from cnf.evaluation.report import write_report
 from cnf.evaluation.tables import results_table
 
 DRAW = torch.Generator().manual_seed(0)
@@ -174,3 +175,66 @@ def test_nobody_named_means_the_race(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "RACE", ("realnvp",))
     assert race(None, "moons", steps=2).contestants == ["realnvp"]
     assert set(RACE) <= set(CONTESTANTS)
+
+
+def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, tmp_path):
+    whole = race(["realnvp", "maf"], "moons")
+    real, ran = comparison._train, []
+
+    def stops(contestant, *rest):
+        ran.append(contestant.model)
+        if ran == ["realnvp", "maf"]:
+            raise KeyboardInterrupt
+        return real(contestant, *rest)
+
+    monkeypatch.setattr(comparison, "_train", stops)
+    with pytest.raises(KeyboardInterrupt):
+        race(["realnvp", "maf"], "moons", tmp_path)
+    resumed = race(["realnvp", "maf"], "moons", tmp_path, resume=True)
+    assert ran == ["realnvp", "maf", "maf"]
+    assert resumed.contestants == ["realnvp", "maf"]
+    for name in ("realnvp", "maf"):
+        assert resumed.mean(name, "gap")[0] == pytest.approx(whole.mean(name, "gap")[0], rel=1e-6)
+    assert resumed.of("realnvp")[0].few_steps == whole.of("realnvp")[0].few_steps
+    with pytest.raises(ValueError, match="another race: steps was 20, is 30"):
+        race(["realnvp"], "moons", tmp_path, resume=True, steps=30)
+
+
+def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):
+    real = comparison._train
+
+    def fails(contestant, *rest):
+        if contestant.model == "maf":
+            raise MemoryError("no room for $x$ [/b]")
+        return real(contestant, *rest)
+
+    monkeypatch.setattr(comparison, "_train", fails)
+    results = race(["maf", "realnvp"], "moons", steps=2)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    assert "Left out: MAF, seed 0: no room for $x$ [/b]" in capture.get()
+    with pytest.raises(ValueError, match="every contestant failed: MAF, seed 0: no room"):
+        race(["maf"], "moons", steps=2)
+
+
+def test_couplings_on_one_dimension_are_left_out_before_training(monkeypatch):
+    trained = []
+    real = comparison._train
+    monkeypatch.setattr(
+        comparison, "_train", lambda c, *rest: (trained.append(c.model), real(c, *rest))[1]
+    )
+    results = race(["realnvp", "nsf-ar"], torch.randn(200, 1, generator=DRAW), steps=2)
+    assert trained == ["nsf-ar"] and results.contestants == ["nsf-ar"]
+    assert "nsf-ar takes one" in results.settings["failed"]["RealNVP"]
+
+
+def test_contestant_and_data_of_any_name_have_a_page(tmp_path):
+    odd = "$x$ [/b] <i>/../%"
+    mine = Contestant(odd, "realnvp", (Stage(cnf.MaximumLikelihood()),), {"layers": 2})
+    points = cnf.data.Points(torch.randn(200, 3, generator=DRAW), odd)
+    results = race({odd: mine}, points, tmp_path, steps=2)
+    page = write_report(results, tmp_path / "race").read_text()
+    assert "<i>/" not in page and "&lt;i&gt;/../%" in page
+    assert {path.name for path in tmp_path.iterdir()} == {"race"}
+    Console(width=200).print(results_table(results))

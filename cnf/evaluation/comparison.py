@@ -174,7 +174,7 @@ def compare(
     judge, train = _prepared(density, w2_points)
     race = {
         "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
-        "test_points": len(judge.test),
+        "test_points": len(judge.test.x),
         "rows": of_rows(Batch(density.x)) if isinstance(density, Points) else None,
     }  # fmt: skip
     entries, failed = [], _unfit(contestants, density)

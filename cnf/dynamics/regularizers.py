@@ -59,7 +59,10 @@ def jacobian_norm(point: Point) -> Tensor:
     if point.products is not None:
         return point.products.square().flatten(start + 1).sum(-1).mean(0)
     _, columns = jacobian_columns(
-        lambda y: point.field(point.t, y, point.context), point.x, len(point.field.event_shape)
+        lambda y: point.field(point.t, y, point.context),
+        point.x,
+        len(point.field.event_shape),
+        point.field,
     )
     return columns.square().flatten(start + 1).sum((0, -1))
 

@@ -60,7 +60,8 @@ class HasDivergence(Protocol):
 def exact_divergence(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """v and ∇·v: the field's own closed form where it has one, else D tangents in one pass.
+    """v and ∇·v: the field's own closed form where it has one, else D tangents in one pass, or D
+    products in reverse mode where torch has no forward mode for what the field does.
 
     Raises:
         ValueError: The field has no closed form and D is above `EXACT_LIMIT`.
@@ -74,7 +75,7 @@ def exact_divergence(
             f"forward-mode directions per evaluation (limit {EXACT_LIMIT}); "
             "ask for an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
         )
-    return trace_of_jacobian(lambda y: field(t, y, context), x, len(field.event_shape))
+    return trace_of_jacobian(lambda y: field(t, y, context), x, len(field.event_shape), field)
 
 
 @FIELDS.register("adapter")

@@ -1,38 +1,106 @@
-"""Traces of Jacobians: of any map by forward mode, of a chain of gated layers in closed form."""
+"""Traces of Jacobians: of any map by autograd, of a chain of gated layers in closed form."""
 
 import math
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Velocity = Callable[[Tensor], Tensor]
 
 
-def jacobian_columns(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
+_FORWARD: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # by training
+
+
+def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
+    """Whether torch can push tangents through `v`, which `field` computes in.
+
+    Tried once for each field and mode (train or eval), without a graph and with one: attention's
+    kernels, custom autograd functions without a jvp and checkpoints cannot.
+    """
+    known = _FORWARD.setdefault(field, {})
+    if field.training not in known:
+        if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None:
+            return True
+        devices = [x.device] if x.device.type == "cuda" else []
+        at = x.clone() if x.is_inference() else x.detach()
+        try:
+            with torch.inference_mode(False), torch.random.fork_rng(devices):
+                with torch.no_grad():  # in which attention may take another kernel
+                    _pushed(v, at, 1)
+                with torch.enable_grad():
+                    columns = _pushed(v, at.requires_grad_(), 1)[1]
+                if columns.requires_grad:
+                    columns.sum().backward(inputs=[at])
+            known[field.training] = True
+        except (NotImplementedError, RuntimeError):  # an error of the field's own will come again
+            known[field.training] = False
+    return known[field.training]
+
+
+def jacobian_columns(
+    v: Velocity, x: Tensor, event_dims: int = 1, field: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
     """v(x) and J e_i for every i, by D tangents in one batched forward-mode pass.
 
     Args:
         v: Map from (*batch, *event) to the same shape, rows independent.
         x: Points, shape (*batch, *event).
         event_dims: How many trailing axes form the event.
+        field: What computes v; where torch has no forward mode for it, D products in reverse mode
+            give the same.
     Returns:
         v(x), of x's shape, and the columns ∂v/∂x_i, shape (D, *batch, *event).
     """
-    event = x.shape[x.dim() - event_dims :]
-    basis = torch.eye(math.prod(event), dtype=x.dtype, device=x.device).reshape(-1, *event)
+    if field is None or has_forward_mode(field, v, x):
+        return _pushed(v, x, event_dims)
+    return _pulled(v, x, event_dims)
 
+
+def _directions(x: Tensor, event_dims: int) -> Tensor:
+    event = x.shape[x.dim() - event_dims :]
+    return torch.eye(math.prod(event), dtype=x.dtype, device=x.device).reshape(-1, *event)
+
+
+def _pushed(v: Velocity, x: Tensor, event_dims: int) -> tuple[Tensor, Tensor]:
     def push(direction: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(v, (x,), (direction.expand_as(x),))  # pyright: ignore
 
-    values, columns = torch.func.vmap(push, randomness="same")(basis)
+    values, columns = torch.func.vmap(push, randomness="same")(_directions(x, event_dims))
     return values[0], columns
 
 
-def trace_of_jacobian(v: Velocity, x: Tensor, event_dims: int = 1) -> tuple[Tensor, Tensor]:
+def _pulled(v: Velocity, x: Tensor, event_dims: int) -> tuple[Tensor, Tensor]:
+    graph = torch.is_grad_enabled()
+    # The other kernels of attention have no second derivative.
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        if not graph or not x.requires_grad:
+            x = x.clone() if x.is_inference() else x.detach()
+            x = x.requires_grad_().view_as(x)  # no leaf: flop counters refuse gradients of those
+        value = v(x)
+        rows = [torch.zeros_like(x) for _ in _directions(x, event_dims)]
+        if value.requires_grad:  # else constant in x
+            rows = [  # a loop: vmap over a backward pass refuses custom autograd functions
+                torch.autograd.grad(
+                    value, x, direction.expand_as(x), create_graph=graph, retain_graph=True,
+                    materialize_grads=True,
+                )[0]
+                for direction in _directions(x, event_dims)
+            ]  # fmt: skip
+    columns = torch.stack(rows).flatten(-event_dims).transpose(0, -1)
+    columns = columns.unflatten(-1, x.shape[x.dim() - event_dims :])
+    return (value, columns) if graph else (value.detach(), columns.detach())
+
+
+def trace_of_jacobian(
+    v: Velocity, x: Tensor, event_dims: int = 1, field: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
     """v(x) and the exact trace of its Jacobian, shape (*batch,); arguments as above."""
-    value, columns = jacobian_columns(v, x, event_dims)
+    value, columns = jacobian_columns(v, x, event_dims, field)
     return value, columns.flatten(-event_dims).diagonal(dim1=0, dim2=-1).sum(-1)
 
 

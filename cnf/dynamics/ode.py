@@ -101,7 +101,8 @@ def _captured(
     """`solve_path` where a graph is captured or a function transformed."""
     if solver.evaluations is None:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(solve_path)(dynamics, state, times, solver, params)
+            outside: Any = torch.compiler.disable(solve_path)
+            return outside(dynamics, state, times, solver, params)
         raise TypeError(
             f"solve: torch.func (grad, vmap, jacrev, …) and CUDA graphs cannot pass through "
             f"{solver.method}, whose steps depend on the numbers; take a fixed-step solver: "

@@ -127,6 +127,10 @@ class Objective(ABC):
     ) -> Loss:
         """The loss; a batch that was not prepared is prepared first."""
 
+    def as_trained(self, flow: Flow) -> Flow:
+        """The flow under the solver that the loss is computed with."""
+        return flow
+
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """What is trained."""
         return module.parameters()

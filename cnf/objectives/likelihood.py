@@ -87,9 +87,7 @@ class MaximumLikelihood(Objective):
             divergence = replace(divergence, probe=batch.probe.movedim(1, 0))  # pyright: ignore
         recipe = _recipe(flow)
         penalties = recipe.penalties if self.penalties is None else self.penalties
-        solver = recipe.solver if self.solver is None else as_solver(self.solver)
-        if solver is not None:
-            flow = flow.with_solver(solver)
+        flow = self.as_trained(flow)
         if not penalties and batch.stop is None:
             log_prob = flow.log_prob(
                 batch.x, batch.context, divergence=divergence, generator=generator
@@ -108,6 +106,10 @@ class MaximumLikelihood(Objective):
         value = nll + sum(weight * costs[name] for name, weight in penalties.items())
         logged = {name: cost.detach() for name, cost in costs.items()}
         return Loss(value, {"nll": nll.detach(), **logged})
+
+    def as_trained(self, flow: Flow) -> Flow:
+        solver = _recipe(flow).solver if self.solver is None else as_solver(self.solver)
+        return flow if solver is None else flow.with_solver(solver)
 
     def learning_rate(self, module: nn.Module) -> float:
         """The model's recipe's, or this objective's."""

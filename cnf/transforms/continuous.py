@@ -264,15 +264,31 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
     A solver so given trains it as well, whatever its recipe said.
     """
 
+    def change(part: Continuous) -> None:
+        for name, value in settings.items():
+            setattr(part, name, value)
+        if "solver" in settings:
+            part.recipe = replace(part.recipe, solver=None)
+
+    return _changed(transform, change)
+
+
+def refined(transform: Transform) -> Transform:
+    """The same transform and weights, each ODE under its solver's `refined` settings."""
+
+    def change(part: Continuous) -> None:
+        part.solver = part.solver.refined()
+
+    return _changed(transform, change)
+
+
+def _changed(transform: Transform, change: Callable[[Continuous], None]) -> Transform:
     def copied(module: nn.Module) -> nn.Module:
         if not isinstance(module, Transform | nn.ModuleList):
             return module
         clone = copy.copy(module)
         if isinstance(clone, Continuous):
-            for name, value in settings.items():
-                setattr(clone, name, value)
-            if "solver" in settings:
-                clone.recipe = replace(clone.recipe, solver=None)
+            change(clone)
         else:
             clone._modules = {name: copied(child) for name, child in module._modules.items()}  # pyright: ignore
         return clone
@@ -285,6 +301,12 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
 def is_continuous(transform: nn.Module) -> bool:
     """Whether a `Continuous` stands anywhere in it."""
     return any(isinstance(module, Continuous) for module in transform.modules())
+
+
+def has_fixed_steps(transform: nn.Module) -> bool:
+    """Whether an ODE in it is solved in steps that no error controls."""
+    parts = (part for part in transform.modules() if isinstance(part, Continuous))
+    return any(part.solver.fixed for part in parts)
 
 
 def is_adaptive(transform: nn.Module) -> bool:

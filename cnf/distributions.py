@@ -20,7 +20,8 @@ from torch.distributions import (
     constraints,
 )
 
-from cnf.errors import expect_event, expect_finite, expect_shape, expect_unmasked
+from cnf.data.arrays import as_numbers, is_rows
+from cnf.errors import expect_event, expect_finite, expect_shape
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -325,9 +326,8 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
         return FromTorch(base)
     if all(hasattr(base, name) for name in ("dim", "sample", "log_prob")):
         return FromDensity(base)
-    if isinstance(base, Tensor) or hasattr(base, "__array__"):
-        expect_unmasked("Flow", "base", base)
-        return Empirical(torch.as_tensor(base))
+    if is_rows(base):
+        return Empirical(as_numbers("Flow", "base", base))
     raise ValueError(
         "Flow: expected base to be None, a cnf.distributions.Base, a torch Distribution, a "
         f"density such as cnf.data.toy('moons'), or points (N, D); got {type(base).__name__}"

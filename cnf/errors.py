@@ -92,7 +92,8 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
     event_shape = tuple(event_shape)
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}"
+            f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}; write "
+            f"torch.as_tensor({name}, dtype=torch.float32), or the flow's dtype"
         )
     if not value.is_floating_point():
         raise ValueError(f"{who}: expected {name} of floating dtype, got {value.dtype}")

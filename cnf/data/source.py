@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from cnf.data.arrays import is_rows
 from cnf.data.columns import Columns
 from cnf.data.density import Toy
 from cnf.data.pictures import PICTURES, Picture
@@ -23,8 +24,8 @@ def load(
 
     Args:
         source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
-            points as a tensor or array of shape (N, D), or what this function returns, which comes
-            back as it is.
+            points as a tensor, an array or a table of shape (N, D), or what this function
+            returns, which comes back as it is.
         columns: What the columns of a table are for; all are modelled if None.
 
     Returns:
@@ -47,7 +48,7 @@ def load(
         raise ValueError(f"load: columns can be chosen of a table, got {source}")
     if isinstance(source, Toy | Points):
         return source
-    if isinstance(source, Tensor | np.ndarray):
+    if is_rows(source):
         return Points(source)
     if isinstance(source, str) and source in TOYS:
         return toy(source)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.data.arrays import as_numbers, column_names
 from cnf.data.columns import Columns, Table, as_column, is_number
 from cnf.data.density import expect_count
-from cnf.errors import expect_finite, expect_unmasked, optional
+from cnf.errors import expect_finite, optional
 
 SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
 
@@ -28,7 +29,7 @@ class Points:
         x: The points, one a row: floating, integer or boolean tensor or array, shape (N, D) or
             (N,), N at least 2.
         name: What they are called.
-        columns: The columns' names, D of them, if they have any.
+        columns: The columns' names, D of them; those of a data frame if None.
         context: Condition of each row, shape (N, C).
         weight: Weight of each row, at least 0, shape (N,).
 
@@ -70,7 +71,7 @@ class Points:
         self.x = as_points("Points", x)
         self.dim = self.x.shape[1]
         self.columns: tuple[str, ...] | None = (
-            None if columns is None else tuple(map(str, columns))
+            column_names(x) if columns is None else tuple(map(str, columns))
         )
         if self.columns is not None and len(self.columns) != self.dim:
             raise ValueError(
@@ -151,20 +152,12 @@ def as_points(who: str, values: Any) -> Tensor:
     Numbers keep their value: float32 stays, what has fewer digits becomes float32, the rest
     (integers too) float64.
     """
-    expect_unmasked(who, "x", values)
-    if isinstance(values, Tensor):
-        x = values.detach()
-    else:
-        values = np.asarray(values)
-        if values.dtype.kind not in "fiub":
-            raise ValueError(f"{who}: expected an array of numbers, got dtype {values.dtype}")
-        narrow = values.dtype.kind == "f" and values.dtype.itemsize <= 4
-        x = torch.from_numpy(np.array(values, dtype=np.float32 if narrow else np.float64))
+    x = as_numbers(who, "x", values)
     if x.is_complex():
         raise ValueError(f"{who}: expected real numbers, got dtype {x.dtype}; split the parts")
     x = x[:, None] if x.dim() == 1 else x
     if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(f"{who}: expected points of shape (N, D), got {tuple(values.shape)}")
+        raise ValueError(f"{who}: expected points of shape (N, D), got {tuple(x.shape)}")
     if len(x) < 2:
         raise ValueError(f"{who}: expected at least 2 rows, got {len(x)}")
     x = x.to(

@@ -4,10 +4,12 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.errors import expect_event, expect_finite, expect_positive
 from cnf.evaluation import checks, density_checks
@@ -93,7 +95,7 @@ class CheckReport:
 
 def check(
     flow: Flow,
-    x: Tensor | None = None,
+    x: Any = None,
     *,
     context: Tensor | None = None,
     n: int = 64,
@@ -112,8 +114,8 @@ def check(
     Args:
         flow: Any flow; best after some training, or with random weights: in an identity, most of
             what can be wrong is zero.
-        x: Data, shape (\\*batch, \\*event); at most n random rows are used. By default samples of
-            the flow, a quarter of them from the tails.
+        x: Data, a tensor, array or table of shape (\\*batch, \\*event); at most n random rows are
+            used. By default samples of the flow, a quarter of them from the tails.
         context: Condition, shape (\\*batch, C) or one that broadcasts to it; by default one row of
             standard normal numbers, for a conditional flow.
         n: Points.
@@ -125,7 +127,7 @@ def check(
     if not isinstance(flow, Flow):
         raise TypeError(f"check: expected a cnf.Flow, got {type(flow).__name__}")
     expect_positive("check", n=n)
-    x = None if x is None else _data(flow, x)
+    x = None if x is None else _data(flow, as_numbers("check", "x", x))
     batch = None if x is None else x.shape[: x.dim() - len(flow.event_shape)]
     generator = Generator().manual_seed(seed)
     notes = ["checked in eval mode; the flow is in train mode, and stays so"] * flow.training

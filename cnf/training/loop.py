@@ -2,11 +2,14 @@
 
 import contextlib
 import time
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from cnf import objectives
+from cnf.data import load
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
@@ -29,9 +32,9 @@ RECORDS = 200  # rows of metrics.csv over a budget
 
 def fit(
     module: nn.Module,
-    objective: Objective,
+    objective: Objective | str,
     data: Any,
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     *,
     context: Any = None,
     weight: Any = None,
@@ -46,15 +49,19 @@ def fit(
 
     Args:
         module: A flow, or any module that the objective understands.
-        objective: `MaximumLikelihood()`, `FlowMatching()`, …
-        data: A density (fresh draws each step), a tensor or array (N, D), a `Batch` of rows, a
-            map-style dataset, an iterable of batches, or None where the objective needs none.
-        config: Budget, optimiser, averaging, where to write.
-        context: Condition of each row of an array, shape (N, C).
+        objective: `MaximumLikelihood()`, `FlowMatching()`, …, or a name in `OBJECTIVES`.
+        data: A density, a torch distribution or a flow (fresh draws each step); rows in memory: a
+            tensor, an array or a table (N, D), `Points`, a `Batch`; a name or a file, as
+            `cnf.data.load` takes them; a map-style dataset; an iterable of batches, or a generator
+            function of them; None where the objective needs none. A batch is x, (x, context), a
+            `Batch`, or a mapping with a `Batch`'s names.
+        config: Budget, optimiser, averaging, where to write; `TrainConfig()`, a minute, if None.
+        context: Condition of each row of an array, shape (N, C), or (N,) for one number each;
+            labels one-hot.
         weight: Weight of each row of an array, at least 0, shape (N,): how much it counts in the
             loss and in held-out scores.
-        validation: Held-out rows, x or (x, context) or a `Batch` with weights; drawn from the
-            density, or a tenth of one's own data, if None.
+        validation: Held-out rows: what a batch of `data` may be, or a file or density; drawn from
+            the density, or a tenth of one's own data, if None.
     Returns:
         What was logged, and why training ended.
     Raises:
@@ -64,6 +71,9 @@ def fit(
         DivergedError: The gradient or the weights are no numbers any more, or training has led to
             an ODE that cannot be solved. The last checkpoint is kept.
     """
+    objective = objectives.build(objective) if isinstance(objective, str) else objective
+    config = TrainConfig() if config is None else config
+    data = load(data) if isinstance(data, str | PathLike) else data
     trainer = _Trainer(module, objective, data, config, context, weight, validation)
     with trainer.folder:
         trainer.take_up()
@@ -91,6 +101,8 @@ class _Trainer:
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         refuse_misfit(module, self.stream.head)
+        held_out = self.stream.validation
+        refuse_misfit(module, None if held_out is None else held_out.x, "validation")
         self.fabric = launched(config, self.dtype)
         names = getattr(data, "columns", None)
         head, own = self.stream.head, not isinstance(self.stream, DensityStream)
@@ -108,7 +120,6 @@ class _Trainer:
         self.origin = Origin(description, data_hash, self.fabric.device)
         self.folder = Run(config.folder if self.fabric.is_global_zero else None, config.resume)
         self.budget, self.history = Budget(config), History()
-        held_out = self.stream.validation
         held_out = None if held_out is None else self._placed(held_out)
         self.validation = Validation(objective, config, held_out)
         self.saved_at = time.perf_counter()

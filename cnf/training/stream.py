@@ -1,17 +1,24 @@
 """Where batches come from: a density, rows in memory, a dataset, an iterable of batches."""
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from cnf.data import Points
-from cnf.errors import expect_finite, expect_unmasked
+from cnf.data import Points, load
+from cnf.data.arrays import as_numbers, is_rows
+from cnf.distributions import Base, as_base
+from cnf.errors import expect_finite
+from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
 from cnf.training import fingerprint
@@ -134,6 +141,11 @@ class IterableStream(Stream):
         self.missing = missing
         self.first = as_batch(next(self._begin(0)), missing=missing)
         self.head = self.first.x
+        if len(self.head) < 2:
+            raise ValueError(
+                "fit: expected a first batch of two rows or more, to which preprocessing is "
+                "fitted, got one row; make larger batches: DataLoader(…, batch_size=256)"
+            )
         self._iterator, self._pass, self._next = self._begin(0), 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
@@ -220,57 +232,131 @@ def as_stream(
     Args: as of `fit`, and
         missing: Whether a context may be missing, NaN.
     """
-    held_out = None
-    if validation is not None:
-        held_out = _weighty(as_batch(validation, "validation", missing))
-    if isinstance(data, Iterator):
-        raise ValueError("fit: expected an iterable that can be begun again, got an iterator")
-    if isinstance(data, Points) and (data.context is not None or data.weight is not None):
-        data = Batch(data.x, data.context, weight=data.weight)
+    held_out = None if validation is None else _held_out(validation, missing)
+    if isinstance(data, Mapping | Points) or is_rows(data):
+        data = _table(data, context, weight, missing)
+        context = weight = None
+    for name, value in (("context", context), ("weight", weight)):
+        if value is not None:
+            raise ValueError(
+                f"fit: {name}=… goes with an array or a table, got it beside a "
+                f"{type(data).__name__}; batches carry their own: cnf.Batch(x, {name}=…)"
+            )
+    if data is None:
+        return NoData(config)
     if isinstance(data, Batch):
-        if context is not None:
-            raise ValueError("fit: a Batch holds its own context, got context=… beside it")
-        if weight is not None:
-            raise ValueError("fit: a Batch holds its own weight, got weight=… beside it")
         for name, value in vars(data).items():
             if value is not None and value.is_floating_point() and (name, missing) != NULL:
                 expect_finite("fit", name, value)
         return RowStream(Rows(_weighty(data)), config, held_out)
-    points = getattr(data, "x", data) if not isinstance(data, Dataset) else data
-    if isinstance(points, Tensor) or hasattr(points, "__array__"):
-        given = None if context is None else _checked("context", context, missing)
-        x = _checked("data", points)
-        if given is not None and len(given) != len(x):
-            raise ValueError(f"fit: expected {len(x)} rows of context, got {len(given)}")
-        rows = Batch(x, given, weight=None if weight is None else _weights(weight, len(x)))
-        return RowStream(Rows(_weighty(rows)), config, held_out)
-    if context is not None:
-        raise ValueError("fit: context=… goes with an array; elsewhere batches are (x, context)")
-    if weight is not None:
-        raise ValueError(
-            "fit: weight=… goes with an array; elsewhere batches are cnf.Batch(x, weight=…), and "
-            "a density is sampled by its own weights"
-        )
-    if data is None:
-        return NoData(config)
+    if isinstance(data, Distribution | Base | Flow):
+        data = _Drawn(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return RowStream(Rows(data, missing), config, held_out)
+    if isinstance(data, Iterator):
+        raise ValueError(
+            "fit: expected an iterable that can be begun again, got an iterator; give a list of "
+            "batches, or the generator function itself, without calling it"
+        )
+    if inspect.isgeneratorfunction(data):
+        data = _Generated(data)
     if isinstance(data, Iterable):
         return IterableStream(data, config, held_out, missing)
-    raise TypeError(f"fit: expected a density, rows or batches, got {type(data).__name__}")
+    raise TypeError(
+        "fit: expected data to be a density or its name, a file, an array or a table, a Batch, a "
+        f"dataset, or batches, got {type(data).__name__}"
+    )
 
 
 def as_batch(item: Any, name: str = "x", missing: bool = False) -> Batch:
-    """A Batch from a tensor, a pair (x, context), or a Batch."""
+    """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch."""
     if isinstance(item, Batch):
         return item
-    parts = item if isinstance(item, Sequence) and not isinstance(item, str) else [item]
-    if not 1 <= len(parts) <= 2:
-        raise ValueError(f"fit: expected a batch to be x or (x, context), got {len(parts)} parts")
-    names = (name, "context")[: len(parts)]
-    return Batch(*(_checked(name, part, missing) for name, part in zip(names, parts, strict=True)))
+    if isinstance(item, Mapping):
+        known = [field.name for field in fields(Batch)]
+        if "x" not in item or not set(item) <= set(known):
+            raise ValueError(
+                f"fit: expected a mapping with x and any of {', '.join(known[1:])}, got "
+                f"{', '.join(map(str, item))}; rename them"
+            )
+        parts = dict(item)
+    else:
+        pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
+        given = item if pair else [item]
+        if not 1 <= len(given) <= 2:
+            raise ValueError(
+                f"fit: expected a batch to be x or (x, context), got {len(given)} parts; name "
+                'them: {"x": …, "context": …, "weight": …}'
+            )
+        parts = dict(zip(("x", "context"), given, strict=False))
+    told = {"x": name}
+    tensors = {k: _checked(told.get(k, k), v, missing) for k, v in parts.items() if v is not None}
+    rows = len(tensors["x"])
+    for key, value in tensors.items():
+        if len(value) != rows:
+            raise ValueError(f"fit: expected {rows} rows of {key}, got {len(value)}")
+    weight = tensors.pop("weight", None)
+    if weight is None:
+        return Batch(**tensors)
+    batch = Batch(**tensors, weight=torch.ones(rows))  # chance may draw weights of 0
+    return batch.but(weight=_weights(weight, rows))
+
+
+def _table(data: Any, context: Any, weight: Any, missing: bool) -> Batch:
+    """Rows in memory, with their contexts and weights."""
+    own = {"x": data}
+    if isinstance(data, Mapping):
+        own = dict(data)
+    elif isinstance(data, Points):
+        own = {"x": data.x, "context": data.context, "weight": data.weight}
+    for name, value in (("context", context), ("weight", weight)):
+        if value is not None and own.get(name) is not None:
+            raise ValueError(f"fit: the data hold their own {name}, got {name}=… beside it")
+        own[name] = value if own.get(name) is None else own[name]
+    if "x" in own:
+        own["x"] = _checked("data", own["x"])
+        if len(own["x"]) < 2:
+            shape = tuple(own["x"].shape)
+            raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
+    return as_batch(own, missing=missing)
+
+
+def _held_out(validation: Any, missing: bool) -> Batch:
+    if isinstance(validation, str | PathLike):
+        validation = load(validation)
+    if isinstance(validation, Points):
+        validation = _table(validation, None, None, missing)
+    if isinstance(validation, Distribution | Base | Flow):
+        validation = _Drawn(validation)
+    if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
+        validation = validation.sample(10_000, seeded(-12))
+    return _weighty(as_batch(validation, "validation", missing))
+
+
+class _Drawn:
+    """A torch distribution, a base or a flow with the interface of a density."""
+
+    def __init__(self, source: Distribution | Base | Flow) -> None:
+        self.source = as_base(source, ()) if isinstance(source, Distribution) else source
+        self.name = type(source).__name__
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.source.sample((n,), generator=generator)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.source.log_prob(x)
+
+
+class _Generated:
+    """The batches of a generator function, which is called for each pass."""
+
+    def __init__(self, function: Callable[[], Iterator[Any]]) -> None:
+        self.function = function
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.function()
 
 
 def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
@@ -289,26 +375,27 @@ def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
     return own, (own.weight.sum() * processes / whole).item() if whole > 0 else 1.0
 
 
-def refuse_misfit(module: nn.Module, head: Tensor | None) -> None:
+def refuse_misfit(module: nn.Module, head: Tensor | None, name: str = "data") -> None:
     """Raise where the data cannot be what the module models."""
     expected = getattr(module, "event_shape", None)
     discrete = getattr(module, "dequantisation", None) is not None
     if head is not None and not head.is_floating_point() and not discrete:
         raise ValueError(
-            f"fit: expected data of floating dtype, got {head.dtype}; use data.float()"
+            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.float(), or "
+            f"{name}.astype(float) of an array or a table"
         )
     if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
         raise ValueError(
-            f"fit: the flow models points of shape {expected}, the data's are "
+            f"fit: the flow models points of shape {expected}, those of {name} are of shape "
             f"{tuple(head.shape[1:])}"
         )
 
 
-def _weights(value: Any, n: int) -> Tensor:
-    weight = torch.as_tensor(value)
+def _weights(weight: Tensor, n: int) -> Tensor:
     if weight.shape != (n,):
         raise ValueError(f"fit: expected weight of shape ({n},), got {tuple(weight.shape)}")
-    expect_weights("fit", weight)
+    if weight.any():  # of a table all must not be 0, see `_weighty`; of a batch chance may have it
+        expect_weights("fit", weight)
     return weight
 
 
@@ -322,15 +409,32 @@ def _weighty(rows: Batch) -> Batch:
 
 
 def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
-    expect_unmasked("fit", name, value)
-    value = torch.as_tensor(value)
-    if value.dim() < 2 or len(value) < 2:
-        raise ValueError(
-            f"fit: expected {name} of shape (N, D) with two rows or more, got {tuple(value.shape)}"
-        )
+    value = as_numbers("fit", name, value)
+    if name in ("weight", "t", "stop"):
+        return value
+    if name == "context" and value.dim() == 1:
+        value = _column(value)
+    if value.dim() < 2 or not len(value):
+        hint = "; one feature is x[:, None]" if value.dim() == 1 and name != "x" else ""
+        if value.dim() == 1 and name == "x":
+            hint = "; of single rows make batches: DataLoader(rows, batch_size=256)"
+        raise ValueError(f"fit: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
+    if name == "context" and not value.is_floating_point():
+        value = value.to(torch.get_default_dtype())  # one-hot columns
     if value.is_floating_point() and (name, missing) != NULL:
         expect_finite("fit", name, value)
     return value
+
+
+def _column(context: Tensor) -> Tensor:
+    """A context of one number for each row as a column; integers may be labels."""
+    if not context.is_floating_point():
+        raise ValueError(
+            f"fit: expected context of shape (N, C), got {context.dtype} of shape "
+            f"{tuple(context.shape)}; of labels make torch.nn.functional.one_hot(torch.as_tensor("
+            "labels), classes).float(), of numbers numbers.float()[:, None]"
+        )
+    return context[:, None]
 
 
 def mixed(*numbers: int) -> int:

@@ -69,7 +69,7 @@ def test_missing_file_is_named(tmp_path, name):
         load(tmp_path / name)
 
 
-@pytest.mark.parametrize("source", [None, 3, [[1.0, 2.0]], dict()])
+@pytest.mark.parametrize("source", [None, 3, [1.0, 2.0], dict()])
 def test_anything_else_is_a_type_error(source):
     with pytest.raises(TypeError, match="load: expected a name, a path"):
         load(source)

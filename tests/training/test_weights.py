@@ -80,11 +80,11 @@ def test_a_process_whose_weights_are_all_0_counts_for_nothing():
 X = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
 REFUSED = {
     "a column": (X, WEIGHT[:, None], r"weight of shape \(100,\), got \(100, 1\)"),
-    "too few": (X, WEIGHT[:50], r"weight of shape \(100,\), got \(50,\)"),
+    "too few": (X, WEIGHT[:50], "100 rows of weight, got 50"),
     "a negative one": (X, -WEIGHT, r"at least 0, got -0.1 in row 0 \(100 of 100"),
     "a NaN": (X, WEIGHT.log().sqrt(), "finite and at least 0, got nan in row 0"),
     "all 0": (X, 0 * WEIGHT, "above 0, got 0 in all 100"),
-    "a Batch": (Batch(X), WEIGHT, "a Batch holds its own weight"),
+    "a Batch": (Batch(X), WEIGHT, "beside a Batch; batches carry their own"),
     "a density": (cnf.data.toy("moons"), WEIGHT, "goes with an array"),
     "batches": ([X], WEIGHT, r"cnf.Batch\(x, weight"),
     "a dataset": (TensorDataset(X), WEIGHT, "goes with an array"),

@@ -1,0 +1,71 @@
+"""Numbers from whatever holds them: tensors, arrays, tables of other libraries, nested lists."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf.errors import expect_unmasked
+
+
+def as_numbers(who: str, name: str, values: Any) -> Tensor:
+    """A tensor, without gradients, of the numbers that `values` holds, in its dtype and shape.
+
+    Args:
+        who: Whose argument it is, for the message.
+        name: What the argument is called.
+        values: A tensor, an array in any byte order or layout, a table or column of pandas, polars
+            or pyarrow, or nested lists of numbers.
+    Raises:
+        ValueError: It holds something else than real numbers; the message names columns.
+    """
+    expect_unmasked(who, name, values)
+    if isinstance(values, Tensor):
+        return values.detach()
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind == "O" and not any(isinstance(v, str) for v in array.flat):
+            array = array.astype(np.float64)  # nullable columns, in which None is NaN
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{who}: expected {name} to be an array of numbers, got a {type(values).__name__} "
+            f"({error})"
+        ) from error
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{who}: expected {name} to be an array of numbers, got {_others(values, array)}; leave them "
+            "out, or encode them (labels: pandas.get_dummies or torch.nn.functional.one_hot)"
+        )
+    wide = {"u": np.int64, "f": np.float64}.get(array.dtype.kind, array.dtype)
+    known = array.dtype.itemsize <= 8 and array.dtype not in (np.uint16, np.uint32, np.uint64)
+    native = array.dtype.newbyteorder("=") if known else wide
+    # Torch shares the memory, of which it wants to be the owner, without gaps and reversed axes.
+    return torch.from_numpy(np.require(array, dtype=native, requirements=("C", "W")))
+
+
+def column_names(values: Any) -> tuple[str, ...] | None:
+    """The column names of a table of pandas, polars or pyarrow; None for anything else."""
+    names = getattr(values, "column_names", getattr(values, "columns", None))
+    tabular = hasattr(values, "__array__") and names is not None and not callable(names)
+    return tuple(map(str, names)) if tabular else None
+
+
+def is_rows(values: Any) -> bool:
+    """Whether these are rows in memory: an array or a table, or a list of lists of numbers."""
+    if isinstance(values, list | tuple) and len(values) and isinstance(values[0], list | tuple):
+        return all(isinstance(cell, int | float | np.number) for cell in values[0])
+    return isinstance(values, Tensor) or hasattr(values, "__array__")
+
+
+def _others(values: Any, array: np.ndarray) -> str:
+    """What is there that is no number, in words."""
+    names = column_names(values)
+    if names is None or array.ndim != 2:
+        return f"dtype {array.dtype}"
+    wrong = [
+        n
+        for n, cells in zip(names, array.T, strict=True)
+        if any(isinstance(c, str) for c in cells)
+    ]
+    return f"text in the columns {', '.join(wrong)}" if wrong else f"dtype {array.dtype}"

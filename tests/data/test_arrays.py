@@ -1,0 +1,71 @@
+"""Numbers from whatever holds them, against numpy's own view of the same numbers."""
+
+import numpy as np
+import pandas
+import pyarrow
+import pytest
+import torch
+
+from cnf.data import Points
+from cnf.data.arrays import as_numbers, column_names, is_rows
+
+ROWS = np.arange(12.0).reshape(6, 2) / 8
+FRAME = pandas.DataFrame(ROWS, columns=["x", "income"])
+FLOATS = {
+    "array": ROWS,
+    "big-endian": ROWS.astype(">f8"),
+    "reversed": ROWS[::-1][::-1],
+    "transposed": np.asfortranarray(ROWS),
+    "every other row of more": np.repeat(ROWS, 2, axis=0)[::2],
+    "read-only": np.broadcast_to(ROWS, (1, 6, 2))[0],
+    "half": ROWS.astype(np.float16),
+    "long double": ROWS.astype(np.longdouble),
+    "list of lists": ROWS.tolist(),
+    "tensor with gradient": torch.tensor(ROWS, requires_grad=True),
+    "bfloat16": torch.tensor(ROWS).bfloat16(),
+    "frame": FRAME,
+    "nullable frame": FRAME.astype("Float64"),
+    "Arrow table": pyarrow.table(FRAME),
+}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_numbers_are_those_that_were_given(kind):
+    found = as_numbers("fit", "data", FLOATS[kind])
+    assert is_rows(FLOATS[kind])
+    assert found.is_floating_point() and not found.requires_grad
+    torch.testing.assert_close(found.double(), torch.tensor(ROWS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i8", ">i4", "u1", "u2", "u4", "u8", "?"])
+def test_whole_numbers_stay_whole(dtype):
+    found = as_numbers("fit", "data", np.array([[0, 1], [1, 0]], dtype=dtype))
+    assert not found.is_floating_point() and found.long().tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_missing_value_is_nan():
+    found = as_numbers("fit", "data", pandas.DataFrame({"a": [1.0, None]}, dtype="object"))
+    assert found[0, 0] == 1 and found[1, 0].isnan()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (FRAME.assign(town="Ulm"), "text in the columns town; leave them out, or encode"),
+        (pyarrow.table({"a": [1.0], "town": ["Ulm"]}), "text in the columns town"),
+        (np.array(["1.5", "2"]), "dtype <U3"),
+        (ROWS + 1j, "dtype complex128"),
+        (np.array(["2020-01-01"], dtype="M8[D]"), r"dtype datetime64\[D\]"),
+        ([[1.0, 2.0], [3.0]], "an array of numbers, got a list"),
+    ],
+)
+def test_what_is_no_number_is_named(values, message):
+    with pytest.raises(ValueError, match=f"^fit: expected data to be .*{message}"):
+        as_numbers("fit", "data", values)
+
+
+def test_points_take_the_names_of_a_table():
+    assert column_names(FRAME) == ("x", "income") == Points(FRAME).columns
+    assert column_names(pyarrow.table(FRAME)) == Points(pyarrow.table(FRAME)).columns
+    assert column_names(ROWS) is None is column_names(FRAME["x"])
+    assert not is_rows([torch.ones(2, 2)]) and not is_rows([(torch.ones(2, 2), torch.ones(2, 2))])

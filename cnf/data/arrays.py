@@ -34,21 +34,26 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         ) from error
     if array.dtype.kind not in "fiub":
         raise ValueError(
-            f"{who}: expected {name} to be an array of numbers, got {_others(values, array)}; leave them "
-            "out, or encode them (labels: pandas.get_dummies or torch.nn.functional.one_hot)"
+            f"{who}: expected {name} to be an array of numbers, got {_others(values, array)}; "
+            "leave them out, or encode them (labels: pandas.get_dummies or "
+            "torch.nn.functional.one_hot)"
         )
-    wide = {"u": np.int64, "f": np.float64}.get(array.dtype.kind, array.dtype)
-    known = array.dtype.itemsize <= 8 and array.dtype not in (np.uint16, np.uint32, np.uint64)
-    native = array.dtype.newbyteorder("=") if known else wide
+    unsigned = array.dtype.kind == "u" and array.dtype.itemsize > 1
+    native = array.dtype.newbyteorder("=")
+    if array.dtype.itemsize > 8 or (unsigned and array.dtype.itemsize == 8):
+        native = np.float64
+    elif unsigned:
+        native = np.int64
     # Torch shares the memory, of which it wants to be the owner, without gaps and reversed axes.
     return torch.from_numpy(np.require(array, dtype=native, requirements=("C", "W")))
 
 
 def column_names(values: Any) -> tuple[str, ...] | None:
     """The column names of a table of pandas, polars or pyarrow; None for anything else."""
-    names = getattr(values, "column_names", getattr(values, "columns", None))
-    tabular = hasattr(values, "__array__") and names is not None and not callable(names)
-    return tuple(map(str, names)) if tabular else None
+    names: Any = getattr(values, "column_names", getattr(values, "columns", None))
+    if names is None or callable(names) or not hasattr(values, "__array__"):
+        return None
+    return tuple(map(str, names))
 
 
 def is_rows(values: Any) -> bool:

@@ -19,6 +19,7 @@ FLOATS = {
     "every other row of more": np.repeat(ROWS, 2, axis=0)[::2],
     "read-only": np.broadcast_to(ROWS, (1, 6, 2))[0],
     "half": ROWS.astype(np.float16),
+    "unsigned of 64 bits": (8 * ROWS).astype(np.uint64),
     "long double": ROWS.astype(np.longdouble),
     "list of lists": ROWS.tolist(),
     "tensor with gradient": torch.tensor(ROWS, requires_grad=True),
@@ -34,10 +35,11 @@ def test_numbers_are_those_that_were_given(kind):
     found = as_numbers("fit", "data", FLOATS[kind])
     assert is_rows(FLOATS[kind])
     assert found.is_floating_point() and not found.requires_grad
-    torch.testing.assert_close(found.double(), torch.tensor(ROWS), rtol=0, atol=0)
+    scale = 8 if kind == "unsigned of 64 bits" else 1
+    torch.testing.assert_close(found.double(), torch.tensor(scale * ROWS), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["i1", "i8", ">i4", "u1", "u2", "u4", "u8", "?"])
+@pytest.mark.parametrize("dtype", ["i1", "i8", ">i4", "u1", "u2", "u4", "?"])
 def test_whole_numbers_stay_whole(dtype):
     found = as_numbers("fit", "data", np.array([[0, 1], [1, 0]], dtype=dtype))
     assert not found.is_floating_point() and found.long().tolist() == [[0, 1], [1, 0]]

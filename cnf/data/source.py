@@ -2,9 +2,7 @@
 
 from os import PathLike
 from pathlib import Path
-
-import numpy as np
-from torch import Tensor
+from typing import Any
 
 from cnf.data.arrays import is_rows
 from cnf.data.columns import Columns
@@ -17,9 +15,7 @@ from cnf.errors import UnknownNameError
 Source = Toy | Points
 
 
-def load(
-    source: str | PathLike[str] | Source | Tensor | np.ndarray, columns: Columns | None = None
-) -> Source:
+def load(source: Any, columns: Columns | None = None) -> Source:
     """What `source` stands for, as something with `name`, `dim`, `support` and `sample`.
 
     Args:

@@ -61,7 +61,7 @@ class Points:
 
     def __init__(
         self,
-        x: Tensor | np.ndarray,
+        x: Any,
         name: str = "points",
         columns: Sequence[str] | None = None,
         context: Tensor | np.ndarray | None = None,

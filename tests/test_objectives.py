@@ -76,6 +76,18 @@ def test_penalties_are_added_with_their_weight(name, divergence, small_flow, x):
     torch.testing.assert_close(loss.metrics["kinetic"], energy, rtol=1e-3, atol=0)  # trapezoid
 
 
+def test_penalties_are_weighted_means_like_the_likelihood(small_flow, x):
+    flow, objective = small_flow("cnf"), MaximumLikelihood(penalties={"kinetic": 0.3})
+    counts = torch.arange(len(x)) % 3
+    weighted = objective(flow, Batch(x, weight=counts.double()))
+    repeated = objective(flow, Batch(x.repeat_interleave(counts, 0)))
+    plain = objective(flow, Batch(x))
+    kinetic = [loss.metrics["kinetic"] for loss in (weighted, repeated, plain)]
+    torch.testing.assert_close(kinetic[0], kinetic[1], rtol=0, atol=1e-7)  # solver rtol 1e-9
+    torch.testing.assert_close(weighted.value, repeated.value, rtol=0, atol=1e-7)
+    assert (kinetic[0] - kinetic[2]).abs() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["cnf", "ffjord"])
 def test_penalised_loss_reaches_every_parameter_and_the_context(name, small_flow, x, context):
     flow, leaf = small_flow(name, context=3), context.requires_grad_()

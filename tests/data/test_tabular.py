@@ -157,6 +157,13 @@ def test_support_leaves_a_margin_around_the_bulk():
     assert (low[1], high[1]) == (4.5, 5.5)
 
 
+def test_support_is_a_tenth_beyond_the_thousandth_and_its_opposite():
+    low, high = Points(torch.linspace(0, 1, 1001, dtype=torch.float64)).support
+    assert low.item() == pytest.approx(0.001 - 0.0998) and high.item() == pytest.approx(
+        0.999 + 0.0998
+    )
+
+
 def test_density_of_points_is_not_known():
     points = Points(EXPECTED, "mine")
     assert points.entropy is None and points.dim == 2

@@ -157,6 +157,22 @@ def test_checkpoints_give_backprops_gradient(method, steps, segments, divergence
     assert (stats.forward, stats.backward) == (count, count)
 
 
+def test_adjoint_tolerances_are_those_of_the_backward_solve(generator):
+    """Tighter ones take more evaluations backwards, and as many forwards."""
+    x = torch.randn(4, 2, generator=generator, dtype=F64)
+    field = MLPField(2, (8,)).double()
+    counts = []
+    for setting in ({}, {"adjoint_rtol": 1e-10}, {"adjoint_atol": 1e-10}):
+        solver = Solver(rtol=1e-4, atol=1e-4, gradient="adjoint", **setting)
+        with record() as stats:
+            value, ladj = Continuous(field, solver)(x)
+            (value.square().sum() + ladj.sum()).backward()
+        counts.append((stats.forward, stats.backward))
+    (forward, backward), *tight = counts
+    assert [count[0] for count in tight] == [forward] * 2
+    assert all(count[1] > backward for count in tight)
+
+
 @pytest.mark.parametrize("mode", GRADIENTS)
 def test_a_second_backward_pass_gives_the_same(mode, generator):
     x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)

@@ -143,6 +143,14 @@ def test_hjb_of_a_quadratic_potential_has_closed_form(generator):
     torch.testing.assert_close(REGULARIZERS["hjb"](at(field, x)), x.square().sum(-1) / 2)
 
 
+def test_hjb_of_a_residual_below_zero_is_its_size(generator):
+    """A penalty that could fall without bound would be trained to -∞."""
+    velocity = torch.tensor([1.5, -0.7], dtype=F64)
+    field, x = plane(velocity), torch.randn(5, 2, generator=generator, dtype=F64)
+    field.linear.data[2] -= 0.25  # φ as along optimal transport, less t/4
+    torch.testing.assert_close(REGULARIZERS["hjb"](at(field, x)), torch.full((5,), 0.25).double())
+
+
 @pytest.mark.parametrize("context_dim", [0, 3])
 def test_hjb_is_that_of_autograds_potential(context_dim, randomised, generator):
     field = randomised(PotentialField(2, width=7, layers=3, context_dim=context_dim))

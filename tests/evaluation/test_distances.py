@@ -5,6 +5,7 @@ import ot
 import pytest
 import scipy.optimize
 import scipy.stats
+import sklearn.model_selection
 import sklearn.neural_network
 import torch
 from torch import Generator
@@ -218,6 +219,21 @@ def test_c2st_takes_a_constant_column_and_an_ordered_set():
 
     x, y = ordered(300, 0), ordered(900, 1)
     assert c2st(x, y, max_points=200) < 0.6  # the first 200 rows alone would be told apart
+
+
+def test_c2st_measures_both_sets_in_standard_deviations_of_the_reference(monkeypatch):
+    def spied(classifier, inputs, labels, cv):
+        given.append((inputs[labels == 0], inputs[labels == 1]))
+        return score(classifier, inputs, labels, cv=cv)
+
+    given, score = [], sklearn.model_selection.cross_val_score
+    monkeypatch.setattr(sklearn.model_selection, "cross_val_score", spied)
+    c2st(3 + 2 * normal(200), 7 + 10 * normal(200, seed=1), folds=2)
+    (reference, judged) = given[0]
+    assert abs(reference.mean(0)).max() < 1e-12 and abs(reference.std(0) - 1).max() < 1e-12
+    assert judged.mean(0) == pytest.approx(2, abs=0.8) and judged.std(0) == pytest.approx(
+        5, rel=0.2
+    )
 
 
 def test_c2st_is_silent_when_the_classifier_has_not_converged(monkeypatch):

@@ -243,6 +243,15 @@ def test_rows_whose_context_is_missing_are_equals(draw):
     assert [k - 6 for k in j[6:].tolist()] == list(cheapest(cost)[1])
 
 
+def test_a_missing_context_is_not_a_context_of_zero():
+    """Each half's data lie where the other half's base is: exchanging them would be cheap."""
+    side = 10 * (torch.arange(12) % 2).double()[:, None]
+    context = torch.where(side == 0, 0.0, torch.nan)
+    j = conditional(side, 10 - side, context).j
+    assert torch.equal(j % 2, torch.arange(12) % 2)
+    assert torch.equal(minibatch(side, 10 - side).j % 2, 1 - torch.arange(12) % 2)
+
+
 # Entropic
 
 

@@ -124,6 +124,13 @@ def test_vp_solves_its_diffusion(generator):
     assert at.alpha[-1].item() == pytest.approx(math.exp(-0.25 * 19.9 - 0.05))
 
 
+def test_vp_follows_the_betas_that_it_is_given():
+    """At s = 1: α = exp(-½∫β) with ∫β = (β_min + β_max)/2, and dα/dt = ½β_max α."""
+    at = VariancePreserving(beta_min=0.5, beta_max=5.0).schedule(torch.zeros(1, dtype=F64))
+    assert at.alpha.item() == pytest.approx(math.exp(-0.25 * 5.5))
+    assert at[2].item() == pytest.approx(0.5 * 5.0 * math.exp(-0.25 * 5.5))
+
+
 def test_cosine_is_the_squared_cosine_of_its_paper():
     s = torch.linspace(0.001, 0.999, 50, dtype=F64)
 

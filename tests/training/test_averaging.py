@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cnf
+from cnf.objectives import Objective
 from cnf.training import checkpoint
 
 
@@ -188,3 +189,67 @@ def test_gradient_is_clipped_to_the_norm_given(config, points, square):
         return (net.weight - torch.eye(2)).norm()
 
     assert first_step(1e-18) < first_step(None) / 10
+
+
+class Flat(Objective):
+    """A loss whose gradient is zero."""
+
+    def prepare(self, module, batch, generator=None):
+        return batch
+
+    def __call__(self, module, batch, generator=None):
+        return cnf.Loss(0.0 * module(batch.x).sum(), {})
+
+
+def test_adamw_shrinks_weights_by_lr_times_decay_and_adam_adds_the_decay_to_the_gradient(
+    config, points
+):
+    """Without a gradient: (1 - lr·λ)^k for adamw (Loshchilov & Hutter 2019), and for adam, whose
+    gradient is then λw, one step of about lr."""
+    found = {}
+    for optimizer, decay in (("adamw", 0.0), ("adamw", 0.5), ("adam", 0.0), ("adam", 0.5)):
+        net = torch.nn.Linear(2, 2, bias=False).double()
+        torch.nn.init.constant_(net.weight, 0.8)
+        settings = config(
+            steps=1 if optimizer == "adam" else 3, lr=0.1, warmup=0.0, schedule="constant",
+            ema=None, validations=0, optimizer=optimizer, weight_decay=decay,
+        )  # fmt: skip
+        cnf.fit(net, Flat(), points, settings)
+        found[optimizer, decay] = net.weight[0, 0].item()
+    assert found["adamw", 0.0] == found["adam", 0.0] == 0.8
+    assert found["adamw", 0.5] == pytest.approx(0.8 * (1 - 0.1 * 0.5) ** 3)
+    assert found["adam", 0.5] == pytest.approx(0.8 - 0.1, abs=1e-6)
+
+
+class Steep(Flat):
+    """Gradient one in each weight, NaN in the steps given."""
+
+    def __init__(self, bad):
+        self.bad, self.step = bad, 0
+
+    def __call__(self, module, batch, generator=None):
+        factor = float("nan") if self.step in self.bad else 1.0
+        self.step += 1
+        return cnf.Loss(factor * module.weight.sum(), {})
+
+
+def test_skipped_steps_are_no_steps_of_the_average(config, points):
+    """Adam's steps along a constant gradient are of length lr: 0, -1, -2, … times lr, whose
+    average is as if the bad steps had not been."""
+    net = torch.nn.Linear(2, 2, bias=False).double()
+    torch.nn.init.zeros_(net.weight)
+    settings = config(
+        steps=8, lr=0.1, warmup=0.0, schedule="constant", ema=0.5, validations=0, clip=None
+    )
+    history = cnf.fit(net, Steep({2, 3, 6}), points, settings)
+    assert history.skipped == 3
+    raw = [torch.tensor(-0.1 * k, dtype=torch.float64) for k in range(6)]
+    assert net.weight[0, 0].item() == pytest.approx(hand_average(raw, 0.5).item(), abs=1e-7)
+
+
+def test_an_equal_score_is_no_better_one(config, points):
+    """Patience counts validations without a better score; ties must not go on for ever."""
+    net = torch.nn.Linear(2, 2)
+    settings = config(steps=400, validations=100, patience=3)
+    history = cnf.fit(net, Flat(), points, settings)
+    assert (history.reason, len(history.column("val_loss"))) == ("patience", 4)

@@ -21,6 +21,7 @@ from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.rows import Rows
 from cnf.transforms.base import Transform
+from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
     Continuous,
     Integral,
@@ -173,7 +174,10 @@ class Flow(nn.Module):
         """
         divergence = None if divergence is None else as_divergence(divergence)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
-        z, ladj = self._inner(_taken(divergence, rows)).inverse(y, context)
+        inner = self._inner(_taken(divergence, rows))
+        given = isinstance(divergence, Hutchinson) and divergence.probe is not None
+        way = inner.inverse  # probes that are given are for all rows at once
+        z, ladj = way(y, context) if given else by_chunks(inner, way, y, context)
         log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
         return rows.give(log_prob, rows.log_density)
 
@@ -244,14 +248,15 @@ class Flow(nn.Module):
                 "call sample, then log_prob for the bound"
             )
         rows, z, context = self._start(z, context)
-        y, ladj = self._inner(None)(z, context)
+        y, ladj = by_chunks(self.transform, self.transform, z, context)
         x, outer = self.outside(y)
         return rows.give(x), rows.give(self.base.log_prob(z) - (ladj + outer))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
         rows, y, context, _ = self._enter(x, context, "encode", None)
-        return rows.give(self._inner("off").inverse(y, context)[0])
+        inner = self._inner("off")
+        return rows.give(by_chunks(inner, inner.inverse, y, context)[0])
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data; NaN in rows that are not finite."""
@@ -259,7 +264,8 @@ class Flow(nn.Module):
         self._expect_dtype("decode", z)
         context = self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
-        x = rows.give(self.outside(self._inner("off")(z, context)[0])[0])
+        inner = self._inner("off")
+        x = rows.give(self.outside(by_chunks(inner, inner, z, context)[0])[0])
         return x if self.dequantisation is None else self.dequantisation.decode(x)
 
     def trajectory(

@@ -1,0 +1,58 @@
+"""Large batches, part by part, where no graph is kept."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cnf.transforms.base import Transform
+from cnf.transforms.continuous import is_continuous
+
+BYTES = 2**28  # of working memory, by the estimate below
+COPIES = 8  # of the widest layer's output, that are alive at once
+
+Way = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def by_chunks(
+    transform: Transform, way: Way, value: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """way(value, context), a few thousand rows at a time where gradients are off and there are
+    many; the rows of an adaptive solve share their steps with those of their chunk only."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return way(value, context)
+    if transform.training and not transform.recomputable:  # the batch's statistics are the map's
+        return way(value, context)
+    return _chunked(way, value, context, transform.event_dims, rows_at_once(transform, value))
+
+
+def rows_at_once(transform: Transform, value: Tensor) -> int:
+    """Rows whose widest layer takes `BYTES`, from the sizes of the weights."""
+    event = value.shape[value.dim() - transform.event_dims :]
+    size, places = math.prod(event), math.prod(event[1:])
+    shapes = [parameter.shape for parameter in transform.parameters()]
+    widths = [shape[0] * (places if len(shape) == 4 else 1) for shape in shapes if shape]
+    tangents = size if is_continuous(transform) and places == 1 else 1  # of an exact divergence
+    row = COPIES * max([size, *widths]) * tangents * value.element_size()
+    return max(1, BYTES // row)
+
+
+def _chunked(
+    way: Way, value: Tensor, context: Tensor | None, event_dims: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    batch = value.shape[: value.dim() - event_dims]
+    if math.prod(batch) <= rows:
+        return way(value, context)
+    each = rows // math.prod(batch[1:])
+    if each:
+        contexts = [None] * len(value) if context is None else context.split(each)
+        parts = [way(v, c) for v, c in zip(value.split(each), contexts, strict=False)]
+        join = torch.cat
+    else:
+        contexts = [None] * len(value) if context is None else context
+        pairs = zip(value, contexts, strict=True)
+        parts = [_chunked(way, v, c, event_dims, rows) for v, c in pairs]
+        join = torch.stack
+    values, ladjs = zip(*parts, strict=True)
+    return join(values), join(ladjs)

@@ -91,7 +91,8 @@ def plot_trajectories(results: Results, particles: int = 120, points: int = 60) 
         name: attempt(_way, results.of(name)[0].flow, particles, points)
         for name in results.contestants
     }
-    seen = [way.quantile(torch.tensor([0.02, 0.98]), 1) for way in ways.values() if _finite(way)]
+    edges = torch.tensor([0.02, 0.98], dtype=torch.float64)
+    seen = [way.quantile(edges, 1) for way in ways.values() if _finite(way)]
     window, names, colour = window_of(results.density, *seen), titles(results), colours(results)
     collection = optional("matplotlib.collections", "evaluation").LineCollection
     with styled():
@@ -213,8 +214,8 @@ def _way(flow: Flow, particles: int, points: int) -> Tensor:
     z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
     z = z.to(device_of(flow))
     if isinstance(flow.transform, Continuous):
-        return particle_path(flow, z, torch.linspace(0, 1, points))[..., :2].cpu().float()
-    return layer_path(flow, z)[..., :2].cpu().float()
+        return particle_path(flow, z, torch.linspace(0, 1, points))[..., :2].cpu().double()
+    return layer_path(flow, z)[..., :2].cpu().double()
 
 
 def _finite(way: Tensor | str) -> bool:

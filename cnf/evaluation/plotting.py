@@ -208,16 +208,16 @@ def _on_grid(flow_or_density: Any, window: Tensor, resolution: int) -> Tensor:
     (left, bottom), (right, top) = window.tolist()
     cell = max(right - left, top - bottom) / resolution
     count_x, count_y = (max(2, round(side / cell)) for side in (right - left, top - bottom))
-    x = left + (torch.arange(count_x) + 0.5) * (right - left) / count_x
-    y = bottom + (torch.arange(count_y) + 0.5) * (top - bottom) / count_y
+    x = left + (torch.arange(count_x, dtype=torch.float64) + 0.5) * (right - left) / count_x
+    y = bottom + (torch.arange(count_y, dtype=torch.float64) + 0.5) * (top - bottom) / count_y
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
     if isinstance(flow_or_density, Flow):
         flow = flow_or_density
         like = next(iter(flow.parameters()), points)
         flow = flow.with_solver(PICTURE_SOLVER) if isinstance(flow.transform, Continuous) else flow
-        log_prob = log_prob_chunked(flow, points.to(like))
+        log_prob = log_prob_chunked(flow, points.to(like.device, flow.data_dtype))
     else:
-        log_prob = log_prob_chunked(flow_or_density, points)
+        log_prob = log_prob_chunked(flow_or_density, points.to(window))
     return log_prob.exp().cpu().reshape(count_y, count_x)
 
 

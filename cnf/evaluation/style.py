@@ -117,7 +117,7 @@ def scatter(
     ax: "Axes", points: Tensor, colour: str, size: float = 3.0, alpha: float = 0.35
 ) -> None:
     """Small translucent dots at the first two coordinates of points (N, D)."""
-    x, y = points[:, :2].cpu().float().unbind(-1)
+    x, y = points[:, :2].cpu().double().unbind(-1)
     ax.scatter(x.numpy(), y.numpy(), s=size, c=colour, alpha=alpha, linewidths=0, zorder=2)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 import cnf
 from cnf.data import Points, load
 from cnf.errors import SolverError
-from cnf.evaluation import style
+from cnf.evaluation import plotting, style
 from cnf.evaluation.comparison import Entry, Results
 from cnf.evaluation.plotting import (
     animate,
@@ -292,3 +292,15 @@ def test_more_contestants_than_colours_are_told_apart_by_dashes(results):
     assert len(many.contestants) > len(style.PALETTE)
     for plot in (plot_gap_over_time, plot_quality_against_nfe):
         assert {line.get_linestyle() for line in plot(many).axes[0].lines} > {"-"}
+
+
+def test_density_far_from_zero_is_drawn_like_one_near_it():
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    window = torch.tensor([[-2.0, -2.0], [2.0, 2.0]], dtype=torch.float64)
+    grids = []
+    for shift in (0.0, 1e8):
+        flow = cnf.models.build("realnvp", dim=2)
+        flow.preprocess.fit(shift + noise)
+        grids.append(plotting._on_grid(flow, shift + window, 10).double())
+    torch.testing.assert_close(grids[1], grids[0], rtol=1e-4, atol=0)
+    assert grids[0].max() > 2 * grids[0].min()

@@ -22,6 +22,7 @@ from cnf.data import Columns, Points
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.training import TrainConfig, fit, load
+from cnf.training.progress import status
 from cnf.training.run import free_folder, recorded, scored_rows
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
@@ -86,7 +87,7 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
         points: Test points at most.
     """
     from cnf.evaluation.judge import Judge
-    from cnf.evaluation.tables import scores_table, status
+    from cnf.evaluation.tables import scores_table
     from cnf.training.stream import seeded
 
     flow = load(run)
@@ -206,7 +207,7 @@ def compare(
     """
     from cnf.evaluation import comparison
     from cnf.evaluation.report import write_report
-    from cnf.evaluation.tables import results_table, status
+    from cnf.evaluation.tables import results_table
 
     escape = optional("rich.markup", "cli").escape
     source = densities.load(data, table)
@@ -257,7 +258,8 @@ def list_names(kind: str | None = None) -> None:
         table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
         table.title_justify, table.title_style = "left", "bold"
         for entry, thing in kinds[name].items():
-            table.add_row(f"  {entry}", escape(_first_line(thing)))
+            about = getattr(thing, "about", None) or _first_line(thing)
+            table.add_row(f"  {entry}", escape(about))
         _console().print(table)
 
 

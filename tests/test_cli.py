@@ -294,6 +294,12 @@ def test_help_of_compare_names_those_who_run_unless_told(call):
     assert ", ".join(RACE[:-1]) + f" and {RACE[-1]} if not given" in words
 
 
+def test_list_says_what_each_contestant_is(call):
+    _, said, _ = call("list", "contestants")
+    assert "the model ffjord, trained by maximum likelihood." in " ".join(said.split())
+    assert "flow matching, then by maximum likelihood." in " ".join(said.split())
+
+
 def parsers():
     commands = next(a for a in cli._parser()._actions if a.dest == "subcommand")
     return commands._name_parser_map.items()

@@ -22,6 +22,7 @@ from cnf.evaluation.style import (
     scatter,
     styled,
     titles,
+    unlike,
     window_of,
 )
 from cnf.flow import Flow
@@ -177,12 +178,14 @@ def _frames(moving: Tensor, times: Tensor, window: Tensor, title: str, colour: s
     (left, bottom), (right, top) = window.tolist()
     pixels = []
     with styled():
-        height = 3.0 * min(1.6, (top - bottom) / (right - left))
+        tall = 1.0 if unlike(window) else (top - bottom) / (right - left)
+        height = 3.0 * min(1.6, tall)
         figure = figures.Figure(figsize=(3.0, height + 0.45), dpi=120)
         canvas = agg.FigureCanvasAgg(figure)
         room = 0.45 / (height + 0.45)
         ax = figure.add_axes((0.01, 0.01, 0.98, 0.98 - room))
-        ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+        ax.set(aspect="auto" if unlike(window) else "equal")
         ax.spines[:].set(visible=True, color="#d5d9e0")
         dots = ax.scatter([], [], s=5, color=colour, alpha=0.55, linewidths=0)
         shrunk = min(11.0, 11 * 36 / max(len(title), 1))

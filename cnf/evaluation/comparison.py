@@ -24,6 +24,7 @@ from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.describe import machine
 from cnf.training.fingerprint import of_rows
 from cnf.training.interrupt import Interrupted
+from cnf.training.progress import status
 from cnf.training.stream import seeded
 
 TEST_POINTS = 10_000
@@ -271,9 +272,11 @@ def _raced(
     name: str, contestant: Contestant, judge: Judge, train: Any, density: Any, config: TrainConfig
 ) -> Entry:
     flow, histories, memory = _train(contestant, train, density, config)
-    scores = {**judge.scores(flow, config.seed), **_training_costs(histories, memory)}
-    curve = _curve(histories, density, config.seed)
-    few = judge.few_steps(flow, config.seed)
+    with status("scoring", config.progress) as tell:
+        scores = {**judge.scores(flow, config.seed, tell), **_training_costs(histories, memory)}
+        curve = _curve(histories, density, config.seed)
+        tell("samples in few steps")
+        few = judge.few_steps(flow, config.seed)
     return Entry(name, contestant.title, config.seed, scores, curve, few, flow)
 
 

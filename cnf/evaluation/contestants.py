@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cnf.dynamics.solver import Solver
-from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
+from cnf.objectives import OBJECTIVES, FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry
 
 CONTESTANTS = Registry("contestant")
@@ -44,6 +44,13 @@ class Contestant:
     stages: tuple[Stage, ...]
     options: dict[str, Any] = field(default_factory=dict)
     toy_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def about(self) -> str:
+        """Who it is, in a sentence."""
+        names = {kind: name for name, kind in OBJECTIVES.items()}
+        ways = [names[type(stage.objective)].replace("-", " ") for stage in self.stages]
+        return f"{self.title}: the model {self.model}, trained by {', then by '.join(ways)}."
 
 
 AS_THEY_ARE = {"preprocess": None}  # the papers' toys need no standardising; one's own points do

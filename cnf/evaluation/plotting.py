@@ -24,6 +24,7 @@ from cnf.evaluation.style import (
     TRUTH,
     attempt,
     colours,
+    device_of,
     frame,
     panels,
     say_failed,
@@ -31,6 +32,7 @@ from cnf.evaluation.style import (
     score_text,
     styled,
     titles,
+    unlike,
     window_of,
 )
 from cnf.flow import Flow
@@ -139,7 +141,8 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
     draw = torch.Generator().manual_seed(0)
     true = results.density.sample(points, generator=draw)
     shown = {"": true} | {
-        name: attempt(_samples, results.of(name)[0].flow, points) for name in results.contestants
+        name: attempt(_samples, results.of(name)[0].flow, results.density, points)
+        for name in results.contestants
     }
     if results.density.dim == 1:
         return curves.plot_histograms(results, shown)
@@ -172,7 +175,7 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plane = results.density.dim == 2
+    plane = results.density.dim == 2 and "context" not in results.density.sizes
     learning = "gap_over_time" if results.score == "gap" else "nll_over_time"
     plots: dict[str, Callable[[Results], Figure]] = {
         **({"density": plot_densities} if plane else {}),
@@ -208,6 +211,8 @@ def _on_grid(flow_or_density: Any, window: Tensor, resolution: int) -> Tensor:
     (left, bottom), (right, top) = window.tolist()
     cell = max(right - left, top - bottom) / resolution
     count_x, count_y = (max(2, round(side / cell)) for side in (right - left, top - bottom))
+    if unlike(window):
+        count_x = count_y = resolution
     x = left + (torch.arange(count_x, dtype=torch.float64) + 0.5) * (right - left) / count_x
     y = bottom + (torch.arange(count_y, dtype=torch.float64) + 0.5) * (top - bottom) / count_y
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
@@ -222,15 +227,19 @@ def _on_grid(flow_or_density: Any, window: Tensor, resolution: int) -> Tensor:
 
 
 @torch.no_grad()
-def _samples(flow: Flow, points: int) -> Tensor:
-    return flow.sample((points,), generator=torch.Generator().manual_seed(0)).cpu()
+def _samples(flow: Flow, density: Any, points: int) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    if "context" not in density.sizes:
+        return flow.sample((points,), generator=draw).cpu()
+    context = density.take(density.draw(points, draw)).context
+    return flow.sample((), context.to(device_of(flow)), generator=draw).cpu()
 
 
 def _draw(ax: "Axes", density: Tensor, window: Tensor, vmax: float) -> Any:
     (left, bottom), (right, top) = window.tolist()
     return ax.imshow(
         density.nan_to_num(0.0, posinf=vmax).numpy(), origin="lower", cmap=MAP, vmin=0.0,
-        vmax=vmax, extent=(left, right, bottom, top), interpolation="bilinear",
+        vmax=vmax, extent=(left, right, bottom, top), interpolation="bilinear", aspect="auto",
     )  # fmt: skip
 
 

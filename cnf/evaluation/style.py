@@ -81,7 +81,7 @@ def panels(
     width, height = (window[1] - window[0]).tolist()
     columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
     rows = math.ceil(count / columns)
-    tall = side * min(height / width, 2.0) + 0.75
+    tall = side * (1.0 if unlike(window) else min(height / width, 2.0)) + 0.75
     figure = new_figure(side * columns, rows * tall + below, layout="compressed")
     grid = figure.subplots(rows, columns, squeeze=False).flat
     axes = list(grid)
@@ -90,11 +90,24 @@ def panels(
     return figure, axes[:count]
 
 
+def unlike(window: Tensor) -> bool:
+    """Whether its sides are of so different lengths that one scale for both shows nothing."""
+    width, height = (window[1] - window[0]).tolist()
+    return not 0.2 < height / width < 5
+
+
 def frame(ax: "Axes", window: Tensor, title: str, note: str = "") -> None:
-    """Fix what an axis shows, one scale for both coordinates, and write a title and a smaller note
-    above."""
+    """Fix what an axis shows, and write a title and a smaller note above. Both coordinates have
+    one scale, or each its own and ticks where the window's sides are unlike."""
     (left, bottom), (right, top) = window.tolist()
-    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    if unlike(window):
+        ax.set(aspect="auto")
+        ax.locator_params(nbins=3)
+        ax.tick_params(labelsize=7)
+        ax.ticklabel_format(scilimits=(-2, 4))
+    else:
+        ax.set(aspect="equal", xticks=[], yticks=[])
     ax.set_title(textwrap.fill(title, 19), pad=22 if note else 7)
     if note:
         ax.annotate(
@@ -149,7 +162,7 @@ def window_of(density: Any, *others: Tensor) -> Tensor:
     low, high = drawn[:, :2].cpu().double().quantile(edges, 0)
     beyond = 0.08 * (high - low)  # the support itself reaches far into tails that no eye can see
     low, high = low - beyond, high + beyond
-    reach = 1.5 * (high - low).max()  # a model gone astray must not shrink the rest to a dot
+    reach = 1.5 * (high - low)  # a model gone astray must not shrink the rest to a dot
     for points in others:
         seen = points.reshape(-1, points.shape[-1])[:, :2].cpu().double()
         seen = seen[torch.isfinite(seen).all(-1)]
@@ -157,7 +170,7 @@ def window_of(density: Any, *others: Tensor) -> Tensor:
             edge = seen[:100_000].quantile(edges, 0)
             low = torch.maximum(torch.minimum(low, edge[0]), low - reach)
             high = torch.minimum(torch.maximum(high, edge[1]), high + reach)
-    margin = 0.02 * (high - low).max() + 1e-6
+    margin = torch.where(high > low, 0.02 * (high - low), 0.5)  # of each side: units may differ
     return torch.stack([low - margin, high + margin])
 
 

@@ -1,7 +1,5 @@
 """Scores as tables in a terminal."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from cnf.errors import optional
@@ -19,7 +17,8 @@ COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
 
 
 def results_table(results: Results) -> Any:
-    """The race as a rich table, best first: mean over seeds, ± their standard deviation."""
+    """The race as a rich table, best first: mean over seeds, under it ± their standard
+    deviation, so that all fits into 80 columns."""
     escape = optional("rich.markup", "cli").escape
     failed = results.settings.get("failed", {})
     caption = "\n".join(f"Left out: {title}: {reason}" for title, reason in failed.items())
@@ -33,27 +32,17 @@ def results_table(results: Results) -> Any:
         if metric == results.score or metric not in ("gap", "nll")
     }
     table = optional("rich.table", "cli").Table(
-        "contestant",
         title=title,
         caption=escape(caption) or None,
         box=optional("rich.box", "cli").SIMPLE,
     )
+    table.add_column("contestant", min_width=16)  # the numbers must leave room for the names
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for contestant in results.ranking():
         cells = (_cell(*results.mean(contestant, metric)) for metric in columns.values())
         table.add_row(escape(results.of(contestant)[0].title), *cells)
     return table
-
-
-@contextmanager
-def status(what: str, show: bool = True) -> Iterator[Callable[[str], None]]:
-    """Inside, a terminal shows what is being done; what is yielded changes the words."""
-    if not show:
-        yield lambda _: None
-        return
-    with optional("rich.console", "cli").Console().status(what) as line:
-        yield lambda part: line.update(f"{what}: {part}")
 
 
 def scores_table(scores: dict[str, float], floor: dict[str, float]) -> Any:
@@ -68,4 +57,4 @@ def _cell(mean: float, spread: float = float("nan")) -> str:
     if mean != mean:
         return "–"
     text = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
-    return text if spread != spread else f"{text} ± {spread:.2g}"
+    return text if spread != spread else f"{text}\n± {spread:.2g}"

@@ -1,7 +1,7 @@
 """The progress bar of a training run."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -96,3 +96,13 @@ class ProgressBar:
         """Print a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
+
+
+@contextmanager
+def status(what: str, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """Inside, a terminal shows what is being done; what is yielded changes the words."""
+    if not show:
+        yield lambda _: None
+        return
+    with optional("rich.console", "train").Console().status(what) as line:
+        yield lambda part: line.update(f"{what}: {part}")

@@ -78,6 +78,12 @@ def test_seeds_have_a_mean_and_a_spread():
     mean, spread = results.mean("realnvp", "gap")
     assert mean == pytest.approx(sum(gaps) / 2)
     assert spread == pytest.approx(abs(gaps[0] - gaps[1]) / 2**0.5)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    lines = capture.get().splitlines()
+    assert any("RealNVP" in line for line in lines) and "±" in capture.get()
+    assert all(len(line) <= 80 and "…" not in line for line in lines)
 
 
 def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypatch):

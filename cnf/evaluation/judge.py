@@ -62,10 +62,7 @@ class Judge:
             seed: Of the samples.
             say: Called with what is being done.
         """
-        device = next(flow.parameters()).device
-        test, target = (
-            points.take(_all_rows(points, device)) for points in (self.test, self.target)
-        )
+        test, target = (_placed(points, flow) for points in (self.test, self.target))
         exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
         context = None if test.context is None else test.context[:1000]
         with evaluating(flow), torch.no_grad():
@@ -113,7 +110,7 @@ class Judge:
 
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
         """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
-        points = self.target.take(_all_rows(self.target, next(flow.parameters()).device))
+        points = _placed(self.target, flow)
         return nfe_curve(
             flow,
             points.x,
@@ -137,8 +134,13 @@ def _unweighted(points: Points) -> Points:
     )
 
 
-def _all_rows(points: Points, device: torch.device) -> Tensor:
-    return torch.arange(len(points.x), device=device)
+def _placed(points: Points, flow: Flow) -> Points:
+    """The points on a flow's device, their contexts in its dtype."""
+    weights = next(flow.parameters())
+    placed = points.take(torch.arange(len(points.x), device=weights.device))
+    if placed.context is not None:
+        placed.context = placed.context.to(weights)
+    return placed
 
 
 def _sampled(flow: Flow, like: Points, generator: torch.Generator | None = None) -> Tensor:

@@ -244,3 +244,12 @@ def test_contestant_and_data_of_any_name_have_a_page(tmp_path):
     assert "<i>/" not in page and "&lt;i&gt;/../%" in page
     assert {path.name for path in tmp_path.iterdir()} == {"race"}
     Console(width=200).print(results_table(results))
+
+
+def test_own_points_race_under_their_contexts(tmp_path):
+    draw = torch.Generator().manual_seed(3)
+    context = torch.randn(200, 1, generator=draw, dtype=torch.float64)
+    x = context + 0.1 * torch.randn(200, 1, generator=draw, dtype=torch.float64)
+    results = race(["nsf-ar"], cnf.data.Points(x, context=context), tmp_path, steps=5)
+    assert math.isfinite(results.of("nsf-ar")[0].scores["w2"])
+    assert results.of("nsf-ar")[0].flow.context_dim == 1

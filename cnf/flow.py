@@ -32,6 +32,7 @@ from cnf.transforms.continuous import (
 from cnf.transforms.normalisation import initializing
 
 Shape = int | Sequence[int]
+FAR = 1_000.0  # scales; of n points none is more than √n from their mean
 
 
 @contextmanager
@@ -83,6 +84,8 @@ class Flow(nn.Module):
             with the training data, once.
         dequantisation: For discrete data. `log_prob` is then a lower bound of log P(x) from one
             draw.
+        context_preprocess: A module from a context to what `transform` takes, such as
+            `StandardizeContext`; fitted like `preprocess`.
         event_shape: Shape of one z, needed only when `base` is None.
     """
 
@@ -92,6 +95,7 @@ class Flow(nn.Module):
         transform: Transform,
         preprocess: Transform | None = None,
         dequantisation: Dequantisation | None = None,
+        context_preprocess: nn.Module | None = None,
         event_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -101,12 +105,20 @@ class Flow(nn.Module):
         self.transform = transform
         self.preprocess = preprocess
         self.dequantisation = dequantisation
+        self.context_preprocess = context_preprocess
         self.event_shape = tuple(event_shape or self.base.event_shape)
         for part in (transform, preprocess):
             if part is not None and part.event_shape not in (None, self.event_shape):
                 got = f"{type(part).__name__} of {part.event_shape}"
                 raise ValueError(f"Flow: expected a transform of {self.event_shape}, got {got}")
         self.context_dim = transform.context_dim
+        size = getattr(context_preprocess, "size", self.context_dim)
+        if context_preprocess is not None and size != self.context_dim:
+            raise ValueError(
+                f"Flow: expected a context_preprocess of size {self.context_dim}, the transform's "
+                f"context, got {size}"
+            )
+        self._warned: list[str] = []  # shared by copies with another solver
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
     @property
@@ -174,6 +186,7 @@ class Flow(nn.Module):
         """
         divergence = None if divergence is None else as_divergence(divergence)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
+        self._notice(y, context)
         inner = self._inner(_taken(divergence, rows))
         given = isinstance(divergence, Hutchinson) and divergence.probe is not None
         way = inner.inverse  # probes that are given are for all rows at once
@@ -231,7 +244,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """As `sample`, with gradients to the parameters and the context."""
         z, context = self.draw_base(sample_shape, context, generator, "rsample")
-        return self.decode(z, context)
+        return self._decoded(z, context)
 
     def sample_and_log_prob(
         self,
@@ -262,11 +275,8 @@ class Flow(nn.Module):
         """Base sample → data; NaN in rows that are not finite."""
         expect_event("Flow.decode", "z", z, self.base.event_shape)
         self._expect_dtype("decode", z)
-        context = self.checked_context("Flow.decode", context, z.shape[: self._batch(z)])
-        rows, z, context = self._start(z, context)
-        inner = self._inner("off")
-        x = rows.give(self.outside(by_chunks(inner, inner, z, context)[0])[0])
-        return x if self.dequantisation is None else self.dequantisation.decode(x)
+        context = self.inner_context("Flow.decode", context, z.shape[: self._batch(z)])
+        return self._decoded(z, context)
 
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
@@ -276,7 +286,7 @@ class Flow(nn.Module):
         self._expect_dtype("trajectory", z)
         transform = require_field("Flow.trajectory", self)
         times = expect_times("Flow.trajectory", times)
-        context = self.checked_context("Flow.trajectory", context, z.shape[: self._batch(z)])
+        context = self.inner_context("Flow.trajectory", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
         path = transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
         return rows.give(self.outside(path)[0], axis=1)
@@ -326,8 +336,14 @@ class Flow(nn.Module):
 
         Its batch shape is the context's; see `FlowDistribution`.
         """
-        context = self.checked_context("Flow.distribution", context, None)
+        self.inner_context("Flow.distribution", context, None)  # refuses what does not fit
         return flow_distribution(self, context)
+
+    def _decoded(self, z: Tensor, context: Tensor | None) -> Tensor:
+        rows, z, context = self._start(z, context)
+        inner = self._inner("off")
+        x = rows.give(self.outside(by_chunks(inner, inner, z, context)[0])[0])
+        return x if self.dequantisation is None else self.dequantisation.decode(x)
 
     def _inner(self, divergence: str | Divergence | None) -> Transform:
         """The transform; "off" leaves out log-determinants, None changes nothing."""
@@ -346,10 +362,37 @@ class Flow(nn.Module):
                 f"Flow.{who}: expected x of dtype {self.dtype}, the flow's, or wider, got "
                 f"{x.dtype}; convert one of them: x.to({self.dtype}) or flow.to({x.dtype})"
             )
-        context = self.checked_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
+        context = self.inner_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
         y, outer = self.inside(x, generator)
         rows = self._rows([x] if y is x else [x, y], context)
         return rows, rows.take(y), rows.take(context), rows.take(outer)
+
+    def warn_once(self, text: str) -> None:
+        """Warn, if this flow has not warned of far data before."""
+        if not self._warned:
+            self._warned.append(text)
+            warnings.warn(text, stacklevel=3)
+
+    def _notice(self, y: Tensor, context: Tensor | None) -> None:
+        """Warn of points that nothing was fitted near to; not where looking would take time."""
+        if (
+            self._warned
+            or torch.is_grad_enabled()
+            or not y.is_cpu
+            or torch.compiler.is_compiling()
+        ):
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
+        for name, part, value in parts:
+            if value is not None and getattr(part, "fitted", False) and (value.abs() > FAR).any():
+                scales = value.nan_to_num(0.0).abs().max()
+                self.warn_once(
+                    f"Flow.log_prob: {name} is up to {scales:.3g} scales from the mean of what "
+                    "the flow was fitted to: its density there is made up. Is it in the units of "
+                    "the training data?"
+                )
 
     def _start(self, z: Tensor, context: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
         """What a map towards the data begins with."""
@@ -371,10 +414,11 @@ class Flow(nn.Module):
     def _batch(self, value: Tensor) -> int:
         return value.dim() - len(self.event_shape)
 
-    def checked_context(
+    def inner_context(
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
     ) -> Tensor | None:
-        """The context, checked and, where a batch shape is given, expanded to it."""
+        """The context as the transform and its field take it: checked, standardised, in the flow's
+        dtype and, where a batch shape is given, expanded to it. Not for the flow's own methods."""
         if not self.context_dim:
             if context is not None:
                 raise ValueError(
@@ -384,24 +428,26 @@ class Flow(nn.Module):
             return None
         if context is None and self.transform.optional_context:
             return None
-        context = expect_context(who, context, self.context_dim)
+        given = expect_context(who, context, self.context_dim)
+        inner = given if self.context_preprocess is None else self.context_preprocess(given)
+        inner = inner.to(self.dtype)
         if batch is None:
-            return context
+            return inner
         try:
-            return context.expand(*batch, self.context_dim)
+            return inner.expand(*batch, self.context_dim)
         except RuntimeError:
             raise ValueError(
                 f"{who}: expected a context that broadcasts to {(*batch, self.context_dim)}, "
-                f"got {tuple(context.shape)}"
+                f"got {tuple(given.shape)}"
             ) from None
 
     def draw_base(
         self, sample_shape: Shape, context: Tensor | None, generator: torch.Generator | None,
         who: str = "draw_base",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Base samples as `sample` begins with, and the context expanded to them."""
+        """Base samples as `sample` begins with, and their `inner_context`."""
         shape = expect_shape(f"Flow.{who}", sample_shape)
-        context = self.checked_context(f"Flow.{who}", context, None)
+        context = self.inner_context(f"Flow.{who}", context, None)
         if context is not None:
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)

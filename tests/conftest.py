@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cnf
+from cnf.transforms import Standardise
 
 # One thread, here and in what the tests start: nets this small gain nothing from a second one, and
 # two busy processes with two threads each are many times slower than with one.
@@ -39,7 +40,7 @@ def randomised(generator):
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(draw * gain / math.sqrt(fan_in))
         for part in module.modules():
-            if callable(getattr(part, "fit", None)):
+            if isinstance(part, Standardise):  # of data, and inside StandardizeContext
                 shape = (64, *part.event_shape)
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64)
                 spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4

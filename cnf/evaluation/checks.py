@@ -56,7 +56,7 @@ class Case:
         exact: In float64 with a tight solver.
         x: Data, shape (N, *event).
         z: Base samples, shape (N, *event).
-        context: Condition, shape (N, C), or None.
+        context: Condition as the transform takes it, shape (N, C), or None.
         generator: Source of everything random.
     """
 

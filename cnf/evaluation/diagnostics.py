@@ -117,7 +117,7 @@ def check(
         x: Data, a tensor, array or table of shape (\\*batch, \\*event); at most n random rows are
             used. By default samples of the flow, a quarter of them from the tails.
         context: Condition, shape (\\*batch, C) or one that broadcasts to it; by default one row of
-            standard normal numbers, for a conditional flow.
+            numbers that are standard normal where `context_preprocess` has standardised.
         n: Points.
         seed: Seed of everything random.
     Raises:
@@ -133,8 +133,10 @@ def check(
     notes = ["checked in eval mode; the flow is in train mode, and stays so"] * flow.training
     if flow.context_dim and context is None:
         context = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
+        context = context.expand(*(batch or ()), flow.context_dim)
         notes.append("context: none was given; a row of standard normal numbers was taken")
-    context = flow.checked_context("check", context, batch)
+    else:
+        context = flow.inner_context("check", context, batch)
     if flow.dequantisation is not None:
         notes.append("dequantisation was left out: what is checked is the continuous density")
     with _untouched(flow, seed), torch.no_grad():
@@ -196,6 +198,7 @@ def _case(
         context = context.repeat(-(-n // len(context)), 1)[:n]
     flow = copy.deepcopy(flow).eval()
     dequantisation, flow.dequantisation = flow.dequantisation, None
+    flow.context_preprocess = None  # the context is an inner one already
     if x is not None:
         chosen = torch.randperm(rows, generator=generator)[:n]
         x = x.reshape(rows, *flow.event_shape)[chosen].to(like.device, flow.data_dtype)

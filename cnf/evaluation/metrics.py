@@ -274,7 +274,7 @@ def _continuous(
     """The flow's inner, continuous part, and the context checked as in the flow's own calls."""
     require_field(who, flow)
     assert isinstance(flow.transform, Continuous)
-    return flow.transform, flow.checked_context(who, context, start.shape[:1])
+    return flow.transform, flow.inner_context(who, context, start.shape[:1])
 
 
 def _energy_from(who: str, flow: Flow, start: Tensor, context: Tensor | None) -> Estimate:

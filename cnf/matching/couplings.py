@@ -94,7 +94,8 @@ def conditional_ot(
 
     Row k of x0 goes with the context of row k of x1 before the rows are exchanged, so what is far
     apart in context is not exchanged. Where most contexts occur again (labels), rows are exchanged
-    only among equals.
+    only among equals. Columns of the context count by their scale: `FlowMatching` gives contexts
+    as the field sees them, standardised where the flow does so.
     Source: Cheng & Schwing (2025), https://arxiv.org/abs/2503.10636.
 
     Args: as for `independent`, and

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cnf.distributions import Base
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice
 from cnf.flow import Flow
 from cnf.registry import Registry
 from cnf.transforms.base import Transform
+from cnf.transforms.context import StandardizeContext
 from cnf.transforms.normalisation import Standardise
 
 MODELS = Registry("model")
@@ -23,7 +25,7 @@ def build(name: str, **options: Any) -> Flow:
     Args:
         name: A name in `MODELS`.
         options: The builder's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
-            `preprocess`, …
+            `preprocess`, `context_preprocess`, …
     Raises:
         ValueError: An unknown name, or an option that the model does not have.
     """
@@ -52,10 +54,24 @@ def build(name: str, **options: Any) -> Flow:
     return flow
 
 
-def as_preprocess(name: str | None, event_shape: Sequence[int]) -> Transform | None:
-    """The preprocessing of that name: "standardise" or None."""
-    expect_choice("models", "preprocess", name, ("standardise", None))
-    return None if name is None else Standardise(event_shape)
+def assembled(
+    transform: Transform,
+    event_shape: Sequence[int],
+    preprocess: str | None,
+    context_preprocess: str | None,
+    base: Base | None = None,
+) -> Flow:
+    """The flow of a model's parts: data and context are standardised, or (None) as they are."""
+    for argument, name in (("preprocess", preprocess), ("context_preprocess", context_preprocess)):
+        expect_choice("models", argument, name, ("standardise", None))
+    of_context = context_preprocess and transform.context_dim
+    return Flow(
+        base,
+        transform,
+        Standardise(event_shape) if preprocess else None,
+        context_preprocess=StandardizeContext(transform.context_dim) if of_context else None,
+        event_shape=event_shape,
+    )
 
 
 def _plain(value: Any) -> Any:

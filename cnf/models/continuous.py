@@ -15,7 +15,7 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
-from cnf.models.build import MODELS, as_preprocess
+from cnf.models.build import MODELS, assembled
 from cnf.transforms.continuous import Continuous, Recipe
 
 
@@ -30,6 +30,7 @@ def cnf(
     fourier: int | None = None,
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -49,6 +50,7 @@ def cnf(
         solver: A `Solver`, or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
         preprocess: "standardise" or None.
+        context_preprocess: "standardise" or None.
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Let a learned vector stand in for a context that is missing: for guidance.
     """
@@ -63,7 +65,7 @@ def cnf(
     field = Preconditioned(_stacked(block, layers))
     recipe = Recipe(solver=Solver() if solver is None else None)
     solver = as_solver(solver or {"rtol": 1e-6, "atol": 1e-6})
-    return _continuous(field, solver, preprocess, recipe, null_context)
+    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
 @MODELS.register("ffjord")
@@ -76,6 +78,7 @@ def ffjord(
     end_time: float = 0.5,
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -95,7 +98,8 @@ def ffjord(
 
     solver = as_solver(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
-    return _continuous(_stacked(block, layers), solver, preprocess, recipe, null_context)
+    field = _stacked(block, layers)
+    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
 @MODELS.register("rnode")
@@ -109,6 +113,7 @@ def rnode(
     jacobian: float = 0.01,
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -132,7 +137,8 @@ def rnode(
         Solver("rk4", steps=4 * layers),
     )
     solver = as_solver(solver)
-    return _continuous(_stacked(block, layers), solver, preprocess, recipe, null_context)
+    field = _stacked(block, layers)
+    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
 @MODELS.register("otflow")
@@ -144,6 +150,7 @@ def otflow(
     hjb: float = 0.05,
     solver: Solver | Mapping[str, Any] | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     null_context: bool = False,
 ) -> Flow:
     """OT-Flow: the gradient of a potential, trained with transport and HJB costs on fixed RK4.
@@ -167,19 +174,19 @@ def otflow(
         lr=0.1,
     )
     solver = as_solver(solver or {"method": "rk4", "steps": 16})
-    return _continuous(field, solver, preprocess, recipe, null_context)
+    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
 def _continuous(
     field: VectorField,
     solver: Solver,
     preprocess: str | None,
+    context_preprocess: str | None,
     recipe: Recipe,
     null_context: bool,
 ) -> Flow:
     transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
-    event = field.event_shape
-    return Flow(None, transform, as_preprocess(preprocess, event), event_shape=event)
+    return assembled(transform, field.event_shape, preprocess, context_preprocess)
 
 
 def _stacked(block: Callable[[], VectorField], layers: int) -> VectorField:

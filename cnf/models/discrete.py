@@ -22,6 +22,7 @@ def nice(
     layers: int = 8,
     activation: str = "relu",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """NICE: additive couplings, which keep volume, and one diagonal scaling.
 
@@ -34,6 +35,7 @@ def nice(
         layers: How many.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         preprocess: "standardise" or None.
+        context_preprocess: "standardise" or None.
     """
 
     def layer(k: int) -> Transform:
@@ -43,7 +45,8 @@ def nice(
         return coupling
 
     scaling = Elementwise(dim, Affine(), context_dim=context)
-    return stacked([*layered(layer, layers, dim, None), scaling], dim, preprocess)
+    stack = [*layered(layer, layers, dim, None), scaling]
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("realnvp")
@@ -55,6 +58,7 @@ def realnvp(
     activation: str = "silu",
     between: str | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """RealNVP: affine couplings with a bounded log-scale; starts as identity.
 
@@ -69,7 +73,8 @@ def realnvp(
     def layer(k: int) -> Transform:
         return Coupling(dim, half(dim, k), None, None, hidden, context, activation)
 
-    return stacked(layered(layer, layers, dim, between), dim, preprocess)
+    stack = layered(layer, layers, dim, between)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("nsf")
@@ -83,6 +88,7 @@ def nsf(
     activation: str = "relu",
     between: str | None = "lu",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     period: float | None = None,
 ) -> Flow:
     """Neural spline flow: couplings by rational-quadratic splines; starts as identity.
@@ -102,7 +108,8 @@ def nsf(
         return Coupling(dim, half(dim, k), spline, None, hidden, context, activation, period)
 
     base = None if period is None else UniformAngles(dim, period)
-    return stacked(layered(layer, layers, dim, between), dim, preprocess, base)
+    stack = layered(layer, layers, dim, between)
+    return stacked(stack, dim, preprocess, context_preprocess, base)
 
 
 @MODELS.register("nsf-ar")
@@ -116,6 +123,7 @@ def nsf_ar(
     activation: str = "relu",
     between: str | None = "lu",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     period: float | None = None,
 ) -> Flow:
     """Autoregressive neural spline flow: the density takes one pass, a sample one per variable.
@@ -131,7 +139,8 @@ def nsf_ar(
         return Autoregressive(dim, spline, None, hidden, context, activation, period)
 
     base = None if period is None else UniformAngles(dim, period)
-    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess, base)
+    stack = layered(layer, layers, dim, between, halves=False)
+    return stacked(stack, dim, preprocess, context_preprocess, base)
 
 
 @MODELS.register("maf")
@@ -143,6 +152,7 @@ def maf(
     activation: str = "relu",
     between: str | None = "reverse",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """Masked autoregressive flow: the density takes one pass, a sample one per variable.
 
@@ -155,7 +165,8 @@ def maf(
     def layer(k: int) -> Transform:
         return Autoregressive(dim, None, None, hidden, context, activation)
 
-    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess)
+    stack = layered(layer, layers, dim, between, halves=False)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("iaf")
@@ -167,6 +178,7 @@ def iaf(
     activation: str = "relu",
     between: str | None = "reverse",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """Inverse autoregressive flow: a sample takes one pass, the density one per variable.
 
@@ -178,7 +190,8 @@ def iaf(
     def layer(k: int) -> Transform:
         return Inverse(Autoregressive(dim, None, None, hidden, context, activation))
 
-    return stacked(layered(layer, layers, dim, between, halves=False), dim, preprocess)
+    stack = layered(layer, layers, dim, between, halves=False)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("planar")
@@ -187,6 +200,7 @@ def planar(
     context: int = 0,
     layers: int = 16,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """Planar flow: each layer bends space along one direction.
 
@@ -197,8 +211,10 @@ def planar(
         context: Size of the context, in which the parameters are linear; 0 for none.
         layers: How many.
         preprocess: "standardise" or None.
+        context_preprocess: "standardise" or None.
     """
-    return stacked(layered(lambda k: Planar(dim, context), layers, dim, None), dim, preprocess)
+    stack = layered(lambda k: Planar(dim, context), layers, dim, None)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("radial")
@@ -207,6 +223,7 @@ def radial(
     context: int = 0,
     layers: int = 16,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """Radial flow: each layer moves space towards a point or away from it.
 
@@ -214,7 +231,8 @@ def radial(
 
     Args: as for `planar`.
     """
-    return stacked(layered(lambda k: Radial(dim, context), layers, dim, None), dim, preprocess)
+    stack = layered(lambda k: Radial(dim, context), layers, dim, None)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 @MODELS.register("sylvester")
@@ -224,6 +242,7 @@ def sylvester(
     layers: int = 8,
     rank: int | None = None,
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
 ) -> Flow:
     """Sylvester flow: each layer bends space along several orthogonal directions.
 
@@ -233,9 +252,8 @@ def sylvester(
         rank: Directions of a layer; all of D, at most 8, if None.
     """
     rank = min(dim, 8) if rank is None else rank
-    return stacked(
-        layered(lambda k: Sylvester(dim, rank, context), layers, dim, None), dim, preprocess
-    )
+    stack = layered(lambda k: Sylvester(dim, rank, context), layers, dim, None)
+    return stacked(stack, dim, preprocess, context_preprocess)
 
 
 def _spline(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cnf.flow import Flow
-from cnf.models.build import MODELS, as_preprocess
+from cnf.models.build import MODELS, assembled
 from cnf.models.stacks import half, stacked
 from cnf.transforms.base import Compose, Inverse, Transform
 from cnf.transforms.coupling import Coupling
@@ -21,6 +21,7 @@ def glow(
     levels: int | None = None,
     activation: str = "relu",
     preprocess: str | None = "standardise",
+    context_preprocess: str | None = "standardise",
     shape: Sequence[int] | None = None,
 ) -> Flow:
     """Glow: actnorm, a trained linear map that starts as a rotation, and an affine coupling.
@@ -44,7 +45,7 @@ def glow(
         for k in range(layers):
             coupling = Coupling(dim, half(dim, k), None, None, hidden, context, activation)
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
-        return stacked(steps, dim, preprocess)
+        return stacked(steps, dim, preprocess, context_preprocess)
     levels = 2 if levels is None else levels
     if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
         raise ValueError(
@@ -71,4 +72,4 @@ def glow(
 
     channels, height, width = shape
     transform = level((channels, height, width), levels)
-    return Flow(None, transform, as_preprocess(preprocess, shape), event_shape=tuple(shape))
+    return assembled(transform, tuple(shape), preprocess, context_preprocess)

@@ -7,7 +7,7 @@ import torch
 from cnf.distributions import Base
 from cnf.errors import expect_choice
 from cnf.flow import Flow
-from cnf.models.build import as_preprocess
+from cnf.models.build import assembled
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.linear import LU, Permutation
 
@@ -16,10 +16,14 @@ ORDERS = (*HALVES, "reverse")
 
 
 def stacked(
-    transforms: list[Transform], dim: int, preprocess: str | None, base: Base | None = None
+    transforms: list[Transform],
+    dim: int,
+    preprocess: str | None,
+    context_preprocess: str | None,
+    base: Base | None = None,
 ) -> Flow:
     """A flow of vectors through transforms, listed from base to data."""
-    return Flow(base, Compose(transforms), as_preprocess(preprocess, (dim,)), event_shape=(dim,))
+    return assembled(Compose(transforms), (dim,), preprocess, context_preprocess, base)
 
 
 def layered(

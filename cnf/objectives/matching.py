@@ -89,7 +89,7 @@ class FlowMatching(Objective):
         with torch.no_grad():
             data = _inside(flow, resampled(data, generator), generator)
             plan = coupling.fit(
-                data.x1, lambda n, g: flow.base.sample((n,), g), data.context, generator
+                data.x1, lambda n, g: flow.base.sample((n,), g), _seen(flow, data), generator
             )
         return replace(self, coupling=_Among(plan, data))
 
@@ -109,17 +109,19 @@ class FlowMatching(Objective):
 
     def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
         coupling = self._made[0]
-        if getattr(coupling, "func", coupling) is not independent:
+        plain = getattr(coupling, "func", coupling) is independent
+        if not plain:
             # Weights of pairs would weigh the base too: it would no longer be what is sampled.
             batch = resampled(batch, generator)
         if isinstance(coupling, _Among):
             x0 = flow.base.sample((len(batch.x),), generator)
-            drawn = coupling.partners(x0, batch.context)
+            drawn = coupling.partners(x0, _seen(flow, batch))
             drawn = drawn if flow.dequantisation is None else _inside(flow, drawn, generator)
             return drawn.but(x0=x0, weight=batch.weight)
         batch = _inside(flow, batch, generator)
         x0 = flow.base.sample((len(batch.x),), generator)
-        i, j, weight = coupling(x0, batch.x1, batch.context, generator)
+        context = batch.context if plain else _seen(flow, batch)
+        i, j, weight = coupling(x0, batch.x1, context, generator)
         if j is not None:
             batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
         batch.x0 = x0 if i is None else x0[i]
@@ -160,7 +162,7 @@ class FlowMatching(Objective):
             shapes = f"{tuple(batch.x1.shape)}, got {tuple(batch.x0.shape)}"
             raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
         sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
-        context = flow.checked_context("FlowMatching", batch.context, batch.t.shape)
+        context = flow.inner_context("FlowMatching", batch.context, batch.t.shape)
         predicted, target = self._regressed(field, path, sample, batch, context)
         value = _mean_square(predicted, target, batch.weight)
         metrics = {"fm": value.detach()}
@@ -236,6 +238,13 @@ def _law(times: Any) -> Any:
 def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
     """The batch with x1: x as the transform gives it."""
     return batch.but(x1=flow.inside(batch.x, generator)[0])
+
+
+def _seen(flow: Flow, batch: Batch) -> Tensor | None:
+    """The contexts as the field sees them, and so the coupling: distances between them count."""
+    if batch.context is None:
+        return None
+    return flow.inner_context("FlowMatching", batch.context, batch.context.shape[:1])
 
 
 def _mean_square(predicted: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:

@@ -185,11 +185,13 @@ def _built(spec: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path) 
 
 def _without_later_defaults(flow: Flow, tensors: dict[str, Tensor]) -> None:
     """Take out preprocessing that a model did not have by default when the file was written."""
-    part = flow.preprocess
-    saved = any(name.startswith("preprocess.") for name in tensors)
-    if part is not None and part.state_dict() and not saved:
-        assert flow.spec is not None
-        flow.preprocess, flow.spec["options"]["preprocess"] = None, None
+    assert flow.spec is not None
+    for name in ("preprocess", "context_preprocess"):
+        part = getattr(flow, name)
+        saved = any(key.startswith(f"{name}.") for key in tensors)
+        if part is not None and part.state_dict() and not saved:
+            setattr(flow, name, None)
+            flow.spec["options"][name] = None
 
 
 def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -22,6 +22,7 @@ from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
 from cnf.training.interrupt import interruptible
+from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
 from cnf.training.stream import DensityStream, as_stream, mixed, refuse_misfit, seeded, shared
@@ -100,20 +101,25 @@ class _Trainer:
         self.stream = as_stream(data, config, context, weight, validation, missing)
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
-        refuse_misfit(module, self.stream.head)
+        head = self.stream.head
+        refuse_misfit(module, None if head is None else head.x)
         held_out = self.stream.validation
         refuse_misfit(module, None if held_out is None else held_out.x, "validation")
         self.fabric = launched(config, self.dtype)
         names = getattr(data, "columns", None)
-        head, own = self.stream.head, not isinstance(self.stream, DensityStream)
+        own = not isinstance(self.stream, DensityStream)
         continuous = isinstance(module, Flow) and module.dequantisation is None
         if head is not None and own and continuous and self.fabric.is_global_zero:
-            warn_of_degenerate(head, names)
+            warn_of_degenerate(head.x, names)
         wide = widest(self.fabric.device) == torch.float64
-        self.keeps_digits = wide and getattr(module, "preprocess", None) is not None
-        if not self.keeps_digits:
-            expect_resolved(self.stream.head, self.dtype, names)
-        _fit_preprocessing(module, self.stream.head)
+        self.keeps_digits = {
+            name
+            for name, part in (("x", "preprocess"), ("context", "context_preprocess"))
+            if wide and getattr(module, part, None) is not None
+        }
+        if head is not None and "x" not in self.keeps_digits:
+            expect_resolved(head.x, self.dtype, names)
+        fit_preprocessing(module, head)
         self.learner = Learner(module, objective, config, self.fabric)
         data_hash = self.stream.fingerprint() if config.folder else None
         description = configuration(module, objective, data, config)
@@ -218,12 +224,12 @@ class _Trainer:
         return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
 
     def _placed(self, batch: Batch) -> Batch:
-        """On the device, in the module's dtype; x keeps its digits until it is standardised."""
+        """On the device, in the module's dtype; what is standardised keeps its digits so far."""
 
         def placed(value: torch.Tensor) -> torch.Tensor:
             if not value.is_floating_point():
                 return value.to(self.fabric.device)
-            wide = value is batch.x and self.keeps_digits
+            wide = any(value is getattr(batch, name) for name in self.keeps_digits)
             dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype
             return value.to(self.fabric.device, dtype)
 
@@ -334,9 +340,3 @@ class _Trainer:
                 **({"error": error} if error else {}),
             },
         )
-
-
-def _fit_preprocessing(module: nn.Module, head: torch.Tensor | None) -> None:
-    preprocess = getattr(module, "preprocess", None)
-    if head is not None and hasattr(preprocess, "fit"):
-        preprocess.fit(head.to(next(preprocess.buffers()).device))  # pyright: ignore

@@ -36,7 +36,7 @@ class Stream(ABC):
     """
 
     validation: Batch | None
-    head: Tensor | None
+    head: Batch | None
 
     @abstractmethod
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -60,7 +60,7 @@ class DensityStream(Stream):
         held_out = seeded(config.seed, -1)
         drawn = Batch(density.sample(config.validation_rows, held_out))
         self.validation = drawn if validation is None else validation
-        self.head = density.sample(10_000, held_out)
+        self.head = Batch(density.sample(10_000, held_out))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return Batch(self.density.sample(self.size, generator))
@@ -97,8 +97,7 @@ class RowStream(Stream):
                 f"{len(self.train)} ({len(rows)} less {held_out} held out); lower batch_size"
             )
         self.validation = validation
-        self.first = rows[self.train[:100_000]]
-        self.head = self.first.x
+        self.head = rows[self.train[:100_000]]
         self._epoch, self._order = -1, self.train
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -121,7 +120,8 @@ class RowStream(Stream):
     def fingerprint(self) -> str:
         """Of rows in memory, else of those that preprocessing is fitted to."""
         rows = self.data.data
-        return fingerprint.of_rows(rows if isinstance(rows, Batch) else self.first)
+        assert self.head is not None
+        return fingerprint.of_rows(rows if isinstance(rows, Batch) else self.head)
 
 
 class IterableStream(Stream):
@@ -139,9 +139,8 @@ class IterableStream(Stream):
     ) -> None:
         self.batches, self.validation, self.seed = batches, validation, config.seed
         self.missing = missing
-        self.first = as_batch(next(self._begin(0)), missing=missing)
-        self.head = self.first.x
-        if len(self.head) < 2:
+        self.head = as_batch(next(self._begin(0)), missing=missing)
+        if len(self.head.x) < 2:
             raise ValueError(
                 "fit: expected a first batch of two rows or more, to which preprocessing is "
                 "fitted, got one row; make larger batches: DataLoader(…, batch_size=256)"
@@ -169,7 +168,8 @@ class IterableStream(Stream):
                 return as_batch(item, missing=self.missing)
 
     def fingerprint(self) -> str:
-        return fingerprint.of_rows(self.first)
+        assert self.head is not None
+        return fingerprint.of_rows(self.head)
 
     def rows(self, n: int) -> Batch:
         found: list[Batch] = []

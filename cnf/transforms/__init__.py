@@ -2,6 +2,7 @@
 
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import TRANSFORMS, Compose, Inverse, Transform
+from cnf.transforms.context import StandardizeContext
 from cnf.transforms.continuous import Continuous, Integral
 from cnf.transforms.coupling import Coupling
 from cnf.transforms.elementwise import (
@@ -50,6 +51,7 @@ __all__ = [
     "Softplus",
     "Squeeze",
     "Standardise",
+    "StandardizeContext",
     "Sylvester",
     "Tanh",
     "Transform",

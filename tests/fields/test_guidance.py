@@ -423,7 +423,7 @@ def test_the_loss_of_rows_without_context_is_the_unconditional_fields(small_flow
     t = batch.t[:, None]
     xt, ut = (1 - t) * batch.x0 + t * batch.x1, batch.x1 - batch.x0
     without = flow.field(batch.t, xt, None) - ut
-    given = flow.field(batch.t, xt, context) - ut
+    given = flow.field(batch.t, xt, flow.inner_context("test", context, (6,))) - ut
     expected = torch.where(rows[:, None], without, given).square().sum(1).mean()
     loss = objective(flow, batch)
     torch.testing.assert_close(loss.value, expected, rtol=1e-12, atol=0)

@@ -1,0 +1,73 @@
+"""Preprocessing is fitted by the first fit; where the data are far from unit scale all the same,
+there is a warning."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cnf.flow import Flow
+from cnf.objectives import Batch
+from cnf.training.stream import seeded
+from cnf.transforms.normalisation import ActNorm, BatchNorm, Standardise
+
+FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
+
+
+def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
+    """Fit to the first rows what is not fitted yet, of the data and of their context."""
+    if head is None:
+        return
+    for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
+        part = getattr(module, name, None)
+        if rows is not None and hasattr(part, "fit"):
+            part.fit(rows.to(next(part.buffers()).device))  # pyright: ignore
+    if isinstance(module, Flow) and module.dequantisation is None:
+        for text in _far(module, head):
+            module.warn_once(text)
+
+
+@torch.no_grad()
+def _far(flow: Flow, head: Batch) -> Iterator[str]:
+    """Warnings of data and contexts that are not near unit scale where nets see them."""
+    like = flow.base._like
+    y = head.x.to(like.device)
+    y, _ = flow.inside(y)
+    z = flow.base.sample((1_000,), seeded(0, -11)).to(y)
+    spread = z.std(0).clamp(min=1e-12)
+    yield from _told("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
+    if head.context is not None and flow.context_dim:
+        inner = flow.inner_context("fit", head.context.to(like.device), None)
+        assert inner is not None
+        yield from _told("context", flow.context_preprocess, inner, flow)
+
+
+def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> Iterator[str]:
+    value = value.flatten(1)
+    loc, scale = value.nanmean(0).abs(), (value - value.nanmean(0)).square().nanmean(0).sqrt()
+    far = (loc > FAR) | (scale > FAR)
+    if part is not None:
+        if far.any():
+            yield (
+                f"fit: columns {_columns(far)} of {name} are up to "
+                f"{torch.maximum(loc, scale).max():.3g} scales from what the flow's preprocessing "
+                "was fitted to, which stays so that the weights keep their meaning. Are they in "
+                "the same units? For other data build a new flow"
+            )
+        return
+    far |= (scale > 0) & (scale < 1 / FAR)
+    inside = (isinstance(m, Standardise | ActNorm | BatchNorm) for m in flow.transform.modules())
+    if flow.spec is None and far.any() and not any(inside):  # a named model was told so
+        line = {
+            "x": f"preprocess=cnf.transforms.Standardise({flow.event_shape})",
+            "context": f"context_preprocess=cnf.transforms.StandardizeContext({flow.context_dim})",
+        }[name]
+        yield (
+            f"fit: columns {_columns(far)} of {name} are far from unit scale, which training "
+            f"expects; write cnf.Flow(…, {line})"
+        )
+
+
+def _columns(far: Tensor) -> str:
+    found = far.nonzero().flatten().tolist()
+    return ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")

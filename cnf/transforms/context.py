@@ -1,0 +1,50 @@
+"""Location and scale of a context, fitted once, so that nets see numbers of unit size."""
+
+from torch import Tensor, nn
+
+from cnf.errors import expect_context
+from cnf.transforms.normalisation import Standardise
+
+
+class StandardizeContext(nn.Module):
+    """c → (c - loc)/scale, as `Standardise` does to data; not trained.
+
+    A column of zeros and ones, such as a label's, stays as it is. NaN, a value that is missing,
+    stays NaN and does not count. Until it is fitted it is the identity.
+
+    >>> seconds = 1.7e9 + torch.tensor([[0.0], [60.0], [120.0]], dtype=torch.float64)
+    >>> standardize = StandardizeContext(1)
+    >>> standardize.fit(seconds)
+    >>> standardize(seconds).flatten().tolist()
+    [-1.0, 0.0, 1.0]
+
+    Args:
+        size: C, the size of a context.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.columns = Standardise((size,))
+
+    def fit(self, context: Tensor) -> None:
+        """Set location and scale from contexts, shape (N, C), if they are not set yet."""
+        expect_context("fit", context, self.size)
+        if self.fitted:
+            return
+        loc, scale = self.columns.loc, self.columns.scale
+        for k, column in enumerate(context.to(loc).unbind(-1)):
+            known = column[~column.isnan()]
+            if ((known != 0) & (known != 1)).any():
+                loc[k] = known.mean()
+                if known.amax() > known.amin():
+                    scale[k] = known.std()  # of a constant it stays 1
+        self.columns.fitted.fill_(True)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether location and scale are set."""
+        return bool(self.columns.fitted)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return (context - self.columns.loc) / self.columns.scale

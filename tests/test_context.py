@@ -1,0 +1,155 @@
+"""Contexts are standardised like the data, once, on every way into a flow."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import cnf
+from cnf.fields import MLPField
+from cnf.models import MODELS
+from cnf.sampling import sde
+from cnf.training import load, save
+from cnf.transforms import Continuous, Standardise, StandardizeContext
+
+F64 = torch.float64
+FAST = {"steps": 2, "progress": False, "validations": 0}
+
+
+def test_columns_are_standardised_and_labels_and_missing_values_stay(generator):
+    n = 50
+    varied = 5e4 + 1e4 * torch.randn(n, 1, generator=generator, dtype=F64)
+    label = (torch.arange(n) % 2).double()[:, None]
+    year, missing = torch.full((n, 1), 2024.0).double(), varied.clone()
+    missing[::2] = torch.nan
+    standardize = StandardizeContext(4)
+    standardize.fit(torch.cat([varied, label, year, missing], 1))
+    inner = standardize(torch.cat([varied, label, year, missing], 1))
+    torch.testing.assert_close(inner[:, :1], (varied - varied.mean()) / varied.std())
+    assert torch.equal(inner[:, 1:2], label)
+    assert (inner[:, 2] == 0).all()  # 2024 itself would drown all else
+    known = missing[1::2]
+    torch.testing.assert_close(inner[1::2, 3:], (known - known.mean()) / known.std())
+    assert inner[::2, 3].isnan().all()
+    standardize.fit(torch.zeros(9, 4))  # the first fit is the last
+    assert torch.equal(standardize(varied.expand(n, 4)[:, :1].expand(n, 4))[:, 0], inner[:, 0])
+
+
+def test_seconds_since_1970_keep_their_digits_in_a_flow_of_float32():
+    seconds = 1.7e9 + 60 * torch.arange(100, dtype=F64)[:, None]
+    flow = cnf.models.build("realnvp", dim=1, context=1, layers=2, hidden=(8,))
+    cnf.fit(flow, cnf.MaximumLikelihood(), torch.randn(100, 1), cnf.TrainConfig(**FAST),
+            context=seconds)  # fmt: skip
+    inner = flow.float().inner_context("test", seconds, None)
+    expected = (seconds - seconds.mean()) / seconds.std()
+    assert inner.dtype == torch.float32  # one second of 1.7e9 is nothing in float32
+    torch.testing.assert_close(inner, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cnf", "nsf"])
+def test_every_call_standardises_the_context_once(name, small_flow, generator):
+    flow = small_flow(name, context=3, gain=0.4)
+    bare = copy.deepcopy(flow)
+    bare.context_preprocess = None
+    x, z = (torch.randn(5, 2, generator=generator, dtype=F64) for _ in range(2))
+    context = 3 + 2 * torch.randn(5, 3, generator=generator, dtype=F64)
+    inner = flow.context_preprocess(context)
+    assert (inner - context).abs().min() > 1e-3
+
+    def drawn():
+        return torch.Generator().manual_seed(0)
+
+    calls = [
+        lambda f, c: f.log_prob(x, c),
+        lambda f, c: f.encode(x, c),
+        lambda f, c: f.decode(z, c),
+        lambda f, c: f.sample((), c, generator=drawn()),
+        lambda f, c: f.rsample((2,), c, generator=drawn()),
+        lambda f, c: f.sample_and_log_prob((), c, generator=drawn())[1],
+        lambda f, c: f.distribution(c).log_prob(x),
+    ]
+    if name == "cnf":
+        calls += [
+            lambda f, c: f.trajectory(z, (0.0, 0.5, 1.0), c),
+            lambda f, c: f.log_prob_and_integral(x, c)[0],
+            lambda f, c: sde(f, (), c, steps=3, generator=drawn()),
+            lambda f, c: cnf.FlowMatching()(f, cnf.Batch(x, c), drawn()).value,
+            lambda f, c: cnf.MaximumLikelihood()(f, cnf.Batch(x, c)).value,
+            lambda f, c: torch.tensor(cnf.evaluation.metrics.straightness(f, 5, drawn(), c).value),
+        ]
+    for call in calls:
+        torch.testing.assert_close(call(flow, context), call(bare, inner), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["nsf", "cnf"])
+def test_training_does_not_depend_on_the_units_of_the_context(name, generator):
+    u = 6 * torch.rand(600, 1, generator=generator, dtype=F64) - 3
+    y = torch.sin(2 * u) + 0.1 * torch.randn(600, 1, generator=generator, dtype=F64)
+    scores = []
+    for context in (u, 1e4 * u + 5e4):
+        torch.manual_seed(0)
+        flow = cnf.models.build(name, dim=1, context=1, hidden=(16, 16))
+        objective = cnf.FlowMatching() if name == "cnf" else cnf.MaximumLikelihood()
+        settings = cnf.TrainConfig(steps=10, progress=False, validations=0)
+        cnf.fit(flow, objective, y, settings, context=context)
+        with torch.no_grad():
+            scores.append(flow.log_prob(y, context).mean().item())
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_standardises_its_context_unless_told(name):
+    assert isinstance(
+        cnf.models.build(name, dim=2, context=3).context_preprocess, StandardizeContext
+    )
+    assert cnf.models.build(name, dim=2).context_preprocess is None
+    told = cnf.models.build(name, dim=2, context=3, context_preprocess=None)
+    assert told.context_preprocess is None
+
+
+def test_flow_saved_before_contexts_were_standardised_loads_as_it_was(tmp_path):
+    flow = cnf.models.build("nsf", dim=2, context=3, context_preprocess=None, hidden=(8,))
+    del flow.spec["options"]["context_preprocess"]
+    read = load(save(flow, tmp_path / "old.safetensors"))
+    x, context = torch.randn(4, 2), 100 * torch.randn(4, 3)
+    assert read.context_preprocess is None
+    assert torch.equal(read.log_prob(x, context), flow.log_prob(x, context))
+
+
+def test_log_prob_far_outside_of_what_was_fitted_warns_once():
+    flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
+    flow.preprocess.fit(torch.randn(100, 2))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow.log_prob(100 * torch.randn(50, 2), torch.zeros(1))  # an outlier is no mistake
+    with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
+        flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))
+    with torch.no_grad():
+        flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))  # not again
+
+
+def test_fit_on_data_or_contexts_in_other_units_than_the_first_warns():
+    flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
+    x, context, settings = torch.randn(100, 2), torch.randn(100, 1), cnf.TrainConfig(**FAST)
+    cnf.fit(flow, cnf.MaximumLikelihood(), x, settings, context=context)
+    with pytest.warns(UserWarning, match="fit: columns 0 of context are up to"):
+        cnf.fit(flow, cnf.MaximumLikelihood(), x + 1, settings, context=1e3 * context)
+
+
+def test_fit_of_a_hand_built_flow_names_the_line_to_write():
+    x, settings = 1e4 * torch.randn(100, 2), cnf.TrainConfig(**FAST)
+
+    def build(**parts):
+        return cnf.Flow(None, Continuous(MLPField(2, (8,))), event_shape=(2,), **parts)
+
+    with pytest.warns(UserWarning, match=r"preprocess=cnf.transforms.Standardise\(\(2,\)\)"):
+        cnf.fit(build(), cnf.FlowMatching(), x, settings)
+    cnf.fit(build(), cnf.FlowMatching(), x / 1e4, settings)
+    cnf.fit(build(preprocess=Standardise((2,))), cnf.FlowMatching(), x, settings)
+
+
+def test_context_preprocess_of_another_size_is_refused():
+    transform = Continuous(MLPField(2, (8,), 3))
+    with pytest.raises(ValueError, match="context_preprocess of size 3.* got 2"):
+        cnf.Flow(None, transform, context_preprocess=StandardizeContext(2), event_shape=(2,))

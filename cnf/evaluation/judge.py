@@ -135,12 +135,9 @@ def _unweighted(points: Points) -> Points:
 
 
 def _placed(points: Points, flow: Flow) -> Points:
-    """The points on a flow's device, their contexts in its dtype."""
-    weights = next(flow.parameters())
-    placed = points.take(torch.arange(len(points.x), device=weights.device))
-    if placed.context is not None:
-        placed.context = placed.context.to(weights)
-    return placed
+    """The points on a flow's device."""
+    device = next(flow.parameters()).device
+    return points.take(torch.arange(len(points.x), device=device))
 
 
 def _sampled(flow: Flow, like: Points, generator: torch.Generator | None = None) -> Tensor:

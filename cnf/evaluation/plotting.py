@@ -24,6 +24,7 @@ from cnf.evaluation.style import (
     TRUTH,
     attempt,
     colours,
+    device_of,
     frame,
     panels,
     say_failed,
@@ -231,7 +232,7 @@ def _samples(flow: Flow, density: Any, points: int) -> Tensor:
     if "context" not in density.sizes:
         return flow.sample((points,), generator=draw).cpu()
     context = density.take(density.draw(points, draw)).context
-    return flow.sample((), context.to(next(flow.parameters())), generator=draw).cpu()
+    return flow.sample((), context.to(device_of(flow)), generator=draw).cpu()
 
 
 def _draw(ax: "Axes", density: Tensor, window: Tensor, vmax: float) -> Any:

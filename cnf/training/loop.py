@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -22,6 +23,7 @@ from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
 from cnf.training.interrupt import interruptible
+from cnf.training.listeners import Callback, Listeners
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
@@ -40,6 +42,8 @@ def fit(
     context: Any = None,
     weight: Any = None,
     validation: Any = None,
+    loggers: Sequence[Any] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> History:
     """Train `module` by `objective`; afterwards it holds the averaged (EMA) weights.
 
@@ -63,6 +67,10 @@ def fit(
             loss and in held-out scores.
         validation: Held-out rows: what a batch of `data` may be, or a file or density; drawn from
             the density, or a tenth of one's own data, if None.
+        loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`: told of each of
+            some 200 records over the budget. Of several processes the first one tells.
+        callbacks: Functions of such a record, a dict with "step", "loss", …; what they raise ends
+            the run.
     Returns:
         What was logged, and why training ended.
     Raises:
@@ -75,8 +83,9 @@ def fit(
     objective = objectives.build(objective) if isinstance(objective, str) else objective
     config = TrainConfig() if config is None else config
     data = load(data) if isinstance(data, str | PathLike) else data
-    trainer = _Trainer(module, objective, data, config, context, weight, validation)
-    with trainer.folder:
+    listeners = Listeners(loggers, callbacks)
+    trainer = _Trainer(module, objective, data, config, context, weight, validation, listeners)
+    with trainer.folder, trainer.listeners:
         trainer.take_up()
         try:
             return trainer.run()
@@ -90,7 +99,7 @@ def fit(
 class _Trainer:
     def __init__(
         self, module: nn.Module, objective: Objective, data: Any, config: TrainConfig,
-        context: Any, weight: Any, validation: Any,
+        context: Any, weight: Any, validation: Any, listeners: Listeners,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
         from cnf.training.learner import Learner, launched
@@ -106,6 +115,7 @@ class _Trainer:
         held_out = self.stream.validation
         refuse_misfit(module, None if held_out is None else held_out.x, "validation")
         self.fabric = launched(config, self.dtype)
+        self.listeners = listeners if self.fabric.is_global_zero else Listeners((), ())
         names = getattr(data, "columns", None)
         own = not isinstance(self.stream, DensityStream)
         continuous = isinstance(module, Flow) and module.dequantisation is None
@@ -262,6 +272,7 @@ class _Trainer:
             record[self.validation.name] = scored
         records.append(record)
         self.folder.log(record)
+        self.listeners.tell(record)
 
     def _finish(self, bar: ProgressBar) -> None:
         history, budget = self.history, self.budget

@@ -15,6 +15,7 @@ import cnf
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
+import os
 import sys
 import torch
 import cnf
@@ -42,7 +43,9 @@ for name, (objective, data) in runs.items():
         strategy="ddp" if devices > 1 else "auto", folder=f"{out}/{name}", progress=False,
         validation_rows=50, lr=1e-2, patience=5, checkpoint_seconds=1e-9,
     )
-    history = cnf.fit(flow, objective, data, config)
+    heard = []
+    history = cnf.fit(flow, objective, data, config, callbacks=[heard.append])
+    assert bool(heard) == (int(os.environ.get("LOCAL_RANK", 0)) == 0)  # the first one tells
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     print(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}", flush=True)
 """

@@ -160,7 +160,7 @@ class Continuous(Transform):
         context: Tensor | None,
     ) -> tuple[ode.State, int]:
         """The state at `stop`, piece by piece of the field, and the evaluations that it took."""
-        nfe = 0
+        nfe, rates = 0, _leaving_inputs(rates)
         for t0, t1, piece in self._between(start, stop):
 
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
@@ -217,6 +217,33 @@ class Continuous(Transform):
     def _params(self, context: Tensor | None) -> list[Tensor]:
         # The context too: an adjoint that is not told of it gives it no gradient, silently.
         return [*self.field.parameters(), *([] if context is None else [context])]
+
+
+def _leaving_inputs(
+    rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
+) -> Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State]:
+    """`rates`, whose first evaluation raises where the field edits what it was given."""
+    first = True
+
+    def watched(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
+        nonlocal first
+        given = {"t": t, "x": x} if context is None else {"t": t, "x": x, "context": context}
+        inference = any(value.is_inference() for value in given.values())  # they count no edits
+        if not first or torch.compiler.is_compiling() or inference:
+            return rates(field, t, x, context)
+        first, before = False, [value._version for value in given.values()]
+        found = rates(field, t, x, context)
+        for (name, value), version in zip(given.items(), before, strict=True):
+            if value._version != version:
+                who = type(getattr(field, "net", field)).__name__
+                raise ValueError(
+                    f"{who}: edits its input {name} in place, which the solver still needs, so "
+                    f"that the result would be wrong; write {name} = {name} * 0.5, not "
+                    f"{name}.mul_(0.5)"
+                )
+        return found
+
+    return watched
 
 
 def _rates(

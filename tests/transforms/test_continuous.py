@@ -186,3 +186,23 @@ def test_unknown_direction_and_divergence_are_refused(linear, z):
         linear.integrate(z, towards="x")
     with pytest.raises(ValueError, match="Did you mean 'exact'"):
         linear.integrate(z, towards="base", divergence="exat")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("edited", ["x", "context"])
+def test_a_field_that_edits_its_input_is_refused_by_name(edited, gradients):
+
+    class Halving(nn.Module):
+        def forward(self, t, x, context):
+            {"x": x, "context": context}[edited].mul_(0.5)
+            return x * context
+
+    field = Adapter(Halving(), (2,), context_dim=2)
+    transform = Continuous(field, Solver("rk4", steps=2)).double()
+    x, context = torch.ones(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(ValueError, match=f"Halving: edits its input {edited} in place"):
+            transform.integrate(x, context, towards="base", divergence=None)
+        # Where a derivative is taken torch may refuse before: no wrong answer either way.
+        with pytest.raises((ValueError, RuntimeError), match="in.place"):
+            transform.integrate(x, context, towards="base")

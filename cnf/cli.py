@@ -5,8 +5,10 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -188,6 +190,7 @@ def compare(
     w2_points: int = 2_000,
     table: Columns | None = None,
     resume: bool = False,
+    progress: bool = True,
 ) -> None:
     """Race likelihood training, flow matching and discrete flows on one density; write a report.
 
@@ -204,6 +207,7 @@ def compare(
         w2_points: Points for the exact W2 distance.
         table: What the columns of one's own table are for.
         resume: Go on with the race in `folder`: who has finished is not raced again.
+        progress: Show progress bars.
     """
     from cnf.evaluation import comparison
     from cnf.evaluation.report import write_report
@@ -215,11 +219,11 @@ def compare(
     seconds = 60.0 if seconds is None and steps is None else seconds
     results = comparison.compare(
         contestants, source, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
-        device=device, w2_points=w2_points, resume=resume,
+        device=device, w2_points=w2_points, resume=resume, progress=progress,
         say=lambda line: _console().rule(escape(line), align="left"),
     )  # fmt: skip
     _console().print(results_table(results))
-    with status("drawing the pictures"):
+    with status("drawing the pictures", progress):
         page = write_report(results, folder)
     print(f"The report: {page.resolve()}")
 
@@ -284,8 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name.startswith("-"):
         _parser().parse_args(given)
     try:
-        options = _options(name, words)
-        COMMANDS[name](**options)
+        with _warnings_in_a_line():
+            options = _options(name, words)
+            COMMANDS[name](**options)
     except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
@@ -298,6 +303,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = f"cnf {name}" if name in COMMANDS else "cnf"
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Inside, a warning is shown as its words, without the line of code that gave it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {' '.join(str(message).split())}\n"
+    )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _resumed(words: list[str]) -> list[str]:

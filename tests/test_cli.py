@@ -283,6 +283,29 @@ def test_data_by_position_dashes_and_lists_repeat_the_run_of_underscores_and_fla
     assert configs[0] == configs[1] and "batch_size: 32" in configs[0]
 
 
+def test_pipe_gets_no_bar_and_warnings_are_a_line_of_their_words(tmp_path):
+    table = tmp_path / "constant.csv"
+    table.write_text("a,b\n" + "".join(f"{k % 7}.5,3\n" for k in range(80)))
+    small = ["--model", "realnvp", "--options.layers", "2", "--steps", "3", "--device", "cpu"]
+    with start("train", table, *small, "--folder", tmp_path / "run") as process:
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert len(said.splitlines()) == 1 and said.startswith("3 steps in ")
+    assert errors.splitlines() and all(
+        line.startswith("warning: ") for line in errors.splitlines()
+    )
+
+
+def test_compare_without_progress_shows_no_bar(monkeypatch, call, tmp_path):
+    shown = []
+    monkeypatch.setattr("cnf.evaluation.comparison.compare", lambda *_, **told: shown.append(told))
+    monkeypatch.setattr("cnf.evaluation.tables.results_table", lambda _: "")
+    monkeypatch.setattr("cnf.evaluation.report.write_report", lambda *_: tmp_path)
+    for words in ([], ["--no-progress"]):
+        assert call("compare", "moons", *words, "--folder", tmp_path / "race")[0] == 0
+    assert [told["progress"] for told in shown] == [True, False]
+
+
 def test_no_command_shows_help_and_exits_2(call):
     code, said, _ = call()
     assert code == 2 and all(name in said for name in cli.COMMANDS)

@@ -14,6 +14,8 @@ PAIRING = 0.25  # part of the time above which pairing is shown
 class ProgressBar:
     """Part of the budget, loss, held-out score, evaluations per step, steps per second, time left.
 
+    A file or a pipe gets no bar, only what is said.
+
     Args:
         show: Whether anything is shown.
         title: What stands before the bar.
@@ -26,6 +28,7 @@ class ProgressBar:
         if show:
             title = optional("rich.markup", "train").escape(title)
             progress = optional("rich.progress", "train")
+            console = optional("rich", "train").get_console()
             text = progress.TextColumn
             self._bar = progress.Progress(
                 text("[bold]{task.description}"),
@@ -37,6 +40,7 @@ class ProgressBar:
                 text("{task.fields[rate]} it/s"),
                 text("eta"),
                 progress.TimeRemainingColumn(),
+                disable=not (console.is_terminal or console.is_jupyter),
             )
             self._task = self._bar.add_task(
                 title, total=1.0, loss="–", held_out="NLL –", cost="NFE –", rate="–"
@@ -59,7 +63,8 @@ class ProgressBar:
     @property
     def due(self) -> bool:
         """Whether a quarter of a second has passed since the bar, if shown, was redrawn."""
-        return self._bar is not None and time.perf_counter() - self._shown_at > 0.25
+        shown = self._bar is not None and not self._bar.disable
+        return shown and time.perf_counter() - self._shown_at > 0.25
 
     def update(
         self, fraction: float, step: int, loss: float, nfe: int, pairing: float = 0.0

@@ -94,6 +94,7 @@ def test_page_has_every_section_contestant_and_number(page, results):
     assert "The race on moons" in parsed.text and "2 seeds" in parsed.text
     assert "Gap to the true density" in parsed.text and "torch" in parsed.text
     assert (page.parent / "results.csv").exists() and (page.parent / "results.json").exists()
+    assert "standardized" not in parsed.text  # distances of a density keep its unit
     assert "0000000" not in parsed.text and "nan" not in parsed.text.lower().split()
 
 
@@ -215,6 +216,7 @@ def test_own_points_are_judged_by_likelihood(tmp_path):
     assert "gap" not in page.text.lower() and "true density of your own points" in page.text
     assert "trajectories" not in page.ids and "animations" not in page.ids
     assert "first two of 3 dimensions" in page.text
+    assert "standardized columns" in page.text
 
 
 def test_pictures_lie_beside_the_page(page):

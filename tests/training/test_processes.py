@@ -115,7 +115,7 @@ def test_only_the_first_process_writes(launched):
     events = {name for name in files if name.startswith("events.out")}
     assert len(events) == 1
     assert files - events == {
-        "config.yaml", "manifest.json", "metrics.csv", "flow.safetensors", "state.pt",
+        ".lock", "config.yaml", "manifest.json", "metrics.csv", "flow.safetensors", "state.pt",
     }  # fmt: skip
     assert '"processes": 2' in (folder / "manifest.json").read_text()
 

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from itertools import pairwise
 from numbers import Integral
@@ -131,6 +131,24 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
         f"{who}: expected {name} without masked entries, got {len(rows)} of {len(value)} rows "
         f"with some (rows {_some(rows)}{columns}); drop these rows, or fill them: {name}.filled(…)"
     )
+
+
+def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None) -> Any:
+    """What `call()` finds; raise where `module` edits in place what it was given."""
+    tensors = {name: value for name, value in given.items() if value is not None}
+    inference = any(value.is_inference() for value in tensors.values())  # they count no edits
+    if torch.compiler.is_compiling() or inference:
+        return call()
+    before = [value._version for value in tensors.values()]
+    found = call()
+    for (name, value), version in zip(tensors.items(), before, strict=True):
+        if value._version != version:
+            who = type(getattr(module, "net", module)).__name__
+            raise ValueError(
+                f"{who}: edits its input {name} in place, which is still needed, so that the "
+                f"result would be wrong; write {name} = {name} * 0.5, not {name}.mul_(0.5)"
+            )
+    return found
 
 
 def _some(numbers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_positive
+from cnf.errors import expect_positive, unedited
 from cnf.fields import Guided, WithScore, score
 from cnf.fields.predicts import made_for
 from cnf.flow import Flow
@@ -164,10 +164,13 @@ def sde(
     for start, stop in pairwise(times):
         t, h = x.new_tensor(start), stop - start
         g = _spread(head, path, t, noise) if diffusion is None else diffusion(t)
-        drift = field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
+
+        def drift(t: Tensor = t, x: Tensor = x, g: Any = g) -> Tensor:
+            return field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
+
         device = x.device if generator is None else generator.device
         dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-        x = x + h * drift + h**0.5 * g * dw
+        x = x + h * unedited(field, drift, t=t, x=x, context=context) + h**0.5 * g * dw
     x, _ = flow.outside(x)
     return x if flow.dequantisation is None else flow.dequantisation.decode(x)
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from cnf import errors
+from cnf import errors, sampling
+from cnf.distributions import StandardNormal
+from cnf.dynamics.solver import Solver
 from cnf.errors import (
     SolverError,
     UnknownNameError,
@@ -18,6 +21,10 @@ from cnf.errors import (
     expect_positive,
     optional,
 )
+from cnf.fields import Adapter
+from cnf.flow import Flow
+from cnf.objectives import Batch, FlowMatching
+from cnf.transforms import Continuous, Coupling
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,3 +118,32 @@ def test_not_positive_is_refused(bad):
     expect_positive("f", rate=1e-3, other=None)
     with pytest.raises(ValueError, match="f: expected rate > 0"):
         expect_positive("f", other=2, rate=bad)
+
+
+class Halving(nn.Module):
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return given[-1].mul_(0.5) * 1.0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda flow, z: flow.trajectory(z, (0.0, 0.5, 1.0)),
+        lambda flow, z: sampling.sde(flow, 3, steps=2),
+        lambda flow, z: FlowMatching()(flow, Batch(z)),
+    ],
+    ids=["trajectory", "sde", "flow matching"],
+)
+def test_a_field_that_edits_its_input_is_refused_wherever_it_is_called(use):
+    flow = Flow(StandardNormal((2,)), Continuous(Adapter(Halving(), (2,)), Solver("rk4", steps=2)))
+    with torch.no_grad(), pytest.raises(ValueError, match="Halving: edits its input x in place"):
+        use(flow, torch.ones(3, 2))
+
+
+def test_a_couplings_net_that_edits_its_input_is_refused():
+    coupling = Coupling(4, net=lambda inputs, outputs: nn.Sequential(Halving(), nn.Linear(2, 4)))
+    with torch.no_grad(), pytest.raises(ValueError, match="Sequential: edits its input x in pl"):
+        coupling(torch.ones(3, 4))
+    # With gradients as well: torch lets an edit of a part of x pass where x needs none.
+    with pytest.raises(ValueError, match="Sequential: edits its input x in place"):
+        coupling(torch.ones(3, 4))

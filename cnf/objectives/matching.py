@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.errors import expect_choice
+from cnf.errors import expect_choice, unedited
 from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, made_for
 from cnf.flow import Flow
@@ -163,7 +165,9 @@ class FlowMatching(Objective):
             raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
         sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
         context = flow.inner_context("FlowMatching", batch.context, batch.t.shape)
-        predicted, target = self._regressed(field, path, sample, batch, context)
+        predicted, target = _first_watched(
+            field, partial(self._regressed, field, path, sample, batch, context), sample, context
+        )
         value = _mean_square(predicted, target, batch.weight)
         metrics = {"fm": value.detach()}
         if isinstance(field, WithScore):
@@ -226,6 +230,23 @@ class _Among:
         assert self.rows.x1 is not None
         j = self.plan(x0, self.rows.x1, context).j
         return self.rows.map(lambda rows: rows[j])
+
+
+_WATCHED: WeakSet[VectorField] = WeakSet()  # fields that were seen to leave their inputs alone
+
+
+def _first_watched(
+    field: VectorField,
+    call: Callable[[], tuple[Tensor, Any]],
+    sample: PathSample,
+    context: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """`call()`, which the first time raises where the field edits its inputs in place."""
+    if torch.compiler.is_compiling() or field in _WATCHED:
+        return call()
+    found = unedited(field, call, t=sample.t, x=sample.xt, context=context)
+    _WATCHED.add(field)
+    return found
 
 
 def _law(times: Any) -> Any:

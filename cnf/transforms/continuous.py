@@ -17,7 +17,7 @@ from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence, as_divergence
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_choice
+from cnf.errors import expect_choice, unedited
 from cnf.fields.base import VectorField
 from cnf.fields.wrappers import pieces_of
 from cnf.precision import with_current_autocast
@@ -183,10 +183,11 @@ class Continuous(Transform):
         knots = [end for _, end, _ in pieces_of(self.field)]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
         path, stamps = [value.unsqueeze(0)], [times[0]]
+        rates = _leaving_inputs(partial(_rates, None, (), None))
         for t0, t1, piece in self._between(times[0], times[-1]):
 
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
-                return (piece(t, state[0], context).to(state[0].dtype),)
+                return rates(piece, t, state[0], context)
 
             dynamics = with_current_autocast(dynamics, value)
             stretch = [t0, *(t for t in times if min(t0, t1) < t < max(t0, t1)), t1]
@@ -227,21 +228,10 @@ def _leaving_inputs(
 
     def watched(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
         nonlocal first
-        given = {"t": t, "x": x} if context is None else {"t": t, "x": x, "context": context}
-        inference = any(value.is_inference() for value in given.values())  # they count no edits
-        if not first or torch.compiler.is_compiling() or inference:
+        if not first:
             return rates(field, t, x, context)
-        first, before = False, [value._version for value in given.values()]
-        found = rates(field, t, x, context)
-        for (name, value), version in zip(given.items(), before, strict=True):
-            if value._version != version:
-                who = type(getattr(field, "net", field)).__name__
-                raise ValueError(
-                    f"{who}: edits its input {name} in place, which the solver still needs, so "
-                    f"that the result would be wrong; write {name} = {name} * 0.5, not "
-                    f"{name}.mul_(0.5)"
-                )
-        return found
+        first = False
+        return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
 
     return watched
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import unedited
 from cnf.nets import MLP, on_circle
 from cnf.transforms.base import TRANSFORMS
 from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
@@ -80,7 +81,10 @@ class Coupling(TwoWayScheme):
         seen = on_circle(kept.T, self.period)
         if context is not None:
             seen = torch.cat([seen, context], -1)
-        raw = self.net.columns(seen) if isinstance(self.net, MLP) else self.net(seen).T
+        if isinstance(self.net, MLP):
+            raw = self.net.columns(seen)
+        else:  # without context and period, what it sees is a part of x itself
+            raw = unedited(self.net, lambda: self.net(seen).T, x=seen)
         raw = raw.unflatten(0, (self.map.size, len(moved)))
         moved, ladj = move(moved, *self._map_parameters(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])

@@ -85,7 +85,12 @@ def test_event_of_the_right_shape_passes(shape):
         (torch.zeros(()), (2,), r"f: expected x of shape (*, 2), got ()"),
         (torch.zeros(4, 4), (1, 4, 4), r"f: expected x of shape (*, 1, 4, 4), got (4, 4)"),
         (torch.zeros(5, 2).long(), (2,), r"f: expected x of floating dtype, got torch.int64"),
-        ([[0.0, 0.0]], (2,), r"f: expected x to be a torch.Tensor, got list"),
+        (
+            [[0.0, 0.0]],
+            (2,),
+            "f: expected x to be a torch.Tensor, got list; write "
+            "torch.as_tensor(x, dtype=torch.float32), or the flow's dtype",
+        ),
     ],
 )
 def test_bad_event_is_refused_in_words(value, event, text):

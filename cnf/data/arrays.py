@@ -1,5 +1,6 @@
 """Numbers from whatever holds them: tensors, arrays, tables of other libraries, nested lists."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cnf.errors import expect_unmasked
+
+EXACT = 2**53  # up to it float64 has every integer
 
 
 def as_numbers(who: str, name: str, values: Any) -> Tensor:
@@ -18,13 +21,16 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         values: A tensor, an array in any byte order or layout, a table or column of pandas, polars
             or pyarrow, or nested lists of numbers.
     Raises:
-        ValueError: It holds something else than real numbers; the message names columns.
+        ValueError: It holds something else than real numbers, or different integers that float64
+            merges; the message names columns.
     """
     expect_unmasked(who, name, values)
     if isinstance(values, Tensor):
+        if values.dtype == torch.int64:
+            expect_exact(who, _columns(values, values.cpu().numpy()))
         return values.detach()
     try:
-        array = np.asarray(values)
+        given = array = np.asarray(values)
         if array.dtype.kind == "O" and not any(isinstance(v, str) for v in array.flat):
             array = array.astype(np.float64)  # nullable columns, in which None is NaN
     except (ValueError, TypeError) as error:
@@ -32,6 +38,7 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
             f"{who}: expected {name} to be an array of numbers, got a {type(values).__name__} "
             f"({error})"
         ) from error
+    expect_exact(who, _columns(values, given))
     if array.dtype.kind not in "fiub":
         raise ValueError(
             f"{who}: expected {name} to be an array of numbers, got {_others(values, array)}; "
@@ -46,6 +53,36 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         native = np.int64
     # Torch shares the memory, of which it wants to be the owner, without gaps and reversed axes.
     return torch.from_numpy(np.require(array, dtype=native, requirements=("C", "W")))
+
+
+def expect_exact(who: str, columns: Mapping[Any, np.ndarray]) -> None:
+    """Raise where float64, in which data are standardised, merges different integers."""
+    merged = [repr(name) for name, values in columns.items() if _merges(values)]
+    if merged:
+        raise ValueError(
+            f"{who}: float64 merges different integers in column{'s' * (len(merged) > 1)} "
+            f"{', '.join(merged)}, which are beyond 2^53 (times in nanoseconds?); subtract an "
+            "origin first, as integers"
+        )
+
+
+def _merges(column: np.ndarray) -> bool:
+    if column.dtype.kind == "O":  # Python's integers, between others perhaps
+        column = np.array([v for v in column.flat if isinstance(v, int)], dtype=object)
+    if column.dtype.kind not in "iuO" or column.dtype.itemsize < 8:
+        return False
+    beyond = np.unique(column[(column > EXACT) | (column < -EXACT)])
+    return len(np.unique(beyond.astype(np.float64))) < len(beyond)
+
+
+def _columns(values: Any, array: np.ndarray) -> Mapping[Any, np.ndarray]:
+    """The columns that may hold integers: of a table before they have one dtype."""
+    if column_names(values) is not None:
+        keys = getattr(values, "column_names", getattr(values, "columns", ()))
+        return {key: np.asarray(values[key]) for key in keys}
+    if array.dtype.kind not in "iuO" or not array.size:
+        return {}
+    return dict(enumerate(array.reshape(len(array), -1).T)) if array.ndim > 1 else {0: array}
 
 
 def column_names(values: Any) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cnf.data.arrays import EXACT, expect_exact
 from cnf.errors import UnknownNameError
 
 ATOMS = 20  # as many different values in a column of many rows are no continuous distribution
@@ -18,7 +19,7 @@ class Table:
     """The columns of a file by name, or by number from 1 where it names none.
 
     Attributes:
-        columns: Name → numbers, float64 with NaN for a missing cell, or text, "" for one.
+        columns: Name → numbers, NaN for a missing one, or text, "" for one.
         named: Whether the file gives the names.
         lines: The line of each row in a text file.
     """
@@ -113,6 +114,8 @@ class Columns:
         weights = [] if self.weight is None else [self.weight]
         table = self._complete(who, table, [*names, *context, *weights])
         _expect_numbers(who, table, [*names, *weights])
+        numbers = (n for n in [*names, *context] if table.columns[n].dtype != object)
+        expect_exact(who, {n: table.columns[n] for n in numbers})
         warn_of_columns(who, {name: table.columns[name] for name in names})
         return Picked(
             np.stack([table.columns[name] for name in names], 1),
@@ -184,9 +187,18 @@ def as_column(cells: Sequence[str]) -> np.ndarray:
     """Numbers, NaN for a missing one, if every cell is one or missing; else text, "" for one."""
     present = [None if cell.lower() in MISSING else cell for cell in cells]
     try:
-        return np.array([np.nan if cell is None else float(cell) for cell in present])
+        numbers = np.array([np.nan if cell is None else float(cell) for cell in present])
+        return _whole(cells, numbers) if (np.abs(numbers) > EXACT).any() else numbers
     except ValueError:
         return np.array(["" if cell is None else cell for cell in present], dtype=object)
+
+
+def _whole(cells: Sequence[str], numbers: np.ndarray) -> np.ndarray:
+    """The cells' integers, if all are integers of 64 bits; else the numbers."""
+    try:
+        return np.array([int(cell) for cell in cells], dtype=np.int64)
+    except (ValueError, OverflowError):
+        return numbers
 
 
 def warn_of_columns(who: str, columns: dict[str, np.ndarray]) -> None:

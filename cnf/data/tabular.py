@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.data.arrays import as_numbers, column_names
+from cnf.data.arrays import EXACT, as_numbers, column_names
 from cnf.data.columns import Columns, Table, as_column, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, optional
@@ -230,6 +230,8 @@ def _read_text(who: str, path: Path) -> Table:
     try:
         rows = [line for _, line in body]
         columns = list(np.loadtxt(rows, delimiter=delimiter, ndmin=2, quotechar='"').T)
+        if any((np.abs(column) > EXACT).any() for column in columns):
+            columns = _mixed(who, body, delimiter)  # digits that floats have not
     except ValueError:
         columns = _mixed(who, body, delimiter)
     if header is not None and len(header) != len(columns):
@@ -330,6 +332,8 @@ def _read_parquet(who: str, path: Path) -> Table:
 def _arrow_column(arrow: Any, column: Any) -> np.ndarray:
     types = arrow.types
     numeric = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
+    if types.is_integer(column.type) and not column.null_count:
+        return column.to_numpy()
     if any(ok(column.type) for ok in numeric):
         return column.cast(arrow.float64()).to_numpy()
     cells = ("" if cell is None else str(cell) for cell in column.to_pylist())

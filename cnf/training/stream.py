@@ -381,7 +381,7 @@ def refuse_misfit(module: nn.Module, head: Tensor | None, name: str = "data") ->
     discrete = getattr(module, "dequantisation", None) is not None
     if head is not None and not head.is_floating_point() and not discrete:
         raise ValueError(
-            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.float(), or "
+            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.double(), or "
             f"{name}.astype(float) of an array or a table"
         )
     if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
@@ -420,7 +420,7 @@ def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
             hint = "; of single rows make batches: DataLoader(rows, batch_size=256)"
         raise ValueError(f"fit: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
     if name == "context" and not value.is_floating_point():
-        value = value.to(torch.get_default_dtype())  # one-hot columns
+        value = value.double()  # times, or one-hot columns
     if value.is_floating_point() and (name, missing) != NULL:
         expect_finite("fit", name, value)
     return value

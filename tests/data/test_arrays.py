@@ -71,3 +71,27 @@ def test_points_take_the_names_of_a_table():
     assert column_names(pyarrow.table(FRAME)) == Points(pyarrow.table(FRAME)).columns
     assert column_names(ROWS) is None is column_names(FRAME["x"])
     assert not is_rows([torch.ones(2, 2)]) and not is_rows([(torch.ones(2, 2), torch.ones(2, 2))])
+
+
+NANOSECONDS = 1_700_000_000_000_000_000 + np.arange(100)
+
+
+@pytest.mark.parametrize(
+    ("values", "column"),
+    [
+        (NANOSECONDS, "0"),
+        (np.stack([np.arange(100), NANOSECONDS], 1).astype(np.uint64), "1"),
+        (torch.tensor(NANOSECONDS), "0"),
+        (pandas.DataFrame({"x": np.ones(100), "t": NANOSECONDS}), "'t'"),
+        (pandas.DataFrame({"x": np.ones(100), "t": NANOSECONDS}).astype({"t": "object"}), "'t'"),
+        (pyarrow.table({"x": np.ones(100), "t": NANOSECONDS}), "'t'"),
+    ],
+)
+def test_integers_that_float64_merges_are_refused(values, column):
+    with pytest.raises(ValueError, match=f"^fit: float64 merges .* in column {column},.*origin"):
+        as_numbers("fit", "data", values)
+
+
+def test_large_integers_that_float64_keeps_apart_are_taken():
+    seconds = 1_700_000_000_000_000_000 + 1_000_000_000 * np.arange(100)
+    assert as_numbers("fit", "data", seconds).tolist() == seconds.tolist()

@@ -1,10 +1,11 @@
 import gzip
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from cnf.data import Points, load, read_table, write_table
+from cnf.data import Columns, Points, load, read_table, write_table
 
 TABLE = np.array([[1.0, 2.5], [3.0, -4.0], [5e-3, 6.0]])
 EXPECTED = torch.tensor(TABLE)
@@ -261,3 +262,20 @@ def test_written_csv_names_its_columns(tmp_path):
     write_table(tmp_path / "x.csv", torch.ones(2, 2), ["my, own", "b"])
     assert (tmp_path / "x.csv").read_text().splitlines()[0] == '"my, own",b'
     assert load(tmp_path / "x.csv").columns == ("my, own", "b")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".npy", ".parquet"])
+def test_integers_of_a_file_that_float64_merges_are_refused_unless_left_out(text, tmp_path, kind):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"t": 1_700_000_000_000_000_000 + np.arange(60), "x": np.arange(60)})
+    path = tmp_path / f"t{kind}"
+    if kind == ".npy":
+        np.save(path, frame.to_numpy())
+    else:
+        getattr(frame.assign(x=frame["x"] / 7), f"to_{kind[1:]}")(path, index=False)
+    name, other = ("1", "2") if kind == ".npy" else ("t", "x")
+    with pytest.raises(ValueError, match=f"float64 merges different integers in column '{name}'"):
+        load(path, Columns(columns=[other], context=[name]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what counts the rows
+        assert load(path, Columns(columns=[other])).x.shape == (60, 1)

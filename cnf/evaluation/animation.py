@@ -14,6 +14,7 @@ from cnf.evaluation.style import (
     FAINT,
     INK,
     attempt,
+    axis_names,
     colours,
     device_of,
     frame,
@@ -99,7 +100,8 @@ def plot_trajectories(results: Results, particles: int = 120, points: int = 60) 
     with styled():
         figure, axes = panels(len(ways), window, 2.05 if len(ways) > 2 else 2.9, below=0.3)
         for ax, (name, way) in zip(axes, ways.items(), strict=True):
-            frame(ax, window, names[name], _way_said(results.of(name)[0].flow, way))
+            said = _way_said(results.of(name)[0].flow, way)
+            frame(ax, window, names[name], said, axis_names(results.density))
             if isinstance(way, str):
                 say_failed(ax, way)
                 continue

@@ -14,6 +14,7 @@ from cnf.evaluation.style import (
     FAINT,
     PALETTE,
     TRUTH,
+    axis_names,
     colours,
     dashes,
     new_figure,
@@ -133,15 +134,21 @@ def plot_nfe_curves(
     return figure
 
 
-def plot_histograms(results: Results, samples: dict[str, Tensor | str]) -> "Figure":
-    """Samples of one dimension: the true ones filled, each contestant's as an outline.
+def plot_histograms(
+    results: Results, samples: dict[str, Tensor | str], grid: Tensor, exact: dict[str, Tensor]
+) -> "Figure":
+    """Samples of one dimension: the true ones filled, each contestant's as an outline, under the
+    lines of their exact densities.
 
     Args:
         results: Of a race.
         samples: Contestant → samples (N, 1), or words where there are none; the true ones at "".
+        grid: Where densities are given, ascending, shape (M,).
+        exact: Contestant → density on the grid, shape (M,); the true one, if known, at "".
     """
     names, colour, dash = titles(results), colours(results), dashes(results)
-    low, high = results.density.support[:, 0].tolist()
+    names, colour, dash = {"": "true density"} | names, {"": TRUTH} | colour, {"": "-"} | dash
+    low, high = float(grid[0]), float(grid[-1])
     bins = np.linspace(low, high, 61)
     with styled():
         figure = new_figure(WIDTH, HEIGHT)
@@ -154,12 +161,16 @@ def plot_histograms(results: Results, samples: dict[str, Tensor | str]) -> "Figu
             finite = finite[np.isfinite(finite)]
             heights = np.histogram(finite, bins)[0] / max(len(finite), 1) / (bins[1] - bins[0])
             if name == "":
-                ax.stairs(heights, bins, fill=True, color=TRUTH, alpha=0.25, label="true samples")
+                real = "true samples" if results.score == "gap" else "your points"
+                ax.stairs(heights, bins, fill=True, color=TRUTH, alpha=0.25, label=real)
             else:
-                ax.stairs(
-                    heights, bins, color=colour[name], ls=dash[name], lw=1.8, label=names[name]
-                )
-        ax.set(xlabel="value", ylabel="density", xlim=(low, high))
+                outline = {"lw": 0.8, "alpha": 0.5} if name in exact else {"lw": 1.8}
+                label = None if name in exact else names[name]
+                ax.stairs(heights, bins, color=colour[name], ls=dash[name], label=label, **outline)
+        for name, density in exact.items():
+            ax.plot(grid, density, color=colour[name], ls=dash[name], lw=2, label=names[name])
+        ax.set(xlabel=next(iter(axis_names(results.density)), "value"), ylabel="density")
+        ax.set_xlim(low, high)
         legend_below(figure, ax)
     return figure
 

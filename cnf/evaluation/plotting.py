@@ -23,6 +23,7 @@ from cnf.evaluation.style import (
     FAINT,
     TRUTH,
     attempt,
+    axis_names,
     colours,
     device_of,
     frame,
@@ -114,17 +115,18 @@ def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
     truth = _on_grid(results.density, window, resolution) if known else None
     vmax = _brightest([grid for grid in grids.values() if isinstance(grid, Tensor)])
     vmax = vmax if truth is None else _brightest([truth])
+    columns = axis_names(results.density)
     with styled():
         figure, axes = panels(len(names) + 1, window, below=0.7)
         if truth is not None:
             drawn = _draw(axes[0], truth, window, vmax)
-            frame(axes[0], window, "True density", results.data)
+            frame(axes[0], window, "True density", results.data, columns)
         else:
             drawn = _draw(axes[0], torch.zeros(2, 2), window, vmax)
             scatter(axes[0], results.density.x[:4000], "white", size=2.0)
-            frame(axes[0], window, "Your points", results.data)
+            frame(axes[0], window, "Your points", results.data, columns)
         for ax, (name, grid) in zip(axes[1:], grids.items(), strict=True):
-            frame(ax, window, names[name], score_text(results, name))
+            frame(ax, window, names[name], score_text(results, name), columns)
             _draw(ax, grid, window, vmax) if isinstance(grid, Tensor) else say_failed(ax, grid)
         _colour_bar(figure, drawn, axes)
     return figure
@@ -132,7 +134,7 @@ def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
 
 def plot_samples(results: Results, points: int = 3000) -> "Figure":
     """True samples and each contestant's, on the same axes; of more than two dimensions the first
-    two, of a single one histograms.
+    two; of a single one histograms of them, under the exact densities.
 
     Args:
         results: Of a race.
@@ -145,13 +147,16 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
         for name in results.contestants
     }
     if results.density.dim == 1:
-        return curves.plot_histograms(results, shown)
+        low, high = results.density.support[:, 0].tolist()
+        grid = torch.linspace(low, high, 400, dtype=torch.float64)
+        exact = {} if "context" in results.density.sizes else _exact(results, grid)
+        return curves.plot_histograms(results, shown, grid, exact)
     window, names, colour = window_of(results.density), titles(results), colours(results)
     real = "True samples" if results.score == "gap" else "Your points"
     with styled():
         figure, axes = panels(len(shown), window, below=0.3)
         for ax, (name, dots) in zip(axes, shown.items(), strict=True):
-            frame(ax, window, names.get(name, real))
+            frame(ax, window, names.get(name, real), names=axis_names(results.density))
             if isinstance(dots, Tensor):
                 scatter(ax, dots, colour.get(name, TRUTH))
             else:
@@ -216,14 +221,31 @@ def _on_grid(flow_or_density: Any, window: Tensor, resolution: int) -> Tensor:
     x = left + (torch.arange(count_x, dtype=torch.float64) + 0.5) * (right - left) / count_x
     y = bottom + (torch.arange(count_y, dtype=torch.float64) + 0.5) * (top - bottom) / count_y
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
+    return _density_at(flow_or_density, points).reshape(count_y, count_x)
+
+
+def _density_at(flow_or_density: Any, points: Tensor) -> Tensor:
+    """Exact density at points (N, D), float64, shape (N,)."""
     if isinstance(flow_or_density, Flow):
         flow = flow_or_density
         like = next(iter(flow.parameters()), points)
         flow = flow.with_solver(PICTURE_SOLVER) if isinstance(flow.transform, Continuous) else flow
         log_prob = log_prob_chunked(flow, points.to(like.device, flow.data_dtype))
     else:
-        log_prob = log_prob_chunked(flow_or_density, points.to(window))
-    return log_prob.exp().cpu().reshape(count_y, count_x)
+        log_prob = log_prob_chunked(flow_or_density, points)
+    return log_prob.exp().cpu()
+
+
+def _exact(results: Results, grid: Tensor) -> dict[str, Tensor]:
+    """Contestant → its density on a grid, shape (N,), of those that have one there; the true one,
+    if known, at ""."""
+    flows = {name: results.of(name)[0].flow for name in results.contestants}
+    known = {"": results.density} if results.score == "gap" else {}
+    found = {
+        name: attempt(_density_at, flow, grid[:, None])
+        for name, flow in {**known, **flows}.items()
+    }
+    return {name: values for name, values in found.items() if isinstance(values, Tensor)}
 
 
 @torch.no_grad()
@@ -239,7 +261,8 @@ def _draw(ax: "Axes", density: Tensor, window: Tensor, vmax: float) -> Any:
     (left, bottom), (right, top) = window.tolist()
     return ax.imshow(
         density.nan_to_num(0.0, posinf=vmax).numpy(), origin="lower", cmap=MAP, vmin=0.0,
-        vmax=vmax, extent=(left, right, bottom, top), interpolation="bilinear", aspect="auto",
+        vmax=vmax, extent=(left, right, bottom, top), interpolation="bilinear",
+        aspect="auto" if unlike(window) else "equal",
     )  # fmt: skip
 
 

@@ -176,6 +176,13 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
         if known
         else "Brightness means the same in every panel."
     )
+    samples = (
+        f"As many points from each, on the axes of {which}. Look for strays between the parts and "
+        f"for thin or missing regions.{first}"
+        if dim > 1
+        else f"The histogram of {which} under each one's exact density and the outline of its "
+        "samples. Look for peaks that are smoothed away, and for mass where there should be none."
+    )
     learning = (
         "Held-out gap to the true density against seconds of training; lower is better. Where two "
         "lines cross, the winner depends on the budget. A line that is still falling was stopped "
@@ -192,8 +199,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
         ),
         "samples": (
             "Samples",
-            f"As many points from each, on the axes of {which}. Look for strays between the "
-            f"parts and for thin or missing regions.{first}",
+            samples,
         ),
         "trajectories": (
             "From noise to data",

@@ -96,18 +96,21 @@ def unlike(window: Tensor) -> bool:
     return not 0.2 < height / width < 5
 
 
-def frame(ax: "Axes", window: Tensor, title: str, note: str = "") -> None:
+def frame(
+    ax: "Axes", window: Tensor, title: str, note: str = "", names: Sequence[str] = ()
+) -> None:
     """Fix what an axis shows, and write a title and a smaller note above. Both coordinates have
-    one scale, or each its own and ticks where the window's sides are unlike."""
+    one scale, or each its own where the window's sides are unlike; ticks stand at coordinates
+    with names or scales of their own."""
     (left, bottom), (right, top) = window.tolist()
     ax.set(xlim=(left, right), ylim=(bottom, top))
-    if unlike(window):
-        ax.set(aspect="auto")
-        ax.locator_params(nbins=3)
-        ax.tick_params(labelsize=7)
-        ax.ticklabel_format(scilimits=(-2, 4))
+    ax.set(aspect="auto" if unlike(window) else "equal")
+    if names or unlike(window):
+        few_ticks(ax)
     else:
-        ax.set(aspect="equal", xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[])
+    for name, write in zip(names, (ax.set_xlabel, ax.set_ylabel), strict=False):
+        write(textwrap.shorten(name, 24, placeholder="…"), fontsize=9)
     ax.set_title(textwrap.fill(title, 19), pad=22 if note else 7)
     if note:
         ax.annotate(
@@ -116,6 +119,16 @@ def frame(ax: "Axes", window: Tensor, title: str, note: str = "") -> None:
         )  # fmt: skip
     for spine in ax.spines.values():
         spine.set(visible=True, color="#d5d9e0")
+
+
+def few_ticks(ax: "Axes") -> None:
+    """Small ticks with whole numbers: no power of ten apart from them, which would hit a title."""
+    ticker = optional("matplotlib.ticker", "evaluation")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
+        plain = ticker.FuncFormatter(lambda value, _: f"{value:.10g}".replace("-", "−"))
+        axis.set_major_formatter(plain)
+    ax.tick_params(labelsize=7)
 
 
 def say_failed(ax: "Axes", why: str) -> None:
@@ -148,6 +161,11 @@ def dashes(results: Results) -> dict[str, Any]:
 def titles(results: Results) -> dict[str, str]:
     """Contestant → its title."""
     return {name: results.of(name)[0].title for name in results.contestants}
+
+
+def axis_names(density: Any) -> tuple[str, ...]:
+    """The columns of one's own points, where they have names."""
+    return getattr(density, "columns", None) or ()
 
 
 def window_of(density: Any, *others: Tensor) -> Tensor:

@@ -198,9 +198,42 @@ def test_own_points_in_two_dimensions_stand_in_for_the_truth():
     assert figure.axes[0].get_title() == "Your points"
 
 
-def test_one_dimension_is_shown_as_histograms():
-    results = race(Points(torch.randn(80, 1)), names=("cnf",))
-    assert plot_samples(results).axes[0].get_xlabel() == "value"
+def test_one_dimension_is_shown_as_histograms_under_the_exact_densities():
+    results = race(Points(torch.randn(80, 1), columns=["size"]), names=("cnf", "nsf-ar"))
+    (ax,) = plot_samples(results).axes
+    assert ax.get_xlabel() == "size"
+    for line, name in zip(ax.lines, results.contestants, strict=True):
+        x = torch.as_tensor(np.asarray(line.get_xdata()))[:, None]
+        expected = results.of(name)[0].flow.log_prob(x.float()).exp().detach()
+        shown = torch.as_tensor(np.asarray(line.get_ydata())).float()
+        assert torch.allclose(shown, expected, rtol=1e-2)  # solver rtol 1e-5 in log
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_axes_of_own_columns_have_their_names_and_ticks_without_a_power_apart(scale):
+    rows = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    mine = Points(rows * torch.tensor([scale, 1.0]), columns=["income", "$ rate"])
+    results = race(mine, seeds=(0,))
+    for figure in (
+        plot_densities(results, resolution=12),
+        plot_samples(results, 20),
+        plot_trajectories(results, 5, 3),
+    ):
+        figure.draw_without_rendering()
+        panels = [ax for ax in figure.axes if ax.get_title()]
+        assert len(panels) >= 2
+        for ax in panels:
+            assert (ax.get_xlabel(), ax.get_ylabel()) == ("income", "$ rate")
+            assert len(ax.get_xticks()) > 1 and len(ax.get_yticks()) > 1
+            assert ax.xaxis.get_offset_text().get_text() == ""
+            assert ax.get_aspect() == ("auto" if scale > 1 else 1)
+
+
+def test_toys_are_drawn_on_one_scale_without_ticks(results):
+    for figure in (plot_densities(results, 12), plot_samples(results, 20)):
+        panels = [ax for ax in figure.axes if ax.get_title()]
+        assert [ax.get_aspect() for ax in panels] == [1] * len(panels)
+        assert not any(len(ax.get_xticks()) for ax in panels)
 
 
 def test_flow_that_cannot_be_solved_costs_only_its_own_pictures(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ class History:
         pairing: Of these, seconds in which batches were drawn and paired.
         reason: Why it ended: "budget", "patience" or "interrupted".
         signal: Number of the signal that interrupted it; 0 for none.
-        skipped: Steps left out because their gradient was NaN or infinite.
+        skipped: Steps left out because their loss or gradient was NaN or infinite.
         ticks: See `TrainConfig.ticks`.
     """
 

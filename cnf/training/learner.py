@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cnf.errors import CheckpointError, DivergedError
@@ -16,7 +16,7 @@ from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
 from cnf.transforms.continuous import Continuous
 
-BAD_STEPS = 20  # gradients in a row that may be NaN or infinite before training gives up
+BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up
 
 
 def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
@@ -66,7 +66,7 @@ class Learner:
         module: The module in training.
         lr: Highest learning rate.
         kept: The module with averaged weights: what is validated and kept.
-        skipped: Steps left out because their gradient was NaN or infinite.
+        skipped: Steps left out because their loss or gradient was NaN or infinite.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch, lr: float, part: float = 1.0) -> Loss:
-        """Take one step on this process's rows, unless the gradient is NaN or infinite.
+        """Take one step on this process's rows, unless it or the loss is NaN or infinite.
 
         Args:
             batch: The rows.
@@ -130,13 +130,23 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss.value if part == 1.0 else part * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm + self._everyones(loss.value.detach())):
             self._skip(loss)
             return loss
         self._bad_in_a_row = 0
         self._optimizer.step()
         self._average()
         return loss
+
+    def _everyones(self, loss: Tensor) -> Tensor:
+        """The loss, NaN or infinite where that of any process is: all must skip the same steps.
+
+        A NaN row has a gradient of 0, so that the gradient's norm does not tell.
+        """
+        if self.fabric.world_size == 1:
+            return loss
+        mean: Any = self.fabric.all_reduce(loss.clone())
+        return mean
 
     def _average(self) -> None:
         if self.config.ema is None:
@@ -154,8 +164,8 @@ class Learner:
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
             raise DivergedError(
-                f"fit: the gradient was NaN or infinite in {BAD_STEPS} steps in a row "
-                f"(loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
+                f"fit: the loss or its gradient was NaN or infinite in {BAD_STEPS} steps "
+                f"in a row (loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
                 "check the data's scale"
             )
 

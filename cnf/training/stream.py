@@ -245,10 +245,7 @@ def as_stream(
     if data is None:
         return NoData(config)
     if isinstance(data, Batch):
-        for name, value in vars(data).items():
-            if value is not None and value.is_floating_point() and (name, missing) != NULL:
-                expect_finite("fit", name, value)
-        return RowStream(Rows(_weighty(data)), config, held_out)
+        return RowStream(Rows(_weighty(as_batch(data, missing=missing))), config, held_out)
     if isinstance(data, Distribution | Base | Flow):
         data = _Drawn(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
@@ -273,6 +270,9 @@ def as_stream(
 def as_batch(item: Any, name: str = "x", missing: bool = False) -> Batch:
     """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch."""
     if isinstance(item, Batch):
+        for key, value in vars(item).items():
+            if value is not None:
+                _expect_numbers(name if key == "x" else key, value, missing)
         return item
     if isinstance(item, Mapping):
         known = [field.name for field in fields(Batch)]
@@ -421,9 +421,13 @@ def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
         raise ValueError(f"fit: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
     if name == "context" and not value.is_floating_point():
         value = value.double()  # times, or one-hot columns
+    _expect_numbers(name, value, missing)
+    return value
+
+
+def _expect_numbers(name: str, value: Tensor, missing: bool) -> None:
     if value.is_floating_point() and (name, missing) != NULL:
         expect_finite("fit", name, value)
-    return value
 
 
 def _column(context: Tensor) -> Tensor:

@@ -158,6 +158,39 @@ def test_steps_with_nan_gradients_are_skipped_and_counted(config, points, broken
     assert not torch.equal(net.weight, twin.weight)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_steps_whose_loss_alone_is_nan_are_skipped_and_counted(bad, config, points):
+    class Spoiled(Objective):  # as of a NaN row, which has a gradient of 0
+        step = 0
+
+        def prepare(self, module, batch, generator=None):
+            return batch
+
+        def __call__(self, module, batch, generator=None):
+            self.step += 1
+            value = module(batch.x).square().mean()
+            return cnf.Loss(value + bad if self.step in (2, 3) else value, {})
+
+    history = cnf.fit(torch.nn.Linear(2, 2), Spoiled(), points, config(steps=6, validations=0))
+    assert (history.skipped, history.steps) == (2, 6)
+
+
+def test_nan_rows_from_a_density_end_training(small, config):
+    class Holed:
+        dim = 2
+
+        def log_prob(self, x):
+            return x.sum(-1)
+
+        def sample(self, n, generator=None):
+            x = torch.randn(n, 2, generator=generator)
+            x[0] = float("nan") if n == 16 else x[0]  # a training batch
+            return x
+
+    with pytest.raises(cnf.errors.DivergedError, match="loss or its gradient was NaN"):
+        cnf.fit(small(), cnf.MaximumLikelihood(), Holed(), config(steps=30, validations=0))
+
+
 def test_skipped_step_leaves_weights_and_average_alone(config, points, broken):
     net = torch.nn.Linear(2, 2)
     before = {name: value.clone() for name, value in net.state_dict().items()}

@@ -36,6 +36,21 @@ DATA = {
     "NaN rows of an array": (BAD.numpy(), {}, [r"^fit", "rows 7, 40"]),
     "NaN rows of a dataset": (TensorDataset(BAD), {}, [r"fit", "NaN", "rows"]),
     "NaN rows of batches": ([X[:16], BAD[:16]], {}, [r"fit", "NaN", "rows"]),
+    "NaN rows of batches of Batches": (
+        [cnf.Batch(X[:16]), cnf.Batch(BAD[:16])],
+        {},
+        ["^fit", "x to be finite", "1 of 16 rows"],
+    ),
+    "infinite contexts of a Batch": (
+        [cnf.Batch(X[:16], context=CONTEXT[:16] / 0)],
+        {},
+        ["^fit", "context to be finite"],
+    ),
+    "NaN rows in a Batch to validate on": (
+        X,
+        {"validation": cnf.Batch(BAD)},
+        ["^fit", "validation to be finite", "rows 7, 40"],
+    ),
     "no rows": (X[:0], {}, [r"^fit", r"\(0, 2\)"]),
     "an empty dataset": (TensorDataset(X[:0]), {}, [r"^fit", "got 0"]),
     "one row": (X[:1], {}, [r"^fit", "two rows", r"\(1, 2\)"]),

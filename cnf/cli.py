@@ -235,12 +235,20 @@ def check(run: Path, data: str | None = None) -> None:
 
     Args:
         run: A run's folder or a flow file.
-        data: Density, picture or file whose points are used; the flow's own samples if not given.
+        data: Density, picture or file whose points are used, its columns read as the run's were;
+            the flow's own samples if not given.
     """
     from cnf.evaluation import check as check_flow
 
-    x = None if data is None else densities.load(data).sample(64, torch.Generator().manual_seed(0))
-    report = check_flow(load(run), x)
+    x = context = None
+    if data is not None:
+        source, draw = _data(run, data)[0], torch.Generator().manual_seed(0)
+        if isinstance(source, Points):
+            rows = source.take(source.draw(64, draw))
+            x, context = rows.x, rows.context
+        else:
+            x = source.sample(64, draw)
+    report = check_flow(load(run), x, context=context)
     print(str(report))
     if not report.ok:
         raise SystemExit(1)

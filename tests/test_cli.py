@@ -145,6 +145,12 @@ def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
     assert "100 of the rows of own" in said, errors
 
 
+def test_check_reads_a_table_as_the_run_did(own, call):
+    code, said, errors = call("check", own / "run", "--data", own / "own.csv")
+    assert errors == "" and "log-det" in said and "context: none was given" not in said
+    assert code in (0, 1)
+
+
 def test_training_leaves_out_the_rows_that_evaluate_scores(own, monkeypatch):
     seen = {}
     monkeypatch.setattr(

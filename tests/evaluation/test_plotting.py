@@ -81,6 +81,12 @@ def pixels(file):
         return np.asarray(image.convert("RGB")).astype(float)
 
 
+def rests(file):
+    """Milliseconds that each frame of a film is shown."""
+    with Image.open(file) as film:
+        return [film.seek(k) or film.info["duration"] for k in range(film.n_frames)]
+
+
 def test_densities_share_one_colour_scale(results):
     figure = plot_densities(results, resolution=24)
     images = [image for ax in figure.axes for image in ax.get_images()]
@@ -125,6 +131,8 @@ def test_every_picture_is_written_and_shows_something(results, tmp_path):
             film.seek(39)
             assert np.abs(np.asarray(film.convert("RGB")) - first).mean() > 1
             assert film.info["duration"] >= 1500  # rests on the end
+    assert rests(files["flow-cnf"]) == rests(files["flow-realnvp"])
+    assert rests(files["flow-cnf"])[0] >= 500  # and on the start
 
 
 def test_layer_path_ends_at_decode_and_starts_at_the_preprocessed_base():

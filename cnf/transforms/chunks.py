@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, modules_in
 from cnf.transforms.continuous import is_continuous
 
 BYTES = 2**28  # of working memory, by the estimate below
@@ -31,7 +31,8 @@ def rows_at_once(transform: Transform, value: Tensor) -> int:
     """Rows whose widest layer takes `BYTES`, from the sizes of the weights."""
     event = value.shape[value.dim() - transform.event_dims :]
     size, places = math.prod(event), math.prod(event[1:])
-    shapes = [parameter.shape for parameter in transform.parameters()]
+    owned = (part._parameters.values() for part in modules_in(transform))
+    shapes = [weight.shape for weights in owned for weight in weights if weight is not None]
     widths = [shape[0] * (places if len(shape) == 4 else 1) for shape in shapes if shape]
     tangents = size if is_continuous(transform) and places == 1 else 1  # of an exact divergence
     row = COPIES * max([size, *widths]) * tangents * value.element_size()

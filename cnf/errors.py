@@ -110,9 +110,17 @@ def expect_context(who: str, context: Tensor | None, size: int) -> Tensor:
     return context
 
 
-def expect_finite(who: str, name: str, value: Tensor) -> None:
-    """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity."""
-    rows = (~torch.isfinite(value)).nonzero()[:, 0].unique().tolist()
+def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = None) -> None:
+    """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity.
+
+    Args:
+        who: Whose argument it is.
+        name: What the argument is called.
+        value: The rows.
+        numbers: What the user knows the rows by, where they were drawn from others.
+    """
+    found = (~torch.isfinite(value)).nonzero()[:, 0].unique()
+    rows = (found if numbers is None else numbers[found.to(numbers.device)].sort().values).tolist()
     if rows:
         raise ValueError(
             f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "

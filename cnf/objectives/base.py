@@ -167,13 +167,17 @@ def expect_rows(who: str, flow: Flow, batch: Batch) -> None:
         )
 
 
-def expect_weights(who: str, weight: Tensor) -> None:
-    """Raise unless weights, shape (N,), are finite, at least 0, and not all 0."""
+def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> None:
+    """Raise unless weights, shape (N,), are finite, at least 0, and not all 0.
+
+    `numbers` is as of `expect_finite`.
+    """
     wrong = (~((weight >= 0) & torch.isfinite(weight))).nonzero().flatten().tolist()
     if wrong:
+        row = wrong[0] if numbers is None else int(numbers[wrong[0]])
         raise ValueError(
             f"{who}: expected weights that are finite and at least 0, got {weight[wrong[0]]:g} in "
-            f"row {wrong[0]} ({len(wrong)} of {len(weight)} rows)"
+            f"row {row} ({len(wrong)} of {len(weight)} rows)"
         )
     if len(weight) and not weight.any():
         raise ValueError(f"{who}: expected a weight above 0, got 0 in all {len(weight)} rows")

@@ -139,13 +139,13 @@ class IterableStream(Stream):
     ) -> None:
         self.batches, self.validation, self.seed = batches, validation, config.seed
         self.missing = missing
-        self.head = as_batch(next(self._begin(0)), missing=missing)
+        self.head = self._checked(next(self._begin(0)), 0)
         if len(self.head.x) < 2:
             raise ValueError(
                 "fit: expected a first batch of two rows or more, to which preprocessing is "
                 "fitted, got one row; make larger batches: DataLoader(…, batch_size=256)"
             )
-        self._iterator, self._pass, self._next = self._begin(0), 0, 0
+        self._iterator, self._pass, self._next, self._place = self._begin(0), 0, 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
@@ -160,12 +160,17 @@ class IterableStream(Stream):
         while True:
             item = next(self._iterator, None)
             if item is None:
-                self._pass += 1
+                self._pass, self._place = self._pass + 1, 0
                 self._iterator = self._begin(self._pass)
                 item = next(self._iterator)
-            self._next += 1
+            self._next, self._place = self._next + 1, self._place + 1
             if self._next > step:
-                return as_batch(item, missing=self.missing)
+                return self._checked(item, self._place - 1, self._pass)
+
+    def _checked(self, item: Any, place: int, number: int = 0) -> Batch:
+        """A Batch, whose errors name the item by its place, from 0, in the pass."""
+        who = f"fit: batch {place}" + (f" of pass {number + 1}" if number else "")
+        return as_batch(item, missing=self.missing, who=who)
 
     def fingerprint(self) -> str:
         assert self.head is not None
@@ -173,8 +178,8 @@ class IterableStream(Stream):
 
     def rows(self, n: int) -> Batch:
         found: list[Batch] = []
-        for item in self._begin(0):
-            found.append(as_batch(item, missing=self.missing))
+        for place, item in enumerate(self._begin(0)):
+            found.append(self._checked(item, place))
             if sum(len(batch.x) for batch in found) >= n:
                 break
         parts = [vars(batch) for batch in found]
@@ -216,7 +221,7 @@ class Rows:
         if isinstance(self.data, Batch):
             return self.data.map(lambda value: value[rows])
         drawn = default_collate([self.data[int(row)] for row in rows])
-        return as_batch(drawn, missing=self.missing)
+        return as_batch(drawn, missing=self.missing, numbers=rows)
 
 
 def as_stream(
@@ -267,18 +272,32 @@ def as_stream(
     )
 
 
-def as_batch(item: Any, name: str = "x", missing: bool = False) -> Batch:
-    """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch."""
+def as_batch(
+    item: Any,
+    name: str = "x",
+    missing: bool = False,
+    who: str = "fit",
+    numbers: Tensor | None = None,
+) -> Batch:
+    """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch.
+
+    Args:
+        item: One of these.
+        name: What errors call x.
+        missing: Whether a context may be missing, NaN.
+        who: What errors begin with.
+        numbers: The rows' numbers in the data that they were drawn from, for errors.
+    """
     if isinstance(item, Batch):
         for key, value in vars(item).items():
             if value is not None:
-                _expect_numbers(name if key == "x" else key, value, missing)
+                _expect_numbers(who, name if key == "x" else key, value, missing, numbers)
         return item
     if isinstance(item, Mapping):
         known = [field.name for field in fields(Batch)]
         if "x" not in item or not set(item) <= set(known):
             raise ValueError(
-                f"fit: expected a mapping with x and any of {', '.join(known[1:])}, got "
+                f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
                 f"{', '.join(map(str, item))}; rename them"
             )
         parts = dict(item)
@@ -287,21 +306,25 @@ def as_batch(item: Any, name: str = "x", missing: bool = False) -> Batch:
         given = item if pair else [item]
         if not 1 <= len(given) <= 2:
             raise ValueError(
-                f"fit: expected a batch to be x or (x, context), got {len(given)} parts; name "
+                f"{who}: expected a batch to be x or (x, context), got {len(given)} parts; name "
                 'them: {"x": …, "context": …, "weight": …}'
             )
         parts = dict(zip(("x", "context"), given, strict=False))
     told = {"x": name}
-    tensors = {k: _checked(told.get(k, k), v, missing) for k, v in parts.items() if v is not None}
+    tensors = {
+        k: _checked(who, told.get(k, k), v, missing, numbers)
+        for k, v in parts.items()
+        if v is not None
+    }
     rows = len(tensors["x"])
     for key, value in tensors.items():
         if len(value) != rows:
-            raise ValueError(f"fit: expected {rows} rows of {key}, got {len(value)}")
+            raise ValueError(f"{who}: expected {rows} rows of {key}, got {len(value)}")
     weight = tensors.pop("weight", None)
     if weight is None:
         return Batch(**tensors)
     batch = Batch(**tensors, weight=torch.ones(rows))  # chance may draw weights of 0
-    return batch.but(weight=_weights(weight, rows))
+    return batch.but(weight=_weights(who, weight, rows, numbers))
 
 
 def _table(data: Any, context: Any, weight: Any, missing: bool) -> Batch:
@@ -316,7 +339,7 @@ def _table(data: Any, context: Any, weight: Any, missing: bool) -> Batch:
             raise ValueError(f"fit: the data hold their own {name}, got {name}=… beside it")
         own[name] = value if own.get(name) is None else own[name]
     if "x" in own:
-        own["x"] = _checked("data", own["x"])
+        own["x"] = _checked("fit", "data", own["x"])
         if len(own["x"]) < 2:
             shape = tuple(own["x"].shape)
             raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
@@ -391,11 +414,11 @@ def refuse_misfit(module: nn.Module, head: Tensor | None, name: str = "data") ->
         )
 
 
-def _weights(weight: Tensor, n: int) -> Tensor:
+def _weights(who: str, weight: Tensor, n: int, numbers: Tensor | None) -> Tensor:
     if weight.shape != (n,):
-        raise ValueError(f"fit: expected weight of shape ({n},), got {tuple(weight.shape)}")
+        raise ValueError(f"{who}: expected weight of shape ({n},), got {tuple(weight.shape)}")
     if weight.any():  # of a table all must not be 0, see `_weighty`; of a batch chance may have it
-        expect_weights("fit", weight)
+        expect_weights(who, weight, numbers)
     return weight
 
 
@@ -408,33 +431,37 @@ def _weighty(rows: Batch) -> Batch:
     return rows if heavy.all() else rows.map(lambda value: value[heavy])
 
 
-def _checked(name: str, value: Any, missing: bool = False) -> Tensor:
-    value = as_numbers("fit", name, value)
+def _checked(
+    who: str, name: str, value: Any, missing: bool = False, numbers: Tensor | None = None
+) -> Tensor:
+    value = as_numbers(who, name, value)
     if name in ("weight", "t", "stop"):
         return value
     if name == "context" and value.dim() == 1:
-        value = _column(value)
+        value = _column(who, value)
     if value.dim() < 2 or not len(value):
         hint = "; one feature is x[:, None]" if value.dim() == 1 and name != "x" else ""
         if value.dim() == 1 and name == "x":
             hint = "; of single rows make batches: DataLoader(rows, batch_size=256)"
-        raise ValueError(f"fit: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
+        raise ValueError(f"{who}: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
     if name == "context" and not value.is_floating_point():
         value = value.double()  # times, or one-hot columns
-    _expect_numbers(name, value, missing)
+    _expect_numbers(who, name, value, missing, numbers)
     return value
 
 
-def _expect_numbers(name: str, value: Tensor, missing: bool) -> None:
+def _expect_numbers(
+    who: str, name: str, value: Tensor, missing: bool, numbers: Tensor | None
+) -> None:
     if value.is_floating_point() and (name, missing) != NULL:
-        expect_finite("fit", name, value)
+        expect_finite(who, name, value, numbers)
 
 
-def _column(context: Tensor) -> Tensor:
+def _column(who: str, context: Tensor) -> Tensor:
     """A context of one number for each row as a column; integers may be labels."""
     if not context.is_floating_point():
         raise ValueError(
-            f"fit: expected context of shape (N, C), got {context.dtype} of shape "
+            f"{who}: expected context of shape (N, C), got {context.dtype} of shape "
             f"{tuple(context.shape)}; of labels make torch.nn.functional.one_hot(torch.as_tensor("
             "labels), classes).float(), of numbers numbers.float()[:, None]"
         )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import cnf
 from cnf import CheckpointError, FlowMatching, MaximumLikelihood
@@ -35,11 +35,11 @@ DATA = {
     "NaN rows": (BAD, {}, [r"^fit", "2 of 100 rows", r"rows 7, 40"]),
     "NaN rows of an array": (BAD.numpy(), {}, [r"^fit", "rows 7, 40"]),
     "NaN rows of a dataset": (TensorDataset(BAD), {}, [r"fit", "NaN", "rows"]),
-    "NaN rows of batches": ([X[:16], BAD[:16]], {}, [r"fit", "NaN", "rows"]),
+    "NaN rows of batches": ([X[:16], BAD[:16]], {}, ["^fit: batch 1: ", r"\(rows 7\)"]),
     "NaN rows of batches of Batches": (
         [cnf.Batch(X[:16]), cnf.Batch(BAD[:16])],
         {},
-        ["^fit", "x to be finite", "1 of 16 rows"],
+        ["^fit: batch 1: expected x to be finite", r"1 of 16 rows \(rows 7\)"],
     ),
     "infinite contexts of a Batch": (
         [cnf.Batch(X[:16], context=CONTEXT[:16] / 0)],
@@ -90,6 +90,38 @@ def test_context_missing_or_of_another_size_is_named(
         return cnf.fit(small(context=2), objective, X, settings, context=context)
 
     refused(act, "context", r"\(\*, 2\)|2", "None" if context is None else "3")
+
+
+class Weighted(Dataset):
+    """Rows of which one has a weight that is negative."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, row):
+        return {"x": X[row], "weight": torch.tensor(-1.0 if row == 63 else 1.0)}
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [(TensorDataset(BAD), r"\(rows 7, 40\)"), (Weighted(), "got -1 in row 63")],
+    ids=["NaN", "weight"],
+)
+def test_rows_of_a_dataset_are_named_by_its_own_numbers(data, words, small, config):
+    refused(lambda: cnf.fit(small(), FlowMatching(), data, config(validations=0)), words)
+
+
+def test_a_batch_is_named_by_its_place_in_the_pass(small, config):
+    passes = iter([[X[:16]] * 2, [X[:16]] * 2, [X[:16], BAD[:16]]])  # the first for its head
+
+    class Batches:
+        def __iter__(self):
+            return iter(next(passes))
+
+    refused(
+        lambda: cnf.fit(small(), FlowMatching(), Batches(), config(validations=0)),
+        r"^fit: batch 1 of pass 2: expected x to be finite.*\(rows 7\)",
+    )
 
 
 def test_data_are_refused_before_the_module_is_touched(small, config, same):

@@ -17,10 +17,10 @@ from cnf.dynamics.solver import Solver
 from cnf.evaluation import curves
 from cnf.evaluation.animation import animate, layer_path, plot_trajectories
 from cnf.evaluation.comparison import Results
+from cnf.evaluation.corner import plot_corners
 from cnf.evaluation.curves import plot_gap_over_time, plot_quality_against_nfe
 from cnf.evaluation.metrics import log_prob_chunked
 from cnf.evaluation.style import (
-    FAINT,
     TRUTH,
     attempt,
     axis_names,
@@ -133,8 +133,8 @@ def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
 
 
 def plot_samples(results: Results, points: int = 3000) -> "Figure":
-    """True samples and each contestant's, on the same axes; of more than two dimensions the first
-    two; of a single one histograms of them, under the exact densities.
+    """True samples and each contestant's, on the same axes; of more than two dimensions every pair
+    of the first four; of a single one histograms, under the exact densities.
 
     Args:
         results: Of a race.
@@ -151,6 +151,8 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
         grid = torch.linspace(low, high, 400, dtype=torch.float64)
         exact = {} if "context" in results.density.sizes else _exact(results, grid)
         return curves.plot_histograms(results, shown, grid, exact)
+    if results.density.dim > 2:
+        return plot_corners(results, shown.pop(""), shown)
     window, names, colour = window_of(results.density), titles(results), colours(results)
     real = "True samples" if results.score == "gap" else "Your points"
     with styled():
@@ -161,10 +163,6 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
                 scatter(ax, dots, colour.get(name, TRUTH))
             else:
                 say_failed(ax, dots)
-        if results.density.dim > 2:
-            figure.supxlabel(
-                f"the first two of {results.density.dim} dimensions", color=FAINT, fontsize=11
-            )
     return figure
 
 

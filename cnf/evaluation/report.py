@@ -170,7 +170,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
     known, dim = results.score == "gap", results.density.dim
     which = "true samples" if known else "your points"
     truth = "the true density" if known else "your points"
-    first = f" Only the first two of {dim} dimensions are shown." if dim > 2 else ""
+    first = f" Shown are all pairs of the first four of {dim} dimensions." if dim > 4 else ""
     scale = (
         "Brightness means the same in every panel: the scale ends near the truth's peak."
         if known

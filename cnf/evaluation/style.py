@@ -121,11 +121,11 @@ def frame(
         spine.set(visible=True, color="#d5d9e0")
 
 
-def few_ticks(ax: "Axes") -> None:
+def few_ticks(ax: "Axes", most: int = 3) -> None:
     """Small ticks with whole numbers: no power of ten apart from them, which would hit a title."""
     ticker = optional("matplotlib.ticker", "evaluation")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10]))
         plain = ticker.FuncFormatter(lambda value, _: f"{value:.10g}".replace("-", "−"))
         axis.set_major_formatter(plain)
     ax.tick_params(labelsize=7)

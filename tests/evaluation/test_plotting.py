@@ -201,6 +201,24 @@ def test_own_points_in_three_dimensions_show_samples_and_curves(tmp_path):
     assert ax.get_yscale() == "linear" and "NLL" in ax.get_ylabel()
 
 
+@pytest.mark.parametrize(("dim", "shown"), [(3, 3), (6, 4)])
+def test_own_points_of_more_dimensions_are_shown_in_every_pair(dim, shown, monkeypatch):
+    names = [f"c{k}" for k in range(dim)]
+    results = race(Points(torch.randn(80, dim), columns=names), seeds=(0,))
+    monkeypatch.setattr(results.entries[1].flow, "sample", lambda *_, **__: 1 / 0)  # its own loss
+    figure = plot_samples(results, 50)
+    panels = [ax for ax in figure.axes if ax.axison]
+    assert len(panels) == shown * (shown + 1) // 2
+    assert [ax.get_xlabel() for ax in panels if ax.get_xlabel()] == names[:shown]
+    assert [ax.get_ylabel() for ax in panels if ax.get_ylabel()] == names[1:shown]
+    ax = next(
+        ax for ax in panels if (ax.get_xlabel(), ax.get_ylabel()) == ("c0", names[shown - 1])
+    )
+    drawn = results.entries[0].flow.sample((50,), generator=torch.Generator().manual_seed(0))
+    dots = torch.as_tensor(np.asarray(ax.collections[1].get_offsets())).float()
+    assert torch.allclose(dots, drawn[:, [0, shown - 1]].detach(), atol=1e-6)
+
+
 def test_own_points_in_two_dimensions_stand_in_for_the_truth():
     figure = plot_densities(race(Points(torch.randn(80, 2)), seeds=(0,)), resolution=12)
     assert figure.axes[0].get_title() == "Your points"

@@ -209,13 +209,13 @@ def test_one_seed_is_said_to_be_one(edited):
 
 
 def test_own_points_are_judged_by_likelihood(tmp_path):
-    points = torch.randn(900, 3, generator=torch.Generator().manual_seed(0))
+    points = torch.randn(900, 5, generator=torch.Generator().manual_seed(0))
     results = quick_race(["realnvp"], points, w2_points=20)
     page = Page(write_report(results, tmp_path).read_text())
     assert "Held-out NLL" in page.text and "held-out points" in page.text
     assert "gap" not in page.text.lower() and "true density of your own points" in page.text
     assert "trajectories" not in page.ids and "animations" not in page.ids
-    assert "first two of 3 dimensions" in page.text
+    assert "first four of 5 dimensions" in page.text
     assert "standardized columns" in page.text
 
 

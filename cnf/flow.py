@@ -20,7 +20,7 @@ from cnf.errors import expect_context, expect_event, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.rows import Rows
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, modules_in
 from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
     Continuous,
@@ -129,7 +129,9 @@ class Flow(nn.Module):
     @property
     def data_dtype(self) -> torch.dtype:
         """Of samples: `dtype`, or that of the data `preprocess` was fitted to if it is wider."""
-        dtype = torch.promote_types(getattr(self.preprocess, "dtype", self.dtype), self.dtype)
+        dtype = self.dtype
+        for part in () if self.preprocess is None else modules_in(self.preprocess):
+            dtype = torch.promote_types(getattr(part, "dtype", dtype), dtype)
         limit = widest(self.base._like.device)
         return dtype if torch.promote_types(dtype, limit) == limit else self.dtype
 
@@ -309,7 +311,9 @@ class Flow(nn.Module):
             _warn_of_merged(collapsing(x.reshape(-1, *self.event_shape), self.dtype), self.dtype)
         else:
             if torch.promote_types(x.dtype, self.data_dtype) != x.dtype:
-                _warn_of_merged(getattr(self.preprocess, "unresolved", ()), x.dtype)
+                parts = modules_in(self.preprocess)
+                found = {k for part in parts for k in getattr(part, "unresolved", ())}
+                _warn_of_merged(sorted(found), x.dtype)
             x, ladj = self.preprocess.inverse(x)
             total = total + ladj
         return x.to(self.dtype), total

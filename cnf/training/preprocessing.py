@@ -21,7 +21,7 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
         part = getattr(module, name, None)
         if rows is not None and hasattr(part, "fit"):
-            part.fit(rows.to(next(part.buffers()).device))  # pyright: ignore
+            part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
     if isinstance(module, Flow) and module.dequantisation is None:
         for text in _far(module, head):
             module.warn_once(text)

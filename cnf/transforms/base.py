@@ -101,6 +101,14 @@ class Compose(Transform):
         parts = reversed(self._parts())
         return self._through([Step(t, t.inverse, t.forward) for t in parts], x, context)
 
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Fit what can be fitted to data x, (N, *event): each to what those behind it leave."""
+        for part in reversed(self._parts()):
+            if hasattr(part, "fit"):
+                part.fit(x)  # pyright: ignore
+            x, _ = part.inverse(x)
+
     def _through(
         self, steps: list[Step], value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:

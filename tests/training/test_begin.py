@@ -104,3 +104,20 @@ def test_the_bar_tells_the_share_of_pairing():
         for share, nfe, told in ((0.8, 0, "pairing 80%"), (0.1, 0, "NFE 0"), (0.8, 7, "NFE 7")):
             bar.update(0.5, 3, 1.0, nfe, share)
             assert bar._bar.tasks[0].fields["cost"] == told
+
+
+def test_a_composed_preprocessing_is_fitted_part_by_part_and_keeps_the_digits_of_data(config):
+    x = 1e8 + torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    parts = [cnf.transforms.Standardise((2,)), cnf.transforms.Standardise((2,))]
+    flow = cnf.Flow(
+        None,
+        cnf.models.build("realnvp", dim=2).transform,
+        preprocess=cnf.transforms.Compose(parts),
+        event_shape=(2,),
+    )
+    cnf.fit(flow, "maximum-likelihood", x, config(steps=1, validations=0))
+    torch.testing.assert_close(parts[1].loc, x.mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(parts[0].scale, torch.ones(2).double(), rtol=1e-3, atol=0)
+    assert flow.sample(3).dtype == torch.float64
+    with pytest.warns(UserWarning, match=r"float32 merges values of x in columns \[0, 1\]"):
+        flow.log_prob(x[:3].float())

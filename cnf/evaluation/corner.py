@@ -87,7 +87,8 @@ def _corner(grid: Any, true: Tensor, drawn: Tensor, colour: str) -> None:
 
 
 def _histograms(ax: "Axes", true: Tensor, drawn: Tensor, limits: list[float], colour: str) -> None:
-    bins = np.linspace(*limits, 31)
+    low, high = limits
+    bins = np.linspace(low, high, 31)
     for values, look in (
         (true, {"fill": True, "color": TRUTH, "alpha": 0.25}),
         (drawn, {"color": colour, "lw": 1.2}),

@@ -164,9 +164,11 @@ def plot_histograms(
                 real = "true samples" if results.score == "gap" else "your points"
                 ax.stairs(heights, bins, fill=True, color=TRUTH, alpha=0.25, label=real)
             else:
-                outline = {"lw": 0.8, "alpha": 0.5} if name in exact else {"lw": 1.8}
-                label = None if name in exact else names[name]
-                ax.stairs(heights, bins, color=colour[name], ls=dash[name], label=label, **outline)
+                faint = name in exact  # its density tells more
+                ax.stairs(
+                    heights, bins, color=colour[name], ls=dash[name], lw=0.8 if faint else 1.8,
+                    alpha=0.5 if faint else 1.0, label=None if faint else names[name],
+                )  # fmt: skip
         for name, density in exact.items():
             ax.plot(grid, density, color=colour[name], ls=dash[name], lw=2, label=names[name])
         ax.set(xlabel=next(iter(axis_names(results.density)), "value"), ylabel="density")

@@ -84,9 +84,9 @@ class Flow(nn.Module):
             with the training data, once.
         dequantisation: For discrete data. `log_prob` is then a lower bound of log P(x) from one
             draw.
+        event_shape: Shape of one z, needed only when `base` is None.
         context_preprocess: A module from a context to what `transform` takes, such as
             `StandardizeContext`; fitted like `preprocess`.
-        event_shape: Shape of one z, needed only when `base` is None.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Flow(nn.Module):
         transform: Transform,
         preprocess: Transform | None = None,
         dequantisation: Dequantisation | None = None,
-        context_preprocess: nn.Module | None = None,
         event_shape: Sequence[int] | None = None,
+        context_preprocess: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if base is None and event_shape is None:

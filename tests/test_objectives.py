@@ -103,9 +103,12 @@ def test_flow_matching_by_hand(small_flow, x, context):
     x1 = (x - flow.preprocess.loc) / flow.preprocess.scale  # it works inside preprocess
     t = batch.t[:, None]
     xt = (1 - t) * batch.x0 + t * x1
-    error = flow.field(batch.t, xt, context) - (x1 - batch.x0)
+    columns = flow.context_preprocess.columns
+    inner = (context - columns.loc) / columns.scale
+    error = flow.field(batch.t, xt, inner) - (x1 - batch.x0)
     loss = objective(flow, batch)
     torch.testing.assert_close(loss.value, (error**2).sum(-1).mean())
+    assert (inner - context).abs().min() > 1e-3
     assert (flow.preprocess.loc != 0).all() and loss.metrics["fm"] == loss.value
     assert ((0 <= batch.t) & (batch.t < 1)).all() and batch.t.unique().numel() == 6
 

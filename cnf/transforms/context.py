@@ -12,6 +12,7 @@ class StandardizeContext(nn.Module):
     A column of zeros and ones, such as a label's, stays as it is. NaN, a value that is missing,
     stays NaN and does not count. Until it is fitted it is the identity.
 
+    >>> import torch
     >>> seconds = 1.7e9 + torch.tensor([[0.0], [60.0], [120.0]], dtype=torch.float64)
     >>> standardize = StandardizeContext(1)
     >>> standardize.fit(seconds)

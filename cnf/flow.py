@@ -77,7 +77,8 @@ class Flow(nn.Module):
     (torch.Size([5, 2]), torch.Size([5]))
 
     Args:
-        base: A `cnf.distributions.Base`, a torch distribution, a density, or None for N(0, I).
+        base: A `cnf.distributions.Base`, a torch distribution, a density, or None for N(0, I);
+            it is cast to the dtype of the transform's weights.
         transform: Base → (standardised) data.
         preprocess: A transform without parameters to train, from what `transform` gives to data;
             its log-determinant counts. Where it has a `fit` method, the first `cnf.fit` calls it
@@ -102,6 +103,9 @@ class Flow(nn.Module):
         if base is None and event_shape is None:
             raise ValueError("Flow: expected event_shape=… where base is None")
         self.base = as_base(base, event_shape or ())
+        weights = next((p.dtype for p in transform.parameters()), self.base._like.dtype)
+        if weights != self.base._like.dtype:  # points and means are often float64
+            self.base.to(weights)
         self.transform = transform
         self.preprocess = preprocess
         self.dequantisation = dequantisation
@@ -455,7 +459,7 @@ class Flow(nn.Module):
         if context is not None:
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
-        return self.base.sample(shape, generator), context
+        return self.base.sample(shape, generator).to(self.dtype), context
 
 
 def require_field(who: str, flow: Flow) -> Continuous:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -110,3 +111,22 @@ class _Image(nn.Module):
 def test_field_is_the_transforms():
     field = MLPField(2, (4,))
     assert Flow(None, Continuous(field), event_shape=(2,)).field is field
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        np.random.default_rng(0).normal(size=(50, 2)),
+        Normal(torch.zeros(2).double(), torch.ones(2).double()),
+        cnf.distributions.GaussianMixture(torch.eye(2).double(), torch.ones(2, 2).double()),
+    ],
+    ids=["points", "torch", "mixture"],
+)
+def test_a_base_of_float64_follows_the_weights(base):
+    flow = cnf.Flow(base, cnf.models.build("realnvp", dim=2).transform).eval()
+    assert flow.dtype == flow.sample(3).dtype == torch.float32
+    if flow.base.has_density:
+        z = flow.base.sample((4,)).float()
+        log_prob = flow.log_prob(flow.decode(z))
+        assert log_prob.dtype == torch.float32
+        torch.testing.assert_close(log_prob, flow.base.double().log_prob(z.double()).float())

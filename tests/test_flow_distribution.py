@@ -90,7 +90,9 @@ def test_support_is_the_box_that_the_flow_ends_in():
         assert p.support.check(inside) and not p.support.check(outside)
         assert p.log_prob(outside) == -torch.inf and p.log_prob(inside).isfinite()
         assert p.support.check(p.sample((9,))).all()
-    p = Flow(None, Compose([Sigmoid(), Coupling(2)]), Standardise((2,)), None, (2,)).distribution()
+    p = Flow(
+        None, Compose([Sigmoid(), Coupling(2)]), Standardise((2,)), event_shape=(2,)
+    ).distribution()
     assert p.support.check(outside)
 
 

@@ -175,7 +175,7 @@ class Net(nn.Module):
 
 
 def test_nan_does_not_reach_dequantisation():
-    flow = Flow(None, Compose([Coupling(2)]), None, Net(), (2,))
+    flow = Flow(None, Compose([Coupling(2)]), None, Net(), event_shape=(2,))
     x = torch.tensor([[1.0, 2.0], [NAN, 0.0], [0.0, INF]])
     found = flow.log_prob(x)
     torch.testing.assert_close(found[:1], flow.log_prob(x[:1]))

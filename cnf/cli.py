@@ -145,7 +145,7 @@ def sample(
             order, or name=value, such as species=cat,age=3.
     """
     if n < 1:
-        raise ValueError(f"expected n >= 1, got {n}")
+        raise ValueError(f"expected --n to be at least 1, got {n}")
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))

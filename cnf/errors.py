@@ -207,3 +207,11 @@ def expect_positive(who: str, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{who}: expected {name} > 0, got {value!r}")
+
+
+def expect_counts(who: str, **values: int | None) -> None:
+    """Raise for the first value that is given (not None) and is not a whole number above zero."""
+    expect_positive(who, **values)
+    for name, value in values.items():
+        if value is not None and not is_count(value):
+            raise ValueError(f"{who}: expected {name} to be a whole number, got {value!r}")

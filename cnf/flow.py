@@ -239,7 +239,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Draws, (*sample_shape, *context batch, *event), without gradients; an int is (int,)."""
         with torch.no_grad():
-            return self.rsample(sample_shape, context, generator=generator)
+            return self._decoded(*self.draw_base(sample_shape, context, generator, "sample"))
 
     def rsample(
         self,
@@ -249,8 +249,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """As `sample`, with gradients to the parameters and the context."""
-        z, context = self.draw_base(sample_shape, context, generator, "rsample")
-        return self._decoded(z, context)
+        return self._decoded(*self.draw_base(sample_shape, context, generator, "rsample"))
 
     def sample_and_log_prob(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_positive, unedited
+from cnf.errors import expect_counts, expect_positive, unedited
 from cnf.fields import Guided, WithScore, score
 from cnf.fields.predicts import made_for
 from cnf.flow import Flow
@@ -39,7 +39,8 @@ def edm_grid(
         sigma_max: The first level.
         rho: Above 1 for shorter steps at low levels.
     """
-    expect_positive("edm_grid", steps=steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    expect_counts("edm_grid", steps=steps)
+    expect_positive("edm_grid", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     if sigma_min >= sigma_max:
         raise ValueError(
             f"edm_grid: expected sigma_min < sigma_max, got {sigma_min} and {sigma_max}"
@@ -74,7 +75,7 @@ def learned_grid(
         generator: Source of the base samples.
     """
     _continuous("learned_grid", flow)
-    expect_positive("learned_grid", steps=steps, points=points)
+    expect_counts("learned_grid", steps=steps, points=points)
     z = flow.base.sample((points,), generator)
     exact = flow.trajectory(z, (0.0, 1.0), context)[-1]  # before it is rounded to discrete data
 
@@ -156,8 +157,8 @@ def sde(
     path, head = as_path(path) if made is None else made.path, isinstance(made, WithScore)
     if noise < 0:
         raise ValueError(f"sde: expected noise >= 0, got {noise}")
-    expect_positive("sde", steps=steps)
-    x, context = flow.draw_base(sample_shape, context, generator)
+    expect_counts("sde", steps=steps)
+    x, context = flow.draw_base(sample_shape, context, generator, "sde")
     times = tuple(k / steps for k in range(steps + 1)) if grid is None else tuple(grid)
     if times[:1] != (0,) or times[-1] != 1 or not all(a < b for a, b in pairwise(times)):
         raise ValueError(f"sde: expected a grid ascending from 0 to 1, got {times}")

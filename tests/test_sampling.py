@@ -210,6 +210,19 @@ def test_no_steps_are_no_grid():
         learned_grid(late_flow(), 0, points=4)
 
 
+def test_steps_that_are_no_whole_number_are_refused():
+    for name, grid in (
+        ("edm_grid", lambda: edm_grid(2.5)),
+        ("learned_grid", lambda: learned_grid(late_flow(), 2.5, points=4)),
+        ("sde", lambda: sde(late_flow(), 3, steps=2.5)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected steps to be a whole number, got"):
+            grid()
+    with pytest.raises(ValueError, match="^learned_grid: expected points to be a whole number"):
+        learned_grid(late_flow(), 2, points=4.5)
+    assert edm_grid(np.int64(2)) == edm_grid(2)
+
+
 class Rounded:
     """Data that are whole numbers."""
 

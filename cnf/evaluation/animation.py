@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_positive, optional
+from cnf.errors import expect_counts, optional
 from cnf.evaluation.comparison import Results
 from cnf.evaluation.style import (
     FAINT,
@@ -145,7 +145,7 @@ def animate(
         ValueError: A flow of another than vectors of two or more dimensions.
         SolverError: The ODE could not be solved.
     """
-    expect_positive("animate", points=points, frames=frames)
+    expect_counts("animate", points=points, frames=frames)
     if len(flow.event_shape) != 1 or flow.event_shape[0] < 2:
         raise ValueError(f"animate: expected vectors of D >= 2, got shape {flow.event_shape}")
     start = flow.base.sample((points,), generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
-from cnf.errors import expect_event, expect_finite, expect_positive
+from cnf.errors import expect_counts, expect_event, expect_finite
 from cnf.evaluation import checks, density_checks
 from cnf.evaluation.checks import Case, NotApplicable, Outcome, reference
 from cnf.evaluation.gradient_checks import gradients
@@ -126,7 +126,7 @@ def check(
     """
     if not isinstance(flow, Flow):
         raise TypeError(f"check: expected a cnf.Flow, got {type(flow).__name__}")
-    expect_positive("check", n=n)
+    expect_counts("check", n=n)
     x = None if x is None else _data(flow, as_numbers("check", "x", x))
     batch = None if x is None else x.shape[: x.dim() - len(flow.event_shape)]
     generator = Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from cnf.errors import expect_finite, expect_positive, optional
+from cnf.errors import expect_counts, expect_finite, expect_positive, optional
 from cnf.registry import Registry
 
 METRICS = Registry("metric")
@@ -103,7 +103,7 @@ def wasserstein2_floor(
     Returns:
         Mean over the repeats and its standard error (NaN for one), in the units of the data.
     """
-    expect_positive("wasserstein2_floor", n=n, repeats=repeats)
+    expect_counts("wasserstein2_floor", n=n, repeats=repeats)
     floors = [wasserstein2(draw(n, generator), draw(n, generator)) for _ in range(repeats)]
     return Estimate.of(torch.tensor(floors, dtype=torch.float64))
 
@@ -127,7 +127,7 @@ def sliced_wasserstein2(
         generator: Source of the directions.
     """
     x, y = _pair("sliced_wasserstein2", x, y)
-    expect_positive("sliced_wasserstein2", projections=projections)
+    expect_counts("sliced_wasserstein2", projections=projections)
     device = x.device if generator is None else generator.device
     directions = torch.randn(
         projections, x.shape[1], generator=generator, dtype=x.dtype, device=device

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from cnf.dynamics import ode
 from cnf.dynamics.regularizers import kinetic_energy
-from cnf.errors import expect_finite, expect_positive
+from cnf.errors import expect_counts, expect_finite
 from cnf.evaluation.distances import (
     METRICS,
     Estimate,
@@ -86,7 +86,7 @@ def log_prob_chunked(
 
     A context with a row for every point follows its points; any other is passed on whole.
     """
-    expect_positive("log_prob_chunked", chunk=chunk)
+    expect_counts("log_prob_chunked", chunk=chunk)
     rowwise = context is not None and context.dim() > 1 and len(context) == len(x)
     contexts = context.split(chunk) if context is not None and rowwise else repeat(context)
     parts = zip(x.split(chunk), contexts, strict=False)
@@ -218,7 +218,7 @@ def straightness(
     Raises:
         TypeError: the flow is not continuous.
     """
-    expect_positive("straightness", steps=steps)
+    expect_counts("straightness", steps=steps)
     start = _starts("straightness", flow, n, generator)
     transform, context = _continuous("straightness", flow, start, context)
     times = torch.linspace(0, 1, steps + 1, dtype=start.dtype, device=start.device)
@@ -264,7 +264,7 @@ def _expect_points(who: str, x: Tensor) -> None:
 
 
 def _starts(who: str, flow: Flow, n: int, generator: Generator | None) -> Tensor:
-    expect_positive(who, n=n)
+    expect_counts(who, n=n)
     return flow.base.sample((n,), generator=generator)
 
 

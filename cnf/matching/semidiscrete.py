@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_positive, optional
+from cnf.errors import expect_counts, optional
 from cnf.matching.couplings import COUPLINGS, Pairing, conditional_ot, minibatch_ot, optimal_duals
 
 Draw = Callable[[int, torch.Generator | None], Tensor]  # so many base samples, (n, *event)
@@ -48,7 +48,7 @@ class SemiDiscrete:
     rows: int = 20_000
 
     def __post_init__(self) -> None:
-        expect_positive("SemiDiscrete", steps=self.steps, rows=self.rows)
+        expect_counts("SemiDiscrete", steps=self.steps, rows=self.rows)
 
     def __call__(
         self,

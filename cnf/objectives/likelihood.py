@@ -1,11 +1,14 @@
 """Maximum likelihood, with the penalties that keep a continuous flow easy to solve."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.dynamics.divergence import Divergence, as_divergence
 from cnf.dynamics.regularizers import REGULARIZERS
@@ -62,6 +65,18 @@ class MaximumLikelihood(Objective):
             expect_positive("MaximumLikelihood", **{name: weight})
         if not 0 <= self.steer < 1:
             raise ValueError(f"MaximumLikelihood: expected 0 <= steer < 1, got {self.steer}")
+
+    def begin(
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: torch.Generator
+    ) -> "MaximumLikelihood":
+        if unfit := list(_not_functions(as_flow("MaximumLikelihood", module))):
+            warnings.warn(
+                f"fit: likelihood solves an ODE whose field must be one function of (t, x) row by "
+                f"row, and it holds {'; '.join(unfit)}: the log-densities that it trains are "
+                "wrong; take these out, or train by FlowMatching()",
+                stacklevel=2,
+            )
+        return self
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -121,3 +136,22 @@ class MaximumLikelihood(Objective):
 
 def _recipe(flow: Flow) -> Recipe:
     return flow.transform.recipe if isinstance(flow.transform, Continuous) else Recipe()
+
+
+def _not_functions(flow: Flow) -> Iterator[str]:
+    """Words for each part of a continuous flow's fields that draws anew at each evaluation, or
+    makes a row's velocity depend on the other rows."""
+    fields = {
+        f"{name}.field": part.field
+        for name, part in flow.named_modules()
+        if isinstance(part, Continuous)
+    }
+    for where, field in fields.items():
+        for name, part in field.named_modules(prefix=where):
+            kind = type(part).__name__
+            drops = part.dropout if isinstance(part, nn.MultiheadAttention) else 0.0
+            drops = part.p if isinstance(part, _DropoutNd) else drops
+            if part.training and drops > 0:
+                yield f"{name}, a {kind} with p={drops:g}, which differs between evaluations"
+            if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+                yield f"{name}, a {kind}, which mixes the rows of a batch (LayerNorm does not)"

@@ -70,3 +70,38 @@ def test_evaluation_leaves_train_mode_for_a_moment(small, points):
     metrics.round_trip_error(flow, points)
     log_prob_with_error(flow, points)
     assert all(part.training for part in flow.modules())
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (torch.nn.Dropout(0.5), r"field\.net\.1, a Dropout with p=0.5, which differs"),
+        (torch.nn.BatchNorm1d(8), r"field\.net\.1, a BatchNorm1d, which mixes the rows"),
+        (torch.nn.Dropout(0.0), None),
+        (torch.nn.LayerNorm(8), None),
+    ],
+)
+def test_likelihood_warns_of_a_field_that_is_no_function_of_its_row(part, told, points):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), part, torch.nn.Linear(8, 2))
+    solver = cnf.Solver("rk4", steps=2)
+    flow = cnf.Flow(
+        None, Continuous(Adapter(net, (2,), call="concat"), solver), event_shape=(2,)
+    ).train()
+    rows, generator = (lambda n: cnf.Batch(points[:n])), torch.Generator()
+    cnf.FlowMatching().begin(flow, rows, generator)  # warnings are errors here
+    if told is None:
+        MaximumLikelihood().begin(flow, rows, generator)
+        return
+    with pytest.warns(UserWarning, match=rf"fit: likelihood.*transform\.{told}"):
+        MaximumLikelihood().begin(flow, rows, generator)
+    with pytest.warns(UserWarning, match="fit: likelihood"):
+        cnf.objectives.Joint().begin(flow, rows, generator)
+
+
+def test_fit_by_likelihood_warns_of_dropout_at_its_start(config, points):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 2))
+    transform = Continuous(Adapter(net, (2,), call="concat"), cnf.Solver("rk4", steps=2))
+    flow = cnf.Flow(None, transform, event_shape=(2,))
+    cnf.fit(flow, cnf.FlowMatching(), points, config(validations=0))
+    with pytest.warns(UserWarning, match="fit: likelihood.*a Dropout with p=0.1"):
+        cnf.fit(flow, MaximumLikelihood(), points, config(validations=0))

@@ -176,7 +176,7 @@ def compare(
     race = {
         "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
         "test_points": len(judge.test.x),
-        "rows": of_rows(Batch(density.x)) if isinstance(density, Points) else None,
+        "rows": _hash(density) if isinstance(density, Points) else None,
     }  # fmt: skip
     entries, failed = [], _unfit(contestants, density)
     for name in [name for name in contestants if contestants[name].title not in failed]:
@@ -213,6 +213,10 @@ def compare(
     if folder:
         results.save(folder)
     return results
+
+
+def _hash(points: Points) -> str:
+    return of_rows(Batch(points.x, points.context, weight=points.weight))
 
 
 def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:

@@ -253,3 +253,8 @@ def test_own_points_race_under_their_contexts(tmp_path):
     results = race(["nsf-ar"], cnf.data.Points(x, context=context), tmp_path, steps=5)
     assert math.isfinite(results.of("nsf-ar")[0].scores["w2"])
     assert results.of("nsf-ar")[0].flow.context_dim == 1
+    other = {"contexts": {"context": context + 1}, "weights": {"context": context, "weight": x**2}}
+    for parts in other.values():
+        with pytest.raises(ValueError, match="another race: rows was"):
+            points = cnf.data.Points(x, **parts)
+            race(["nsf-ar"], points, tmp_path, steps=5, resume=True)

@@ -98,6 +98,21 @@ def test_training_does_not_depend_on_the_units_of_the_context(name, generator):
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
+def test_pairs_do_not_depend_on_the_units_of_the_context(small_flow, generator):
+    """Two columns: one distance over both would otherwise follow the larger unit."""
+    x, context = (torch.randn(40, 2, generator=generator, dtype=F64) for _ in range(2))
+    objective, paired = cnf.FlowMatching(coupling="conditional-ot"), []
+    flow = small_flow("cnf", context=2)
+    for unit in (1.0, 1e4):
+        given = context * torch.tensor([unit, 1.0], dtype=F64)
+        flow.context_preprocess = StandardizeContext(2)
+        flow.context_preprocess.fit(given)
+        batch = objective.prepare(flow, cnf.Batch(x, given), torch.Generator().manual_seed(4))
+        paired.append(batch.x)
+    torch.testing.assert_close(*paired, rtol=0, atol=0)
+    assert not torch.equal(paired[0], x)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_standardises_its_context_unless_told(name):
     assert isinstance(

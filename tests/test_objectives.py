@@ -346,3 +346,14 @@ def test_weights_change_the_law_of_the_data_and_not_of_the_base(coupling):
     weight = torch.ones(512) if batch.weight is None else batch.weight
     share, mean = ((weight * v).sum() / weight.sum() for v in (batch.x[:, 0] < 0, batch.x0[:, 0]))
     assert abs(share - 0.9) < 0.06 and abs(mean) < 0.2
+
+
+def test_rows_drawn_by_their_weights_keep_what_belongs_to_them(generator):
+    x = torch.arange(40, dtype=torch.float64)[:, None]
+    weight = torch.rand(40, generator=generator, dtype=torch.float64)
+    drawn = resampled(cnf.Batch(x, context=2 * x + 1, x0=-x, weight=weight), generator)
+    assert not torch.equal(drawn.x, x)
+    torch.testing.assert_close(drawn.context, 2 * drawn.x + 1, rtol=0, atol=0)
+    torch.testing.assert_close(drawn.x0, -drawn.x, rtol=0, atol=0)
+    expected = (weight @ x[:, 0]) / weight.sum()  # stratified: off by one row's share
+    assert abs(drawn.x.mean() - expected) < 1

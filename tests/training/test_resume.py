@@ -8,6 +8,7 @@ import yaml
 
 import cnf
 from cnf.training import checkpoint
+from cnf.training.fingerprint import of_rows
 
 KINDS = ["toy", "rows", "batches"]
 
@@ -161,6 +162,22 @@ def test_resume_refuses_other_rows(kind, wrap, small, config, points, tmp_path):
     other = wrap(OTHER[kind](points))
     with pytest.raises(cnf.CheckpointError, match="other data"):
         cnf.fit(small(), cnf.FlowMatching(), other, config(resume=True, **settings))
+
+
+def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
+    """All of these hold the same bytes, some under another name or in another shape."""
+    w = points[:, 0].abs().contiguous()
+    batches = [
+        cnf.Batch(points),
+        cnf.Batch(points.reshape(50, 4)),
+        cnf.Batch(points.view(torch.int32)),
+        cnf.Batch(points, context=points),
+        cnf.Batch(points, x0=points),
+        cnf.Batch(points, weight=w),
+        cnf.Batch(points, t=w),
+    ]
+    assert len({of_rows(batch) for batch in batches}) == len(batches)
+    assert of_rows(cnf.Batch(points.clone())) == of_rows(batches[0])
 
 
 def test_resume_refuses_another_density_dataset_and_iterable(small, config, points, tmp_path):

@@ -7,6 +7,7 @@ from torch.utils.data import TensorDataset
 import cnf
 from cnf import Batch, FlowMatching, MaximumLikelihood
 from cnf.objectives import Joint
+from cnf.training import validation
 from cnf.training.stream import shared
 
 WEIGHT = torch.linspace(0.1, 5, 100)
@@ -21,7 +22,8 @@ def test_weights_beside_an_array_are_those_of_a_batch(objective, small, config, 
     assert same(beside, within) and not same(beside, without)
 
 
-def test_held_out_likelihood_is_the_weighted_mean(small, config, points):
+def test_held_out_likelihood_is_the_weighted_mean(small, config, points, monkeypatch):
+    monkeypatch.setattr(validation, "CHUNK", 7)
     flow, held_out, weight = small("realnvp"), points[:40] + 1, (points[:40, 0] - 1).square()
     history = cnf.fit(
         flow, MaximumLikelihood(), points, config(validations=1),
@@ -46,15 +48,16 @@ def test_rows_held_out_of_a_weighted_table_keep_their_weights(small, config, poi
     assert -flow.log_prob(rows).mean() > near + 3
 
 
-def test_held_out_loss_of_a_flow_without_density_is_weighted(small, config, points):
+def test_held_out_loss_of_a_flow_without_density_is_weighted(small, config, points, monkeypatch):
+    monkeypatch.setattr(validation, "BATCH_SIZE", 20)  # one part near, one far
     source = cnf.distributions.Empirical(points[:50])
     flow = cnf.Flow(source, small(preprocess=None).transform)
     held_out = torch.cat([points[:20], points[20:40] + 100])
 
     def score(weight):
-        validation = Batch(held_out, weight=weight)
+        weighed = Batch(held_out, weight=weight)
         settings = config(validations=1, lr=1e-9)
-        return cnf.fit(flow, FlowMatching(), points, settings, validation=validation)
+        return cnf.fit(flow, FlowMatching(), points, settings, validation=weighed)
 
     near = torch.where(torch.arange(40) < 20, 1.0, 1e-6)
     weighted, plain = (score(w).column("val_loss")[-1] for w in (near, torch.ones(40)))

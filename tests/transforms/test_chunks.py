@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cnf
-from cnf.transforms import chunks
+from cnf.transforms import BatchNorm, chunks
 
 
 @pytest.mark.parametrize("batch", [(50,), (3, 20), (2, 3, 9)])
@@ -13,7 +13,7 @@ def test_parts_give_what_the_whole_gives(name, batch, small_flow, generator, mon
     options = {"solver": cnf.Solver("rk4", steps=2)} if name == "cnf" else {}
     flow = small_flow(name, context=2, **options)
     x = torch.randn(*batch, flow.event_shape[0], generator=generator, dtype=torch.float64)
-    context = torch.randn(2, generator=generator, dtype=torch.float64)
+    context = torch.randn(*batch, 2, generator=generator, dtype=torch.float64)
     met = []
     way = type(flow.transform).inverse
 
@@ -24,13 +24,28 @@ def test_parts_give_what_the_whole_gives(name, batch, small_flow, generator, mon
 
     with torch.no_grad():
         whole = flow.log_prob(x, context)
-        drawn = flow.sample(batch, context, generator=torch.Generator().manual_seed(1))
+        drawn = flow.sample((), context, generator=torch.Generator().manual_seed(1))
         monkeypatch.setattr(chunks, "rows_at_once", lambda *_: 7)
         monkeypatch.setattr(type(flow.transform), "inverse", watched)
         torch.testing.assert_close(flow.log_prob(x, context), whole)
-        again = flow.sample(batch, context, generator=torch.Generator().manual_seed(1))
+        again = flow.sample((), context, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(again, drawn)
     assert max(met) <= 7 and sum(met) == whole.numel()
     met.clear()
     flow.log_prob(x, context)  # with gradients: whole
     assert met == [whole.numel()]
+
+
+def test_a_batch_norm_in_training_sees_the_whole_batch(generator, monkeypatch):
+    """By hand: z = (x - mean)/√(variance + ε) with the statistics of all 50 rows."""
+    flow = cnf.Flow(None, BatchNorm(2), event_shape=(2,)).double().train()
+    x = (
+        torch.randn(50, 2, generator=generator, dtype=torch.float64) * 3
+        + torch.arange(50)[:, None]
+    )
+    monkeypatch.setattr(chunks, "rows_at_once", lambda *_: 7)
+    variance = x.var(0, correction=0) + 1e-5
+    z = (x - x.mean(0)) / variance.sqrt()
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) - variance.log().sum() / 2
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x), expected)

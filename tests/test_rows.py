@@ -203,3 +203,14 @@ def test_a_field_that_makes_nan_is_still_the_one_to_blame(solver, points):
     flow = Flow(None, Continuous(Adapter(Root(), (2,)), solver), event_shape=(2,)).double()
     with pytest.raises(SolverError, match="the field returned NaN or infinity"):
         flow.encode(points)
+
+
+def test_probes_that_are_given_stay_with_their_rows(small_flow, generator):
+    flow = small_flow("cnf")
+    x = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    probe = torch.randn(1, 6, 2, generator=generator, dtype=torch.float64)
+    x[2] = torch.nan
+    sound = [0, 1, 3, 4, 5]
+    told = flow.log_prob(x, divergence=cnf.Hutchinson(probe=probe))
+    expected = flow.log_prob(x[sound], divergence=cnf.Hutchinson(probe=probe[:, sound]))
+    torch.testing.assert_close(told[sound], expected, rtol=1e-9, atol=1e-9)

@@ -177,6 +177,25 @@ def test_perfect_flow_scores_the_floor():
     assert scores["nll"] == pytest.approx(2.8379, abs=4 * scores["nll_error"])
 
 
+def test_own_points_are_judged_in_their_spread_and_by_their_weights(monkeypatch):
+    """The second half has weight 0, so that it counts in no score."""
+    monkeypatch.setattr(Judge, "distances", lambda self, drawn: {})  # the floor takes long
+    draw = torch.Generator().manual_seed(6)
+    x, drawn, other = torch.randn(3, 60, 2, generator=draw, dtype=torch.float64)
+    x = torch.cat([x, x + 50])
+    weight = torch.cat([torch.rand(60, generator=draw).double(), torch.zeros(60)])
+    units, flow = torch.tensor([1e3, 1e-2], dtype=torch.float64), cnf.models.build("maf", dim=2)
+    judge, scaled = (
+        Judge(cnf.data.Points(x * unit, weight=weight), other) for unit in (1.0, units)
+    )
+    assert scaled.sliced(drawn * units) == pytest.approx(judge.sliced(drawn), rel=1e-9)
+    assert judge.sliced(judge.target.x[:60]) < 1
+    with torch.no_grad():
+        told = judge.likelihood(flow.double(), judge.test)["nll"]
+        expected = -(weight * flow.log_prob(x)).sum() / weight.sum()
+    assert told == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_nobody_named_means_the_race(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "RACE", ("realnvp",))
     assert race(None, "moons", steps=2).contestants == ["realnvp"]

@@ -279,3 +279,13 @@ def test_table_holds_every_metric():
     paths = {"path-energy", "normalised-path-energy", "straightness", "nfe", "round-trip"}
     assert set(METRICS) == distances | paths | {"nll", "gap"}
     assert METRICS["w2"] is wasserstein2
+
+
+def test_error_of_a_weighted_mean_is_that_of_its_rows_shares(generator):
+    """√Σ s²(x - mean)²: of equal weights the plain one with N instead of N - 1 under the root."""
+    draws = torch.randn(50, generator=generator, dtype=torch.float64)
+    equal = Estimate.of(draws, torch.full((50,), 3.0))
+    assert equal.value == pytest.approx(draws.mean().item())
+    assert equal.error == pytest.approx(draws.std(correction=0).item() / 50**0.5)
+    two = Estimate.of(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 1.0]))
+    assert two.value == pytest.approx(1) and two.error == pytest.approx((9 / 8) ** 0.5)

@@ -104,6 +104,7 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     with status("scoring") as say:
         judge = Judge(test, other, density)
         scores = judge.scores(flow, say=say)
+        judge.warn_of_few_steps("evaluate", flow)
     if run.is_dir():
         (run / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
     apart = "" if density else " Distances are measured on standardized columns."

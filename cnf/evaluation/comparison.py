@@ -278,6 +278,7 @@ def _raced(
     flow, histories, memory = _train(contestant, train, density, config)
     with status("scoring", config.progress) as tell:
         scores = {**judge.scores(flow, config.seed, tell), **_training_costs(histories, memory)}
+        judge.warn_of_few_steps(f"compare: {contestant.title}", flow)
         curve = _curve(histories, density, config.seed)
         tell("samples in few steps")
         few = judge.few_steps(flow, config.seed)

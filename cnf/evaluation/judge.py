@@ -13,6 +13,8 @@ from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
 from cnf.evaluation.few_steps import Curve, nfe_curve
 from cnf.flow import Flow, evaluating
+from cnf.objectives import Batch
+from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.stream import seeded
 from cnf.transforms.continuous import Continuous, is_continuous
 
@@ -76,6 +78,12 @@ class Judge:
             scores["round_trip"] = metrics.round_trip_error(exact, test.x[:1000], context)
             say("cost")
             return {**scores, **_cost(flow, test)}
+
+    def warn_of_few_steps(self, who: str, flow: Flow) -> None:
+        """Warn where the flow's own fixed steps give another NLL than the tight solver's score."""
+        test = _placed(self.test, flow)
+        rows = Batch(test.x, test.context, weight=test.weight)
+        warn_of_few_steps(who, flow, rows, whose="flow", kind="test")
 
     def likelihood(self, flow: Flow, test: Points) -> dict[str, float]:
         """Gap to the truth where that is known, and NLL, with standard errors."""

@@ -96,10 +96,12 @@ class Objective(ABC):
 
     Attributes:
         needs_data: Whether a batch without rows makes no sense.
+        solves: Whether the loss solves a continuous flow's ODE.
         lr: Learning rate of Adam where neither the run nor the model has one.
     """
 
     needs_data = False
+    solves = False
     lr = 2e-3
 
     def begin(

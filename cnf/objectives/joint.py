@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cnf.errors import expect_positive
+from cnf.flow import Flow
 from cnf.objectives.base import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.matching import FlowMatching
@@ -43,6 +44,15 @@ class Joint(Objective):
     @property
     def needs_data(self) -> bool:
         return any(term.needs_data for term in self.terms)
+
+    @property
+    def solves(self) -> bool:
+        return any(term.solves for term in self.terms)
+
+    def as_trained(self, flow: Flow) -> Flow:
+        """Under the solver of the first term that has one of its own."""
+        found = (term.as_trained(flow) for term in self.terms)
+        return next((under for under in found if under is not flow), flow)
 
     def learning_rate(self, module: nn.Module) -> float:
         """The lowest of the terms'."""

@@ -47,6 +47,7 @@ class MaximumLikelihood(Objective):
     """
 
     needs_data = True
+    solves = True
 
     divergence: Any = None
     penalties: Mapping[str, float] | None = None

@@ -182,6 +182,7 @@ class _Trainer:
                     self._save()
             if self.validation.exhausted:
                 self.history.reason = "patience"
+            self._compare_on_training_rows()
             if self.history.records:
                 last = self.history.records[-1]
                 self._show(bar, last["loss"], int(last["nfe"]))
@@ -256,6 +257,16 @@ class _Trainer:
         score = self.validation.score(self.learner.kept, self.budget.fraction)
         bar.validated(self.validation.name, score)
         return score
+
+    def _compare_on_training_rows(self) -> None:
+        """Where nothing was held out to compare them on: whether likelihood's fixed steps were
+        enough."""
+        module: Any = self.learner.kept
+        head = self.stream.head
+        if self.validation.done or head is None or not self.objective.solves:
+            return
+        if isinstance(module, Flow) and module.base.has_density:
+            self.validation.compare_solvers(module, self._placed(head), "training")
 
     def _record(self, loss: Loss, nfe: int, scored: float | None) -> None:
         records, budget = self.history.records, self.budget

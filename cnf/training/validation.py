@@ -1,24 +1,18 @@
 """Held-out scores during training, and when to stop for want of a better one."""
 
-import copy
-import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from cnf.errors import SolverError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.training.config import BATCH_SIZE, TrainConfig
+from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.stream import seeded
-from cnf.transforms.continuous import Continuous, has_fixed_steps, refined
 
 CHUNK = 10_000  # rows scored at once
-SOLVER_ROWS = 256  # with which fixed steps are compared with twice as many
-SOLVER_NATS = 0.05  # of mean log-likelihood that they may differ by
 
 
 class Validation:
@@ -46,8 +40,8 @@ class Validation:
         with evaluating(module), torch.no_grad():
             if isinstance(module, Flow) and module.base.has_density:
                 self.name, score = "val_nll", self._nll(module)
-                if not self.warned and self._compares(fraction):
-                    self._compare_solvers(module)
+                if self._compares(fraction):
+                    self.compare_solvers(module, self._rows, "held-out")
             else:
                 self.name, score = "val_loss", self._loss(module)
         if self.config.patience is not None:
@@ -74,32 +68,13 @@ class Validation:
         """At the last validation and at the 1st, 2nd, 4th, …"""
         return fraction >= 1 or self.done & (self.done - 1) == 0
 
-    def _compare_solvers(self, flow: Flow) -> None:
-        """Warn where fixed steps, the flow's or the loss's, are too few for the numbers they give:
-        likelihood may train the field to exploit their error."""
-        rows = next(self._chunks(SOLVER_ROWS))
+    def compare_solvers(self, flow: Flow, rows: Batch, kind: str) -> None:
+        """Warn, once, where fixed steps, the flow's or the loss's, are too few for the numbers
+        they give: likelihood may train the field to exploit their error."""
         for under in dict.fromkeys((flow, self.objective.as_trained(flow))):
-            if not has_fixed_steps(under.transform):
-                continue
-            finer = copy.copy(under)
-            finer._modules = {**under._modules, "transform": refined(under.transform)}
-            now, then = (self._mean_nll(each, rows) for each in (under, finer))
-            if not abs(now - then) <= SOLVER_NATS:  # NaN too
-                self.warned = True
-                warnings.warn(
-                    f"fit: the NLL of {len(rows.x)} held-out rows is {now:.4g} nats by the "
-                    f"{_solvers(under)} that the {'flow' if under is flow else 'loss'} takes, "
-                    f"{then:.4g} by twice the steps: what is trained is the solver's error; take "
-                    "more steps, or an adaptive solver such as Solver('dopri5')",
-                    stacklevel=2,
-                )
-                return
-
-    def _mean_nll(self, flow: Flow, rows: Batch) -> float:
-        try:
-            return -flow.log_prob(rows.x, rows.context).double().mean().item()
-        except SolverError:  # what the finer steps meet may be infinite
-            return math.inf
+            whose = "flow" if under is flow else "loss"
+            if not self.warned:
+                self.warned = warn_of_few_steps("fit", under, rows, whose=whose, kind=kind)
 
     def _loss(self, module: nn.Module) -> float:
         generator, total = seeded(self.config.seed, -4), 0.0  # the same draws every time
@@ -135,8 +110,3 @@ class Validation:
 def _mass(rows: Batch) -> float:
     """The sum of the rows' weights; each counts as one where there are none."""
     return len(rows.x) if rows.weight is None else rows.weight.double().sum().item()
-
-
-def _solvers(flow: Flow) -> str:
-    parts = [part for part in flow.modules() if isinstance(part, Continuous)]
-    return " and ".join(dict.fromkeys(str(part.solver) for part in parts))

@@ -7,6 +7,8 @@ import torch
 
 import cnf
 from cnf import MaximumLikelihood
+from cnf.evaluation.error_bars import log_prob_with_error
+from cnf.evaluation.judge import Judge
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -42,3 +44,45 @@ def test_steps_that_are_enough_are_not_warned_about(small, config, points):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         validation.score(flow, 1.0)
+
+
+def test_weights_count_in_the_comparison(small, points):
+    flow, weight = steep(small, solver=COARSE).double(), torch.zeros(100)
+    points = points.double()
+    weight[7] = 2.0
+    validation = Validation(
+        MaximumLikelihood(), cnf.TrainConfig(steps=1), cnf.Batch(points, weight=weight)
+    )
+    nll = -flow.log_prob(points[7]).item()
+    with pytest.warns(UserWarning, match=f"NLL of 100 held-out rows is {nll:.4g} nats"):
+        validation.score(flow, 1.0)
+
+
+@pytest.mark.parametrize("likelihood", [MaximumLikelihood(), cnf.objectives.Joint()], ids=repr)
+def test_with_nothing_held_out_training_rows_are_compared_at_the_end(
+    likelihood, small, config, points
+):
+    settings = config(validations=0, steps=1, lr=1e-9, ema=None)
+    with pytest.warns(UserWarning, match="NLL of 100 training rows.*rk4, 1 steps.*twice") as all:
+        cnf.fit(steep(small, solver=COARSE), likelihood, points, settings)
+    assert len(all) == 1
+    cnf.fit(steep(small, solver=COARSE), cnf.FlowMatching(), points, settings)
+    cnf.fit(steep(small, solver=cnf.Solver()), likelihood, points, settings)
+
+
+def test_joint_trains_under_the_solver_of_its_likelihood(small):
+    flow, matching = small(solver=cnf.Solver()), cnf.FlowMatching()
+    joint = cnf.objectives.Joint((matching, MaximumLikelihood(solver=COARSE)))
+    assert joint.as_trained(flow).transform.solver == COARSE
+    assert cnf.objectives.Joint((matching,), (1.0,)).as_trained(flow) is flow
+
+
+def test_error_bars_and_the_race_warn_of_few_steps_too(small, points):
+    flow = steep(small, solver=COARSE)
+    words = "NLL of .* rows is .* by the rk4, 1 steps that the flow takes, .* by twice the steps"
+    with pytest.warns(UserWarning, match=f"log_prob_with_error: the {words}"):
+        log_prob_with_error(flow, points)
+    judge = Judge(points, points, w2_points=20)
+    with pytest.warns(UserWarning, match=f"compare: CNF: the {words}"):
+        judge.warn_of_few_steps("compare: CNF", flow)
+    judge.warn_of_few_steps("compare: CNF", flow.with_solver(cnf.Solver()))

@@ -1,0 +1,63 @@
+"""Fixed steps that are too few for the log-densities that they give."""
+
+import copy
+import math
+import warnings
+
+import torch
+
+from cnf.errors import SolverError
+from cnf.flow import Flow, evaluating
+from cnf.objectives import Batch
+from cnf.objectives.base import weighted_mean
+from cnf.transforms.continuous import Continuous, has_fixed_steps, refined
+
+ROWS = 256  # with which fixed steps are compared with twice as many
+NATS = 0.05  # of mean log-likelihood that they may differ by
+
+
+@torch.no_grad()
+def warn_of_few_steps(who: str, flow: Flow, rows: Batch, *, whose: str, kind: str) -> bool:
+    """Whether a flow's fixed steps gave another NLL than twice as many, of which it warns.
+
+    Args:
+        who: Who warns.
+        flow: The flow; of one without fixed steps nothing is said.
+        rows: Of which `ROWS`, evenly taken, are scored, by their weights.
+        whose: Steps they are: the flow's or the loss's.
+        kind: Of rows, in words.
+    """
+    if not has_fixed_steps(flow.transform):
+        return False
+    rows = rows.map(lambda value: value[:: -(-len(rows.x) // ROWS)])
+    finer = copy.copy(flow)
+    finer._modules = {**flow._modules, "transform": refined(flow.transform)}
+    with evaluating(flow):
+        now, then = (_nll(each, rows) for each in (flow, finer))
+    return warn_of_difference(who, flow, now, then, f"{len(rows.x)} {kind} rows", whose)
+
+
+def warn_of_difference(
+    who: str, flow: Flow, now: float, then: float, rows: str, whose: str = "flow"
+) -> bool:
+    """Whether the NLL `now` is not that of twice the steps, `then`, of which it warns."""
+    if now == then or abs(now - then) <= NATS:  # NaN is neither
+        return False
+    parts = [part for part in flow.modules() if isinstance(part, Continuous)]
+    solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
+    warnings.warn(
+        f"{who}: the NLL of {rows} is {now:.4g} nats by the {solvers} that the {whose} takes, "
+        f"{then:.4g} by twice the steps: the difference is the solver's error, which likelihood "
+        "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')",
+        stacklevel=3,
+    )
+    return True
+
+
+def _nll(flow: Flow, rows: Batch) -> float:
+    generator = torch.Generator(rows.x.device).manual_seed(0)  # the same draws for both
+    try:
+        log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
+    except SolverError:  # what the finer steps meet may be infinite
+        return math.inf
+    return -weighted_mean(log_prob, rows.weight).item()

@@ -1,6 +1,7 @@
 """Checkpoints: a flow's weights with how to build it, and the state that training goes on from."""
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ FLOW_FILE = "flow.safetensors"
 STATE_FILE = "state.pt"
 STATE_MARK = b"cnf-state-2 "  # then the hash of the rest, then a newline
 TEMPORARY = ".tmp"
+PICKLED = (".pt", ".pth", ".ckpt", ".bin")  # names that torch.save's files go by
 NO_HASH = "0" * 64  # stands for the hash while it is computed
 
 
@@ -140,6 +142,12 @@ def _opened(path: Path) -> tuple[Any, dict[str, Tensor]]:
     safetensors, torch_side = (
         optional(name, "train") for name in ("safetensors", "safetensors.torch")
     )
+    if path.suffix in PICKLED:
+        raise CheckpointError(
+            f"load: expected a .safetensors file written by cnf.save, got {path}, a file of "
+            "torch.save, which does not say how to build the flow; build the flow, write "
+            f"flow.load_state_dict(torch.load({path.name!r})), and keep it by cnf.save(flow, …)"
+        )
     try:
         data = path.read_bytes()
         with safetensors.safe_open(path, "pt") as file:
@@ -166,7 +174,19 @@ def _find(path: Path, name: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise CheckpointError(f"load: no {name} in {path}" if path.is_dir() else f"load: no {path}")
+    if path.is_dir():
+        held = ", ".join(sorted(part.name for part in path.iterdir())[:5]) or "nothing"
+        raise CheckpointError(
+            f"load: expected a run's folder with checkpoints/{name}, or a folder with {name}, got "
+            f"{path}, which holds {held}; name the file or the run itself"
+        )
+    around = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = [str(path.parent / part) for part in difflib.get_close_matches(path.name, around)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"looked from {Path.cwd()}"
+    raise CheckpointError(
+        f"load: expected a .safetensors file or a run's folder, got {path}, which is not there; "
+        f"{hint}"
+    )
 
 
 def _built(spec: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path) -> Flow:

@@ -325,3 +325,26 @@ def test_state_that_holds_another_thing_is_refused(held, tmp_path):
     path = tmp_path / "state.pt"
     save_state(held, path)
     assert type(held).__name__ in refusal(load_state, path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+def test_a_file_of_torch_save_is_told_how_to_become_one_of_cnf(suffix, small, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    torch.save(small().state_dict(), path)
+    with pytest.raises(
+        cnf.CheckpointError, match=r"got .*torch\.save.*load_state_dict.*cnf\.save"
+    ):
+        cnf.load(path)
+
+
+def test_a_missing_file_is_told_with_near_names_and_a_folder_with_what_it_holds(small, tmp_path):
+    cnf.save(small(), tmp_path / "model.safetensors")
+    with pytest.raises(cnf.CheckpointError, match=r"not there; did you mean .*/model.safetensors"):
+        cnf.load(tmp_path / "modle.safetensors")
+    with pytest.raises(cnf.CheckpointError, match="not there; looked from"):
+        cnf.load(tmp_path / "no" / "such")
+    with pytest.raises(cnf.CheckpointError, match=r"run's folder.*holds model.safetensors; name"):
+        cnf.load(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(cnf.CheckpointError, match="which holds nothing"):
+        cnf.load(tmp_path / "empty")

@@ -10,6 +10,7 @@ from cnf.precision import collapsing
 
 NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
 ATOM = 0.1  # of the rows with one and the same value
+REPEATED = 0.5  # of the rows with a value that some other row has too
 
 
 def expect_resolved(head: Tensor | None, dtype: torch.dtype, names: Sequence[str] | None) -> None:
@@ -31,7 +32,8 @@ def _named(columns: Iterable[int], names: Sequence[str] | None) -> str:
 
 def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     """Warn of columns along which no density is bounded, so that the NLL falls for ever: constant
-    ones, those that repeat or combine others, and those with a value that many rows share.
+    ones, those that repeat or combine others, those with a value that many rows share, and those
+    of few values, as rounding leaves (ages in years).
 
     Args:
         head: Rows, shape (N, *event); of images, whose borders may well be constant, nothing is
@@ -45,10 +47,22 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     found = []
     if constant.any():
         found.append(f"{_named(constant.nonzero().flatten().tolist(), names)}: constant")
-    sizes = [int(column.unique(return_counts=True)[1].max()) for column in rows.T]
+    counts = [column.unique(return_counts=True)[1] for column in rows.T]
+    sizes = [int(count.max()) for count in counts]
     shared = [k for k, size in enumerate(sizes) if ATOM * len(rows) < size < len(rows)]
     if shared:
         found.append(f"{_named(shared, names)}: one value in more than {ATOM:.0%} of the rows")
+    again = [int(count[count > 1].sum()) for count in counts]
+    rounded = [
+        k
+        for k, size in enumerate(sizes)
+        if size <= ATOM * len(rows) and again[k] > REPEATED * len(rows)
+    ]
+    if rounded:
+        found.append(
+            f"{_named(rounded, names)}: more than {REPEATED:.0%} of the rows have a value that "
+            "others have too, as if rounded"
+        )
     varying = (~constant).nonzero().flatten()
     found += _combinations(rows[:, varying], varying.tolist(), names)
     if found:

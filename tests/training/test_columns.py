@@ -34,7 +34,13 @@ def zeros(x):
     x[::5, 2] = 0.0
 
 
+def ages(x):
+    """Some 60 values, none in a tenth of the rows."""
+    x[:, 2] = (30 * x[:, 2] / x[:, 2].abs().max()).round()
+
+
 CASES = {
+    ages: r"\(column 'c': more than 50% of the rows have a value that others have too",
     constant: r"\(column 'c': constant\)",
     duplicated: r"\(column 'c': follows from column 'a'\)",
     scaled_and_rounded: r"\(column 'c': follows from column 'a'\)",
@@ -63,6 +69,7 @@ def test_two_faults_are_told_apart_and_without_names_by_number():
 def test_what_only_resembles_another_column_is_no_fault():
     x = rows()
     x[:, 2] = x[:, 0] + 1e-3 * x[:, 2]
+    x[:120, 3] = x[120:240, 3]  # 240 of 500 rows have a value that another has
     warn_of_degenerate(x, NAMES)  # warnings are errors here
     warn_of_degenerate(torch.zeros(500, 1, 4, 4), None)  # images
 

@@ -27,8 +27,9 @@ PATHS = 2_000  # trajectories for path energy and straightness
 class Judge:
     """Scores flows against one set of test points.
 
-    Distances of one's own points are measured on columns standardized by the test points, since
-    columns of other scales and units cannot be added; those of a known density as they are.
+    Distances and the round trip of one's own points are measured on columns standardized by the
+    test points, since columns of other scales and units cannot be added; those of a known density
+    as they are.
 
     Args:
         test: Points of the true distribution, shape (N, D), which no flow has seen; with the
@@ -75,7 +76,8 @@ class Judge:
             scores |= self.distances(drawn.cpu())
             say("paths")
             scores |= _paths(flow, target.context)
-            scores["round_trip"] = metrics.round_trip_error(exact, test.x[:1000], context)
+            few, scale = test.x[:1000], self.scale.to(test.x)
+            scores["round_trip"] = metrics.round_trip_error(exact, few, context, scale)
             say("cost")
             return {**scores, **_cost(flow, test)}
 

@@ -250,11 +250,20 @@ def nfe(
 
 @METRICS.register("round-trip")
 @_evaluated
-def round_trip_error(flow: Flow, x: Tensor, context: Tensor | None = None) -> float:
-    """Largest |decode(encode(x)) − x| over all coordinates, in the units of the data, or NaN."""
+def round_trip_error(
+    flow: Flow, x: Tensor, context: Tensor | None = None, scale: Tensor | float = 1.0
+) -> float:
+    """Largest |decode(encode(x)) − x| / scale over all coordinates, or NaN.
+
+    Args:
+        flow: The flow.
+        x: Points, shape (N, *event).
+        context: Their contexts, shape (N, C).
+        scale: The unit of each coordinate, which broadcasts to x; that of the data if 1.
+    """
     _expect_points("round_trip_error", x)
     back = flow.decode(flow.encode(x, context), context)
-    return (back - x).abs().max().item()
+    return ((back - x) / scale).abs().max().item()
 
 
 def _expect_points(who: str, x: Tensor) -> None:

@@ -56,6 +56,11 @@ class Coupling(TwoWayScheme):
         if dim == 1:
             kept = []
         moved = [index for index in range(dim) if index not in kept]
+        if not kept and dim == 1 and not context_dim:
+            raise ValueError(
+                "Coupling: expected two dimensions or more, or a context, got dim=1, of which "
+                "nothing stays to condition on; take an autoregressive model, such as nsf-ar"
+            )
         unknown = len(set(kept)) < len(kept) or not set(kept) <= set(range(dim))
         if unknown or not moved or not (kept or context_dim):
             raise ValueError(

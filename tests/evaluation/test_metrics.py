@@ -253,6 +253,7 @@ def test_round_trip_error_is_the_largest_deviation():
     error[4, 0], error[17, 1] = 0.01, -0.25
     flow = SimpleNamespace(encode=lambda x, c: 3 * x, decode=lambda z, c: z / 3 + error)
     assert round_trip_error(flow, x) == pytest.approx(0.25)
+    assert round_trip_error(flow, x, scale=torch.tensor([0.01, 5.0])) == pytest.approx(1.0)
     error[20, 0] = math.nan
     assert math.isnan(round_trip_error(flow, x))
 

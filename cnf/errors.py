@@ -142,10 +142,12 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
 
 
 def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None) -> Any:
-    """What `call()` finds; raise where `module` edits in place what it was given."""
+    """What `call()` finds; raise where `module` edits in place what it was given.
+
+    Compiled code and inference mode, in which tensors count no edits, go unchecked.
+    """
     tensors = {name: value for name, value in given.items() if value is not None}
-    inference = any(value.is_inference() for value in tensors.values())  # they count no edits
-    if torch.compiler.is_compiling() or inference:
+    if torch.compiler.is_compiling() or any(value.is_inference() for value in tensors.values()):
         return call()
     before = [value._version for value in tensors.values()]
     found = call()

@@ -46,7 +46,7 @@ def warn_of_difference(
     parts = [part for part in flow.modules() if isinstance(part, Continuous)]
     solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
     warnings.warn(
-        f"{who}: the NLL of {rows} is {now:.4g} nats by the {solvers} that the {whose} takes, "
+        f"{who}: the NLL of {rows} is {now:.4g} nats by the {whose}'s solver ({solvers}) and "
         f"{then:.4g} by twice the steps: the difference is the solver's error, which likelihood "
         "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')",
         stacklevel=3,

@@ -208,6 +208,7 @@ def test_a_graph_is_freed_whether_it_was_used_or_not(method, mode, small_flow):
     assert_nothing_stays(use)
 
 
+@pytest.mark.filterwarnings("ignore:.*by twice the steps")  # two Euler steps, for speed
 @pytest.mark.parametrize("name", ["ffjord", "rnode", "otflow"])
 def test_no_field_keeps_its_graph(name, small_flow):
     flow = small_flow(name, solver=Solver("euler", steps=2))

@@ -31,7 +31,7 @@ def test_few_steps_are_compared_with_twice_as_many_and_warned_about_once(
     objective = MaximumLikelihood(solver=None if whose == "flow" else COARSE)
     validation = Validation(objective, config(validations=4), cnf.Batch(points))
     with pytest.warns(
-        UserWarning, match=f"rk4, 1 steps that the {whose}.*twice.*more steps"
+        UserWarning, match=f"the {whose}'s solver .rk4, 1 steps.*twice.*more steps"
     ) as all:
         validation.score(flow, 0.25)
         validation.score(flow, 0.5)
@@ -79,7 +79,7 @@ def test_joint_trains_under_the_solver_of_its_likelihood(small):
 
 def test_error_bars_and_the_race_warn_of_few_steps_too(small, points):
     flow = steep(small, solver=COARSE)
-    words = "NLL of .* rows is .* by the rk4, 1 steps that the flow takes, .* by twice the steps"
+    words = r"NLL of .* rows is .* by the flow's solver \(rk4, 1 steps\) and .* by twice the steps"
     with pytest.warns(UserWarning, match=f"log_prob_with_error: the {words}"):
         log_prob_with_error(flow, points)
     judge = Judge(points, points, w2_points=20)

@@ -162,8 +162,8 @@ def test_auto_keeps_no_more_than_it_may(run, whole):
 
 
 def live():
-    """Tensors that are alive, and the storages that they hold; but for torch.compile's fakes, which
-    tests before have left behind and which hold nothing."""
+    """Tensors that are alive, and the storages that they hold; without the fake ones that tests
+    before have compiled with, which hold nothing."""
     gc.collect()
     found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return len(found), len({tensor.untyped_storage().data_ptr() for tensor in found})

@@ -16,6 +16,14 @@ from cnf.training.run import Run
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """SIGHUP as a terminal has it, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def manifest(tmp_path):
     return lambda: json.loads((tmp_path / "run" / "manifest.json").read_text())

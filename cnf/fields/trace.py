@@ -37,6 +37,8 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
                 if columns.requires_grad:
                     columns.sum().backward(inputs=[at])
             known[field.training] = True
+        except torch.OutOfMemoryError:
+            raise  # it says nothing of the field
         except (NotImplementedError, RuntimeError):  # an error of the field's own will come again
             known[field.training] = False
     return known[field.training]

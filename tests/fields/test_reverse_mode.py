@@ -9,6 +9,7 @@ from cnf.dynamics import REGULARIZERS, Solver, explain
 from cnf.dynamics.regularizers import Point
 from cnf.fields import Adapter
 from cnf.fields.base import exact_divergence
+from cnf.fields.trace import has_forward_mode
 from cnf.transforms import Continuous
 
 F64 = torch.float64
@@ -125,3 +126,11 @@ def test_explain_says_reverse_mode(field_and_x):
     for name in ("attention", "custom function"):
         field, _ = field_and_x(name)
         assert explain(field, rows=4).startswith("Adapter: 3 products in reverse mode")
+
+
+def test_want_of_memory_is_not_taken_for_want_of_a_forward_mode():
+    def full(x):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        has_forward_mode(torch.nn.Identity(), full, torch.ones(2, 2))

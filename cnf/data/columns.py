@@ -165,7 +165,8 @@ class Columns:
         ]
         raise ValueError(
             f"{who}: expected no missing values, got some in {bad.sum()} of {len(bad)} rows, "
-            f"first in {', '.join(first)}; fill them in, or leave the rows out by drop_missing"
+            f"first in {', '.join(first)}; fill them in, or leave the rows out: "
+            "drop_missing=True, or --drop-missing"
         )
 
     def _coded(self, who: str, table: Table, name: str) -> np.ndarray:

@@ -382,14 +382,7 @@ class Flow(nn.Module):
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
         """Warn of points that nothing was fitted near to; not where looking would take time."""
-        if (
-            self._warned
-            or torch.is_grad_enabled()
-            or not y.is_cpu
-            or torch.compiler.is_compiling()
-        ):
-            return
-        if torch._C._are_functorch_transforms_active():
+        if self._warned or torch.is_grad_enabled() or not y.is_cpu or transformed():
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
         for name, part, value in parts:

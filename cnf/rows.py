@@ -78,5 +78,5 @@ class Rows:
 
 def _size(value: Tensor, event_dims: int) -> Tensor:
     """The largest |number| of each row: NaN where there is one, else infinity where there is."""
-    # As linalg.vector_norm(…, inf), in a twentieth of the time.
+    # 20 times faster than linalg.vector_norm(…, inf).
     return value.detach().abs().amax(tuple(range(-event_dims, 0)))

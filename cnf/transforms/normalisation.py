@@ -198,13 +198,11 @@ class BatchNorm(Transform):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and rows.shape[0] > 1:
             variance, mean = torch.var_mean(rows, 0, correction=0)
-        if (
-            self.training and rows.shape[0] > 1 and torch.is_grad_enabled()
-        ):  # else it is but a look
-            with torch.no_grad():
-                unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
-                self.mean.lerp_(mean, self.momentum)
-                self.variance.lerp_(unbiased, self.momentum)
+            if torch.is_grad_enabled():  # without gradients it is but a look
+                with torch.no_grad():
+                    unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
+                    self.mean.lerp_(mean, self.momentum)
+                    self.variance.lerp_(unbiased, self.momentum)
         log_scale = self._log_scale(variance)
         z = (x - mean) * (-log_scale).exp() + self.shift
         return z, -log_scale.sum().expand(x.shape[:-1])

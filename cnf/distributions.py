@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -334,6 +334,22 @@ def as_base(base: Any, event_shape: Sequence[int]) -> Base:
     )
 
 
+def _no_formula(name: str, instead: str) -> str:
+    return (
+        f"FlowDistribution.{name}: a flow has no formula for it; estimate it from samples: "
+        f"{instead}"
+    )
+
+
+def _unknown(name: str, instead: str) -> property:
+    """A property that raises, and says how to estimate what it stands for."""
+
+    def refuse(self: Distribution) -> NoReturn:
+        raise NotImplementedError(_no_formula(name, instead))
+
+    return property(refuse)
+
+
 class FlowDistribution(Distribution):
     """A flow, given its context, as a torch distribution; see `Flow.distribution`.
 
@@ -342,6 +358,11 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
+    # Torch has these as properties and methods that raise without a word.
+    mean = _unknown("mean", "sample((n,)).mean(0)")
+    variance = _unknown("variance", "sample((n,)).var(0)")
+    stddev = _unknown("stddev", "sample((n,)).std(0)")
+    mode = _unknown("mode", "start at the likeliest of sample((n,)) and climb log_prob")
 
     def __init__(
         self, flow: Any, context: Tensor | None, batch_shape: Sequence[int] | None = None
@@ -397,6 +418,32 @@ class FlowDistribution(Distribution):
                 f"{tuple(self.batch_shape)}, got {tuple(value.shape)}"
             ) from None
         return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
+
+    def entropy(self) -> NoReturn:
+        """Raise: it is known by samples only."""
+        raise NotImplementedError(_no_formula("entropy", "-log_prob(sample((n,))).mean(0)"))
+
+    def cdf(self, value: Tensor) -> NoReturn:
+        """Raise: it is known by samples only."""
+        instead = "(sample((n,)) <= value).all(-1).double().mean(0)"
+        raise NotImplementedError(_no_formula("cdf", instead))
+
+    def icdf(self, value: Tensor) -> NoReturn:
+        """Raise: it is known by samples only."""
+        instead = "sample((n,)).quantile(value, 0), of each column for itself"
+        raise NotImplementedError(_no_formula("icdf", instead))
+
+    def enumerate_support(self, expand: bool = True) -> NoReturn:
+        """Raise: the support is a continuum."""
+        raise NotImplementedError(
+            "FlowDistribution.enumerate_support: a flow is continuous, and its support cannot be "
+            "listed; draw from it: sample((n,))"
+        )
+
+    def __repr__(self) -> str:
+        kind = (self.flow.spec or {}).get("model") or type(self.flow.transform).__name__
+        batch, event = tuple(self.batch_shape), tuple(self.event_shape)
+        return f"{type(self).__name__}({kind}, batch_shape: {batch}, event_shape: {event})"
 
 
 def flow_distribution(flow: Any, context: Tensor | None) -> FlowDistribution:

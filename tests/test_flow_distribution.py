@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributions as td
 
-from cnf import Flow
+from cnf import Flow, models
 from cnf.transforms import Compose, Coupling, Sigmoid, Softplus, Standardise
 
 F64 = torch.float64
@@ -138,3 +138,40 @@ def test_is_a_guide_of_pyro_that_learns(small_flow):
     gradients = [p.grad for p in flow.parameters()]
     assert all(g is not None for g in gradients) and max(g.abs().max() for g in gradients) > 0
     pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("name", ["mean", "variance", "stddev", "entropy", "cdf", "icdf"])
+def test_what_has_no_formula_is_estimated_as_its_error_proposes(name):
+    distribution = Flow(None, Standardise((2,)), event_shape=(2,)).distribution()
+    normal = td.Normal(torch.zeros(2), torch.ones(2))
+    value = {"cdf": torch.tensor([0.5, 1.0]), "icdf": torch.tensor(0.3)}.get(name)
+    with pytest.raises(NotImplementedError, match=f"FlowDistribution.{name}: ") as raised:
+        found = getattr(distribution, name)
+        found() if value is None else found(value)
+    exact = {
+        "cdf": lambda: normal.cdf(value).prod(),
+        "icdf": lambda: normal.icdf(value),
+        "entropy": lambda: normal.entropy().sum(),
+    }.get(name, lambda: getattr(normal, name))()
+    proposed = str(raised.value).partition("from samples: ")[2].partition(", of each")[0]
+    named = {"sample": distribution.sample, "log_prob": distribution.log_prob, "n": 40_000}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        estimate = eval(proposed, {**named, "value": value})
+    assert (estimate - exact).abs().max() < 0.03  # of 40,000 draws
+
+
+@pytest.mark.parametrize("use", [lambda d: d.mode, lambda d: d.enumerate_support()])
+def test_mode_and_a_list_of_the_support_are_refused_in_a_sentence(use):
+    with pytest.raises(NotImplementedError, match="FlowDistribution.*; .*sample"):
+        use(Flow(None, Standardise((2,)), event_shape=(2,)).distribution())
+
+
+def test_repr_names_the_model_and_the_shapes():
+    nsf = models.build("nsf", dim=3, context=2)
+    said = repr(nsf.distribution(torch.zeros(4, 2))).removeprefix("Pyro")  # once it is imported
+    assert said == ("FlowDistribution(nsf, batch_shape: (4,), event_shape: (3,))")
+    said = repr(Flow(None, Standardise((2,)), event_shape=(2,)).distribution())
+    assert said.removeprefix("Pyro") == (
+        "FlowDistribution(Standardise, batch_shape: (), event_shape: (2,))"
+    )

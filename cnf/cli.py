@@ -21,6 +21,7 @@ from cnf import models, objectives
 from cnf.arguments import explained, flags, required, settings_class, spelled
 from cnf.catalogue import KINDS
 from cnf.data import Columns, Points
+from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.training import TrainConfig, fit, load
@@ -138,7 +139,7 @@ def sample(
 
     Args:
         run: A run's folder or a flow file.
-        output: The file, .npy or .csv; it must not exist.
+        output: The file, .npy or .csv; it must not exist. Its folder is made if need be.
         n: How many points.
         seed: Seed of the draws.
         steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
@@ -147,6 +148,7 @@ def sample(
     """
     if n < 1:
         raise ValueError(f"expected --n to be at least 1, got {n}")
+    expect_writable("sample", output)  # before the draws, which may take long
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))

@@ -194,6 +194,18 @@ def test_samples_have_the_names_of_the_columns_and_the_context_asked_for(own, ca
         np.testing.assert_allclose(drawn, want.numpy(), rtol=1e-6)
 
 
+def test_sample_looks_before_it_draws_whether_it_can_write(
+    call, run, refused, tmp_path, monkeypatch
+):
+    output = tmp_path / "new" / "x.csv"
+    assert call("sample", run, output, "-n", "4")[0] == 0 and output.is_file()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cnf.Flow, "sample", lambda *_, **__: pytest.fail("drew first"))
+    said = refused("sample", run, tmp_path / "file" / "x.csv")
+    assert "sample: cannot write" in said and "choose a file in a folder" in said
+    assert "exists already; choose another name" in refused("sample", run, output)
+
+
 def test_context_that_cannot_be_is_named(own, refused, tmp_path):
     run, output = own / "run", tmp_path / "x.csv"
     assert "conditioned on kind; give --context" in refused("sample", run, output)
@@ -377,7 +389,7 @@ WRONG = {
     "no run to sample": (["sample", "nowhere", "x.npy"], "nowhere"),
     "no run to check": (["check", "nowhere"], "nowhere"),
     "unknown kind of sample file": (["sample", "RUN", "x.txt"], ".npy or .csv"),
-    "sample into no folder": (["sample", "RUN", "no/x.npy"], "no/x.npy"),
+    "sample under a file": (["sample", "RUN", "three.npy/x.npy"], "cannot write three.npy/x.npy"),
     "no samples": (["sample", "RUN", "x.npy", "-n", "0"], "--n to be at least 1, got 0"),
     "fewer than no samples": (["sample", "RUN", "x.npy", "-n", "-1"], "least 1, got -1"),
     "half a sample": (["sample", "RUN", "x.npy", "-n", "2.5"], "a whole number, got 2.5"),

@@ -19,7 +19,8 @@ class Table:
     """The columns of a file by name, or by number from 1 where it names none.
 
     Attributes:
-        columns: Name → numbers, NaN for a missing one, or text, "" for one.
+        columns: Name → numbers, NaN for a missing one, or text, "" for one; integers that floats
+            might merge stay integers, masked where missing.
         named: Whether the file gives the names.
         lines: The line of each row in a text file.
     """
@@ -118,7 +119,7 @@ class Columns:
         expect_exact(who, {n: table.columns[n] for n in numbers})
         warn_of_columns(who, {name: table.columns[name] for name in names})
         return Picked(
-            np.stack([table.columns[name] for name in names], 1),
+            np.stack([np.asarray(table.columns[name]) for name in names], 1),
             np.concatenate([self._coded(who, table, name) for name in context], 1)
             if context
             else None,
@@ -137,8 +138,12 @@ class Columns:
         if values and all(value.partition("=")[0] in names for value in values):
             given = {name: value for name, _, value in (text.partition("=") for text in values)}
         if len(values) != len(names) or set(given) != set(names):
+            missing = [name for name in names if name not in given]
+            told = f", without {', '.join(missing)}" if missing else ""
             raise ValueError(
-                f"{who}: expected a context of {', '.join(names)}, got {', '.join(values)}"
+                f"{who}: expected a context of {', '.join(names)}, got "
+                f"{', '.join(values) or 'none'}{told}; write "
+                f"--context {','.join(f'{name}=…' for name in names)}"
             )
         texts = self.labels or {}
         table = Table(
@@ -185,21 +190,27 @@ class Columns:
 
 
 def as_column(cells: Sequence[str]) -> np.ndarray:
-    """Numbers, NaN for a missing one, if every cell is one or missing; else text, "" for one."""
+    """A column of a `Table`: numbers if every cell is one or missing, else text."""
     present = [None if cell.lower() in MISSING else cell for cell in cells]
     try:
         numbers = np.array([np.nan if cell is None else float(cell) for cell in present])
-        return _whole(cells, numbers) if (np.abs(numbers) > EXACT).any() else numbers
+        return _whole(present, numbers) if (np.abs(numbers) > EXACT).any() else numbers
     except ValueError:
         return np.array(["" if cell is None else cell for cell in present], dtype=object)
 
 
-def _whole(cells: Sequence[str], numbers: np.ndarray) -> np.ndarray:
-    """The cells' integers, if all are integers of 64 bits; else the numbers."""
+def _whole(cells: Sequence[str | None], numbers: np.ndarray) -> np.ndarray:
+    """The cells' integers, if all are integers of 64 bits or missing; else the numbers."""
     try:
-        return np.array([int(cell) for cell in cells], dtype=np.int64)
+        whole = np.array([0 if cell is None else int(cell) for cell in cells], dtype=np.int64)
     except (ValueError, OverflowError):
         return numbers
+    return integers(whole, np.isnan(numbers))
+
+
+def integers(whole: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """A column of integers, masked where one is missing."""
+    return np.ma.masked_array(whole, missing) if missing.any() else whole
 
 
 def warn_of_columns(who: str, columns: dict[str, np.ndarray]) -> None:
@@ -224,6 +235,8 @@ def warn_of_columns(who: str, columns: dict[str, np.ndarray]) -> None:
 
 
 def _missing(column: np.ndarray) -> np.ndarray:
+    if isinstance(column, np.ma.MaskedArray):
+        return np.ma.getmaskarray(column)
     return column == "" if column.dtype == object else np.isnan(column)
 
 

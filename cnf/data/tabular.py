@@ -1,5 +1,6 @@
 """One's own points: reading them from a table, and drawing from them."""
 
+import contextlib
 import copy
 import csv
 import gzip
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cnf.data.arrays import EXACT, as_numbers, column_names
-from cnf.data.columns import Columns, Table, as_column, is_number
+from cnf.data.columns import Columns, Table, as_column, integers, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, optional
 
@@ -332,8 +333,11 @@ def _read_parquet(who: str, path: Path) -> Table:
 def _arrow_column(arrow: Any, column: Any) -> np.ndarray:
     types = arrow.types
     numeric = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
-    if types.is_integer(column.type) and not column.null_count:
-        return column.to_numpy()
+    if types.is_decimal(column.type) and column.type.scale == 0:
+        with contextlib.suppress(arrow.ArrowInvalid):  # more digits than integers of 64 bits
+            column = column.cast(arrow.int64())
+    if types.is_integer(column.type):
+        return integers(column.fill_null(0).to_numpy(), column.is_null().to_numpy())
     if any(ok(column.type) for ok in numeric):
         return column.cast(arrow.float64()).to_numpy()
     cells = ("" if cell is None else str(cell) for cell in column.to_pylist())
@@ -356,17 +360,46 @@ def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = Non
 
     Raises:
         ValueError: Another kind of file, or one that exists.
+        OSError: It cannot be written.
+    """
+    path = expect_writable("write_table", path)
+    try:
+        if path.suffix == ".npy":
+            np.save(path, x.numpy())
+        else:
+            header = io.StringIO()
+            csv.writer(header, lineterminator="").writerow(columns or [])
+            np.savetxt(  # as few digits as give x back
+                path, x.numpy(), delimiter=",", fmt="%s", header=header.getvalue(), comments=""
+            )
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _unwritable("write_table", path, error) from error
+
+
+def expect_writable(who: str, path: str | Path) -> Path:
+    """The path of a new .npy or .csv file, whose folder is made if need be.
+
+    Raises:
+        ValueError: Another kind of file, or one that exists.
+        OSError: The folder cannot be made or written into.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".csv"):
-        raise ValueError(f"write_table: expected a .npy or .csv file, got {path.name}")
+        raise ValueError(f"{who}: expected a .npy or .csv file, got {path.name}")
     if path.exists():
-        raise ValueError(f"write_table: {path} exists already")
-    if path.suffix == ".npy":
-        np.save(path, x.numpy())
-    else:
-        header = io.StringIO()
-        csv.writer(header, lineterminator="").writerow(columns or [])
-        np.savetxt(  # as few digits as give x back
-            path, x.numpy(), delimiter=",", fmt="%s", header=header.getvalue(), comments=""
-        )
+        raise ValueError(f"{who}: {path} exists already; choose another name, or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        raise _unwritable(who, path, error) from error
+    return path
+
+
+def _unwritable(who: str, path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{who}: cannot write {path} ({error.strerror or error}); choose a file in a folder that "
+        "you may write into, on a disk with room"
+    )

@@ -101,8 +101,10 @@ def test_columns_of_what_is_no_table_are_refused():
         (["dog", "3"], [0, 1, 3]),
         (["u=3", "pet=dog"], [0, 1, 3]),
         (["pet=a=b", "u=3"], "unknown pet 'a=b'; known: cat, dog"),
-        (["dog"], "expected a context of pet, u, got dog"),
-        (["pet=dog", "pet=cat"], "expected a context of pet, u"),
+        (["dog"], "expected a context of pet, u, got dog, without u; write --context pet=…,u=…"),
+        (["u=3"], "expected a context of pet, u, got u=3, without pet; write"),
+        (["pet=dog", "pet=cat"], "expected a context of pet, u, .*, without u; write"),
+        (["dog", "3", "4"], "expected a context of pet, u, got dog, 3, 4; write"),
         (["dog", "old"], r"got others in u \('old'"),
     ],
 )

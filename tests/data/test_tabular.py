@@ -1,3 +1,4 @@
+import errno
 import gzip
 import warnings
 
@@ -279,3 +280,54 @@ def test_integers_of_a_file_that_float64_merges_are_refused_unless_left_out(text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what counts the rows
         assert load(path, Columns(columns=[other])).x.shape == (60, 1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "decimals"])
+def test_integers_that_float64_merges_are_refused_beside_missing_ones(kind, tmp_path):
+    stamps = [2**60 + k if k % 5 else None for k in range(60)]
+    few = [None if stamp is None else stamp % 1000 for stamp in stamps]
+    path = tmp_path / ("x.csv" if kind == "csv" else "x.parquet")
+    if kind == "csv":
+        rows = [f"{'' if a is None else a},{'' if b is None else b},{k}.5" for k, (a, b) in
+                enumerate(zip(stamps, few, strict=True))]  # fmt: skip
+        path.write_text("\n".join(["ns,few,y", *rows]))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        ns = arrow.array(stamps, arrow.int64())
+        ns = ns.cast(arrow.decimal128(20, 0)) if kind == "decimals" else ns
+        y = [k + 0.5 for k in range(60)]
+        parquet.write_table(arrow.table({"ns": ns, "few": few, "y": y}), path)
+    message = r"float64 merges different integers in column 'ns', which are beyond 2\^53"
+    with pytest.raises(ValueError, match=message):
+        load(path, Columns(["ns", "y"], drop_missing=True))
+    with pytest.raises(ValueError, match=r"no missing values, got some in 12 of 60 rows"):
+        load(path, Columns(["ns", "y"]))
+    points = load(path, Columns(["few", "y"], drop_missing=True))  # the other is not asked for
+    assert points.x[:, 0].tolist() == [value for value in few if value is not None]
+
+
+def test_large_integers_beside_missing_ones_that_float64_has_are_read(tmp_path):
+    (tmp_path / "x.csv").write_text("n,y\n" + "\n".join(f"{2**60 * k},{k}" for k in range(1, 6)))
+    with (tmp_path / "x.csv").open("a") as file:
+        file.write("\n,7")
+    points = load(tmp_path / "x.csv", Columns(drop_missing=True))
+    assert points.x[:, 0].tolist() == [2.0**60 * k for k in range(1, 6)]
+
+
+def test_write_table_makes_the_folder_and_says_in_a_sentence_where_it_cannot(tmp_path):
+    write_table(tmp_path / "new" / "deep" / "x.csv", torch.ones(2, 2))
+    assert read_table(tmp_path / "new" / "deep" / "x.csv").shape == (2, 2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"write_table: cannot write .*x.npy \(.*\); choose a file"):
+        write_table(tmp_path / "file" / "x.npy", torch.ones(2, 2))
+
+
+def test_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
+    def full(path, *_, **__):
+        path.write_text("1,2\n")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savetxt", full)
+    with pytest.raises(OSError, match="write_table: cannot write .*No space left.*with room"):
+        write_table(tmp_path / "x.csv", torch.ones(2, 2))
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import cnf
 from cnf import Flow, Hutchinson, Solver
 from cnf.dynamics import record
 from cnf.fields import Adapter
+from cnf.flow import evaluating
 from cnf.models import MODELS
 from cnf.transforms import Continuous, Standardise
 
@@ -90,10 +91,9 @@ def test_flow_in_float32_keeps_the_digits_of_float64_data(far):
     torch.testing.assert_close(drawn.std(0), gaussian.stddev, rtol=0.05, atol=0)  # 4000 draws
 
 
+@pytest.mark.parametrize("far", ["continuous"], indirect=True)
 def test_trajectory_and_integrals_keep_the_digits_too(far):
     flow, x, gaussian = far
-    if not isinstance(flow.transform, Continuous):
-        return
     path = flow.trajectory(flow.encode(x), [0.0, 0.5, 1.0])
     assert path.dtype == F64
     torch.testing.assert_close(path[-1] - 1e8, x - 1e8, rtol=0, atol=1e-4)
@@ -393,3 +393,12 @@ def test_bad_calls_are_value_errors_in_words(name, small_flow, points, contexts)
             call()
     with pytest.raises(ValueError, match="event_shape"):
         Flow(None, plain.transform)
+
+
+def test_evaluating_gives_every_part_its_own_mode_back_after_an_error_too():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    net[1].eval()  # frozen, say
+    with pytest.raises(RuntimeError, match="inside"), evaluating(net):
+        assert not any(part.training for part in net.modules())
+        raise RuntimeError("inside")
+    assert [part.training for part in net.modules()] == [True, True, False]

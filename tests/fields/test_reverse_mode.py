@@ -9,7 +9,7 @@ from cnf.dynamics import REGULARIZERS, Solver, explain
 from cnf.dynamics.regularizers import Point
 from cnf.fields import Adapter
 from cnf.fields.base import exact_divergence
-from cnf.fields.trace import has_forward_mode
+from cnf.fields.trace import has_forward_mode, jacobian_columns
 from cnf.transforms import Continuous
 
 F64 = torch.float64
@@ -91,9 +91,11 @@ def test_the_divergence_is_the_trace_of_autograds_jacobian(name, train, field_an
         with torch.set_grad_enabled(graph):
             v, div = exact_divergence(field, t, x)
             squared = REGULARIZERS["jacobian"](Point(field, t, x, None, v))
+            _, columns = jacobian_columns(lambda x: field(t, x), x, field=field)
         torch.testing.assert_close(v, field(t, x))
         torch.testing.assert_close(div, brute.diagonal(dim1=1, dim2=2).sum(-1))
         torch.testing.assert_close(squared, brute.square().sum((1, 2)))
+        torch.testing.assert_close(columns, brute.permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("name", NETS)

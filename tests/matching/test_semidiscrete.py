@@ -7,7 +7,7 @@ from scipy.stats import norm
 import cnf
 from cnf.evaluation.distances import wasserstein2
 from cnf.matching import COUPLINGS, SemiDiscrete, as_coupling
-from cnf.matching.semidiscrete import _exact, _near
+from cnf.matching.semidiscrete import _exact, _near, _spread_out
 
 F64 = torch.float64
 
@@ -103,6 +103,12 @@ def test_few_rows_of_each_label_have_equal_shares():
         j = plan(x0, x1, context[3 * k].expand(len(x0), -1)).j
         share = torch.bincount(j - 3 * k, minlength=3) * 3 / len(x0)
         assert (share - 1).square().mean().sqrt() < 0.03
+
+
+def test_rows_in_an_order_are_taken_from_all_of_it():
+    cpu = torch.device("cpu")
+    assert _spread_out(40, 4, cpu).tolist() == [0, 10, 20, 30]
+    assert torch.bincount(_spread_out(3, 9, cpu)).tolist() == [3, 3, 3]
 
 
 def test_cells_that_are_not_in_balance_are_seen(generator):

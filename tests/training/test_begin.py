@@ -90,6 +90,13 @@ def test_every_stream_gives_rows(kind, config, points):
     assert NoData(config()).rows(5) is None
 
 
+def test_a_coupling_never_sees_held_out_rows(config, points):
+    stream = as_stream(points, config(validations=1))
+    both = torch.cat([stream.rows(100).x, stream.validation.x])
+    assert len(stream.validation.x) == 10
+    assert torch.equal(both.sort(0).values, points.sort(0).values)
+
+
 def test_the_seconds_of_a_fit_are_of_the_budget(small, config, points):
     coupling = FEW | {"steps": 200}
     history = cnf.fit(small(), FlowMatching(coupling=coupling), points, config(seconds=0.05))

@@ -20,7 +20,7 @@ from cnf.errors import expect_context, expect_event, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.rows import Rows
-from cnf.transforms.base import Transform, modules_in
+from cnf.transforms.base import Transform, transforms_in
 from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
     Continuous,
@@ -134,7 +134,7 @@ class Flow(nn.Module):
     def data_dtype(self) -> torch.dtype:
         """Of samples: `dtype`, or that of the data `preprocess` was fitted to if it is wider."""
         dtype = self.dtype
-        for part in () if self.preprocess is None else modules_in(self.preprocess):
+        for part in () if self.preprocess is None else transforms_in(self.preprocess):
             dtype = torch.promote_types(getattr(part, "dtype", dtype), dtype)
         limit = widest(self.base._like.device)
         return dtype if torch.promote_types(dtype, limit) == limit else self.dtype
@@ -314,7 +314,7 @@ class Flow(nn.Module):
             _warn_of_merged(collapsing(x.reshape(-1, *self.event_shape), self.dtype), self.dtype)
         else:
             if torch.promote_types(x.dtype, self.data_dtype) != x.dtype:
-                parts = modules_in(self.preprocess)
+                parts = transforms_in(self.preprocess)
                 found = {k for part in parts for k in getattr(part, "unresolved", ())}
                 _warn_of_merged(sorted(found), x.dtype)
             x, ladj = self.preprocess.inverse(x)
@@ -401,8 +401,9 @@ class Flow(nn.Module):
 
     def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
         missing = self.transform.optional_context
-        drop = is_adaptive(self.transform) and not transformed()
-        return Rows(values, len(self.event_shape), context, missing, drop)
+        drop = is_adaptive(self.transform)
+        look = (drop or values[0].is_cpu) and not transformed()
+        return Rows(values, len(self.event_shape), context, missing, look, drop)
 
     def _expect_dtype(self, who: str, z: Tensor) -> None:
         if z.dtype != self.dtype:

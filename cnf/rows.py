@@ -12,18 +12,21 @@ class Rows:
 
     A row that is not must reach no net, whose gradients it would make NaN, and take no part in an
     adaptive solve, whose steps it would shorten. So `take` puts zeros in its place, or leaves it
-    out, and `give` puts back what is known of it beforehand: nothing waits for the device, unless
-    rows are left out.
+    out, and `give` puts back what is known of it beforehand. Where one may look and finds no bad
+    row, which is the rule, both change nothing.
 
     Args:
         values: The same rows, before and after a map, shape (*batch, *event).
         event_dims: How many trailing axes form the event.
         context: Condition, shape (*batch, C), or None.
         missing: Whether NaN in the context is meant.
-        drop: Whether bad rows are left out.
+        look: Whether one may look: nothing is traced, and waiting for the device costs little.
+        drop: Whether bad rows are left out, which needs a look.
 
     Attributes:
         sound: Whether a row is finite, shape (*batch,).
+        whole: Whether all are known to be.
+        dropped: Whether rows were left out.
         log_density: Of a bad row: NaN where it holds NaN, -inf where it lies at infinity.
     """
 
@@ -33,6 +36,7 @@ class Rows:
         event_dims: int,
         context: Tensor | None,
         missing: bool = False,
+        look: bool = False,
         drop: bool = False,
     ) -> None:
         size, *others = (_size(value, event_dims) for value in values)
@@ -43,14 +47,15 @@ class Rows:
             context = torch.where(context.isnan(), 0.0, context) if missing else context
             size = size + (0 * context).sum(-1)  # NaN where it is not finite
         self.sound, self.log_density = size.isfinite(), -size
-        self.dropped = drop and not self.sound.all()
+        self.whole = look and bool(self.sound.all())
+        self.dropped = look and drop and not self.whole
 
     def take(self, value: Any, axis: int = 0) -> Any:
         """What is to be computed with of `value`, whose batch begins at `axis`.
 
         What is no tensor, None or one number for all rows, stays as it is.
         """
-        if not isinstance(value, Tensor):
+        if self.whole or not isinstance(value, Tensor):
             return value
         if self.dropped:
             return value[self._at(axis)]
@@ -58,14 +63,16 @@ class Rows:
 
     def give(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
         """`value`, computed of what was taken, with `bad` in the bad rows."""
+        if self.whole:
+            return value
         bad = bad.to(value.dtype) if isinstance(bad, Tensor) else bad
         if not self.dropped:
             return torch.where(self._over(value, axis), value, bad)
         shape = (*value.shape[:axis], *self.sound.shape, *value.shape[axis + 1 :])
-        whole = value.new_empty(shape)
-        whole[...] = bad
-        whole[self._at(axis)] = value
-        return whole
+        result = value.new_empty(shape)
+        result[...] = bad
+        result[self._at(axis)] = value
+        return result
 
     def _at(self, axis: int) -> tuple[Any, ...]:
         return (*[slice(None)] * axis, self.sound)

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from cnf.transforms.base import Transform, modules_in
+from cnf.transforms.base import Transform
 from cnf.transforms.continuous import is_continuous
 
 BYTES = 2**28  # of working memory, by the estimate below
@@ -27,16 +28,26 @@ def by_chunks(
     return _chunked(way, value, context, transform.event_dims, rows_at_once(transform, value))
 
 
+_widest: WeakKeyDictionary[Transform, tuple[int, int]] = WeakKeyDictionary()
+
+
 def rows_at_once(transform: Transform, value: Tensor) -> int:
     """Rows whose widest layer takes `BYTES`, from the sizes of the weights."""
     event = value.shape[value.dim() - transform.event_dims :]
     size, places = math.prod(event), math.prod(event[1:])
-    owned = (part._parameters.values() for part in modules_in(transform))
-    shapes = [weight.shape for weights in owned for weight in weights if weight is not None]
-    widths = [shape[0] * (places if len(shape) == 4 else 1) for shape in shapes if shape]
+    if transform not in _widest:  # a look at each weight, which takes as long as a small batch
+        _widest[transform] = _widest_layers(transform)
+    dense, convolution = _widest[transform]
     tangents = size if is_continuous(transform) and places == 1 else 1  # of an exact divergence
-    row = COPIES * max([size, *widths]) * tangents * value.element_size()
+    row = COPIES * max(size, dense, convolution * places) * tangents * value.element_size()
     return max(1, BYTES // row)
+
+
+def _widest_layers(transform: Transform) -> tuple[int, int]:
+    """Outputs of the widest dense layer, and channels of the widest convolution; 0 for none."""
+    shapes = [weight.shape for weight in transform.parameters() if weight.dim()]
+    dense, convolutions = ([s[0] for s in shapes if (len(s) == 4) == is4] for is4 in (False, True))
+    return max(dense, default=0), max(convolutions, default=0)
 
 
 def _chunked(

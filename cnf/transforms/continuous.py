@@ -21,7 +21,7 @@ from cnf.errors import expect_choice, unedited
 from cnf.fields.base import VectorField
 from cnf.fields.wrappers import pieces_of
 from cnf.precision import with_current_autocast
-from cnf.transforms.base import TRANSFORMS, Transform, modules_in
+from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
 
 
 class Integral(NamedTuple):
@@ -315,18 +315,18 @@ def _changed(transform: Transform, change: Callable[[Continuous], None]) -> Tran
     return result
 
 
-def is_continuous(transform: nn.Module) -> bool:
+def is_continuous(transform: Transform) -> bool:
     """Whether a `Continuous` stands anywhere in it."""
-    return any(isinstance(part, Continuous) for part in modules_in(transform))
+    return any(isinstance(part, Continuous) for part in transforms_in(transform))
 
 
-def has_fixed_steps(transform: nn.Module) -> bool:
+def has_fixed_steps(transform: Transform) -> bool:
     """Whether an ODE in it is solved in steps that no error controls."""
-    solvers = (part.solver for part in modules_in(transform) if isinstance(part, Continuous))
+    solvers = (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))
     return any(solver.fixed for solver in solvers)
 
 
-def is_adaptive(transform: nn.Module) -> bool:
+def is_adaptive(transform: Transform) -> bool:
     """Whether an ODE in it chooses its steps, by all rows together."""
-    solvers = (part.solver for part in modules_in(transform) if isinstance(part, Continuous))
+    solvers = (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))
     return any(not solver.fixed for solver in solvers)

@@ -1,6 +1,5 @@
 """What the columns of a table are for: those that are modelled, a context, weights."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -10,7 +9,6 @@ import numpy as np
 from cnf.data.arrays import EXACT, expect_exact
 from cnf.errors import UnknownNameError
 
-ATOMS = 20  # as many different values in a column of many rows are no continuous distribution
 MISSING = ("", "na", "n/a", "nan", "null", "none")
 
 
@@ -117,7 +115,6 @@ class Columns:
         _expect_numbers(who, table, [*names, *weights])
         numbers = (n for n in [*names, *context] if table.columns[n].dtype != object)
         expect_exact(who, {n: table.columns[n] for n in numbers})
-        warn_of_columns(who, {name: table.columns[name] for name in names})
         return Picked(
             np.stack([np.asarray(table.columns[name]) for name in names], 1),
             np.concatenate([self._coded(who, table, name) for name in context], 1)
@@ -211,27 +208,6 @@ def _whole(cells: Sequence[str | None], numbers: np.ndarray) -> np.ndarray:
 def integers(whole: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """A column of integers, masked where one is missing."""
     return np.ma.masked_array(whole, missing) if missing.any() else whole
-
-
-def warn_of_columns(who: str, columns: dict[str, np.ndarray]) -> None:
-    """Warn of columns that count the rows, and of those whose few values have no density."""
-    for name, values in columns.items():
-        if len(values) < 50 or not np.isfinite(values).all():
-            continue
-        if (np.diff(values) == 1).all():
-            warnings.warn(
-                f"{who}: column {name!r} counts the rows, which is nothing to model; leave it out "
-                "by naming the columns to model",
-                stacklevel=2,
-            )
-        elif 1 < len(different := np.unique(values)) <= ATOMS:
-            warnings.warn(
-                f"{who}: column {name!r} has only {len(different)} different values in "
-                f"{len(values)} rows, and single values have no density: the likelihood can grow "
-                "without bound. Leave it out, make it a context, or add noise as wide as the "
-                "steps between its values (dequantisation)",
-                stacklevel=2,
-            )
 
 
 def _missing(column: np.ndarray) -> np.ndarray:

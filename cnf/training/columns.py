@@ -10,6 +10,8 @@ from cnf.precision import collapsing
 
 NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
 ATOM = 0.1  # of the rows with one and the same value
+ALIKE = 20  # pairs expected, where there are none: no accident
+FEW = 20  # values: so few in many rows are no continuous distribution
 REPEATED = 0.5  # of the rows with a value that some other row has too
 
 
@@ -48,7 +50,10 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     if constant.any():
         found.append(f"{_named(constant.nonzero().flatten().tolist(), names)}: constant")
     counts = [column.unique(return_counts=True)[1] for column in rows.T]
-    sizes = [int(count.max()) for count in counts]
+    few = [k for k, count in enumerate(counts) if 1 < len(count) <= FEW]
+    if few:
+        found.append(f"{_named(few, names)}: {FEW} different values or fewer")
+    sizes = [0 if k in few else int(count.max()) for k, count in enumerate(counts)]
     shared = [k for k, size in enumerate(sizes) if ATOM * len(rows) < size < len(rows)]
     if shared:
         found.append(f"{_named(shared, names)}: one value in more than {ATOM:.0%} of the rows")
@@ -56,7 +61,7 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     rounded = [
         k
         for k, size in enumerate(sizes)
-        if size <= ATOM * len(rows) and again[k] > REPEATED * len(rows)
+        if 0 < size <= ATOM * len(rows) and again[k] > REPEATED * len(rows)
     ]
     if rounded:
         found.append(
@@ -68,8 +73,35 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     if found:
         warnings.warn(
             f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
-            "without end and means nothing; drop these columns, or add noise of the size of "
-            "their rounding",
+            "without end and means nothing; drop these columns, make them a context, or add noise "
+            "as wide as the steps between their values (dequantisation)",
+            stacklevel=3,
+        )
+
+
+def warn_of_numbering(head: Tensor, names: Sequence[str] | None) -> None:
+    """Warn of columns that number the rows: whole numbers, no two alike, of which as many draws
+    from their range would hold `ALIKE` pairs or more. The order of the rows does not matter.
+
+    Args:
+        head: Rows, shape (N, *event); of images nothing is said.
+        names: Of the columns.
+    """
+    rows = head.detach().double().cpu()
+    if rows.dim() != 2 or len(rows) < 50:
+        return
+    pairs = len(rows) * (len(rows) - 1) / 2
+    spans = (rows.amax(0) - rows.amin(0) + 1).tolist()
+    found = [
+        k
+        for k, (column, span) in enumerate(zip(rows.T, spans, strict=True))
+        if pairs > ALIKE * span and not column.frac().any() and len(column.unique()) == len(rows)
+    ]
+    if found:
+        warnings.warn(
+            f"fit: {_named(found, names)} number{'s' * (len(found) == 1)} the rows, as an index "
+            "does (whole numbers, no two alike), which is nothing to model; name the columns to "
+            "model, without such",
             stacklevel=3,
         )
 

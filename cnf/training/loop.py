@@ -18,7 +18,7 @@ from cnf.objectives import Batch, Loss, Objective
 from cnf.precision import widest
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
-from cnf.training.columns import expect_resolved, warn_of_degenerate
+from cnf.training.columns import expect_resolved, warn_of_degenerate, warn_of_numbering
 from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
@@ -121,6 +121,7 @@ class _Trainer:
         continuous = isinstance(module, Flow) and module.dequantisation is None
         if head is not None and own and continuous and self.fabric.is_global_zero:
             warn_of_degenerate(head.x, names)
+            warn_of_numbering(head.x, names)
         wide = widest(self.fabric.device) == torch.float64
         self.keeps_digits = {
             name

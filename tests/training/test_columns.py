@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cnf
-from cnf.training.columns import warn_of_degenerate
+from cnf.training.columns import warn_of_degenerate, warn_of_numbering
 
 F64 = torch.float64
 NAMES = ["a", "b", "c", "d"]
@@ -39,7 +39,12 @@ def ages(x):
     x[:, 2] = (30 * x[:, 2] / x[:, 2].abs().max()).round()
 
 
+def rooms(x):
+    x[:, 2] = (torch.arange(len(x)) % 20).double()
+
+
 CASES = {
+    rooms: r"\(column 'c': 20 different values or fewer\)",
     ages: r"\(column 'c': more than 50% of the rows have a value that others have too",
     constant: r"\(column 'c': constant\)",
     duplicated: r"\(column 'c': follows from column 'a'\)",
@@ -81,3 +86,40 @@ def test_fit_tells_once_and_of_own_data_only(small, config):
     with pytest.warns(UserWarning, match="'twice': follows from column 'time'") as told:
         cnf.fit(small(), cnf.FlowMatching(), points, config())
     assert len(told) == 1
+
+
+def shuffled(n, first=0):
+    """Some of first, first + 1, …, out of order."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    return (first + order[: n * 8 // 10])[:, None].double()
+
+
+@pytest.mark.parametrize(("n", "first"), [(70, 1), (1000, 2**40)])
+def test_a_column_that_numbers_the_rows_is_told_whatever_their_order(n, first):
+    x = torch.cat([rows(n * 8 // 10)[:, :2], shuffled(n, first)], 1)
+    with pytest.warns(UserWarning, match="fit: column 'c' numbers the rows, as an index does"):
+        warn_of_numbering(x, ["a", "b", "c"])
+
+
+def test_whole_numbers_that_differ_by_chance_number_nothing():
+    draw = torch.Generator().manual_seed(0)
+    cents = torch.randint(0, 10**9, (500, 1), generator=draw).double()
+    assert len(cents.unique()) == 500  # no two alike, as is likely among so many
+    prices = torch.randint(0, 600, (500, 1), generator=draw).double()
+    warn_of_numbering(torch.cat([cents, prices, rows()[:, :1]], 1), None)
+    warn_of_numbering(torch.arange(49.0)[:, None], None)  # too few to tell
+    warn_of_numbering(torch.zeros(500, 1, 4, 4), None)  # images
+
+
+def test_a_table_is_warned_of_once_at_training_and_no_more(small, config, tmp_path):
+    draw = rows(400)
+    lines = [f"{k},{k % 3},{v:.9f}" for k, v in enumerate(draw[:, 0].tolist())]
+    (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))
+    points = cnf.data.load(tmp_path / "x.csv")
+    with pytest.warns(UserWarning) as told:
+        cnf.fit(cnf.models.build("realnvp", dim=3), "maximum-likelihood", points, config())
+    said = sorted(str(warning.message) for warning in told)
+    assert len(said) == 2
+    assert "fit: column 'column-1' numbers the rows" in said[0]
+    assert "(column 'rooms': 20 different values or fewer)" in said[1]
+    cnf.data.load(tmp_path / "x.csv", cnf.data.Columns(["income"], ["rooms"]))

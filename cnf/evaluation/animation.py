@@ -1,6 +1,7 @@
 """The way of particles from noise to data: as paths, and as animated pictures."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,7 @@ def animate(
     *,
     window: Tensor | None = None,
     title: str = "",
+    names: Sequence[str] = (),
     colour: str = "#0072B2",
     points: int = 1500,
     frames: int = 40,
@@ -135,6 +137,7 @@ def animate(
         path: The file to write.
         window: Low and high corner of what is shown, shape (2, 2); by default, all particles.
         title: Written above.
+        names: Of the columns, written at the axes.
         colour: Of the particles.
         points: How many particles.
         frames: How many pictures.
@@ -154,7 +157,7 @@ def animate(
     moving = particle_path(flow, start.to(device_of(flow)), times)[..., :2].cpu()
     if window is None:
         window = window_of(flow, moving)
-    images = _frames(moving, times, window, title, colour)
+    images = _frames(moving, times, window, title, names, colour)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rests = [600] + [60] * (len(images) - 2) + [2000]
@@ -172,27 +175,39 @@ def _layers(transform: Transform) -> list[Transform]:
     return [layer for part in inner for layer in _layers(part)]
 
 
-def _frames(moving: Tensor, times: Tensor, window: Tensor, title: str, colour: str) -> list[Any]:
+def _frames(
+    moving: Tensor, times: Tensor, window: Tensor, title: str, names: Sequence[str], colour: str
+) -> list[Any]:
     """One picture a time, all with the same few shades, which keeps the file small."""
     image = optional("PIL.Image", "evaluation")
     agg = optional("matplotlib.backends.backend_agg", "evaluation")
     figures = optional("matplotlib.figure", "evaluation")
-    (left, bottom), (right, top) = window.tolist()
+    wide, high = (window[1] - window[0]).tolist()
     pixels = []
     with styled():
-        tall = 1.0 if unlike(window) else (top - bottom) / (right - left)
+        tall = 1.0 if unlike(window) else high / wide
         height = 3.0 * min(1.6, tall)
-        figure = figures.Figure(figsize=(3.0, height + 0.45), dpi=120)
+        beside = 0.75 if names or unlike(window) else 0.03  # inches, for ticks and names
+        below = 0.45 if names or unlike(window) else 0.03
+        wide, high = 3.0 + beside, height + below + 0.45
+        figure = figures.Figure(figsize=(wide, high), dpi=120)
         canvas = agg.FigureCanvasAgg(figure)
-        room = 0.45 / (height + 0.45)
-        ax = figure.add_axes((0.01, 0.01, 0.98, 0.98 - room))
-        ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-        ax.set(aspect="auto" if unlike(window) else "equal")
-        ax.spines[:].set(visible=True, color="#d5d9e0")
+        room = 0.45 / high
+        ax = figure.add_axes((beside / wide, below / high, 2.97 / wide, (height - 0.03) / high))
+        frame(ax, window, "", names=names)
         dots = ax.scatter([], [], s=5, color=colour, alpha=0.55, linewidths=0)
         shrunk = min(11.0, 11 * 36 / max(len(title), 1))
         figure.text(0.02, 1 - room / 2, title, va="center", fontsize=shrunk)
-        clock = figure.text(0.98, 0.03, "", ha="right", va="bottom", fontsize=9, color=FAINT)
+        clock = ax.text(
+            0.98,
+            0.03,
+            "",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            color=FAINT,
+            transform=ax.transAxes,
+        )
         for time, where in zip(times.tolist(), moving, strict=True):
             dots.set_offsets(where.nan_to_num(math.inf).numpy())
             clock.set_text(f"t = {time:.2f}")

@@ -85,14 +85,14 @@ def plot_quality_against_nfe(results: Results) -> "Figure":
         floor = results.floor.get("sliced_w2", math.nan)
         if math.isfinite(floor) and floor > 0:
             ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
-        powers_of_two(ax, _largest_nfe(results))
+        powers_of_two(ax, largest_nfe(results))
         sparse_log(ax.yaxis, ax.get_ylim())
         known = results.score == "gap"
         ax.set(
             xlabel="evaluations of the field per sample",
             ylabel="sliced W2 to true samples" if known else "sliced W2, standardized columns",
         )
-        if _largest_nfe(results) > 0:
+        if largest_nfe(results) > 0:
             ax.plot([], [], "*", color=FAINT, ms=11, ls="none", label="a flow's own solver")
         ax.grid(True)
         legend_below(figure, ax)
@@ -220,7 +220,8 @@ def _quality_line(ax: "Axes", entries: list[Entry], title: str, colour: str, das
     ax.plot(nfe[-1:], mean[-1:], "*", color=colour, ms=15, mec="white", mew=0.8, zorder=4)
 
 
-def _largest_nfe(results: Results) -> float:
+def largest_nfe(results: Results) -> float:
+    """The most evaluations that a sample takes of a field; 0 where every flow is discrete."""
     return max((nfe for entry in results.entries for nfe, _ in entry.few_steps), default=0)
 
 

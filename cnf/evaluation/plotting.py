@@ -18,7 +18,7 @@ from cnf.evaluation import curves
 from cnf.evaluation.animation import animate, layer_path, plot_trajectories
 from cnf.evaluation.comparison import Results
 from cnf.evaluation.corner import plot_corners
-from cnf.evaluation.curves import plot_gap_over_time, plot_quality_against_nfe
+from cnf.evaluation.curves import largest_nfe, plot_gap_over_time, plot_quality_against_nfe
 from cnf.evaluation.metrics import log_prob_chunked
 from cnf.evaluation.style import (
     TRUTH,
@@ -174,7 +174,8 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
         folder: Where to; it is made if need be.
     Returns:
         Name of the picture → its file, as in `density.png` and `flow-realnvp.gif`. Densities,
-        paths and animations are for two dimensions only.
+        paths and animations are for two dimensions only, quality against evaluations of the field
+        for races in which somebody has one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
         "samples": plot_samples,
         **({"trajectories": plot_trajectories} if plane else {}),
         learning: plot_gap_over_time,
-        "quality_against_nfe": plot_quality_against_nfe,
+        **({"quality_against_nfe": plot_quality_against_nfe} if largest_nfe(results) else {}),
     }
     files = {}
     for name, plot in plots.items():
@@ -203,7 +204,10 @@ def _save_animations(results: Results, folder: Path) -> dict[str, Path]:
     for number, name in enumerate(names):
         flow = results.of(name)[0].flow
         file = folder / f"flow-{re.sub(r'[^A-Za-z0-9._-]+', '-', name) or number}.gif"
-        made = attempt(animate, flow, file, window=window, title=names[name], colour=colour[name])
+        made = attempt(
+            animate, flow, file, window=window, title=names[name],
+            names=axis_names(results.density), colour=colour[name],
+        )  # fmt: skip
         if isinstance(made, Path):
             files[f"flow-{name}"] = made
     return files

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -292,6 +293,31 @@ def test_animation_of_more_than_two_dimensions_shows_the_first_two(tmp_path):
         assert film.n_frames == 3
     with pytest.raises(ValueError, match="frames > 0"):
         animate(small("realnvp"), tmp_path / "film.gif", frames=0)
+
+
+@pytest.mark.parametrize("names", [("income", "rate"), ()])
+def test_animation_of_own_columns_has_their_names_at_its_axes(names, tmp_path, monkeypatch):
+    labels, corners = [], []
+
+    def watched(ax, *given, **named):
+        style.frame(ax, *given, **named)
+        labels.extend((ax.get_xlabel(), ax.get_ylabel()))
+        seen, whole = ax.get_tightbbox(), ax.get_figure().bbox
+        corners.extend((seen.x0, seen.y0, whole.x1 - seen.x1, whole.y1 - seen.y1))
+
+    monkeypatch.setattr("cnf.evaluation.animation.frame", watched)
+    points = Points(torch.randn(80, 2) * torch.tensor([3e4, 1.0]), columns=names or None)
+    results = race(points, ("realnvp",), (0,))
+    monkeypatch.setattr(plotting, "animate", partial(animate, points=9, frames=2))
+    monkeypatch.setattr(plotting, "attempt", lambda make, *given, **named: make(*given, **named))
+    plotting._save_animations(results, tmp_path)
+    assert tuple(labels) == (names or ("", ""))
+    assert min(corners) >= 0  # ticks and names are inside of the picture
+
+
+def test_race_without_a_field_has_no_picture_of_evaluations(tmp_path):
+    results = race(Points(torch.randn(80, 3), "mine"), ("realnvp",), (0,))
+    assert list(save_figures(results, tmp_path)) == ["samples", "nll_over_time"]
 
 
 def test_colours_differ_and_do_not_depend_on_the_ranking(results):

@@ -11,6 +11,7 @@ from cnf.fields import MLPField
 from cnf.models import MODELS
 from cnf.sampling import sde
 from cnf.training import load, save
+from cnf.training.preprocessing import fit_preprocessing
 from cnf.transforms import Continuous, Standardise, StandardizeContext
 
 F64 = torch.float64
@@ -162,6 +163,19 @@ def test_fit_of_a_hand_built_flow_names_the_line_to_write():
         cnf.fit(build(), cnf.FlowMatching(), x, settings)
     cnf.fit(build(), cnf.FlowMatching(), x / 1e4, settings)
     cnf.fit(build(preprocess=Standardise((2,))), cnf.FlowMatching(), x, settings)
+
+
+@pytest.mark.parametrize("times", [20, 45])
+@pytest.mark.parametrize("kind", ["wide", "narrow", "off"])
+def test_data_of_a_hand_built_flow_may_be_thirty_times_off_unit_scale(kind, times, generator):
+    rows = torch.randn(1_000, 2, generator=generator)
+    x = {"wide": times * rows, "narrow": rows / times, "off": times + rows}[kind]
+    flow = cnf.Flow(None, Continuous(MLPField(2, (8,))), event_shape=(2,))
+    if times < 30:
+        fit_preprocessing(flow, cnf.Batch(x))  # warnings are errors here
+        return
+    with pytest.warns(UserWarning, match="fit: columns 0, 1 of x are far from unit scale"):
+        fit_preprocessing(flow, cnf.Batch(x))
 
 
 def test_context_preprocess_of_another_size_is_refused():

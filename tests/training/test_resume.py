@@ -7,7 +7,7 @@ import torch
 import yaml
 
 import cnf
-from cnf.training import checkpoint
+from cnf.training import checkpoint, fingerprint
 from cnf.training.fingerprint import of_rows
 
 KINDS = ["toy", "rows", "batches"]
@@ -178,6 +178,15 @@ def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
     ]
     assert len({of_rows(batch) for batch in batches}) == len(batches)
     assert of_rows(cnf.Batch(points.clone())) == of_rows(batches[0])
+
+
+def test_last_rows_of_large_tensors_tell_them_from_others(points, monkeypatch):
+    monkeypatch.setattr(fingerprint, "WHOLE", 500)
+    monkeypatch.setattr(fingerprint, "ROWS", 5)
+    batches = [cnf.Batch(points.clone()) for _ in range(3)]
+    batches[1].x[0] += 1
+    batches[2].x[-1] += 1
+    assert len({of_rows(batch) for batch in batches}) == 3
 
 
 def test_resume_refuses_another_density_dataset_and_iterable(small, config, points, tmp_path):

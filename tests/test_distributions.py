@@ -30,7 +30,7 @@ class Stub:
     dim = 2
 
     def sample(self, n, generator=None):
-        return 3 + torch.randn(n, 2, generator=generator, dtype=F64)
+        return 3 + torch.randn(n, 2, generator=generator)  # in float32, as toys draw
 
     def log_prob(self, x):
         return Normal(torch.tensor(3.0, dtype=F64), 1.0).log_prob(x).sum(-1)
@@ -73,6 +73,14 @@ def test_uniform_density_by_hand():
     inside, *outside = base.log_prob(z).tolist()
     assert inside == pytest.approx(-math.log(6))
     assert outside == [-math.inf, -math.inf]
+    ends = torchd.Uniform(base.low, base.high, validate_args=False)
+    for z in (base.low, base.high):  # [low, high), as torch has it
+        assert base.log_prob(z) == ends.log_prob(z).sum()
+
+
+def test_angles_lie_around_zero(generator):
+    drawn = UniformAngles(1, 3.0).sample((1_000,), generator)
+    assert -1.5 <= drawn.min() < -1.4 and 1.4 < drawn.max() < 1.5
 
 
 def test_batch_dimensions_become_event():
@@ -88,6 +96,11 @@ def test_sample_shape_and_dtype(name, shape, generator):
     z = base.sample(shape, generator)
     assert z.shape == (*shape, 2) and z.dtype == F64
     assert base.log_prob(z).shape == shape and base.log_prob(z).dtype == F64
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_no_draws_are_no_rows(name):
+    assert BASES[name]().sample((3, 0)).shape == (3, 0, 2)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -238,6 +251,6 @@ def test_a_toy_as_a_base_gives_minus_infinity_far_outside(name):
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["angles", "uniform"])
+@pytest.mark.parametrize("name", ["angles", "uniform", "torch"])
 def test_nan_is_no_angle_and_in_no_box(name):
     assert BASES[name]().log_prob(torch.tensor([math.nan, 0.5], dtype=F64)).isnan()

@@ -57,6 +57,9 @@ def test_expand_and_sample_have_the_shapes_of_a_multivariate_normal(
             drawn = p_wide.sample(shape)
             assert drawn.shape == q_wide.sample(shape).shape
             assert p_wide.log_prob(drawn).shape == q_wide.log_prob(drawn).shape
+        one = torch.zeros(2, dtype=F64)
+        assert p_wide.log_prob(one).shape == q_wide.log_prob(one).shape == wider
+        assert p_wide.flow is flow  # the weights that training moves
         rows = p_wide.sample((50,)).reshape(50, -1)
         assert len(rows.unique(dim=1).T) == rows.shape[1]  # each of the batch is drawn anew
     with pytest.raises(RuntimeError):
@@ -90,10 +93,13 @@ def test_support_is_the_box_that_the_flow_ends_in():
         assert p.support.check(inside) and not p.support.check(outside)
         assert p.log_prob(outside) == -torch.inf and p.log_prob(inside).isfinite()
         assert p.support.check(p.sample((9,))).all()
-    p = Flow(
-        None, Compose([Sigmoid(), Coupling(2)]), Standardise((2,)), event_shape=(2,)
-    ).distribution()
-    assert p.support.check(outside)
+    for transform, preprocess, bounded in (
+        (Compose([Sigmoid(), Coupling(2)]), None, False),
+        (Compose([Coupling(2), Sigmoid()]), Standardise((2,)), False),
+        (Coupling(2), Sigmoid(), True),
+    ):
+        p = Flow(None, transform, preprocess, event_shape=(2,)).distribution()
+        assert p.support.check(outside) != bounded
 
 
 def test_is_pyros_where_pyro_is(small_flow, contexts, generator):

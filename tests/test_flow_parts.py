@@ -82,6 +82,8 @@ def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
     # the uniform on [0, 1)² gives each of the 16 cells exactly 1/16, whatever is drawn
     base = cnf.distributions.Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
     flow = Flow(base, Standardise((2,)), dequantisation=UniformNoise()).double()
+    assert not flow.distribution().has_rsample  # discrete draws have no gradient
+    assert Flow(base, Standardise((2,))).distribution().has_rsample
     x = torch.tensor([[0.0, 3.0], [2.0, 1.0]], dtype=F64)
     torch.testing.assert_close(flow.log_prob(x), torch.full((2,), -math.log(16), dtype=F64))
     torch.testing.assert_close(flow.decode(flow.encode(x)), x)

@@ -127,6 +127,18 @@ def test_trajectory_passes_through_the_closed_form_and_ends_at_forward(solver, z
     assert transform.field.net.matrix.grad.abs().max() > 0.1
 
 
+def test_trajectory_gives_the_context_its_gradient_by_the_adjoint_too(randomised, generator, z):
+    field = randomised(MLPField(2, (8,), context_dim=3))
+    leaf = torch.randn(3, generator=generator, dtype=F64, requires_grad=True)
+    gradients = []
+    for mode in ("adjoint", "backprop"):
+        transform = Continuous(field, Solver("rk4", steps=32, gradient=mode))
+        path = transform.trajectory(z, [0.0, 0.5, 1.0], (2 * leaf).expand(5, 3))
+        gradients += torch.autograd.grad(path.square().sum(), leaf)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # rk4's error
+    assert gradients[0].abs().min() > 1e-3
+
+
 def test_trajectory_runs_back_too(linear, z):
     path = linear.trajectory(z, [1.0, 0.5, 0.0])
     torch.testing.assert_close(path[-1], linear.inverse(z)[0], rtol=0, atol=1e-7)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import cnf
-from cnf.transforms import BatchNorm, chunks
+from cnf.fields import Adapter, MLPField
+from cnf.transforms import BatchNorm, Continuous, Coupling, Standardise, chunks
 
 
 @pytest.mark.parametrize("batch", [(50,), (3, 20), (2, 3, 9)])
@@ -49,3 +50,18 @@ def test_a_batch_norm_in_training_sees_the_whole_batch(generator, monkeypatch):
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) - variance.log().sum() / 2
     with torch.no_grad():
         torch.testing.assert_close(flow.log_prob(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("transform", "numbers"),
+    [
+        (Coupling(4, hidden=(500, 20)), 500),
+        (Standardise((700,)), 700),
+        (Continuous(MLPField(3, (64, 500))), 3 * 500),  # D tangents of an exact divergence
+        (Continuous(Adapter(torch.nn.Conv2d(1, 7, 3), (1, 4, 4))), 7 * 16),
+    ],
+    ids=["coupling", "data wider than any layer", "continuous", "image"],
+)
+def test_memory_is_that_of_the_widest_layer_for_every_place_and_tangent(transform, numbers):
+    x = torch.zeros(1, *transform.event_shape, dtype=torch.float64)
+    assert chunks.rows_at_once(transform, x) == chunks.BYTES // (chunks.COPIES * 8 * numbers)

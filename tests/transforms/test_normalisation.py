@@ -62,6 +62,15 @@ def test_statistics_of_large_numbers_survive_every_cast(cast, generator):
     assert half[0].dtype == half[1].dtype == transform(noise.half())[0].dtype == torch.float16
 
 
+def test_unresolved_is_what_float32_moves_by_more_than_a_hundredth_of_its_spread(generator):
+    x = torch.tensor([2e5, 6e5]) + torch.randn(1_000, 2, generator=generator, dtype=F64)
+    error = (x.float() - x).abs().mean(0) / x.std(0)
+    assert error[0] < 0.01 < error[1]
+    transform = Standardise((2,))
+    transform.fit(x)
+    assert transform.unresolved == (1,)
+
+
 def test_dtype_of_the_data_is_kept_in_the_state(generator):
     x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64)
     fitted, loaded, old = (torch.nn.Sequential(Standardise((2,))).float() for _ in range(3))

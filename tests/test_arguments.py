@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cnf.arguments import spelled
+from cnf.arguments import explained, spelled
 
 KINDS = {
     "data": str,
@@ -27,6 +27,7 @@ KINDS = {
         ("--seeds [0,1]", "--seeds=[0,1]"),
         ("--seeds null", "--seeds=null"),
         ("--options.hidden 8,8 --options.a-b x", "--options.hidden=[8,8] --options.a_b=x"),
+        ("--options.hidden [8,8] --data a,b", "--options.hidden=[8,8] --data=a,b"),
         ("--options {a:1,b:2}", "--options={a:1,b:2}"),
         ("--resume moons", "--resume=true --data=moons"),
         ("--resume false", "--resume=false"),
@@ -55,3 +56,8 @@ def test_words_become_flags_with_one_value(words, expected):
 def test_what_is_wrong_is_named(words, said):
     with pytest.raises(ValueError, match=said.replace("?", r"\?")):
         spelled(words.split(), KINDS, ["data"])
+
+
+def test_arguments_that_are_missing_are_named_without_their_settings():
+    error = ValueError("the following arguments are required: config.steps, data")
+    assert explained(error, KINDS) == "expected STEPS and DATA"

@@ -80,6 +80,7 @@ NANOSECONDS = 1_700_000_000_000_000_000 + np.arange(100)
     ("values", "column"),
     [
         (NANOSECONDS, "0"),
+        (-NANOSECONDS, "0"),
         (np.stack([np.arange(100), NANOSECONDS], 1).astype(np.uint64), "1"),
         (torch.tensor(NANOSECONDS), "0"),
         (pandas.DataFrame({"x": np.ones(100), "t": NANOSECONDS}), "'t'"),

@@ -59,6 +59,12 @@ def test_missing_values_are_refused_by_place_or_their_rows_left_out(kind, pets, 
     assert load(pets, columns).x[:, 0].tolist() == [3, 4, 6, 7]
 
 
+def test_lines_are_those_of_the_file_after_rows_are_left_out(tmp_path):
+    (tmp_path / "x.csv").write_text("pet,age\ncat,1\n,2\ndog,old\n")
+    with pytest.raises(ValueError, match=r"others in age \('old' in line 4\)"):
+        load(tmp_path / "x.csv", Columns(["age"], ["pet"], drop_missing=True))
+
+
 def test_text_with_numbers_in_its_first_row_is_no_header(tmp_path):
     (tmp_path / "x.csv").write_text("1,a\n2,b\n3,a\n")
     points = load(tmp_path / "x.csv", Columns(context=["2"]))

@@ -248,6 +248,8 @@ def test_columns_keep_the_names_that_the_table_gives_them(text, tmp_path):
     assert load(tmp_path / "t.parquet").columns == ("a b", "c")
     assert load(text('time,"my, own"\n1,2\n3,4')).columns == ("time", "my, own")
     assert load(text("1,2\n3,4")).columns is None
+    twice = load(text("a,a,\n1,2,3\n4,5,6"))  # a column that is named like another is no less
+    assert twice.columns == ("a", "a-2", "column-3") and twice.x.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert Points(EXPECTED, columns=["a", "b"]).columns == ("a", "b")
 
 

@@ -238,20 +238,25 @@ def check(run: Path, data: str | None = None) -> None:
 
     Args:
         run: A run's folder or a flow file.
-        data: Density, picture or file whose points are used, its columns read as the run's were;
-            the flow's own samples if not given.
+        data: Density, picture or file whose points are used, its columns read as the run's were.
+            If not given, the flow's own samples, or where it has a context the table that the run
+            was trained on, if it is still there.
     """
     from cnf.evaluation import check as check_flow
 
-    x = context = None
-    if data is not None:
+    flow, x, context = load(run), None, None
+    where = "its own samples"
+    if data is not None or (flow.context_dim and _kept_table(run)):
         source, draw = _data(run, data)[0], torch.Generator().manual_seed(0)
         if isinstance(source, Points):
             rows = source.take(source.draw(64, draw))
             x, context = rows.x, rows.context
         else:
             x = source.sample(64, draw)
-    report = check_flow(load(run), x, context=context)
+        with_contexts = "" if context is None else ", with their contexts"
+        where = f"{len(x)} rows of {source.name}{with_contexts}"
+    report = check_flow(flow, x, context=context)
+    print(f"Checked at {where}.")
     print(str(report))
     if not report.ok:
         raise SystemExit(1)
@@ -406,6 +411,12 @@ def _data(run: Path, data: str | None) -> tuple[Any, float]:
     name = data or settings["data"]
     columns = _columns(settings) if densities.table_kind(Path(name)) else None
     return densities.load(name, columns), settings.get("test", 0.0)
+
+
+def _kept_table(run: Path) -> bool:
+    """Whether the table that a run was trained on is still where it was."""
+    known = (run / "config.yaml").is_file()
+    return known and Path(recorded(run)["data"]).is_file()
 
 
 def _columns(settings: dict[str, Any]) -> Columns:

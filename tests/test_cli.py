@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,7 +150,20 @@ def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
 def test_check_reads_a_table_as_the_run_did(own, call):
     code, said, errors = call("check", own / "run", "--data", own / "own.csv")
     assert errors == "" and "log-det" in said and "context: none was given" not in said
+    assert said.startswith("Checked at 64 rows of own, with their contexts.")
     assert code in (0, 1)
+    assert call("check", own / "run")[1] == said  # the run's own table, if it is still there
+
+
+def test_check_without_the_runs_table_says_which_context_it_took(own, call, tmp_path):
+    shutil.copytree(own / "run", tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("own.csv", "moved.csv"))
+    _, said, errors = call("check", tmp_path / "run")
+    assert errors == "" and said.startswith("Checked at its own samples.")
+    assert re.search(
+        r"taken, \[\S+, \S+\], in scales from the mean, .*; .* or --data on the", said
+    )
 
 
 def test_training_leaves_out_the_rows_that_evaluate_scores(own, monkeypatch):

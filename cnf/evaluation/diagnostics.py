@@ -132,9 +132,9 @@ def check(
     generator = Generator().manual_seed(seed)
     notes = ["checked in eval mode; the flow is in train mode, and stays so"] * flow.training
     if flow.context_dim and context is None:
-        context = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
-        context = context.expand(*(batch or ()), flow.context_dim)
-        notes.append("context: none was given; a row of standard normal numbers was taken")
+        row = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
+        context = row.expand(*(batch or ()), flow.context_dim)
+        notes.append(_of_context(flow, row))
     else:
         context = flow.inner_context("check", context, batch)
     if flow.dequantisation is not None:
@@ -145,6 +145,19 @@ def check(
         except Exception as error:
             return CheckReport([Finding("set-up", False, None, None, _told(error))], tuple(notes))
         return CheckReport(_findings(case), tuple(notes))
+
+
+def _of_context(flow: Flow, row: Tensor) -> str:
+    """Which context was taken where none was given, and in which units."""
+    numbers = ", ".join(f"{number:.2g}" for number in row[:5].tolist())
+    numbers += ", …" if len(row) > 5 else ""
+    units = "in the units of the data's contexts"
+    if flow.context_preprocess is not None:
+        units = "in scales from the mean, as context_preprocess gives contexts"
+    return (
+        f"context: none was given; a row of standard normal numbers was taken, [{numbers}], "
+        f"{units}; to check at contexts of your own give context=…, or --data on the command line"
+    )
 
 
 def _findings(case: Case) -> list[Finding]:

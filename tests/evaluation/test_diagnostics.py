@@ -540,3 +540,12 @@ def test_a_flow_on_a_gpu_passes_and_leaves_its_random_state(name):
     report = check(flow)
     assert report.ok, str(report)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_note_tells_the_context_taken_where_none_was_given_and_its_units():
+    note = check(couplings(Coupling, context=6), n=8).notes[-1]
+    row = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    numbers = ", ".join(f"{number:.2g}" for number in row[:5].tolist())
+    assert f"[{numbers}, …], in the units of the data's contexts; " in note and "--data" in note
+    note = check(cnf.models.build("realnvp", dim=2, context=1), n=8).notes[-1]
+    assert "], in scales from the mean, as context_preprocess gives contexts; " in note

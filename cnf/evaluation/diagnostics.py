@@ -97,7 +97,7 @@ def check(
     flow: Flow,
     x: Any = None,
     *,
-    context: Tensor | None = None,
+    context: Any = None,
     n: int = 64,
     seed: int = 0,
 ) -> CheckReport:
@@ -116,8 +116,9 @@ def check(
             what can be wrong is zero.
         x: Data, a tensor, array or table of shape (\\*batch, \\*event); at most n random rows are
             used. By default samples of the flow, a quarter of them from the tails.
-        context: Condition, shape (\\*batch, C) or one that broadcasts to it; by default one row of
-            numbers that are standard normal where `context_preprocess` has standardised.
+        context: Condition, a tensor, array or table of shape (\\*batch, C) or one that broadcasts
+            to it; by default one row of numbers that are standard normal where
+            `context_preprocess` has standardised.
         n: Points.
         seed: Seed of everything random.
     Raises:
@@ -136,6 +137,7 @@ def check(
         context = row.expand(*(batch or ()), flow.context_dim)
         notes.append(_of_context(flow, row))
     else:
+        context = None if context is None else as_numbers("check", "context", context)
         context = flow.inner_context("check", context, batch)
     if flow.dequantisation is not None:
         notes.append("dequantisation was left out: what is checked is the continuous density")

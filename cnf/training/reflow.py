@@ -4,33 +4,40 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from cnf.errors import expect_counts
 from cnf.fields import Piecewise, Predicts, WithScore
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
 from cnf.training.config import TrainConfig
 from cnf.training.loop import History, fit
-from cnf.training.stream import seeded
+from cnf.training.stream import as_context, seeded
 
 CHUNK = 10_000
 
 
 @torch.no_grad()
-def pairs(flow: Flow, n: int, context: Tensor | None = None, seed: int = 0) -> Batch:
+def pairs(flow: Flow, n: int, context: Any = None, seed: int = 0) -> Batch:
     """The flow as a coupling: base samples, and the points that its own solver takes them to.
 
     Args:
         flow: A trained flow.
         n: How many pairs.
-        context: Condition of each pair, shape (n, C).
+        context: Condition of each pair, as `fit` takes it: a tensor, an array, a table or lists,
+            shape (n, C), or (n,) for one number each.
         seed: Of the base samples.
     Returns:
         A `Batch` with x, x0 and the context: data for `fit`.
     """
-    if n < 1 or (context is not None and context.shape[:-1] != (n,)):
-        given = None if context is None else tuple(context.shape)
-        raise ValueError(f"pairs: expected n >= 1 and a context of shape (n, C), got {n}, {given}")
+    expect_counts("pairs", n=n)
+    if context is not None:
+        context = as_context("pairs", context, flow.transform.optional_context)
+        if context.shape[:-1] != (n,):
+            raise ValueError(
+                f"pairs: expected a context for each of n={n} pairs, shape ({n}, C), got "
+                f"{tuple(context.shape)}; give as many rows as pairs, or n={len(context)}"
+            )
+        context = context.to(flow.base._like.device)
     generator, starts, ends = seeded(seed, -10), [], []
     for first in range(0, n, CHUNK):
         count = min(CHUNK, n - first)
@@ -46,7 +53,7 @@ def reflow(
     *,
     rounds: int = 1,
     n: int = 100_000,
-    context: Tensor | None = None,
+    context: Any = None,
     objective: FlowMatching | None = None,
     validation: Any = None,
 ) -> list[History]:
@@ -60,7 +67,7 @@ def reflow(
         config: Of each round; the k-th draws by seed + k, and writes to folder/round-(k + 1).
         rounds: How many times.
         n: Pairs of each round.
-        context: Conditions of the pairs, shape (n, C), such as rows of the data's.
+        context: Conditions of the pairs, as of `pairs`, such as rows of the data's.
         objective: `FlowMatching()` if None; its coupling is not used.
         validation: Held-out data, x or (x, context), as of `fit`; a tenth of the pairs if None.
     Returns:
@@ -81,7 +88,7 @@ def distill(
     config: TrainConfig,
     *,
     n: int = 100_000,
-    context: Tensor | None = None,
+    context: Any = None,
     validation: Any = None,
 ) -> History:
     """Train the flow to take its own pairs in one Euler step; its ODE means nothing afterwards.

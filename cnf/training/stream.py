@@ -431,6 +431,12 @@ def _weighty(rows: Batch) -> Batch:
     return rows if heavy.all() else rows.map(lambda value: value[heavy])
 
 
+def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
+    """A context for each row, shape (N, C), from a tensor, an array, a table or lists of numbers;
+    of labels an error says how to code them. With `missing` it may hold NaN."""
+    return _checked(who, "context", context, missing)
+
+
 def _checked(
     who: str, name: str, value: Any, missing: bool = False, numbers: Tensor | None = None
 ) -> Tensor:

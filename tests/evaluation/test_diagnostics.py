@@ -549,3 +549,9 @@ def test_note_tells_the_context_taken_where_none_was_given_and_its_units():
     assert f"[{numbers}, …], in the units of the data's contexts; " in note and "--data" in note
     note = check(cnf.models.build("realnvp", dim=2, context=1), n=8).notes[-1]
     assert "], in scales from the mean, as context_preprocess gives contexts; " in note
+
+
+def test_contexts_in_arrays_are_checked_as_those_in_tensors():
+    flow, x = couplings(Coupling, context=1), data(16)
+    context = torch.linspace(-1, 1, 16)[:, None]
+    assert str(check(flow, x, context=context.numpy())) == str(check(flow, x, context=context))

@@ -126,6 +126,37 @@ def test_contexts_that_are_not_one_for_each_pair_are_refused(shape, small_flow):
         pairs(flow, 5, torch.zeros(shape, dtype=F64))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda c: c.numpy(),
+        lambda c: c.tolist(),
+        lambda c: pytest.importorskip("pandas").DataFrame(c.numpy()),
+        lambda c: c.numpy()[:, 0],
+        lambda c: (4 * c).round().int().numpy(),
+    ],
+    ids=["array", "lists", "table", "vector", "integers"],
+)
+def test_contexts_come_as_fit_takes_them(given, small_flow, generator):
+    flow = small_flow("rnode", context=1, solver=OWN)
+    context = torch.randn(5, 1, generator=generator, dtype=F64)
+    found = given(context)
+    meant = (4 * context).round() if getattr(found, "dtype", None) == "int32" else context
+    batch = pairs(flow, 5, found)
+    assert torch.equal(batch.context, meant)
+    assert torch.equal(batch.x, pairs(flow, 5, meant).x)
+
+
+def test_labels_as_contexts_are_told_how_to_be_coded(small_flow):
+    flow = small_flow("rnode", context=2, solver=OWN)
+    with pytest.raises(ValueError, match="pairs: expected context of shape .*one_hot"):
+        pairs(flow, 5, [0, 1, 0, 1, 1])
+    with pytest.raises(ValueError, match="pairs: expected context to be an array of numbers"):
+        pairs(flow, 5, ["cat", "dog", "cat", "dog", "cat"])
+    with pytest.raises(ValueError, match="pairs: expected context to be finite"):
+        pairs(flow, 5, torch.full((5, 2), torch.nan))
+
+
 def test_pairs_leave_the_flows_mode_alone(small_flow):
     flow = small_flow("rnode", solver=OWN).train()
     pairs(flow, 5)

@@ -33,7 +33,7 @@ def test_columns_are_standardised_and_labels_and_missing_values_stay(generator):
     known = missing[1::2]
     torch.testing.assert_close(inner[1::2, 3:], (known - known.mean()) / known.std())
     assert inner[::2, 3].isnan().all()
-    standardize.fit(torch.zeros(9, 4))  # the first fit is the last
+    standardize.fit(7 + varied[:, [0, 0, 0, 0]].square())  # the first fit is the last
     assert torch.equal(standardize(varied.expand(n, 4)[:, :1].expand(n, 4))[:, 0], inner[:, 0])
 
 
@@ -139,10 +139,18 @@ def test_log_prob_far_outside_of_what_was_fitted_warns_once():
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         flow.log_prob(100 * torch.randn(50, 2), torch.zeros(1))  # an outlier is no mistake
+    flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))  # training does not look
     with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
         flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))
     with torch.no_grad():
         flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))  # not again
+
+
+def test_log_prob_under_a_far_context_warns_as_well():
+    flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
+    flow.context_preprocess.fit(torch.randn(100, 1))
+    with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: context is up to .* scales"):
+        flow.log_prob(torch.zeros(3, 2), torch.full((3, 1), 5e4))
 
 
 def test_fit_on_data_or_contexts_in_other_units_than_the_first_warns():
@@ -176,6 +184,7 @@ def test_data_of_a_hand_built_flow_may_be_thirty_times_off_unit_scale(kind, time
         return
     with pytest.warns(UserWarning, match="fit: columns 0, 1 of x are far from unit scale"):
         fit_preprocessing(flow, cnf.Batch(x))
+    fit_preprocessing(flow, cnf.Batch(x))  # not again
 
 
 def test_context_preprocess_of_another_size_is_refused():

@@ -11,7 +11,14 @@ from torch.distributions import Independent, Normal
 import cnf
 from cnf import Flow
 from cnf.fields import Adapter, MLPField
-from cnf.transforms import Compose, Continuous, Coupling, RationalQuadratic, Standardise
+from cnf.transforms import (
+    ActNorm,
+    Compose,
+    Continuous,
+    Coupling,
+    RationalQuadratic,
+    Standardise,
+)
 
 F64 = torch.float64
 
@@ -92,6 +99,12 @@ def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
         flow.sample_and_log_prob(2)
 
 
+def test_parts_of_other_event_shapes_are_refused():
+    for parts in ((Coupling(3), None), (Coupling(2), Standardise((3,)))):
+        with pytest.raises(ValueError, match=r"expected a transform of \(2,\), got .* of \(3,\)"):
+            Flow(None, *parts, event_shape=(2,))
+
+
 def test_image_flow_counts_its_event(generator):
     net = nn.Conv2d(1, 1, 3, padding=1)
     field = Adapter(_Image(net), (1, 3, 3))
@@ -132,3 +145,17 @@ def test_a_base_of_float64_follows_the_weights(base):
         log_prob = flow.log_prob(flow.decode(z))
         assert log_prob.dtype == torch.float32
         torch.testing.assert_close(log_prob, flow.base.double().log_prob(z.double()).float())
+
+
+def test_dropout_has_no_part_in_what_the_first_rows_set(generator):
+    def net(inputs, outputs):
+        return nn.Sequential(nn.Linear(inputs, 64), nn.Dropout(0.5), nn.Linear(64, outputs))
+
+    x = torch.randn(50, 2, generator=generator)
+    actnorms = [ActNorm((2,)), ActNorm((2,))]
+    coupling = Coupling(2, net=net)
+    for actnorm in actnorms:
+        flow = Flow(None, Compose([actnorm, coupling]), event_shape=(2,)).train()
+        flow.initialize(x)
+        assert flow.training and actnorm.seen
+    assert torch.equal(actnorms[0].log_scale, actnorms[1].log_scale)

@@ -52,6 +52,16 @@ def test_a_batch_norm_in_training_sees_the_whole_batch(generator, monkeypatch):
         torch.testing.assert_close(flow.log_prob(x), expected)
 
 
+def test_probes_that_are_given_are_for_all_rows_at_once(small_flow, generator, monkeypatch):
+    flow = small_flow("cnf", solver=cnf.Solver("rk4", steps=2))
+    x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
+    estimate = cnf.Hutchinson(probe=cnf.Hutchinson(1).draw(x, generator))
+    whole = flow.log_prob(x, divergence=estimate)
+    monkeypatch.setattr(chunks, "rows_at_once", lambda *_: 7)
+    with torch.no_grad():
+        torch.testing.assert_close(flow.log_prob(x, divergence=estimate), whole)
+
+
 @pytest.mark.parametrize(
     ("transform", "numbers"),
     [

@@ -220,6 +220,10 @@ def test_resume_of_nothing_is_refused(small, config, tmp_path):
     settings = config(folder=tmp_path / "run", resume=True)
     refused(lambda: cnf.fit(small(), FlowMatching(), X, settings), "no run to resume", "run")
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(cnf.CheckpointError, match="no checkpoint state.pt to resume in .*run"):
+        cnf.fit(small(), FlowMatching(), X, settings)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_resume_of_a_folder_without_a_checkpoint_is_refused(small, config, tmp_path):

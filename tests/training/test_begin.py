@@ -87,6 +87,8 @@ def test_every_stream_gives_rows(kind, config, points):
     assert rows.x.shape == (100, 2) and torch.equal(rows.x, stream.rows(100).x)
     if kind != "density":
         assert torch.equal(rows.x.sort(0).values, points.sort(0).values)
+    if kind == "batches":  # the second of which is cut
+        assert torch.equal(stream.rows(50).x, rows.x[:50])
     assert NoData(config()).rows(5) is None
 
 

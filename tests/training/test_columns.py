@@ -71,6 +71,14 @@ def test_two_faults_are_told_apart_and_without_names_by_number():
         warn_of_degenerate(x, None)
 
 
+def test_copies_of_a_column_follow_from_it_and_not_from_each_other():
+    x = rows()
+    x[:, 2], x[:, 3] = x[:, 0], -x[:, 0]
+    told = r"\(column 'c': follows from column 'a'; column 'd': follows from column 'a'\)"
+    with pytest.warns(UserWarning, match=told):
+        warn_of_degenerate(x, NAMES)
+
+
 def test_what_only_resembles_another_column_is_no_fault():
     x = rows()
     x[:, 2] = x[:, 0] + 1e-3 * x[:, 2]

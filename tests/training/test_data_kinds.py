@@ -94,6 +94,14 @@ def test_shuffled_dataloader_repeats_whatever_was_drawn_before(small, config, sa
     assert same(train(1), train(2))
 
 
+def test_shuffled_dataloader_has_another_order_in_each_pass(config, square):
+    loader = DataLoader(TensorDataset(ROWS[:96]), batch_size=16, shuffle=True)
+    cnf.fit(nn.Linear(2, 2), square, loader, config(steps=12, validations=0))
+    first, second = torch.cat(square.seen[:6]), torch.cat(square.seen[6:])
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
+    assert not torch.equal(first, second)
+
+
 def test_iterable_is_begun_again_when_it_ends(config, square):
     batches = list(ROWS[:48].split(16))
     cnf.fit(nn.Linear(2, 2), square, batches, config(steps=7))

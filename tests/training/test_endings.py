@@ -123,7 +123,7 @@ def test_ode_that_fails_at_the_first_step_is_a_solver_error(small, config, point
 def test_refused_resume_leaves_the_manifest_alone(small, config, points, manifest, tmp_path):
     settings = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
-    with pytest.raises(cnf.CheckpointError, match="seed was 0, is 1"):
+    with pytest.raises(cnf.CheckpointError, match="is another run: seed was 0, is 1"):
         cnf.fit(small(), cnf.FlowMatching(), points, config(resume=True, seed=1, **settings))
     assert manifest()["ended"] == "budget"
 

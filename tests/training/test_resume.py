@@ -236,12 +236,29 @@ def test_resume_tells_settings_that_differ_and_uses_the_new_ones(small, config, 
     assert seen and set(seen) == {0.9}
 
 
+def test_skipped_steps_are_counted_over_the_whole_run(config, points, broken, tmp_path):
+    settings = {"folder": tmp_path / "run", "validations": 0}
+    cnf.fit(torch.nn.Linear(2, 2), broken({1, 2}), points, config(steps=4, **settings))
+    again = config(steps=4, resume=True, **settings)
+    assert cnf.fit(torch.nn.Linear(2, 2), broken({}), points, again).skipped == 2
+
+
 def test_model_that_differs_is_told_by_the_option(small, config, points, tmp_path):
     settings = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
-    with pytest.raises(cnf.CheckpointError, match=r"options.hidden was \[8\], is \[9\]"):
+    with pytest.raises(
+        cnf.CheckpointError, match=r"another run: options.hidden was \[8\], is \[9"
+    ):
         flow = small(hidden=(9,))
         cnf.fit(flow, cnf.FlowMatching(), points, config(resume=True, **settings))
+
+
+def test_batch_size_that_differs_is_another_run(small, config, points, tmp_path):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
+    with pytest.raises(cnf.CheckpointError, match="another run: batch_size was 16, is 20"):
+        again = config(resume=True, batch_size=20, **settings)
+        cnf.fit(small(), cnf.FlowMatching(), points, again)
 
 
 BROKEN = {

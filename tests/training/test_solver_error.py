@@ -9,6 +9,7 @@ import cnf
 from cnf import MaximumLikelihood
 from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.evaluation.judge import Judge
+from cnf.training import solver_error
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -44,6 +45,31 @@ def test_steps_that_are_enough_are_not_warned_about(small, config, points):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         validation.score(flow, 1.0)
+
+
+@pytest.mark.parametrize("off, warns", [(0.04, False), (0.06, True), (-0.06, True)])
+def test_a_twentieth_of_a_nat_is_warned_about(off, warns, small):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told = solver_error.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
+    assert told == warns
+
+
+def test_comparison_is_at_some_validations_and_at_the_last(small, config, points, monkeypatch):
+    validation = Validation(MaximumLikelihood(), config(validations=7), cnf.Batch(points))
+    compared = []
+    monkeypatch.setattr(validation, "compare_solvers", lambda *_: compared.append(validation.done))
+    for k in range(1, 8):
+        validation.score(small(), k / 7)
+    assert compared == [1, 2, 4, 7]
+
+
+def test_rows_of_the_comparison_are_taken_evenly(small, points, monkeypatch):
+    monkeypatch.setattr(solver_error, "ROWS", 10)
+    flow = steep(small, solver=COARSE)
+    nll = -flow.log_prob(points[::10]).mean().item()
+    with pytest.warns(UserWarning, match=f"NLL of 10 own rows is {nll:.4g} nats"):
+        solver_error.warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="own")
 
 
 def test_weights_count_in_the_comparison(small, points):

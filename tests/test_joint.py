@@ -76,3 +76,8 @@ def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
     cnf.fit(small_flow("cnf"), joint, torch.randn(50, 2), config)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert cnf.objectives.build(written["objective"], **written["objective_options"]) == joint
+
+
+def test_terms_of_one_kind_are_refused_since_they_would_share_their_draws():
+    with pytest.raises(ValueError, match="different kinds.*got FlowMatching, FlowMatching"):
+        Joint((FlowMatching(times="uniform"), FlowMatching(times="skewed")))

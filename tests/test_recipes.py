@@ -11,7 +11,7 @@ from cnf import Batch, Flow, FlowMatching, Hutchinson, MaximumLikelihood, Solver
 from cnf.dynamics import REGULARIZERS, record
 from cnf.fields import VectorField
 from cnf.models import build
-from cnf.transforms import Continuous
+from cnf.transforms import Compose, Continuous
 from cnf.transforms.continuous import Recipe
 
 F64 = torch.float64
@@ -102,8 +102,8 @@ def test_flow_matching_and_evaluation_know_no_recipe(name, small_flow, x):
     torch.testing.assert_close(flow.log_prob(x), flow.log_prob(x, divergence="exact"))
 
 
-def test_with_solver_changes_nothing_of_the_recipe_but_its_solver(small_flow, x):
-    flow = small_flow("rnode")
+def test_with_solver_changes_nothing_of_the_recipe_but_its_solver(x):
+    flow = build("rnode", dim=2).double()
     coarse = flow.with_solver(Solver("euler", steps=5))
     assert coarse.transform.recipe == replace(flow.transform.recipe, solver=None)
     with record() as stats:
@@ -201,3 +201,23 @@ def test_settings_come_from_a_config_file_too():
         Hutchinson(2, sketch=1), {"kinetic": 0.1}, Solver("rk4", steps=4), 0.2
     )
     assert cnf.objectives.build("maximum-likelihood", divergence=None) == MaximumLikelihood()
+
+
+@pytest.mark.parametrize("name", ["rnode", "otflow"])
+def test_a_solver_that_is_given_trains_too(name, small_flow, x):
+    flow = build(name, dim=2, solver=Solver("midpoint", steps=3))
+    with record() as stats:
+        MaximumLikelihood("exact")(flow, Batch(x.float()), seeded())
+    assert stats.forward == 6
+
+
+def test_a_recipe_holds_inside_a_compose(small_flow, x):
+    inner = small_flow("ffjord").transform
+    flow = Flow(None, Compose([inner]), event_shape=(2,))
+    assert MaximumLikelihood().prepare(flow, Batch(x), seeded()).probe.shape == (6, 1, 2)
+    two = Flow(None, Compose([inner, small_flow("cnf").transform]), event_shape=(2,))
+    with pytest.raises(ValueError, match="continuous parts of a flow to share a recipe, got Rec"):
+        MaximumLikelihood().prepare(two, Batch(x), seeded())
+    penalized = Flow(None, Compose([small_flow("rnode").transform]), event_shape=(2,))
+    with pytest.raises(TypeError, match=r"penalties=.* expected a flow whose transform is a Cont"):
+        MaximumLikelihood()(penalized, Batch(x), seeded())

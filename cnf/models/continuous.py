@@ -120,7 +120,8 @@ def rnode(
     """RNODE: FFJORD with straight paths, so that a few fixed steps are enough to train.
 
     Training adds the kinetic energy and the Jacobian's Frobenius norm, the latter from the
-    trace's own product, and takes RK4 with steps of 1/4; evaluation is exact, dopri5 at 1e-5.
+    trace's own product, and takes RK4 with steps of 1/4, unless a solver is given; evaluation is
+    exact, dopri5 at 1e-5.
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
 
     Args: as for `ffjord`, and
@@ -134,7 +135,7 @@ def rnode(
     recipe = Recipe(
         "hutchinson",
         {name: w for name, w in (("kinetic", kinetic), ("jacobian", jacobian)) if w},
-        Solver("rk4", steps=4 * layers),
+        Solver("rk4", steps=4 * layers) if solver is None else None,
     )
     solver = as_solver(solver)
     field = _stacked(block, layers)
@@ -155,8 +156,8 @@ def otflow(
 ) -> Flow:
     """OT-Flow: the gradient of a potential, trained with transport and HJB costs on fixed RK4.
 
-    The trace is the potential's Laplacian in closed form. Likelihood training takes 8 steps of
-    RK4 and a learning rate of 0.1, evaluation 16 steps; `flow.with_solver` gives others.
+    The trace is the potential's Laplacian in closed form. Unless a solver is given, likelihood
+    training takes 8 steps of RK4, and evaluation 16; the learning rate is 0.1.
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
 
     Args: as for `cnf`, and
@@ -170,7 +171,7 @@ def otflow(
     recipe = Recipe(
         "exact",
         {name: w for name, w in (("kinetic", transport / 2), ("hjb", hjb)) if w},
-        Solver("rk4", steps=8),
+        Solver("rk4", steps=8) if solver is None else None,
         lr=0.1,
     )
     solver = as_solver(solver or {"method": "rk4", "steps": 16})

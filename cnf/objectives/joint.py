@@ -23,7 +23,7 @@ class Joint(Objective):
     MaximumLikelihood(divergence=None, penalties=None, solver=None, steer=0.0)
 
     Args:
-        terms: Objectives, or {"name": …, **options} for each.
+        terms: Objectives of different kinds, or {"name": …, **options} for each.
         weights: One for each term.
     """
 
@@ -39,6 +39,12 @@ class Joint(Objective):
         for weight in self.weights:
             expect_positive("Joint", weights=weight)
         object.__setattr__(self, "terms", tuple(_built(term) for term in self.terms))
+        kinds = [type(term).__name__ for term in self.terms]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(
+                "Joint: expected terms of different kinds, since those of one kind would share "
+                f"their times, pairs and probes, got {', '.join(kinds)}"
+            )
         object.__setattr__(self, "weights", tuple(self.weights))
 
     @property

@@ -25,6 +25,7 @@ from cnf.objectives.base import (
     require_continuous,
     weighted_mean,
 )
+from cnf.transforms.base import transforms_in
 from cnf.transforms.continuous import Continuous, Recipe
 
 
@@ -136,7 +137,15 @@ class MaximumLikelihood(Objective):
 
 
 def _recipe(flow: Flow) -> Recipe:
-    return flow.transform.recipe if isinstance(flow.transform, Continuous) else Recipe()
+    """That of the flow's continuous parts, which must be one."""
+    parts = transforms_in(flow.transform)
+    first, *others = [p.recipe for p in parts if isinstance(p, Continuous)] or [Recipe()]
+    if any(other != first for other in others):
+        raise ValueError(
+            "MaximumLikelihood: expected the continuous parts of a flow to share a recipe, got "
+            f"{first} and others; build each with the same recipe=…"
+        )
+    return first
 
 
 def _not_functions(flow: Flow) -> Iterator[str]:

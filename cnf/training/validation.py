@@ -58,9 +58,9 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> float:
-        total = 0.0
+        generator, total = seeded(self.config.seed, -4), 0.0  # of dequantisation
         for rows in self._chunks(CHUNK):
-            log_prob = flow.log_prob(rows.x, rows.context).double()
+            log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
         return total / _mass(self._rows)
 

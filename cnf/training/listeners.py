@@ -1,6 +1,8 @@
 """Who is told of a run's records as they come: loggers and callbacks."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Callback = Callable[[dict[str, float]], object]
@@ -34,10 +36,14 @@ class Listeners:
         self._loggers, self._callbacks = loggers, callbacks
 
     def tell(self, record: dict[str, float]) -> None:
-        """Hand on a record; what a listener raises ends the run."""
-        metrics = {name: value for name, value in record.items() if name != "step"}
+        """Hand on a record; what a listener raises ends the run, after a checkpoint."""
+        metrics, step = (
+            {k: value for k, value in record.items() if k != "step"},
+            int(record["step"]),
+        )
         for logger in self._loggers:
-            logger.log_metrics(dict(metrics), int(record["step"]))
+            with naming(f"the logger {type(logger).__name__}", step):
+                logger.log_metrics(dict(metrics), step)
         for callback in self._callbacks:
             callback(dict(record))
 
@@ -47,4 +53,29 @@ class Listeners:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for logger in self._loggers:
             if callable(finalize := getattr(logger, "finalize", None)):
-                finalize("failed" if kind else "success")
+                with surviving(f"the logger {type(logger).__name__}"):
+                    finalize("failed" if kind else "success")
+
+
+@contextmanager
+def naming(who: str, step: int) -> Iterator[None]:
+    """Inside, an OSError (a full disk, no permission) is told with the name of who met it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"fit: {who} cannot write its record of step {step} ({error}); make room for it or "
+            "leave it out, and resume the run: its checkpoints are kept"
+        ) from error
+
+
+@contextmanager
+def surviving(who: str) -> Iterator[None]:
+    """Inside, an OSError is a warning: training has ended, and nothing of it may be lost now."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"fit: {who} cannot write its last records ({error}); the run itself is not touched",
+            stacklevel=3,
+        )

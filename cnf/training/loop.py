@@ -69,14 +69,15 @@ def fit(
             the density, or a tenth of one's own data, if None.
         loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`: told of each of
             some 200 records over the budget. Of several processes the first one tells.
-        callbacks: Functions of such a record, a dict with "step", "loss", …; what they raise ends
-            the run.
+        callbacks: Functions of such a record, a dict with "step", "loss", …; what they or a logger
+            raise ends the run, after a checkpoint.
     Returns:
         What was logged, and why training ended.
     Raises:
         ValueError: Data that are too few, of the wrong shape, NaN; weights that are negative, NaN
             or all 0; a folder that exists.
         CheckpointError: The run's folder cannot be written or resumed.
+        OSError: A logger cannot write.
         DivergedError: The gradient or the weights are no numbers any more, or training has led to
             an ODE that cannot be solved. The last checkpoint is kept.
     """
@@ -283,8 +284,15 @@ class _Trainer:
         if scored is not None:
             record[self.validation.name] = scored
         records.append(record)
-        self.folder.log(record)
-        self.listeners.tell(record)
+        try:
+            self.folder.log(record)
+            self.listeners.tell(record)
+        except Exception as error:  # of a full disk, a service, a callback: no step may be lost
+            try:
+                self._save()
+            except (CheckpointError, DivergedError) as unsaved:
+                error.add_note(f"Nor could the run be saved: {unsaved}")
+            raise
 
     def _finish(self, bar: ProgressBar) -> None:
         history, budget = self.history, self.budget

@@ -12,6 +12,7 @@ from torch import nn
 
 from cnf.errors import CheckpointError, optional
 from cnf.training import checkpoint
+from cnf.training.listeners import naming, surviving
 
 LOCK = ".lock"
 FILES = {"checkpoints", "figures", "tensorboard", "config.yaml", "manifest.json", "metrics.csv"}
@@ -80,7 +81,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         if self._events is not None:
-            self._events.close()
+            with surviving("TensorBoard"):
+                self._events.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -119,12 +121,14 @@ class Run:
         """One record to TensorBoard."""
         if self.folder is None:
             return
-        if self._events is None:
-            tensorboard = optional("torch.utils.tensorboard.writer", "train")
-            self._events = tensorboard.SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in record.items():
-            if name != "step":
-                self._events.add_scalar(name, value, int(record["step"]))
+        step = int(record["step"])
+        tensorboard = optional("torch.utils.tensorboard.writer", "train")
+        with naming("TensorBoard", step):
+            if self._events is None:
+                self._events = tensorboard.SummaryWriter(str(self.folder / "tensorboard"))
+            for name, value in record.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, step)
 
     def _write(self, name: str, text: str) -> None:
         assert self.folder is not None

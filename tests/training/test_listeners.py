@@ -1,8 +1,10 @@
 """Loggers and callbacks hear of every record, once, and end a run that they refuse."""
 
 import csv
+import errno
 
 import pytest
+import torch
 from lightning_fabric.loggers import CSVLogger
 
 import cnf
@@ -60,3 +62,75 @@ def test_what_a_callback_raises_ends_the_run_and_fails_its_loggers(small, config
 def test_what_cannot_be_told_anything_is_refused(given, message, small, config):
     with pytest.raises(TypeError, match=message):
         cnf.fit(small(), "flow-matching", "moons", config(), **given)
+
+
+class FullDisk:
+    """A logger whose disk is full at its third record, and when it is finalized."""
+
+    def __init__(self, at="third"):
+        self.at, self.records = at, 0
+
+    def log_metrics(self, metrics, step):
+        self.records += 1
+        if self.at == "third" and self.records == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def finalize(self, status):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:fit. the logger FullDisk cannot write its last records")
+def test_a_logger_that_cannot_write_is_named_and_costs_no_step(small, config, tmp_path):
+    folder, whole = tmp_path / "run", small()
+    cnf.fit(whole, "flow-matching", "moons", config())
+    message = "fit: the logger FullDisk cannot write its record of step 3 .*No space left.*resume"
+    with pytest.raises(OSError, match=message):
+        cnf.fit(small(), "flow-matching", "moons", config(folder=folder), loggers=[FullDisk()])
+    resumed = small()
+    history = cnf.fit(resumed, "flow-matching", "moons", config(folder=folder, resume=True))
+    assert [record["step"] for record in history.records] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_logger_that_fails_at_the_end_is_a_warning(small, config):
+    with pytest.warns(UserWarning, match="the logger FullDisk cannot write its last records"):
+        history = cnf.fit(small(), "flow-matching", "moons", config(), loggers=[FullDisk("end")])
+    assert history.steps == 6
+
+
+def test_tensorboard_that_cannot_write_is_named_and_its_run_is_free_again(
+    small, config, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.tensorboard.writer.SummaryWriter.add_scalar", denied)
+        with pytest.raises(
+            OSError, match="TensorBoard cannot write its record of step 1 .*denied"
+        ):
+            cnf.fit(small(), "flow-matching", "moons", config(folder=folder))
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.utils.tensorboard.writer.SummaryWriter.close", denied)
+        with pytest.warns(UserWarning, match="TensorBoard cannot write its last records"):
+            cnf.fit(small(), "flow-matching", "moons", config(folder=folder, resume=True))
+    cnf.fit(small(), "flow-matching", "moons", config(folder=folder, resume=True))
+
+
+def test_an_error_keeps_its_kind_where_the_run_cannot_be_saved_either(small, config, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def refuse(record):
+        def full(*_):
+            raise cnf.CheckpointError("save: cannot write")
+
+        monkeypatch.setattr("cnf.training.run.Run.save", full)
+        raise Enough
+
+    with pytest.raises(Enough) as raised:
+        cnf.fit(small(), "flow-matching", "moons", config(), callbacks=[refuse])
+    assert raised.value.__notes__ == ["Nor could the run be saved: save: cannot write"]

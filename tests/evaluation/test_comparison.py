@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cnf.evaluation.contestants import RACE
 from cnf.evaluation.judge import Judge
 from cnf.evaluation.report import write_report
 from cnf.evaluation.tables import results_table
+from cnf.training.stream import as_stream
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -72,12 +74,64 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_each_seed_starts_from_weights_of_its_own():
+    toy = cnf.data.toy("moons")
+    first, again, other = (
+        torch.cat(
+            [p.flatten() for p in comparison._built(CONTESTANTS["maf"], toy, k).parameters()]
+        )
+        for k in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("budget", [{"seconds": 100.0}, {"steps": 100}], ids=str)
+def test_stages_share_the_budget_and_the_largest_memory_counts(budget, monkeypatch):
+    shares, peaks = [], iter((5.0, 3.0))
+
+    def remember(flow, objective, data, config):
+        shares.append(config.seconds or config.steps)
+        return cnf.training.History(steps=4, seconds=1.0)
+
+    @contextmanager
+    def peak():
+        yield lambda: next(peaks)
+
+    monkeypatch.setattr(comparison, "fit", remember)
+    monkeypatch.setattr(comparison, "_peak_memory", peak)
+    toy = cnf.data.toy("moons")
+    _, histories, memory = comparison._train(
+        CONTESTANTS["cnf-both"], toy, toy, cnf.TrainConfig(**budget)
+    )
+    assert shares == [75, 25] and memory == 5
+    costs = comparison._training_costs(histories, memory)
+    assert costs["train_seconds"] == 2 and costs["ms_per_step"] == 250
+
+
+def test_curve_is_the_gap_on_the_validation_points_over_the_seconds_of_all_stages():
+    toy, seed = cnf.data.toy("moons"), 3
+    settings = cnf.TrainConfig(
+        steps=1, seed=seed, validation_rows=comparison.VALIDATION_POINTS, progress=False
+    )
+    held_out = as_stream(toy, settings).validation.x
+    entropy = -toy.log_prob(held_out).mean().item()
+    stages = [
+        cnf.training.History([{"seconds": 1.0, "val_nll": entropy + 0.5}, {"seconds": 9.0}]),
+        cnf.training.History([{"seconds": 2.0, "val_nll": entropy + 0.25}]),
+    ]
+    stages[0].seconds = 10.0
+    (first, gap), (second, less) = comparison._curve(stages, toy, seed)
+    assert (first, second) == (1, 12)
+    assert (gap, less) == (pytest.approx(0.5, abs=1e-6), pytest.approx(0.25, abs=1e-6))
+
+
 def test_seeds_have_a_mean_and_a_spread():
     results = race(["realnvp"], "moons", seeds=[0, 1])
     gaps = [entry.scores["gap"] for entry in results.of("realnvp")]
     mean, spread = results.mean("realnvp", "gap")
     assert mean == pytest.approx(sum(gaps) / 2)
     assert spread == pytest.approx(abs(gaps[0] - gaps[1]) / 2**0.5)
+    assert min(results.floor["w2"], results.floor["sliced_w2"]) > 0  # of two sets of points
     console = Console(width=80)
     with console.capture() as capture:
         console.print(results_table(results))

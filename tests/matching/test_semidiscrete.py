@@ -36,6 +36,14 @@ def test_two_points_divide_the_plane_in_the_middle_of_the_base():
     assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 0).long())
 
 
+def test_the_base_may_lie_anywhere():
+    x1, spread = torch.tensor([[1.0, 0.0], [7.0, 0.0]]), normal(2)
+    plan = SemiDiscrete(steps=5).fit(x1, lambda n, g: 5 + spread(n, g), generator=seeded())
+    x0 = 5 + spread(2_000, seeded(1))
+    clear = (x0[:, 0] - 5).abs() > 0.2  # of five steps
+    assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 5).long())
+
+
 def test_in_one_dimension_it_is_the_monotone_map(generator):
     x1 = torch.rand(50, 1, generator=generator, dtype=F64) ** 2
     plan = SemiDiscrete().fit(x1, normal(1, dtype=F64), generator=seeded())

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import cnf
+from cnf.training.describe import configuration
 
 
 @pytest.fixture
@@ -167,3 +168,10 @@ def test_disk_that_fills_during_a_run_is_told_in_one_line(
     assert "\n" not in str(raised.value)
     assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
     cnf.load(folder)  # what was there is kept, whole
+
+
+def test_part_of_a_table_that_is_put_aside_is_told(small, config, tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{k},{k * k}.5\n" for k in range(20)))
+    rest, _ = cnf.data.load(tmp_path / "x.csv").split(0.3)
+    told = configuration(small(), cnf.FlowMatching(), rest, config())
+    assert told["test"] == 0.3 and told["columns"] == ["a", "b"]

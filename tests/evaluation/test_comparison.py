@@ -132,6 +132,9 @@ def test_seeds_have_a_mean_and_a_spread():
     assert mean == pytest.approx(sum(gaps) / 2)
     assert spread == pytest.approx(abs(gaps[0] - gaps[1]) / 2**0.5)
     assert min(results.floor["w2"], results.floor["sliced_w2"]) > 0  # of two sets of points
+    results.entries[0].scores["w2"] = math.inf
+    mean, spread = results.mean("realnvp", "w2")
+    assert mean == math.inf and math.isnan(spread)
     console = Console(width=80)
     with console.capture() as capture:
         console.print(results_table(results))

@@ -310,13 +310,8 @@ class Flow(nn.Module):
         total = 0.0
         if self.dequantisation is not None:
             x, total = self.dequantisation.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
-        if self.preprocess is None:
-            _warn_of_merged(collapsing(x.reshape(-1, *self.event_shape), self.dtype), self.dtype)
-        else:
-            if torch.promote_types(x.dtype, self.data_dtype) != x.dtype:
-                parts = transforms_in(self.preprocess)
-                found = {k for part in parts for k in getattr(part, "unresolved", ())}
-                _warn_of_merged(sorted(found), x.dtype)
+        _warn_of_merged("x", x.reshape(-1, *self.event_shape), self.preprocess, self.dtype)
+        if self.preprocess is not None:
             x, ladj = self.preprocess.inverse(x)
             total = total + ladj
         return x.to(self.dtype), total
@@ -430,6 +425,8 @@ class Flow(nn.Module):
         if context is None and self.transform.optional_context:
             return None
         given = expect_context(who, context, self.context_dim)
+        rows = given.reshape(-1, self.context_dim)
+        _warn_of_merged("context", rows, self.context_preprocess, self.dtype)
         inner = given if self.context_preprocess is None else self.context_preprocess(given)
         inner = inner.to(self.dtype)
         if batch is None:
@@ -476,11 +473,27 @@ def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence 
     return replace(divergence, probe=rows.take(divergence.probe, axis=1))
 
 
-def _warn_of_merged(columns: Sequence[int], dtype: torch.dtype) -> None:
+def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torch.dtype) -> None:
+    """Warn of columns that come with too few digits for what `part` was fitted to or, without it,
+    that a cast to the flow's dtype merges."""
+    if part is not None:
+        dtype, columns = rows.dtype, _unresolved(part, rows.dtype)
+    else:
+        columns = [] if transformed() else collapsing(rows, dtype)
     if columns:
+        option = {"x": "preprocess", "context": "context_preprocess"}[name]
         warnings.warn(
-            f"Flow: {dtype} merges values of x in columns {list(columns)}, so that results there "
-            "mean little; give x in float64 to a flow that was fitted to it with "
-            "preprocess='standardise', or subtract a constant from these columns",
+            f"Flow: {dtype} merges values of {name} in columns {columns}, so that results there "
+            f"mean little; give {name} in float64 to a flow that was fitted to it with "
+            f"{option}='standardise', or subtract a constant from these columns",
             stacklevel=2,
         )
+
+
+def _unresolved(part: Any, dtype: torch.dtype) -> list[int]:
+    """The columns that `part` was fitted to with more digits than `dtype` has, and needs them."""
+    found: set[int] = set()
+    for inner in transforms_in(part):
+        if torch.promote_types(dtype, getattr(inner, "dtype", dtype)) != dtype:
+            found.update(getattr(inner, "unresolved", ()))
+    return sorted(found)

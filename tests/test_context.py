@@ -12,7 +12,7 @@ from cnf.models import MODELS
 from cnf.sampling import sde
 from cnf.training import load, save
 from cnf.training.preprocessing import fit_preprocessing
-from cnf.transforms import Continuous, Standardise, StandardizeContext
+from cnf.transforms import Compose, Continuous, Softplus, Standardise, StandardizeContext
 
 F64 = torch.float64
 FAST = {"steps": 2, "progress": False, "validations": 0}
@@ -151,6 +151,82 @@ def test_log_prob_under_a_far_context_warns_as_well():
     flow.context_preprocess.fit(torch.randn(100, 1))
     with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: context is up to .* scales"):
         flow.log_prob(torch.zeros(3, 2), torch.full((3, 1), 5e4))
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_far_data_behind_composed_preprocessing_warn(inner):
+    parts = [Standardise((2,)), Softplus()][:inner]
+    flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
+    flow.preprocess = Compose([Compose(parts)])
+    with torch.no_grad():
+        flow.log_prob(torch.full((3, 2), 5e4))  # nothing was fitted yet
+    flow.preprocess.fit(0.5 + torch.rand(100, 2))
+    with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
+        flow.log_prob(torch.full((3, 2), 5e4))
+
+
+def test_a_gpu_is_looked_at_for_far_data_in_calls_1_2_4_8_only(monkeypatch):
+    near, far = torch.zeros(3, 2), torch.full((3, 2), 5e4)
+    flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
+    flow.preprocess.fit(torch.randn(100, 2))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
+    with torch.no_grad():
+        for x in (near, near, far, near, far, far, far):  # calls 3, 5, 6, 7
+            flow.log_prob(x)
+        with pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
+            flow.log_prob(far)
+    first = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
+    first.preprocess.fit(torch.randn(100, 2))
+    with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
+        first.log_prob(far)
+
+
+def test_far_data_are_not_looked_for_on_a_device_without_numbers():
+    flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
+    flow.preprocess.fit(torch.randn(100, 2))
+    with torch.no_grad():
+        assert flow.to("meta").log_prob(torch.empty(3, 2, device="meta")).shape == (3,)
+
+
+def test_context_with_fewer_digits_than_it_was_fitted_with_is_told():
+    seconds = 1.7e9 + 60 * torch.arange(100, dtype=F64)[:, None]
+    flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
+    flow.context_preprocess.fit(seconds)
+    x = torch.randn(100, 2)
+    assert flow.log_prob(x, seconds).isfinite().all()
+    with pytest.warns(UserWarning, match=r"float32 merges values of context in columns \[0\]"):
+        flow.log_prob(x, seconds.float())
+    with pytest.warns(UserWarning, match=r"float32 merges values of context in columns \[0\]"):
+        flow.sample((), seconds.float())
+    flow.context_preprocess = None
+    with pytest.warns(UserWarning, match=r"float32 merges values of context in columns \[0\]"):
+        flow.log_prob(x, seconds)
+    assert flow.log_prob(x, seconds - 1.7e9).isfinite().all()  # what float32 holds as well
+
+
+def test_contexts_that_float32_merges_are_refused_in_training_by_name():
+    context = torch.stack([torch.randn(100).double(), 1.7e9 + torch.arange(100.0).double()], 1)
+    flow = cnf.models.build("realnvp", dim=2, context=2, context_preprocess=None, hidden=(8,))
+    with pytest.raises(ValueError, match=r"float32 merges .* of column 1 of context; build"):
+        cnf.fit(flow, cnf.MaximumLikelihood(), torch.randn(100, 2), cnf.TrainConfig(**FAST),
+                context=context)  # fmt: skip
+
+
+def test_device_without_float64_refuses_contexts_as_soon_as_they_are_fitted(monkeypatch):
+    """Not only once a checkpoint is loaded."""
+    noise = torch.randn(100, 1, dtype=F64)
+    near, far = StandardizeContext(2), StandardizeContext(2)
+    near.fit(torch.cat([noise, noise], 1))
+    far.fit(torch.cat([noise, 1.7e9 + noise], 1))
+    assert near.columns.dtype == far.columns.dtype == F64
+    again = StandardizeContext(2)
+    again.load_state_dict(far.state_dict())
+    assert far.columns.unresolved == again.columns.unresolved == (1,)
+    assert again.columns.dtype == F64
+    monkeypatch.setattr("cnf.transforms.normalisation.widest", lambda device: torch.float32)
+    assert near.to("cpu").columns.loc.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"columns \[1\] need float64, which cpu does"):
+        far.to("cpu")
 
 
 def test_fit_on_data_or_contexts_in_other_units_than_the_first_warns():

@@ -15,15 +15,20 @@ FEW = 20  # values: so few in many rows are no continuous distribution
 REPEATED = 0.5  # of the rows with a value that some other row has too
 
 
-def expect_resolved(head: Tensor | None, dtype: torch.dtype, names: Sequence[str] | None) -> None:
-    """Raise where a cast of the data to `dtype` would merge the values of a column."""
-    if head is None or not head.is_floating_point():
+def expect_resolved(
+    name: str, rows: Tensor | None, dtype: torch.dtype, columns: Sequence[str] | None = None
+) -> None:
+    """Raise where a cast to `dtype` would merge the values of a column of x or of the context."""
+    if rows is None or not rows.is_floating_point():
         return
-    if merged := collapsing(head, dtype):
+    if merged := collapsing(rows, dtype):
+        of, option = {"x": ("", "preprocess"), "context": (" of context", "context_preprocess")}[
+            name
+        ]
         raise ValueError(
-            f"fit: {dtype} merges different values of {_named(merged, names)}; build the model "
-            "with preprocess='standardise', which works in float64, or subtract a constant from "
-            "these columns, or train module.double()"
+            f"fit: {dtype} merges different values of {_named(merged, columns)}{of}; build the "
+            f"model with {option}='standardise', which works in float64, or subtract a constant "
+            "from these columns, or train module.double()"
         )
 
 

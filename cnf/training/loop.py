@@ -129,8 +129,9 @@ class _Trainer:
             for name, part in (("x", "preprocess"), ("context", "context_preprocess"))
             if wide and getattr(module, part, None) is not None
         }
-        if head is not None and "x" not in self.keeps_digits:
-            expect_resolved(head.x, self.dtype, names)
+        for name, columns in (("x", names), ("context", None)):
+            if head is not None and name not in self.keeps_digits:
+                expect_resolved(name, getattr(head, name), self.dtype, columns)
         fit_preprocessing(module, head)
         self.learner = Learner(module, objective, config, self.fabric)
         data_hash = self.stream.fingerprint() if config.folder else None

@@ -1,5 +1,6 @@
 """Location and scale of a context, fitted once, so that nets see numbers of unit size."""
 
+import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_context
@@ -33,19 +34,29 @@ class StandardizeContext(nn.Module):
         expect_context("fit", context, self.size)
         if self.fitted:
             return
-        loc, scale = self.columns.loc, self.columns.scale
+        loc, scale = self.columns.loc.clone(), self.columns.scale.clone()
         for k, column in enumerate(context.to(loc).unbind(-1)):
             known = column[~column.isnan()]
             if ((known != 0) & (known != 1)).any():
                 loc[k] = known.mean()
                 if known.amax() > known.amin():
                     scale[k] = known.std()  # of a constant it stays 1
-        self.columns.fitted.fill_(True)
+        self.columns.settle(loc, scale, context.dtype)
 
     @property
     def fitted(self) -> bool:
         """Whether location and scale are set."""
         return bool(self.columns.fitted)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 where it was fitted to float64 contexts, else float32."""
+        return self.columns.dtype
+
+    @property
+    def unresolved(self) -> tuple[int, ...]:
+        """The columns whose values float32 would merge."""
+        return self.columns.unresolved
 
     def forward(self, context: Tensor) -> Tensor:
         return (context - self.columns.loc) / self.columns.scale

@@ -54,13 +54,18 @@ class Standardise(Transform):
         """Set location and scale from data `x`, shape (N, *event), if they are not set yet."""
         if self.fitted:
             return
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = x.to(self.loc.dtype)
+        rows = x.to(self.loc.dtype)
         over = [0, *range(2, x.dim())]
-        self.loc.copy_(x.mean(over).view_as(self.loc))
-        if x.shape[0] > 1:
-            scale = torch.where(x.amax(over) > x.amin(over), x.std(over), 1.0)
-            self.scale.copy_(scale.view_as(self.loc))  # what is constant stays as it is
+        scale = self.scale
+        if x.shape[0] > 1:  # what is constant stays as it is
+            scale = torch.where(rows.amax(over) > rows.amin(over), rows.std(over), 1.0)
+        self.settle(rows.mean(over), scale, x.dtype)
+
+    def settle(self, loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Set location and scale for good, found from data of `dtype`."""
+        self.loc.copy_(loc.view_as(self.loc))
+        self.scale.copy_(scale.view_as(self.loc))
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.fitted.fill_(True)
         _resolve(self)
 

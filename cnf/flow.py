@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from cnf.distributions import Base, as_base, flow_distribution
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
-from cnf.dynamics.fixed import transformed
+from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event, expect_shape, expect_times
@@ -123,6 +123,7 @@ class Flow(nn.Module):
                 f"context, got {size}"
             )
         self._warned: list[str] = []  # shared by copies with another solver
+        self._noticed = 0  # calls that could have warned
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
     @property
@@ -178,6 +179,10 @@ class Flow(nn.Module):
 
         A row of x or context that holds NaN has NaN, one of x at infinity has -inf; the others are
         as they would be without it, gradients too.
+
+        Data or contexts a thousand scales from what preprocessing was fitted to are warned of,
+        once, where gradients are off: on the CPU in any call, on a GPU, which looking waits for,
+        in the 1st, 2nd, 4th, 8th, … call. `fit`, `check` and the scores call this, too.
 
         Args:
             x: Data.
@@ -376,8 +381,12 @@ class Flow(nn.Module):
             warnings.warn(text, stacklevel=3)
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
-        """Warn of points that nothing was fitted near to; not where looking would take time."""
-        if self._warned or torch.is_grad_enabled() or not y.is_cpu or transformed():
+        """Warn of points that nothing was fitted near to. A GPU, which looking waits for, is
+        looked at in the 1st, 2nd, 4th, 8th, … call only, which all in all costs nothing."""
+        if self._warned or torch.is_grad_enabled() or type(y) is not Tensor or captured():
+            return
+        self._noticed += 1
+        if y.is_meta or not (y.is_cpu or self._noticed.bit_count() == 1):
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
         for name, part, value in parts:

@@ -109,6 +109,11 @@ class Compose(Transform):
                 part.fit(x)  # pyright: ignore
             x, _ = part.inverse(x)
 
+    @property
+    def fitted(self) -> bool:
+        """Whether anything in it has been fitted."""
+        return any(getattr(part, "fitted", False) for part in self._parts())
+
     def _through(
         self, steps: list[Step], value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:

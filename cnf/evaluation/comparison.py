@@ -12,9 +12,11 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from torch.distributions import Distribution
 
 from cnf import models
-from cnf.data import Points, load
+from cnf.data import Points, Toy, load
+from cnf.distributions import Base
 from cnf.errors import CheckpointError
 from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
@@ -22,7 +24,8 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.describe import machine
-from cnf.training.fingerprint import of_rows
+from cnf.training.drawn import Drawn
+from cnf.training.fingerprint import DRAWS, of_rows
 from cnf.training.interrupt import Interrupted
 from cnf.training.progress import status
 from cnf.training.stream import seeded
@@ -145,7 +148,8 @@ def compare(
 
     Args:
         contestants: Names in `CONTESTANTS`, one's own by name, or None for those of `RACE`.
-        data: A density, its name, one's own points, or a file: what `cnf.data.load` takes.
+        data: A density, its name, one's own points (an array or a table), or a file: what
+            `cnf.data.load` takes; or a torch distribution, a base or a flow of vectors.
         seconds: Budget of each contestant, in seconds of training.
         steps: Budget of each contestant, in optimiser steps, instead of seconds.
         seeds: One run each.
@@ -167,7 +171,7 @@ def compare(
     )  # fmt: skip
     if contestants is None or not isinstance(contestants, dict):
         contestants = {name: CONTESTANTS[name] for name in contestants or RACE}
-    density, folder = load(data), folder and Path(folder)
+    density, folder = _source(data), folder and Path(folder)
     if folder and not resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"compare: {folder} exists already; choose another folder, or resume that race"
@@ -176,7 +180,7 @@ def compare(
     race = {
         "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
         "test_points": len(judge.test.x),
-        "rows": _hash(density) if isinstance(density, Points) else None,
+        "rows": _fingerprint(density),
     }  # fmt: skip
     entries, failed = [], _unfit(contestants, density)
     for name in [name for name in contestants if contestants[name].title not in failed]:
@@ -215,8 +219,19 @@ def compare(
     return results
 
 
-def _hash(points: Points) -> str:
-    return of_rows(Batch(points.x, points.context, weight=points.weight))
+def _source(data: Any) -> Any:
+    """The data as a `Toy`, `Points`, or what has the interface of a `Toy`."""
+    return Drawn(data) if isinstance(data, Distribution | Base | Flow) else load(data)
+
+
+def _fingerprint(density: Any) -> Any:
+    """What tells data of one name from others; None where the name tells all."""
+    if isinstance(density, Points):
+        return of_rows(Batch(density.x, density.context, weight=density.weight))
+    if isinstance(density, Drawn):
+        drawn = density.sample(DRAWS, seeded(0, -15)).flatten().tolist()
+        return [f"{number:.4g}" for number in drawn]
+    return None
 
 
 def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
@@ -265,7 +280,7 @@ def _finished(run: Path, name: str, race: dict[str, Any]) -> Entry | None:
 
 def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
     options = {**density.sizes, **contestant.options}
-    if density.entropy is not None:
+    if isinstance(density, Toy):  # which need no preprocessing
         options |= contestant.toy_options
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # contestants with the same field start from the same weights

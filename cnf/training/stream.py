@@ -16,13 +16,14 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.data import Points, load
 from cnf.data.arrays import as_numbers, is_rows
-from cnf.distributions import Base, as_base
+from cnf.distributions import Base
 from cnf.errors import expect_finite
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
 from cnf.training import fingerprint
 from cnf.training.config import BATCH_SIZE, TrainConfig
+from cnf.training.drawn import Drawn
 
 NULL = ("context", True)  # what may be NaN: a context that may be missing
 
@@ -252,7 +253,7 @@ def as_stream(
     if isinstance(data, Batch):
         return RowStream(Rows(_weighty(as_batch(data, missing=missing))), config, held_out)
     if isinstance(data, Distribution | Base | Flow):
-        data = _Drawn(data)
+        data = Drawn(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -352,24 +353,10 @@ def _held_out(validation: Any, missing: bool) -> Batch:
     if isinstance(validation, Points):
         validation = _table(validation, None, None, missing)
     if isinstance(validation, Distribution | Base | Flow):
-        validation = _Drawn(validation)
+        validation = Drawn(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
         validation = validation.sample(10_000, seeded(-12))
     return _weighty(as_batch(validation, "validation", missing))
-
-
-class _Drawn:
-    """A torch distribution, a base or a flow with the interface of a density."""
-
-    def __init__(self, source: Distribution | Base | Flow) -> None:
-        self.source = as_base(source, ()) if isinstance(source, Distribution) else source
-        self.name = type(source).__name__
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.source.sample((n,), generator=generator)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.source.log_prob(x)
 
 
 class _Generated:

@@ -5,14 +5,22 @@ import json
 import math
 from contextlib import contextmanager
 
+import pandas
 import pytest
 import torch
 from rich.console import Console
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
 import cnf
 from cnf.evaluation import CONTESTANTS, Contestant, Stage, comparison, metrics
 from cnf.evaluation.contestants import RACE
-from cnf.evaluation.judge import Judge
+from cnf.evaluation.judge import TIGHT, Judge
 from cnf.evaluation.report import write_report
 from cnf.evaluation.tables import results_table
 from cnf.training.stream import as_stream
@@ -320,6 +328,49 @@ def test_contestant_and_data_of_any_name_have_a_page(tmp_path):
     assert "<i>/" not in page and "&lt;i&gt;/../%" in page
     assert {path.name for path in tmp_path.iterdir()} == {"race"}
     Console(width=200).print(results_table(results))
+
+
+GAUSSIAN = MultivariateNormal(torch.tensor([4e4, 0.03]), torch.tensor([[1e8, 50.0], [50.0, 1e-4]]))
+
+
+def test_torch_distribution_races_by_its_gap_and_is_standardised(tmp_path):
+    results = race(["rnode"], GAUSSIAN, tmp_path, steps=1)
+    assert results.data == "MultivariateNormal" and results.score == "gap"
+    assert results.entropy == pytest.approx(GAUSSIAN.entropy().item())
+    flow = results.of("rnode")[0].flow
+    assert flow.preprocess is not None  # a toy needs none
+    test = comparison.Drawn(GAUSSIAN).sample(400, comparison.seeded(1, -9))
+    tight = flow.with_solver(TIGHT)
+    expected = (GAUSSIAN.log_prob(test) - tight.log_prob(test)).double().mean().item()
+    assert results.mean("rnode", "gap")[0] == pytest.approx(expected, abs=1e-4)
+    assert "MultivariateNormal" in write_report(results, tmp_path / "race").read_text()
+    other = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="another race: rows was"):
+        race(["rnode"], other, tmp_path, steps=1, resume=True)
+
+
+def test_entropy_without_a_formula_is_a_mean_over_draws():
+    parts = Independent(Normal(torch.tensor([[-50.0, 0.0], [50.0, 0.0]]), torch.ones(2, 2)), 1)
+    mixture = comparison.Drawn(MixtureSameFamily(Categorical(torch.ones(2)), parts))
+    exact = math.log(2) + 1 + math.log(2 * math.pi)  # of two Gaussians that never meet
+    assert mixture.entropy == pytest.approx(exact, abs=0.02)  # 1/√100,000 = 0.003 a draw
+    assert mixture.support[0, 0] < -50 and mixture.support[1, 0] > 50
+
+
+def test_flow_can_be_raced_against(tmp_path):
+    teacher = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
+    assert race(["realnvp"], teacher, steps=1).score == "gap"
+    with pytest.raises(ValueError, match=r"Normal: expected a distribution of vectors.*got \(\)"):
+        race(["realnvp"], Normal(0.0, 1.0), steps=1)
+
+
+def test_frame_and_array_race_like_the_tensor(tmp_path):
+    x = torch.randn(200, 2, generator=DRAW, dtype=torch.float64)
+    frame = pandas.DataFrame(x.numpy(), columns=["height", "weight"])
+    given = [x, x.numpy(), frame, x.tolist()]
+    scores = [race(["realnvp"], data, steps=2).mean("realnvp", "nll")[0] for data in given]
+    assert math.isfinite(scores[0]) and len(set(scores)) == 1
+    assert race(["realnvp"], frame, steps=1).density.columns == ("height", "weight")
 
 
 def test_own_points_race_under_their_contexts(tmp_path):

@@ -75,6 +75,20 @@ def test_reflow_straightens_and_distillation_takes_one_step(trained, config):
     assert all(p.isfinite().all() for p in trained.parameters())
 
 
+def test_reflow_far_from_zero_keeps_the_digits_of_float64(config, generator):
+    x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64) * torch.tensor([1.0, 3.0])
+    flow = cnf.models.build("cnf", dim=2, hidden=(16,), solver=OWN)
+    settings = config(steps=60, batch_size=128, lr=1e-2, ema=0.9)
+    cnf.fit(flow, FlowMatching(), x, settings)
+    batch = pairs(flow, 500)
+    assert (batch.x.dtype, batch.x0.dtype) == (F64, torch.float32)
+    assert len(batch.x[:, 0].unique()) == 500  # float32 has steps of 8 there
+    reflow(flow, settings, n=500)
+    drawn = flow.sample(2000, generator=generator)
+    torch.testing.assert_close(drawn.mean(0) - 1e8, x.mean(0) - 1e8, atol=0.5, rtol=0)
+    torch.testing.assert_close(drawn.std(0), x.std(0), atol=0, rtol=0.25)
+
+
 # Pairs
 
 

@@ -45,13 +45,18 @@ class Budget:
     def refresh(self) -> None:
         """Find `fraction` again from step, seconds and ticks."""
         if self.config.seconds is not None:
-            reached = min(TICKS, int(TICKS * self.seconds / self.config.seconds))
-            self.ticks += [self.step] * (reached - len(self.ticks))
+            self.ticks += [self.step] * (self._reached - len(self.ticks))
         if self.config.seconds is None and self.config.ticks is None:
             assert self.config.steps is not None
             self.fraction = min(1.0, self.step / self.config.steps)
         else:
             self.fraction = bisect_right(self.ticks, self.step) / TICKS
+
+    @property
+    def _reached(self) -> int:
+        """Ticks of a seconds budget that have begun."""
+        assert self.config.seconds is not None
+        return min(TICKS, int(TICKS * self.seconds / self.config.seconds))
 
     def lr_factor(self) -> float:
         """Learning rate now, as a part of the highest: warm-up, then cosine or constant."""
@@ -70,4 +75,6 @@ class Budget:
         """Take up a checkpoint's state."""
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.ticks = [int(tick) for tick in state["ticks"]]
+        if self.config.seconds is not None:  # more than there were: fewer have passed
+            del self.ticks[self._reached :]
         self.refresh()

@@ -142,6 +142,7 @@ class _Trainer:
         held_out = None if held_out is None else self._placed(held_out)
         self.validation = Validation(objective, config, held_out)
         self.saved_at = time.perf_counter()
+        self.recorded_at = 0.0  # fraction of the budget
 
     def take_up(self) -> None:
         """Go on from the folder's checkpoint, if that is wanted; say what runs."""
@@ -149,6 +150,8 @@ class _Trainer:
         if self.resumes:
             assert self.config.folder is not None
             restore(self.config.folder, self._parts())
+            self.recorded_at = self.budget.fraction  # of the budget as it is now
+            self.validation.count_done(self.recorded_at)
         self.first_step = self.budget.step
         self._describe("running")
 
@@ -273,10 +276,10 @@ class _Trainer:
 
     def _record(self, loss: Loss, nfe: int, scored: float | None) -> None:
         records, budget = self.history.records, self.budget
-        before = records[-1]["fraction"] if records else 0.0
-        due = int(budget.fraction * RECORDS) > int(before * RECORDS)
+        due = int(budget.fraction * RECORDS) > int(self.recorded_at * RECORDS)
         if not due and scored is None and not budget.done:
             return
+        self.recorded_at = budget.fraction
         record = {
             "step": budget.step, "seconds": round(budget.seconds, 4), "fraction": budget.fraction,
             "lr": self.learner.lr * budget.lr_factor(), "loss": loss.value.item(), "nfe": nfe,

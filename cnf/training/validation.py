@@ -31,12 +31,18 @@ class Validation:
 
     def due(self, fraction: float) -> bool:
         """Whether it is time for the next one."""
-        reached = int(fraction * self.config.validations + 1e-9)
-        return self.held_out is not None and reached > self.done
+        return self.held_out is not None and self._reached(fraction) > self.done
+
+    def count_done(self, fraction: float) -> None:
+        """Take those due by now as done: a budget that was changed has others to come."""
+        self.done = self._reached(fraction)
+
+    def _reached(self, fraction: float) -> int:
+        return int(fraction * self.config.validations + 1e-9)
 
     def score(self, module: nn.Module, fraction: float) -> float:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
-        self.done = int(fraction * self.config.validations + 1e-9)
+        self.count_done(fraction)
         with evaluating(module), torch.no_grad():
             if isinstance(module, Flow) and module.base.has_density:
                 self.name, score = "val_nll", self._nll(module)

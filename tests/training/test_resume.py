@@ -1,6 +1,8 @@
 """An interrupted run, resumed, gives the very weights of an uninterrupted one."""
 
+import shutil
 import signal
+import warnings
 
 import pytest
 import torch
@@ -145,6 +147,71 @@ def test_resuming_a_finished_run_changes_nothing(small, config, points, same, tm
     second = cnf.fit(again, cnf.FlowMatching(), points, config(steps=60, resume=True, **settings))
     assert (second.steps, second.reason) == (first.steps, "patience")
     assert same(flow, again)
+
+
+def test_finished_run_that_gets_a_longer_budget_is_logged_and_scored_on(
+    small, config, points, tmp_path
+):
+    settings = {"folder": tmp_path / "run", "validations": 5}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(steps=10, **settings))
+    with pytest.warns(UserWarning, match="other settings than it had: steps was 10, is 20"):
+        history = cnf.fit(
+            small(), cnf.FlowMatching(), points, config(steps=20, resume=True, **settings)
+        )
+    assert history.column("step") == list(range(1, 21))
+    scored = [record["step"] for record in history.records if "val_nll" in record]
+    assert scored == [2, 4, 6, 8, 10, 12, 16, 20]
+
+
+@pytest.mark.parametrize(("steps", "in_all"), [(20, 20), (40, 40), (2, 4)])
+def test_seconds_run_goes_on_with_its_own_or_other_seconds(
+    steps, in_all, small, config, watched, monkeypatch, tmp_path
+):
+    tick = 1 / 64  # each step's, whatever the machine: a seconds budget is then one of steps
+
+    def spend(trainer, seconds):
+        trainer.budget.spend(tick)
+
+    monkeypatch.setattr("cnf.training.loop._Trainer._spend", spend)
+    data, whole = watched("toy", press)
+    settings = {"folder": tmp_path / "run", "seconds": 20 * tick, "validations": 0}
+    before = cnf.fit(small(), cnf.FlowMatching(), data, config(**settings))
+    assert (before.reason, before.steps) == ("interrupted", 4)
+    settings |= {"seconds": steps * tick, "resume": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if steps == 20 else "ignore")  # it has other settings
+        after = cnf.fit(small(), cnf.FlowMatching(), whole, config(**settings))
+    assert (after.reason, after.steps) == ("budget", in_all)
+    assert after.column("step") == list(range(1, in_all + 1))
+    assert after.column("fraction")[4:] == [k / steps for k in range(5, in_all + 1)]
+    assert len(after.ticks) == 200 and after.ticks == sorted(after.ticks)
+
+
+def test_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(
+    small, config, points, same, tmp_path
+):
+    """What lies on the disk is all that SIGKILL leaves: here a copy, made in the middle of it."""
+    settings = {"steps": 12, "validations": 3}
+    straight, left = small(), tmp_path / "left"
+    cnf.fit(straight, cnf.FlowMatching(), points, config(**settings))
+
+    def copy(record):
+        if record["step"] == 7:
+            shutil.copytree(tmp_path / "run", left)
+
+    often = {**settings, "checkpoint_seconds": 1e-9}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path / "run", **often),
+            callbacks=[copy])  # fmt: skip
+    assert checkpoint.load_state(left)["budget"]["step"] == 6
+    (left / "metrics.csv").write_text("step,seconds\n1,0.")  # as if the disk had been full
+    (left / "checkpoints" / ".state.pt.123.tmp").write_bytes(b"half of it")
+    resumed = small()
+    again = config(folder=left, resume="auto", **settings)
+    history = cnf.fit(resumed, cnf.FlowMatching(), points, again)
+    assert history.column("step") == list(range(1, 13)) and same(resumed, straight)
+    rows = (left / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 13 and rows[0].startswith("step,seconds,fraction")
+    assert not list(left.rglob("*.tmp"))
 
 
 OTHER = {

@@ -16,6 +16,7 @@ class History:
         preparing: Of these, seconds in which the objective prepared itself, such as a coupling's
             fit to the data.
         pairing: Of these, seconds in which batches were drawn and paired.
+        validating: Seconds of validation, which no budget counts.
         reason: Why it ended: "budget", "patience" or "interrupted".
         signal: Number of the signal that interrupted it; 0 for none.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
@@ -27,6 +28,7 @@ class History:
     seconds: float = 0.0
     preparing: float = 0.0
     pairing: float = 0.0
+    validating: float = 0.0
     reason: str = "budget"
     signal: int = 0
     skipped: int = 0

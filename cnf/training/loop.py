@@ -31,6 +31,7 @@ from cnf.training.stream import DensityStream, as_stream, mixed, refuse_misfit, 
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
+SLOW = 5  # seconds of validation that are told of where training took less
 
 
 def fit(
@@ -260,7 +261,10 @@ class _Trainer:
     def _validate(self, bar: ProgressBar) -> float | None:
         if self.validation.held_out is None or not self.config.validations:
             return None
-        score = self.validation.score(self.learner.kept, self.budget.fraction)
+        start = time.perf_counter()
+        with bar.doing("validating"):
+            score = self.validation.score(self.learner.kept, self.budget.fraction)
+        self.history.validating += time.perf_counter() - start
         bar.validated(self.validation.name, score)
         return score
 
@@ -310,6 +314,12 @@ class _Trainer:
         if history.reason == "interrupted":
             kept = self.config.folder and f"saved; resume it in {self.config.folder}"
             bar.say(f"Interrupted at step {budget.step}: {kept or 'not saved'}.")
+        if history.validating > max(SLOW, history.seconds):
+            bar.say(
+                f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s: "
+                f"lower validations={self.config.validations} or "
+                f"validation_rows={self.config.validation_rows}."
+            )
 
     def fail(self, error: BaseException) -> None:
         """Write how far the run came and why it ended; its last checkpoint stays.
@@ -370,6 +380,7 @@ class _Trainer:
                 "budget": {"steps": config.steps, "seconds": config.seconds},
                 "steps": budget.step,
                 "seconds": round(budget.seconds, 3),
+                "validation_seconds": round(self.history.validating, 3),
                 "skipped_steps": self.learner.skipped,
                 "ended": ended,
                 **({"error": error} if error else {}),

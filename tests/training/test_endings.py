@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import cnf
 from cnf.training import checkpoint
 from cnf.training.run import Run
+from cnf.training.validation import Validation
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -48,6 +50,20 @@ def test_hangup_that_nohup_ignores_stays_ignored(small, config, watched):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (history.reason, history.steps) == ("budget", 6)
+
+
+def test_validation_that_takes_longer_than_training_is_told_of(
+    small, config, monkeypatch, manifest, capsys, tmp_path
+):
+    monkeypatch.setattr("cnf.training.loop.SLOW", 0)
+    monkeypatch.setattr(Validation, "score", lambda *_: time.sleep(0.6) or 1.0)
+    settings = config(steps=1, validations=1, progress=True, folder=tmp_path / "run")
+    history = cnf.fit(small(), cnf.FlowMatching(), "moons", settings)
+    assert history.validating >= 0.6 > history.seconds
+    assert manifest()["validation_seconds"] == pytest.approx(history.validating, abs=1e-3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Validation took 1 s, training 0." in said
+    assert "lower validations=1 or validation_rows=50." in said
 
 
 def boom():

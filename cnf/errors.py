@@ -141,8 +141,31 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
     )
 
 
+# What torch says of tensors that were edited, or cannot be, and are needed as they were.
+_EDITED = re.compile(r"in-?place|written-to tensor", re.IGNORECASE)
+
+
+def explain_edit(module: torch.nn.Module, error: RuntimeError) -> None:
+    """Raise in whole words where torch's error is of an edit in place by `module`."""
+    if _EDITED.search(str(error)):
+        told = str(error).split(". ")[0].strip()
+        raise ValueError(
+            f"{_author(module)}: a tensor is edited in place whose value its derivative still "
+            "needs; write h = h * 0.5, not h.mul_(0.5), and torch.cat or torch.where, not "
+            f"h[..., 0] = … (torch: {told})"
+        ) from error
+
+
+def _author(module: torch.nn.Module) -> str:
+    """The class of the network that a flow, or wrappers of fields, are around."""
+    while isinstance(field := getattr(module, "field", None), torch.nn.Module):
+        module = field
+    return type(getattr(module, "net", module)).__name__
+
+
 def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None) -> Any:
-    """What `call()` finds; raise where `module` edits in place what it was given.
+    """What `call()` finds; raise where `module` edits in place what it was given, or what torch
+    needs.
 
     Compiled code and inference mode, in which tensors count no edits, go unchecked.
     """
@@ -150,13 +173,17 @@ def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor |
     if torch.compiler.is_compiling() or any(value.is_inference() for value in tensors.values()):
         return call()
     before = [value._version for value in tensors.values()]
-    found = call()
+    try:
+        found = call()
+    except RuntimeError as error:
+        explain_edit(module, error)
+        raise
     for (name, value), version in zip(tensors.items(), before, strict=True):
         if value._version != version:
-            who = type(getattr(module, "net", module)).__name__
             raise ValueError(
-                f"{who}: edits its input {name} in place, which is still needed, so that the "
-                f"result would be wrong; write {name} = {name} * 0.5, not {name}.mul_(0.5)"
+                f"{_author(module)}: edits its input {name} in place, which is still needed, so "
+                f"that the result would be wrong; write {name} = {name} * 0.5, not "
+                f"{name}.mul_(0.5)"
             )
     return found
 

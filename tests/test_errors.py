@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnf import errors, sampling
+from cnf import TrainConfig, errors, fit, sampling
 from cnf.distributions import StandardNormal
 from cnf.dynamics.solver import Solver
 from cnf.errors import (
@@ -21,7 +21,7 @@ from cnf.errors import (
     expect_positive,
     optional,
 )
-from cnf.fields import Adapter
+from cnf.fields import Adapter, Preconditioned
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
 from cnf.transforms import Continuous, Coupling
@@ -152,3 +152,58 @@ def test_a_couplings_net_that_edits_its_input_is_refused():
     # With gradients as well: torch lets an edit of a part of x pass where x needs none.
     with pytest.raises(ValueError, match="Sequential: edits its input x in place"):
         coupling(torch.ones(3, 4))
+
+
+class Editing(nn.Module):
+    """x ↦ W tanh(V x), edited on the way in one place or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.into, self.out = way, nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, given):
+        if self.way == "a part of the input":
+            given[..., 0].mul_(2)
+        hidden = torch.tanh(self.into(given))
+        if self.way == "what tanh has kept":
+            hidden.mul_(0.5)
+        if self.way == "a part of what tanh has kept":
+            hidden[..., 0] = 0.0
+        if self.way == "an expanded tensor":
+            torch.ones(1, device=given.device).expand(7).mul_(2.0)
+        return self.out(hidden)
+
+
+WAYS = ["what tanh has kept", "a part of what tanh has kept", "an expanded tensor"]
+USES = {
+    "estimate": lambda flow, x: flow.log_prob(x, divergence="hutchinson"),
+    "fit by likelihood": lambda flow, x: fit(flow, "maximum-likelihood", x, SHORT),
+    "fit by flow matching": lambda flow, x: fit(flow, "flow-matching", x, SHORT),
+}
+SHORT = TrainConfig(steps=1, progress=False, device="cpu", validations=0)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_edit_that_autograd_rejects_is_told_in_a_sentence(way, use):
+    field = Preconditioned(Adapter(Editing(way), (2,), call="concat"))
+    flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match="Editing: a tensor is edited in place.*not h.mul_.*torch:"
+    ):
+        USES[use](flow, x)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_edit_of_what_concat_has_made_for_the_net_is_its_own(use):
+    field = Adapter(Editing("a part of the input"), (2,), call="concat")
+    flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
+    USES[use](flow, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))
+
+
+def test_other_errors_of_a_field_stay_as_they_are():
+    field = Adapter(nn.Linear(5, 2), (2,), call="concat")
+    flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        flow.log_prob(torch.ones(3, 2))

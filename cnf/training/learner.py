@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cnf.errors import CheckpointError, DivergedError
+from cnf.errors import CheckpointError, DivergedError, explain_edit
 from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.checkpoint import non_finite
@@ -113,7 +113,7 @@ class Learner:
 
     def warm_up(self, batch: Batch) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
-        self.fabric.backward(self._step(batch).value)
+        self._backward(self._step(batch).value)
         self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch, lr: float, part: float = 1.0) -> Loss:
@@ -128,7 +128,7 @@ class Learner:
             group["lr"] = lr
         loss = self._step(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss.value if part == 1.0 else part * loss.value)
+        self._backward(loss.value if part == 1.0 else part * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm + self._everyones(loss.value.detach())):
             self._skip(loss)
@@ -137,6 +137,13 @@ class Learner:
         self._optimizer.step()
         self._average()
         return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        try:
+            self.fabric.backward(loss)
+        except RuntimeError as error:
+            explain_edit(self.module, error)
+            raise
 
     def _everyones(self, loss: Tensor) -> Tensor:
         """The loss, NaN or infinite where that of any process is: all must skip the same steps.

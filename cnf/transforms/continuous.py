@@ -17,7 +17,7 @@ from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence, as_divergence
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_choice, unedited
+from cnf.errors import expect_choice, explain_edit, unedited
 from cnf.fields.base import VectorField
 from cnf.fields.wrappers import pieces_of
 from cnf.precision import with_current_autocast
@@ -223,15 +223,20 @@ class Continuous(Transform):
 def _leaving_inputs(
     rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
 ) -> Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State]:
-    """`rates`, whose first evaluation raises where the field edits what it was given."""
-    first = True
+    """`rates`, whose first evaluation of each field raises where that edits what it was given."""
+    known: set[VectorField] = set()
 
     def watched(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
-        nonlocal first
-        if not first:
+        if torch.compiler.is_compiling():
             return rates(field, t, x, context)
-        first = False
-        return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
+        if field not in known:
+            known.add(field)
+            return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
+        try:
+            return rates(field, t, x, context)
+        except RuntimeError as error:  # a product with the Jacobian reaches the evaluations before
+            explain_edit(field, error)
+            raise
 
     return watched
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf import models
+from cnf.data import TOYS, table_kind
 from cnf.errors import CheckpointError, optional
 from cnf.flow import Flow
 
@@ -23,6 +24,7 @@ STATE_FILE = "state.pt"
 STATE_MARK = b"cnf-state-2 "  # then the hash of the rest, then a newline
 TEMPORARY = ".tmp"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")  # names that torch.save's files go by
+ANEW = "take another copy of the run, or train into another folder from its config.yaml"
 NO_HASH = "0" * 64  # stands for the hash while it is computed
 
 
@@ -93,17 +95,19 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         if data.startswith(STATE_MARK):
             told, _, data = data.removeprefix(STATE_MARK).partition(b"\n")
             if told != _sha256(data).encode():
-                raise CheckpointError("its hash is not that of its bytes")
+                raise CheckpointError("expected bytes of the hash that it carries, got others")
         elif not data.startswith(b"PK"):  # files without a hash were what torch.save writes
-            raise CheckpointError("it is no training state written by cnf")
+            raise CheckpointError(f"expected a training state of cnf, got {bytes(data[:8])!r}")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise CheckpointError(f"it holds a {type(state).__name__}")
+            raise CheckpointError(f"expected a dictionary, got a {type(state).__name__}")
     except CheckpointError as error:
-        raise CheckpointError(f"resume: {path} is broken: {error}") from None
+        raise CheckpointError(f"resume: {path} is broken: {error}; {ANEW}") from None
     except Exception as error:  # torch has no one error for a file that it cannot read
-        message = f"resume: {path} is broken, or no training state written by cnf"
-        raise CheckpointError(message) from error
+        raise CheckpointError(
+            f"resume: {path} is broken: expected a training state of cnf, got what torch cannot "
+            f"read; {ANEW}"
+        ) from error
     return state
 
 
@@ -125,8 +129,10 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> Path:
             file.writelines(parts)
         os.replace(temporary, path)
     except OSError as error:
-        message = f"save: cannot write {path} ({error}); what was there is kept"
-        raise CheckpointError(message) from error
+        raise CheckpointError(
+            f"save: cannot write {path} ({error}); what was there is kept. Make room, or choose "
+            "another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -155,17 +161,24 @@ def _opened(path: Path) -> tuple[Any, dict[str, Tensor]]:
         tensors: dict[str, Tensor] = torch_side.load(data)
         about = json.loads(metadata.get(FORMAT, metadata.get(UNHASHED, "null")))
     except Exception as error:  # of the library, of JSON, of the file system, too deep, too large
-        raise CheckpointError(f"load: {path} is no readable safetensors file ({error})") from error
+        raise CheckpointError(
+            f"load: expected a readable safetensors file, got {path} ({error}); take another "
+            "copy, or write it again by cnf.save"
+        ) from error
     if not metadata.keys() & {FORMAT, UNHASHED}:
         raise CheckpointError(
             f"load: {path} was not written by cnf (expected {FORMAT!r} in its header, "
-            f"got {sorted(metadata)})"
+            f"got {sorted(metadata)}); build the flow, fill it by flow.load_state_dict("
+            "safetensors.torch.load_file(…)), and keep it by cnf.save"
         )
     if FORMAT not in metadata:
         return about, tensors
     told = about.get("sha256") if isinstance(about, dict) else None
     if told != _sha256(data.replace(str(told).encode(), NO_HASH.encode(), 1)):
-        raise CheckpointError(f"load: {path} is broken: its hash is not that of its bytes")
+        raise CheckpointError(
+            f"load: {path} is broken: expected bytes of the hash that it carries, got others; "
+            "take another copy, or the run's last checkpoint"
+        )
     return about["spec"], tensors
 
 
@@ -183,6 +196,8 @@ def _find(path: Path, name: str) -> Path:
     around = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
     close = [str(path.parent / part) for part in difflib.get_close_matches(path.name, around)]
     hint = f"did you mean {' or '.join(close)}?" if close else f"looked from {Path.cwd()}"
+    if str(path) in TOYS or table_kind(path) is not None:
+        hint = f"data are read by cnf.data.load({str(path)!r})"
     raise CheckpointError(
         f"load: expected a .safetensors file or a run's folder, got {path}, which is not there; "
         f"{hint}"
@@ -192,13 +207,16 @@ def _find(path: Path, name: str) -> Path:
 def _built(spec: dict[str, Any] | None, tensors: dict[str, Tensor], path: Path) -> Flow:
     if spec is None:
         raise CheckpointError(
-            f"load: {path} holds a flow that was built by hand; "
-            "build it again and call load(path, into=flow)"
+            f"load: expected a flow made by models.build, got {path}, which holds one that was "
+            "built by hand; build it again and call load(path, into=flow)"
         )
     try:
         flow = models.build(spec["model"], **spec["options"])
     except Exception as error:  # a recipe without a hash may ask for anything
-        raise CheckpointError(f"load: cannot build the flow in {path}: {error}") from error
+        raise CheckpointError(
+            f"load: expected the recipe of a flow in {path}, got one that cannot be built "
+            f"({first_line(error)}); build the flow by hand and call load(path, into=flow)"
+        ) from error
     _without_later_defaults(flow, tensors)
     return flow
 
@@ -221,10 +239,14 @@ def _fill(flow: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         flow.to(next(dtypes, None)).load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"load: the weights in {path} do not fit the flow: {first_line(error)}"
+            f"load: the weights in {path} do not fit the flow: {first_line(error)}; "
+            "build it as the one that was saved"
         ) from error
     if bad := non_finite(flow):
-        raise CheckpointError(f"load: the weight {bad} in {path} is NaN or infinite")
+        raise CheckpointError(
+            f"load: expected finite weights in {path}, got NaN or infinity in {bad}; take an "
+            "earlier checkpoint"
+        )
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def refusal(read, *arguments, **options):
         read(*arguments, **options)
     message = str(raised.value)
     assert "\n" not in message.strip(), message
+    if message.startswith("save: "):
+        return message
+    # Who, what was expected, what came, what to do.
+    assert re.match(r"(load|resume): ", message), message
+    assert re.search(r"expected .*got |do not fit|did you mean", message), message
+    assert re.search(r"; .*\b(take|build|write|name|give|looked|did|data|train|fill)\b", message)
     return message
 
 
@@ -348,3 +355,10 @@ def test_a_missing_file_is_told_with_near_names_and_a_folder_with_what_it_holds(
     (tmp_path / "empty").mkdir()
     with pytest.raises(cnf.CheckpointError, match="which holds nothing"):
         cnf.load(tmp_path / "empty")
+
+
+def test_data_given_for_a_flow_are_sent_to_the_reader_of_data(tmp_path):
+    assert "got moons, which is not there; data are read by cnf.data.load('moons')" in refusal(
+        load, "moons"
+    )
+    assert "data are read by cnf.data.load(" in refusal(load, tmp_path / "own.csv")

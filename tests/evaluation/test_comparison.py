@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -23,6 +25,7 @@ from cnf.evaluation.contestants import RACE
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.evaluation.report import write_report
 from cnf.evaluation.tables import results_table
+from cnf.training import checkpoint
 from cnf.training.stream import as_stream
 
 DRAW = torch.Generator().manual_seed(0)
@@ -288,6 +291,35 @@ def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, t
     assert resumed.of("realnvp")[0].few_steps == whole.of("realnvp")[0].few_steps
     with pytest.raises(ValueError, match="another race: steps was 20, is 30"):
         race(["realnvp"], "moons", tmp_path, resume=True, steps=30)
+
+
+def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monkeypatch, tmp_path):
+    """What lies on the disk is all that SIGKILL leaves: here a copy, made while the MAF trains."""
+    fit, train, trained = comparison.fit, comparison._train, []
+
+    def copying(flow, objective, data, config):
+        def copy(record):
+            if flow.spec["model"] == "maf" and record["step"] == 10:
+                shutil.copytree(tmp_path / "race", tmp_path / "left" / "race")
+
+        return fit(
+            flow, objective, data, replace(config, checkpoint_seconds=1e-9), callbacks=[copy]
+        )
+
+    monkeypatch.setattr(comparison, "fit", copying)
+    whole = race(["realnvp", "maf"], "moons", tmp_path)
+    state = checkpoint.load_state(tmp_path / "left/race/runs/maf-seed-0/stage-1")
+    assert state["budget"]["step"] == 9
+    monkeypatch.setattr(comparison, "fit", fit)
+    monkeypatch.setattr(
+        comparison, "_train", lambda c, *rest: (trained.append(c.model), train(c, *rest))[1]
+    )
+    resumed = race(["realnvp", "maf"], "moons", tmp_path / "left", resume=True)
+    assert trained == ["maf"]
+    for one, other in zip(whole.entries, resumed.entries, strict=True):
+        pairs = zip(one.flow.parameters(), other.flow.parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
+        assert one.scores["gap"] == pytest.approx(other.scores["gap"], rel=1e-6)
 
 
 def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):

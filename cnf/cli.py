@@ -153,7 +153,9 @@ def sample(
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
     reading = _columns(recorded(run)) if (run / "config.yaml").is_file() else Columns()
-    given = None if context is None else torch.tensor(reading.parse("sample", context))
+    given = None
+    if context is not None:  # in float64, since float32 has not the digits of a time in seconds
+        given = torch.tensor(reading.parse("sample", context), dtype=torch.float64)
     if given is None and flow.context_dim:
         wanted = ", ".join(reading.context or [f"{flow.context_dim} numbers"])
         raise ValueError(f"this flow is conditioned on {wanted}; give --context")

@@ -209,6 +209,26 @@ def test_samples_have_the_names_of_the_columns_and_the_context_asked_for(own, ca
         np.testing.assert_allclose(drawn, want.numpy(), rtol=1e-6)
 
 
+def test_context_keeps_the_digits_of_a_time_in_seconds(call, tmp_path, monkeypatch):
+    draw, start = np.random.default_rng(0), 1_700_000_000
+    rows = [f"{start + k},{v:.4f}" for k, v in enumerate(draw.normal(size=150))]
+    (tmp_path / "x.csv").write_text("\n".join(["time,x", *rows]))
+    options = ["--context", "time", "--model", "realnvp", "--steps", "1", "--no-progress"]
+    code, _, errors = call("train", tmp_path / "x.csv", *options, "--folder", tmp_path / "run")
+    assert code == 0, errors
+    given = []
+    monkeypatch.setattr(
+        cnf.Flow,
+        "sample",
+        lambda self, shape, context, **_: given.append(context) or torch.zeros(*shape, 1),
+    )
+    code, _, errors = call(
+        "sample", tmp_path / "run", tmp_path / "drawn.csv", "--context", f"{start + 77}"
+    )
+    assert code == 0, errors
+    assert given[0].tolist() == [start + 77]  # float32 has multiples of 128 there
+
+
 def test_sample_looks_before_it_draws_whether_it_can_write(
     call, run, refused, tmp_path, monkeypatch
 ):

@@ -38,8 +38,8 @@ class Points:
         x: The points, shape (N, D), in float64 unless they were given in float32.
         dim: D.
         columns: The columns' names, or None.
-        context: As given, of x's dtype, or None.
-        weight: As given, of x's dtype, or None.
+        context: As given, in float64 unless it was given in float32, or None.
+        weight: As given, likewise, or None.
         reading: What the columns of the file that they were read from are for.
         test_share: Part of the rows that `split` has put aside.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
@@ -131,7 +131,7 @@ class Points:
     def _of_each_row(self, name: str, values: Any) -> Tensor | None:
         if values is None:
             return None
-        rows = as_points(f"Points({name})", values).to(self.x)
+        rows = as_points(f"Points({name})", values).to(self.x.device)
         if len(rows) != len(self.x):
             raise ValueError(f"Points: expected {len(self.x)} rows of {name}, got {len(rows)}")
         return rows

@@ -140,6 +140,12 @@ def test_points_are_split_in_parts_that_have_no_row_in_common():
     assert torch.equal(points.split(0.2)[1].x, test.x)
 
 
+def test_context_keeps_its_digits_beside_points_of_fewer():
+    times = 1_700_000_000 + torch.arange(50.0, dtype=torch.float64)
+    points = Points(torch.arange(50.0), context=times, weight=torch.ones(50))
+    assert points.x.dtype == torch.float32 and torch.equal(points.context[:, 0], times)
+
+
 def test_weighted_points_are_drawn_by_their_weights():
     points = Points(torch.arange(3.0), weight=torch.tensor([0.0, 1.0, 3.0]))
     drawn = points.sample(4000, torch.Generator().manual_seed(0))[:, 0]

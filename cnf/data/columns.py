@@ -188,12 +188,21 @@ class Columns:
 
 def as_column(cells: Sequence[str]) -> np.ndarray:
     """A column of a `Table`: numbers if every cell is one or missing, else text."""
-    present = [None if cell.lower() in MISSING else cell for cell in cells]
-    try:
-        numbers = np.array([np.nan if cell is None else float(cell) for cell in present])
-        return _whole(present, numbers) if (np.abs(numbers) > EXACT).any() else numbers
-    except ValueError:
-        return np.array(["" if cell is None else cell for cell in present], dtype=object)
+    present = [None if is_missing(cell) else cell for cell in cells]
+    if not all(cell is None or is_number(cell) for cell in present):
+        return as_text(cells)
+    numbers = np.array([np.nan if cell is None else float(cell) for cell in present])
+    return _whole(present, numbers) if (np.abs(numbers) > EXACT).any() else numbers
+
+
+def as_text(cells: Sequence[str]) -> np.ndarray:
+    """A column of a `Table`: text, "" where it is missing."""
+    return np.array(["" if is_missing(cell) else cell for cell in cells], dtype=object)
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell holds nothing, or a word for it."""
+    return cell.lower() in MISSING
 
 
 def _whole(cells: Sequence[str | None], numbers: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cnf.data.arrays import EXACT, as_numbers, column_names
-from cnf.data.columns import Columns, Table, as_column, integers, is_number
+from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, optional
 
@@ -244,12 +244,13 @@ def _read_text(who: str, path: Path) -> Table:
 
 
 def _is_header(lines: list[list[str]]) -> bool:
-    """Whether the first line holds names: no number at all, or none above some number."""
+    """Whether the first line holds names: one above a number or, above none, no number."""
     first, below = lines[0], lines[-1]
     pairs = zip(first, below, strict=False)
-    return not any(map(is_number, first)) or any(
-        is_number(under) and not is_number(cell) for cell, under in pairs
-    )
+    above = [cell for cell, under in pairs if is_number(under) and not is_missing(under)]
+    if not above and any(map(is_number, first)):
+        return False
+    return any(not is_number(cell) and not is_missing(cell) for cell in above or first)
 
 
 def _named(cells: list[str]) -> list[str]:

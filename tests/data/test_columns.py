@@ -71,6 +71,14 @@ def test_text_with_numbers_in_its_first_row_is_no_header(tmp_path):
     assert points.x[:, 0].tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("first", ["1.0,", "1.0,NA", "NA,2.0", "cat,na"])
+def test_a_row_with_a_missing_cell_is_no_header(first, tmp_path):
+    below = ["dog,1", "dog,2"] if first.startswith("cat") else ["3,4", "5,6"]
+    (tmp_path / "x.csv").write_text("\n".join([first, *below]))
+    with pytest.raises(ValueError, match=r"some in 1 of 3 rows, first in [12] \(line 1\)"):
+        load(tmp_path / "x.csv", Columns(context=["1"]) if first.startswith("cat") else None)
+
+
 @pytest.mark.parametrize(
     "columns, message",
     [

@@ -25,8 +25,10 @@ from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.training import TrainConfig, fit, load
+from cnf.training.fingerprint import of_rows
 from cnf.training.progress import status
-from cnf.training.run import free_folder, recorded, scored_rows
+from cnf.training.run import free_folder, read_manifest, recorded, scored_rows
+from cnf.training.stream import in_memory
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
 
@@ -97,7 +99,7 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     source, share = _data(run, data)
     density = None if isinstance(source, Points) else source
     if isinstance(source, Points):
-        test, other, which = _test_points(source, share, data)
+        test, other, which = _test_points(source, share, run if data is None else None)
         test, other = (part.take(torch.arange(min(points, len(part.x)))) for part in (test, other))
     else:
         test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
@@ -113,18 +115,39 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     _console().print(scores_table(scores, judge.floor))
 
 
-def _test_points(source: Points, share: float, data: str | None) -> tuple[Points, Points, str]:
-    """Points to score, others for the floor, and in words which they are."""
+def _test_points(source: Points, share: float, run: Path | None) -> tuple[Points, Points, str]:
+    """Points to score, others for the floor, and in words which they are.
+
+    Args:
+        source: All of them.
+        share: Part of them that training put aside.
+        run: The folder of the run that was trained on them, if it was.
+    """
     rest, test = source.split(share)
-    if data is None and len(test.x) > 1:
-        return test, rest, f"{len(test.x):,} rows that training never saw"
+    known = run is not None and _expect_trained_on(run, rest)
+    if run is not None and len(test.x) > 1:
+        if known:
+            return test, rest, f"{len(test.x):,} rows that training never saw"
+        doubt = f"as {source.name} is now; this run does not tell whether the file has changed"
+        return test, rest, f"{len(test.x):,} rows put aside before training, {doubt}"
     test, rest = (
         source.take(torch.arange(0, len(source.x), 2)),
         source.take(torch.arange(1, len(source.x), 2)),
     )
-    if data is None:
+    if run is not None:
         return test, rest, f"{len(test.x):,} rows that training has seen; give others by --data"
     return test, rest, f"{len(test.x):,} of the rows of {source.name}, every other one"
+
+
+def _expect_trained_on(run: Path, rest: Points) -> bool:
+    """Whether the run tells which rows it was trained on; raise if they are others than these."""
+    before = read_manifest(run).get("rows")
+    if before is not None and before != of_rows(in_memory(rest)):
+        raise ValueError(
+            f"{rest.name} holds other rows than those that the run was trained on, so which of "
+            "them training has seen is not known; give held-out rows by --data"
+        )
+    return before is not None
 
 
 def sample(

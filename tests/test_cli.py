@@ -147,6 +147,24 @@ def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
     assert "100 of the rows of own" in said, errors
 
 
+def test_rows_of_a_file_that_changed_are_not_said_to_be_unseen(own, call, refused, tmp_path):
+    run = shutil.copytree(own / "run", tmp_path / "run")
+    rows = (own / "own.csv").read_text()
+    (tmp_path / "own.csv").write_text(rows)
+    config, manifest = run / "config.yaml", run / "manifest.json"
+    config.write_text(config.read_text().replace(str(own / "own.csv"), str(tmp_path / "own.csv")))
+    _, said, errors = call("evaluate", run)
+    assert "20 rows that training never saw" in said, errors
+    header, first = rows.split("\n", 1)
+    (tmp_path / "own.csv").write_text(f"{header}\n0.1,0.2,a\n{first}")
+    assert "other rows than those that the run was trained on" in refused("evaluate", run)
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({k: v for k, v in told.items() if k != "rows"}))  # an old run
+    _, said, errors = call("evaluate", run)
+    assert "20 rows" in said and "never saw" not in said, errors
+    assert "does not tell whether the file has changed" in " ".join(said.split())
+
+
 def test_check_reads_a_table_as_the_run_did(own, call):
     code, said, errors = call("check", own / "run", "--data", own / "own.csv")
     assert errors == "" and "log-det" in said and "context: none was given" not in said

@@ -376,6 +376,7 @@ class _Trainer:
                 "device": str(self.fabric.device),
                 "processes": self.fabric.world_size,
                 "seed": config.seed,
+                "rows": self.origin.data if isinstance(self.origin.data, str) else None,
                 "parameters": sum(p.numel() for p in self.module.parameters()),
                 "budget": {"steps": config.steps, "seconds": config.seconds},
                 "steps": budget.step,

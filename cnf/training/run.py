@@ -216,6 +216,14 @@ def scored_rows(folder: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get("val_nll")]
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a run's manifest.json tells; nothing where it cannot be read."""
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def recorded(folder: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml; a ValueError where there are none with its data."""
     path, yaml = folder / "config.yaml", optional("yaml", "train")

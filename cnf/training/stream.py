@@ -240,7 +240,7 @@ def as_stream(
     """
     held_out = None if validation is None else _held_out(validation, missing)
     if isinstance(data, Mapping | Points) or is_rows(data):
-        data = _table(data, context, weight, missing)
+        data = in_memory(data, context, weight, missing)
         context = weight = None
     for name, value in (("context", context), ("weight", weight)):
         if value is not None:
@@ -328,8 +328,8 @@ def as_batch(
     return batch.but(weight=_weights(who, weight, rows, numbers))
 
 
-def _table(data: Any, context: Any, weight: Any, missing: bool) -> Batch:
-    """Rows in memory, with their contexts and weights."""
+def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:
+    """Rows in memory, with their contexts and weights, less those of weight 0; see `fit`."""
     own = {"x": data}
     if isinstance(data, Mapping):
         own = dict(data)
@@ -344,14 +344,14 @@ def _table(data: Any, context: Any, weight: Any, missing: bool) -> Batch:
         if len(own["x"]) < 2:
             shape = tuple(own["x"].shape)
             raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
-    return as_batch(own, missing=missing)
+    return _weighty(as_batch(own, missing=missing))
 
 
 def _held_out(validation: Any, missing: bool) -> Batch:
     if isinstance(validation, str | PathLike):
         validation = load(validation)
     if isinstance(validation, Points):
-        validation = _table(validation, None, None, missing)
+        validation = in_memory(validation, missing=missing)
     if isinstance(validation, Distribution | Base | Flow):
         validation = Drawn(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):

@@ -242,6 +242,8 @@ def compare(
     from cnf.evaluation.tables import results_table
 
     escape = optional("rich.markup", "cli").escape
+    if resume and folder is None:
+        raise ValueError("expected --folder beside --resume, the race to go on with")
     source = densities.load(data, table)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds

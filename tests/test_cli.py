@@ -449,6 +449,7 @@ WRONG = {
     "no steps": (["sample", "RUN", "x.npy", "--steps", "0"], "steps > 0"),
     "data of another size": (["evaluate", "RUN", "--data", "three.npy"], "(*, 2)"),
     "folder that exists": (["train", *TRAIN, "--steps", "3", "--folder", "RUN"], "exists already"),
+    "race to go on with, without its folder": (["compare", "moons", "--resume"], "--folder"),
     "unknown kind of names": (["list", "model"], "Did you mean 'models'"),
     "unknown contestant": (["compare", "moons", "--steps", "1", "--contestants", "[x]"], "x"),
 }  # fmt: skip

@@ -240,9 +240,9 @@ def _expect_numbers(who: str, table: Table, names: Sequence[str]) -> None:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell holds a number."""
+    """Whether a cell holds a number; 1_2, which Python takes for 12, is a label."""
     try:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell

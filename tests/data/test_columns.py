@@ -79,6 +79,20 @@ def test_a_row_with_a_missing_cell_is_no_header(first, tmp_path):
         load(tmp_path / "x.csv", Columns(context=["1"]) if first.startswith("cat") else None)
 
 
+@pytest.mark.parametrize("cells", [("1_0", "1_1"), ("1_0", "2")])
+def test_a_label_with_an_underscore_is_text(cells, tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "u,plot\n" + "".join(f"{k},{c}\n" for k, c in enumerate(cells))
+    )
+    points = load(tmp_path / "x.csv", Columns(context=["plot"]))
+    assert points.reading.labels == {"plot": list(cells)} and points.context.tolist() == [
+        [1, 0],
+        [0, 1],
+    ]
+    with pytest.raises(ValueError, match=r"others in plot \('1_0' in line 2\)"):
+        load(tmp_path / "x.csv", Columns(["plot"]))
+
+
 @pytest.mark.parametrize(
     "columns, message",
     [

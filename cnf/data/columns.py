@@ -177,13 +177,14 @@ class Columns:
         if labels is None:
             _expect_numbers(who, table, [name])
             return np.asarray(cells, dtype=np.float64)[:, None]
-        if cells.dtype != object:
-            cells = np.array([f"{cell:g}" for cell in cells], dtype=object)
+        # Numbers, of a file that spells none, are compared by value.
+        known = labels if cells.dtype == object else [as_column([label])[0] for label in labels]
         for row, cell in enumerate(cells):
-            if cell not in labels:
+            if cell not in known:
                 place = f" in {table.place(row)}" if len(cells) > 1 else ""
-                raise ValueError(f"{who}: {UnknownNameError(name, cell, labels)}{place}")
-        return (cells[:, None] == np.array(labels, dtype=object)).astype(np.float64)
+                raise ValueError(f"{who}: {UnknownNameError(name, str(cell), labels)}{place}")
+        equal = cells.astype(object)[:, None] == np.array(known, dtype=object)
+        return equal.astype(np.float64)
 
 
 def as_column(cells: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ import gzip
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -197,7 +197,7 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
         raise ValueError(f"{who}: expected a file ending in {', '.join(TABLES)}, got {ending}")
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a table, got {path}, which is no file")
-    table = TABLES[kind](who, path)
+    table = TABLES[kind](who, path, (columns and columns.labels) or {})
     reading = (columns or Columns()).settled(who, table)
     x, context, weight = reading.pick(who, table)
     names = reading.columns if table.named else None
@@ -211,7 +211,8 @@ def table_kind(path: Path) -> str | None:
     return next((kind for kind in TABLES if path.name.lower().endswith(kind)), None)
 
 
-def _read_text(who: str, path: Path) -> Table:
+def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
+    """Columns of labels stay text, as the file spells it."""
     try:
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
@@ -228,13 +229,10 @@ def _read_text(who: str, path: Path) -> Table:
     body = numbered[header is not None :]
     if not body:
         raise ValueError(f"{who}: expected at least 2 rows, got a header line and none")
-    try:
-        rows = [line for _, line in body]
-        columns = list(np.loadtxt(rows, delimiter=delimiter, ndmin=2, quotechar='"').T)
-        if any((np.abs(column) > EXACT).any() for column in columns):
-            columns = _mixed(who, body, delimiter)  # digits that floats have not
-    except ValueError:
-        columns = _mixed(who, body, delimiter)
+    spelled = [k for k, name in enumerate(header or _numbers(top[0])) if name in labels]
+    columns = None if spelled else _all_numbers([line for _, line in body], delimiter)
+    if columns is None:
+        columns = _mixed(who, body, delimiter, spelled)
     if header is not None and len(header) != len(columns):
         raise ValueError(
             f"{who}: expected as many names as columns, got {len(header)} names in line "
@@ -262,8 +260,19 @@ def _named(cells: list[str]) -> list[str]:
     return names
 
 
-def _mixed(who: str, body: list[tuple[int, str]], delimiter: str | None) -> list[np.ndarray]:
-    """The columns of lines that hold more than numbers."""
+def _all_numbers(lines: list[str], delimiter: str | None) -> list[np.ndarray] | None:
+    """The columns of lines of numbers; None where one is none, or has digits that floats lack."""
+    try:
+        columns = list(np.loadtxt(lines, delimiter=delimiter, ndmin=2, quotechar='"').T)
+    except ValueError:
+        return None
+    return None if any((np.abs(column) > EXACT).any() for column in columns) else columns
+
+
+def _mixed(
+    who: str, body: list[tuple[int, str]], delimiter: str | None, spelled: Collection[int]
+) -> list[np.ndarray]:
+    """The columns of lines that hold more than numbers, those that are `spelled` as text."""
     rows = [_split(line, delimiter) for _, line in body]
     for (number, _), row in zip(body, rows, strict=True):
         if len(row) != len(rows[0]):
@@ -271,14 +280,20 @@ def _mixed(who: str, body: list[tuple[int, str]], delimiter: str | None) -> list
                 f"{who}: expected {len(rows[0])} columns in every line, got {len(row)} in line "
                 f"{number}"
             )
-    return [as_column(cells) for cells in zip(*rows, strict=True)]
+    columns = enumerate(zip(*rows, strict=True))
+    return [as_text(cells) if k in spelled else as_column(cells) for k, cells in columns]
 
 
 def _table(
     columns: Sequence[np.ndarray], names: Sequence[str] | None, lines: Sequence[int] | None = None
 ) -> Table:
-    keys = names or [str(k + 1) for k in range(len(columns))]
+    keys = names or _numbers(columns)
     return Table(dict(zip(keys, columns, strict=True)), names is not None, lines)
+
+
+def _numbers(columns: Sequence[Any]) -> list[str]:
+    """What columns without names are called."""
+    return [str(k + 1) for k in range(len(columns))]
 
 
 def _split(line: str, delimiter: str | None) -> list[str]:
@@ -289,7 +304,7 @@ def _split(line: str, delimiter: str | None) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
 
 
-def _read_numpy(who: str, path: Path) -> Table:
+def _read_numpy(who: str, path: Path, _: Collection[str]) -> Table:
     try:
         # Opened here: numpy leaves a broken .npz open.
         with open(path, "rb") as file:
@@ -321,7 +336,7 @@ def _array(who: str, values: np.ndarray) -> Table:
     return _table(list(rows.T), None)
 
 
-def _read_parquet(who: str, path: Path) -> Table:
+def _read_parquet(who: str, path: Path, _: Collection[str]) -> Table:
     arrow, parquet = optional("pyarrow", "data"), optional("pyarrow.parquet", "data")
     try:
         table = parquet.read_table(path)
@@ -345,7 +360,7 @@ def _arrow_column(arrow: Any, column: Any) -> np.ndarray:
     return np.array(list(cells), dtype=object)
 
 
-TABLES: dict[str, Callable[[str, Path], Table]] = {
+TABLES: dict[str, Callable[[str, Path, Collection[str]], Table]] = {
     ".csv": _read_text,
     ".csv.gz": _read_text,
     ".txt": _read_text,

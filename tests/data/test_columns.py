@@ -93,6 +93,30 @@ def test_a_label_with_an_underscore_is_text(cells, tmp_path):
         load(tmp_path / "x.csv", Columns(["plot"]))
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "npy"])
+def test_labels_that_are_numbers_keep_every_digit(kind, tmp_path):
+    reading = Columns(["2"], ["1"], labels={"1": ["1234567", "1234568", "A"]})
+    if kind == "csv":
+        (tmp_path / "x.csv").write_text("1234567,0.5\n1234568,1.5\n")
+    elif kind == "npy":
+        np.save(tmp_path / "x.npy", np.array([[1234567, 0.5], [1234568, 1.5]]))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = arrow.table({"1": [1234567, 1234568], "2": [0.5, 1.5]})
+        parquet.write_table(table, tmp_path / "x.parquet")
+    points = load(tmp_path / f"x.{kind}", reading)
+    assert points.context.tolist() == [[1, 0, 0], [0, 1, 0]] and points.x.tolist() == [
+        [0.5],
+        [1.5],
+    ]
+
+
+def test_labels_of_one_value_and_another_spelling_stay_apart(tmp_path):
+    (tmp_path / "x.csv").write_text("x,code\n1,007\n2,7\n")
+    reading = Columns(["x"], ["code"], labels={"code": ["007", "7"]})
+    assert load(tmp_path / "x.csv", reading).context.tolist() == [[1, 0], [0, 1]]
+
+
 @pytest.mark.parametrize(
     "columns, message",
     [

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from cnf import objectives
-from cnf.data import load
+from cnf.data import Points, load
+from cnf.data.arrays import column_names
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
@@ -118,7 +119,7 @@ class _Trainer:
         refuse_misfit(module, None if held_out is None else held_out.x, "validation")
         self.fabric = launched(config, self.dtype)
         self.listeners = listeners if self.fabric.is_global_zero else Listeners((), ())
-        names = getattr(data, "columns", None)
+        names = data.columns if isinstance(data, Points) else column_names(data)
         own = not isinstance(self.stream, DensityStream)
         continuous = isinstance(module, Flow) and module.dequantisation is None
         if head is not None and own and continuous and self.fabric.is_global_zero:

@@ -96,6 +96,17 @@ def test_fit_tells_once_and_of_own_data_only(small, config):
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("kind", ["pyarrow", "pandas"])
+def test_columns_of_a_table_are_told_by_name(kind, small, config):
+    library = pytest.importorskip(kind)
+    x = rows()[:, :2].clone()
+    x[:, 1] = 7.1
+    make = library.table if kind == "pyarrow" else library.DataFrame
+    table = make({"time": x[:, 0].numpy(), "rate": x[:, 1].numpy()})
+    with pytest.warns(UserWarning, match=r"\(column 'rate': constant\)"):
+        cnf.fit(small(), cnf.FlowMatching(), table, config())
+
+
 def shuffled(n, first=0):
     """Some of first, first + 1, …, out of order."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))

@@ -25,6 +25,7 @@ from cnf.training import fingerprint
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.drawn import Drawn
 
+HEAD_BYTES = 500_000_000  # of a dataset, before training begins
 NULL = ("context", True)  # what may be NaN: a context that may be missing
 
 
@@ -98,7 +99,7 @@ class RowStream(Stream):
                 f"{len(self.train)} ({len(rows)} less {held_out} held out); lower batch_size"
             )
         self.validation = validation
-        self.head = rows[self.train[:100_000]]
+        self.head = rows.head(self.train)
         self._epoch, self._order = -1, self.train
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -221,8 +222,21 @@ class Rows:
     def __getitem__(self, rows: Tensor) -> Batch:
         if isinstance(self.data, Batch):
             return self.data.map(lambda value: value[rows])
-        drawn = default_collate([self.data[int(row)] for row in rows])
-        return as_batch(drawn, missing=self.missing, numbers=rows)
+        return self._stacked([self.data[int(row)] for row in rows], rows)
+
+    def head(self, rows: Tensor) -> Batch:
+        """The first of some rows: of a dataset, whose items may be large and slow, as many as
+        `HEAD_BYTES` hold, 10,000 at most."""
+        if isinstance(self.data, Batch):
+            return self[rows[:100_000]]
+        first = self.data[int(rows[0])]  # once: a dataset may draw random numbers
+        parts = vars(self._stacked([first], rows[:1])).values()
+        size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        few = rows[: min(10_000, max(2, HEAD_BYTES // max(1, size)))]
+        return self._stacked([first, *(self.data[int(row)] for row in few[1:])], few)
+
+    def _stacked(self, items: list[Any], rows: Tensor) -> Batch:
+        return as_batch(default_collate(items), missing=self.missing, numbers=rows)
 
 
 def as_stream(

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import cnf
 from cnf.objectives import Objective
+from cnf.training import stream
+from cnf.training.stream import as_stream
 
 ROWS = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
 CONTEXT = torch.cat([ROWS, ROWS.sum(1, keepdim=True)], 1)  # each row's context tells which it is
@@ -278,3 +280,28 @@ def test_preprocessing_never_sees_held_out_rows(small, config):
     other = small()
     cnf.fit(other, cnf.FlowMatching(), rows, config(steps=1), validation=rows[:10])
     torch.testing.assert_close(other.preprocess.loc, rows.mean(0))
+
+
+class Counting(Dataset):
+    """Pictures that note which of them were read."""
+
+    def __init__(self, size, side):
+        self.size, self.side, self.read = size, side, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        return torch.full((1, self.side, self.side), float(row))
+
+
+def test_few_items_of_a_dataset_are_read_before_training(config, monkeypatch):
+    small, large = Counting(15_000, 1), Counting(500, 64)
+    as_stream(small, config(validations=0))
+    assert len(small.read) == 10_000
+    monkeypatch.setattr(stream, "HEAD_BYTES", 20 * 64 * 64 * 4)
+    head = as_stream(large, config(validations=0)).head
+    assert head is not None and len(large.read) == 20 and head.x[:, 0, 0, 0].tolist() == large.read
+    rows = torch.arange(20_000.0)[:, None]
+    assert len(as_stream(rows, config(validations=0)).head.x) == 20_000

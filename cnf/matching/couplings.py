@@ -284,8 +284,9 @@ def _warn_of_context(name: str, context: Tensor | None) -> None:
 
 def _weight_for(cost: Tensor, apart: Tensor, candidates: float) -> float:
     """The weight at which rows prefer `candidates` of all columns to their own."""
-    preferred_below = (cost.diagonal()[:, None] - cost) / apart  # 0/0 on the diagonal
-    found = preferred_below.nan_to_num(nan=-torch.inf, posinf=torch.inf).flatten().sort().values
+    preferred_below = (cost.diagonal()[:, None] - cost) / apart
+    # Equal contexts, such as a row's own, are as near at any weight: 0/0 or x/0.
+    found = torch.where(apart > 0, preferred_below, -torch.inf).flatten().sort().values
     return max(0.0, found[math.ceil((1 - candidates) * (len(found) - 1))].item())
 
 

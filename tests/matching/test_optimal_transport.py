@@ -222,6 +222,20 @@ def test_continuous_contexts_leave_the_asked_share_of_candidates(dim, candidates
     assert (more != torch.arange(128)).sum() > (j != torch.arange(128)).sum()
 
 
+def test_a_context_that_is_often_zero_is_as_continuous_as_its_other_values(draw, generator):
+    """90 of 200 rows share the value 0, and may be exchanged freely; the others by the weight."""
+    x0, x1 = draw(200, 2)
+    context = torch.rand(200, 1, generator=generator, dtype=F64) + 0.1
+    context[:90] = 0
+    cost, apart = distances(x0, x1), distances(context, context)
+    ratio = (np.diag(cost)[:, None] - cost) / np.where(apart > 0, apart, np.inf)
+    weight = np.quantile(np.where(apart > 0, ratio, -1e9), 0.99, method="higher")
+    j = conditional(x0, x1, context).j
+    assert is_permutation(j) and (j[:90] != torch.arange(90)).sum() > 45
+    cost = cost + weight * apart
+    assert total(cost, j) == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-6)
+
+
 def test_two_contexts_that_are_all_but_equal_change_nothing_for_the_others(draw, generator):
     x0, x1 = draw(128, 2)
     context = torch.randn(128, 8, generator=generator, dtype=F64)

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.errors import expect_counts, expect_finite, expect_positive, optional
+from cnf.matching.couplings import optimal
 from cnf.registry import Registry
 
 METRICS = Registry("metric")
@@ -63,8 +64,8 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     memory grows as N·M, time faster. On the CPU.
 
     Raises:
-        ValueError: the sets are empty, not finite, or of different D.
-        RuntimeError: POT warned, so its answer is not known to be the optimum.
+        ValueError: the sets are empty, not finite, or of different D; or POT's answer is not known
+            to be the optimum.
 
     >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     >>> wasserstein2(x, x + torch.tensor([3.0, 4.0]))
@@ -73,14 +74,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     x, y = _pair("wasserstein2", x.cpu(), y.cpu())
     ot = optional("ot", "evaluation")
     cost = _distances(x, y).square_().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # POT only warns when it stops short of the optimum
-        try:
-            squared = ot.emd2([], [], cost, numItermax=10_000_000)
-        except Warning as warning:
-            raise RuntimeError(
-                f"wasserstein2: POT did not reach the optimum: {warning}"
-            ) from warning
+    squared, _ = optimal("wasserstein2", ot.emd2, cost)
     return math.sqrt(max(float(squared), 0.0))
 
 

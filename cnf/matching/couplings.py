@@ -231,7 +231,7 @@ def optimal_duals(cost: Tensor) -> Tensor:
     """Of the cheapest plan between equal weights: u with u_i + v_j <= cost_ij, shape (N,)."""
     low, high = cost.min(), cost.max()
     cost = (cost - low) / (high - low).clamp(min=1e-300)
-    duals = _exact("optimal_duals", cost, log=True)[1]["u"]
+    duals = _exact("optimal_duals", cost)[1]["u"]
     return torch.from_numpy(duals).to(cost) * (high - low) + low
 
 
@@ -246,17 +246,31 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
 
 def _permutation(who: str, cost: Tensor) -> Tensor:
     """The column of each row in the cheapest permutation."""
-    plan = _exact(who, cost / cost.abs().max().clamp(min=1e-300))
+    plan, _ = _exact(who, cost / cost.abs().max().clamp(min=1e-300))
     return torch.from_numpy(plan.argmax(1)).to(cost.device)
 
 
-def _exact(who: str, cost: Tensor, **options: Any) -> Any:
-    """POT's exact plan between equal weights, of costs within ±1: its tolerance is absolute."""
-    _expect_as_many(who, *cost.shape)
+def optimal(who: str, solve: Callable[..., Any], cost: np.ndarray) -> tuple[Any, dict[str, Any]]:
+    """What POT's `emd` or `emd2` finds between equal weights, and its log.
+
+    Raises:
+        ValueError: It is not known to be the optimum.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # POT warns where it has not come to the end
-        emd = optional("ot", "matching").emd
-        return emd([], [], _numpy(cost.double()), numItermax=10_000_000, **options)
+        warnings.simplefilter("ignore", UserWarning)  # the log says the same
+        found, log = solve([], [], cost, numItermax=10_000_000, log=True)
+    if log["warning"] is not None:
+        raise ValueError(
+            f"{who}: POT did not find the optimal plan: {log['warning']}; expected finite "
+            "costs, look for rows that are NaN or very large"
+        )
+    return found, log
+
+
+def _exact(who: str, cost: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+    """The plan between equal weights, of costs within ±1: POT's tolerance is absolute."""
+    _expect_as_many(who, *cost.shape)
+    return optimal(who, optional("ot", "matching").emd, _numpy(cost.double()))
 
 
 def _drawn(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> Pairing:

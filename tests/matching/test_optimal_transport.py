@@ -236,6 +236,28 @@ def test_a_context_that_is_often_zero_is_as_continuous_as_its_other_values(draw,
     assert total(cost, j) == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["minibatch-ot", "conditional-ot"])
+def test_a_plan_that_is_not_the_best_names_the_coupling(name, draw):
+    x0, x1 = draw(8, 2)
+    x1[0] = torch.nan
+    with pytest.raises(
+        ValueError, match=f"^{name}: POT did not find the optimal plan: Problem unb"
+    ):
+        COUPLINGS[name](x0, x1)
+
+
+def test_other_warnings_of_pot_do_not_end_a_run(draw, monkeypatch):
+    x0, x1 = draw(8, 2)
+    expected, emd = minibatch(x0, x1).j.tolist(), ot.emd
+
+    def chatty(*args, **kwargs):
+        warnings.warn("numThreads is deprecated", UserWarning, stacklevel=1)
+        return emd(*args, **kwargs)
+
+    monkeypatch.setattr(ot, "emd", chatty)
+    assert minibatch(x0, x1).j.tolist() == expected
+
+
 def test_two_contexts_that_are_all_but_equal_change_nothing_for_the_others(draw, generator):
     x0, x1 = draw(128, 2)
     context = torch.randn(128, 8, generator=generator, dtype=F64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
-from cnf.evaluation.few_steps import Curve, nfe_curve
+from cnf.evaluation.few_steps import Curve, nfe_curve, sliced
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch
 from cnf.training.solver_error import warn_of_few_steps
@@ -19,7 +19,6 @@ from cnf.training.stream import seeded
 from cnf.transforms.continuous import Continuous, is_continuous
 
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # solver error far below the gaps
-FEW_STEPS = (1, 2, 4, 8, 16, 32)
 SLOW = 1_000  # milliseconds
 PATHS = 2_000  # trajectories for path energy and straightness
 
@@ -111,8 +110,7 @@ class Judge:
 
     def sliced(self, drawn: Tensor) -> float:
         """Sliced W2 to the test points, always over the same directions."""
-        x, y = self.standardized(drawn), self.standardized(self.target.x)
-        return float(metrics.sliced_wasserstein2(x, y, 200, generator=seeded(0, -7)))
+        return sliced(self.standardized(self.target.x), self.standardized(drawn))
 
     def standardized(self, x: Tensor) -> Tensor:
         """x on the columns that distances are measured on."""
@@ -124,7 +122,6 @@ class Judge:
         return nfe_curve(
             flow,
             points.x,
-            steps=FEW_STEPS,
             context=points.context,
             distance=self.sliced,
             seed=seed,

@@ -9,6 +9,7 @@ import cnf
 from cnf import Flow, Solver
 from cnf.evaluation import nfe_curve, nfe_table
 from cnf.evaluation.curves import plot_nfe_curves
+from cnf.evaluation.judge import Judge
 from cnf.fields import VectorField
 from cnf.transforms import Continuous
 
@@ -69,6 +70,20 @@ def test_the_distance_is_sliced_w2_unless_told(flow):
     target = flow.base.sample((20_000,), torch.Generator().manual_seed(1))
     ((_, value),) = nfe_curve(flow, target, steps=())
     assert value == pytest.approx(math.e - 1, rel=0.03)
+
+
+def test_the_distance_is_that_of_the_judge(flow):
+    """Both over the same directions, so that curves of either can be compared."""
+    target = flow.base.sample((300,), torch.Generator().manual_seed(1))
+    judge = Judge(target, target, flow.base, w2_points=10)
+    assert judge.few_steps(flow) == nfe_curve(flow, target)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_target_may_be_on_the_gpu(flow):
+    target = flow.base.sample((100,), torch.Generator().manual_seed(1))
+    want = nfe_curve(flow, target, steps=(4,))
+    assert nfe_curve(flow.cuda(), target.cuda(), steps=(4,))[0] == pytest.approx(want[0])
 
 
 def test_the_table_has_a_column_for_each_number_of_evaluations():

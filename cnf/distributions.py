@@ -136,10 +136,12 @@ class _ZeroOutside(Distribution):
             return self.inner.log_prob(torch.where(each, value, point))
 
         inside = support.check(value)  # pyright: ignore
-        with torch.no_grad():
-            known = torch.where(inside, at(inside), -torch.inf)
-            missing = value.isnan().flatten(value.dim() - dims).any(-1) if dims else value.isnan()
-            known = torch.where(missing, torch.nan, known)
+        found = torch.where(inside, at(inside), -torch.inf)
+        missing = value.isnan().flatten(value.dim() - dims).any(-1) if dims else value.isnan()
+        found = torch.where(missing, torch.nan, found)
+        if not found.requires_grad:
+            return found
+        known = found.detach()
         smooth = known.isfinite()  # at the support's end the density may be 0, its gradient NaN
         return torch.where(smooth, at(smooth), known)
 
@@ -253,7 +255,8 @@ class Uniform(Base):
         draw = self._drawn(
             torch.rand, (*expect_shape("sample", sample_shape), *self.event_shape), generator
         )
-        return self.low + (self.high - self.low) * draw
+        last = self.high.nextafter(self.low)  # rounding may reach the upper end, of density 0
+        return (self.low + (self.high - self.low) * draw).minimum(last)
 
 
 class UniformAngles(Base):

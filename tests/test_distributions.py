@@ -78,6 +78,15 @@ def test_uniform_density_by_hand():
         assert base.log_prob(z) == ends.log_prob(z).sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_uniform_has_a_density_at_each_of_its_own_samples(dtype, generator):
+    low = torch.tensor([1e6 if dtype == torch.float32 else 512], dtype=dtype)
+    step = torch.nextafter(low, low + low) - low
+    base = Uniform(low, low + 16 * step)  # the upper end is one of 17 numbers
+    drawn = base.sample((10_000,), generator)
+    assert base.log_prob(drawn).isfinite().all() and len(drawn.unique()) == 16
+
+
 def test_angles_lie_around_zero(generator):
     drawn = UniformAngles(1, 3.0).sample((1_000,), generator)
     assert -1.5 <= drawn.min() < -1.4 and 1.4 < drawn.max() < 1.5
@@ -226,6 +235,41 @@ def test_a_point_outside_of_a_bounded_base_has_no_density_and_spoils_no_other(na
         (grad,) = torch.autograd.grad(found[[0, 2]].sum(), z)
         (right,) = torch.autograd.grad(expected.sum(), z)
         torch.testing.assert_close(grad, right)
+
+
+class Counted(torchd.Exponential):
+    """How often its density is computed."""
+
+    evaluations = 0
+
+    def log_prob(self, value):
+        self.evaluations += 1
+        return super().log_prob(value)
+
+
+def test_a_density_without_gradients_is_computed_once():
+    base, z = as_base(Counted(ONES), ()), torch.tensor([[0.3, 0.7], [0.3, -0.7]], dtype=F64)
+    inner = base.density.base_dist.inner
+    found = base.log_prob(z)
+    assert inner.evaluations == 1 and found.tolist() == [pytest.approx(-1.0), -math.inf]
+    with torch.no_grad():
+        base.log_prob(z.requires_grad_())
+    assert inner.evaluations == 2
+    (grad,) = torch.autograd.grad(base.log_prob(z)[0], z)
+    assert grad.tolist() == [[-1, -1], [0, 0]]
+    _, forward = torch.func.jvp(base.log_prob, (z[:1].detach(),), (torch.ones(1, 2, dtype=F64),))
+    assert forward.tolist() == [-2]
+
+
+def test_parameters_of_a_bounded_base_have_their_gradient():
+    rate = torch.tensor([0.5, 2.0], dtype=F64, requires_grad=True)
+    base = as_base(torchd.Exponential(rate), ())
+    z = torch.tensor([[0.3, 0.7], [0.3, -0.7]], dtype=F64)
+    found = base.log_prob(z)
+    (grad,) = torch.autograd.grad(found[0], rate)
+    torch.testing.assert_close(grad, 1 / rate.detach() - z[0])  # of log λ - λ z
+    with torch.no_grad():
+        assert torch.equal(base.log_prob(z), found)
 
 
 @pytest.mark.parametrize("name", ["uniform", "gamma", "boxes"])

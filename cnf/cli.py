@@ -28,7 +28,7 @@ from cnf.training import TrainConfig, fit, load
 from cnf.training.fingerprint import of_rows
 from cnf.training.progress import status
 from cnf.training.run import free_folder, read_manifest, recorded, scored_rows
-from cnf.training.stream import in_memory
+from cnf.training.stream import in_memory, seeded
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
 
@@ -93,7 +93,6 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     """
     from cnf.evaluation.judge import Judge
     from cnf.evaluation.tables import scores_table
-    from cnf.training.stream import seeded
 
     flow = load(run)
     source, share = _data(run, data)

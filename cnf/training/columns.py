@@ -13,6 +13,8 @@ ATOM = 0.1  # of the rows with one and the same value
 ALIKE = 20  # pairs expected, where there are none: no accident
 FEW = 20  # values: so few in many rows are no continuous distribution
 REPEATED = 0.5  # of the rows with a value that some other row has too
+OUTLYING = 30.0  # standard deviations, in those that the quartiles of a normal would have
+LEVELS = (1, 255, 256)  # of grey, in a unit
 
 
 def expect_resolved(
@@ -43,25 +45,82 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     of few values, as rounding leaves (ages in years).
 
     Args:
-        head: Rows, shape (N, *event); of images, whose borders may well be constant, nothing is
-            said. At most 10,000 rows are looked at.
+        head: Rows, shape (N, *event), at most 10,000 of which are looked at; images, whose
+            borders may well be constant, are asked for whole grey levels only.
         names: Of the columns.
     """
-    rows = head.detach()[:: max(1, len(head) // 10_000)].double().cpu()
+    remedy = "drop these columns, make them a context, or add"
+    most = 10_000 if head.dim() == 2 else 100
+    rows = head.detach()[:: max(1, len(head) // most)].double().cpu()
+    if rows.dim() > 2 and any(_whole(levels * rows) for levels in LEVELS):
+        found, remedy = ["all values are whole grey levels"], "add"
+    elif rows.dim() == 2 and len(rows) >= 10:
+        found = [*_constant(rows, names), *_combinations(rows, names)]
+        found += _repeated(rows, names) if len(rows) >= 50 else []
+    else:
+        return
+    if found:
+        warnings.warn(
+            f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
+            f"without end and means nothing; {remedy} noise as wide as the steps between values "
+            "(dequantisation)",
+            stacklevel=3,
+        )
+
+
+def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
+    """Warn of columns whose standard deviation is that of a few outlying rows, so that all other
+    rows come to lie in one point when they are standardised by it.
+
+    Args:
+        head: Rows, shape (N, *event); of images nothing is said.
+        names: Of the columns.
+    """
+    rows = head.detach().double().cpu()
     if rows.dim() != 2 or len(rows) < 50:
         return
-    constant = rows.amax(0) == rows.amin(0)
-    found = []
-    if constant.any():
-        found.append(f"{_named(constant.nonzero().flatten().tolist(), names)}: constant")
+    away = _away(rows)
+    found = (away.square().mean(0).sqrt() > OUTLYING).nonzero().flatten().tolist()
+    if found:
+        warnings.warn(
+            f"fit: {_named(found, names)}: a few rows are so far out (the farthest "
+            f"{away[:, found].max():.2g} standard deviations of the middle half) that beside them "
+            "all others are nearly one point; drop these rows, or model the logarithm",
+            stacklevel=3,
+        )
+
+
+def _away(rows: Tensor) -> Tensor:
+    """Distances from the median of each column, in the standard deviation of a normal
+    distribution with its quartiles; 0 in a column whose quartiles coincide."""
+    places = (max(1, round(q * len(rows))) for q in (0.25, 0.5, 0.75))
+    low, middle, high = (rows.kthvalue(k, 0).values for k in places)
+    spread = (high - low) / 1.349
+    return torch.where(spread > 0, (rows - middle).abs() / spread, 0.0)
+
+
+def _whole(values: Tensor) -> bool:
+    """Whether all are whole numbers, up to float32's rounding, and not all the same."""
+    near = values.round()
+    return bool(near.amax() > near.amin() and (values - near).abs().amax() < 1e-4)
+
+
+def _constant(rows: Tensor, names: Sequence[str] | None) -> Iterator[str]:
+    constant = (rows.amax(0) == rows.amin(0)).nonzero().flatten().tolist()
+    if constant:
+        yield f"{_named(constant, names)}: constant"
+
+
+def _repeated(rows: Tensor, names: Sequence[str] | None) -> Iterator[str]:
+    """Words for the columns whose values recur."""
     counts = [column.unique(return_counts=True)[1] for column in rows.T]
     few = [k for k, count in enumerate(counts) if 1 < len(count) <= FEW]
     if few:
-        found.append(f"{_named(few, names)}: {FEW} different values or fewer")
+        yield f"{_named(few, names)}: {FEW} different values or fewer"
     sizes = [0 if k in few else int(count.max()) for k, count in enumerate(counts)]
     shared = [k for k, size in enumerate(sizes) if ATOM * len(rows) < size < len(rows)]
     if shared:
-        found.append(f"{_named(shared, names)}: one value in more than {ATOM:.0%} of the rows")
+        yield f"{_named(shared, names)}: one value in more than {ATOM:.0%} of the rows"
     again = [int(count[count > 1].sum()) for count in counts]
     rounded = [
         k
@@ -69,18 +128,9 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
         if 0 < size <= ATOM * len(rows) and again[k] > REPEATED * len(rows)
     ]
     if rounded:
-        found.append(
+        yield (
             f"{_named(rounded, names)}: more than {REPEATED:.0%} of the rows have a value that "
             "others have too, as if rounded"
-        )
-    varying = (~constant).nonzero().flatten()
-    found += _combinations(rows[:, varying], varying.tolist(), names)
-    if found:
-        warnings.warn(
-            f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
-            "without end and means nothing; drop these columns, make them a context, or add noise "
-            "as wide as the steps between their values (dequantisation)",
-            stacklevel=3,
         )
 
 
@@ -111,13 +161,19 @@ def warn_of_numbering(head: Tensor, names: Sequence[str] | None) -> None:
         )
 
 
-def _combinations(
-    rows: Tensor, numbers: Sequence[int], names: Sequence[str] | None
-) -> Iterator[str]:
+def _combinations(rows: Tensor, names: Sequence[str] | None) -> Iterator[str]:
     """Words for each column that those before it give, up to `NEAR` of its spread."""
-    if len(rows) <= 2 * len(numbers) or len(numbers) > 500:
-        return  # so few rows lie in a plane by themselves; more columns take too long
-    standard = (rows - rows.mean(0)) / rows.std(0)
+    numbers = (rows.amax(0) > rows.amin(0)).nonzero().flatten().tolist()
+    if not 1 < len(numbers) <= 500:
+        return  # more take too long
+    rows = rows[:, numbers]
+    rows = rows[_away(rows).amax(1) < OUTLYING]  # one far out makes all columns proportional
+    if len(rows) <= 2 * len(numbers):
+        return  # so few lie in a plane by themselves
+    spread = rows.std(0)
+    if not (spread.isfinite() & (spread > 0)).all():
+        return  # their squares overflow
+    standard = (rows - rows.mean(0)) / spread
     left = torch.linalg.qr(standard, mode="r").R.diagonal().abs() / len(rows) ** 0.5
     free = [k for k in range(len(numbers)) if left[k] > NEAR]
     for k in range(len(numbers)):

@@ -170,8 +170,13 @@ class Learner:
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
+            self.refuse_divergence(loss, 0)
+
+    def refuse_divergence(self, loss: Loss, steps: int) -> None:
+        """Raise where half of the steps, or more, were left out at the end."""
+        if self._bad_in_a_row and 2 * self._bad_in_a_row >= steps:
             raise DivergedError(
-                f"fit: the loss or its gradient was NaN or infinite in {BAD_STEPS} steps "
+                f"fit: the loss or its gradient was NaN or infinite in {self._bad_in_a_row} steps "
                 f"in a row (loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
                 "check the data's scale"
             )

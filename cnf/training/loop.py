@@ -19,7 +19,12 @@ from cnf.objectives import Batch, Loss, Objective
 from cnf.precision import widest
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
-from cnf.training.columns import expect_resolved, warn_of_degenerate, warn_of_numbering
+from cnf.training.columns import (
+    expect_resolved,
+    warn_of_degenerate,
+    warn_of_numbering,
+    warn_of_outliers,
+)
 from cnf.training.config import TrainConfig
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
@@ -125,6 +130,7 @@ class _Trainer:
         if head is not None and own and continuous and self.fabric.is_global_zero:
             warn_of_degenerate(head.x, names)
             warn_of_numbering(head.x, names)
+            warn_of_outliers(head.x, names)
         wide = widest(self.fabric.device) == torch.float64
         self.keeps_digits = {
             name
@@ -167,6 +173,7 @@ class _Trainer:
             ProgressBar(show, objective_name(self.objective)) as bar,
         ):
             self._begin(bar)
+            loss = None
             while not (self.budget.done or self.validation.exhausted):
                 with ode.record() as stats:
                     start = time.perf_counter()
@@ -190,6 +197,9 @@ class _Trainer:
                     self._save()
             if self.validation.exhausted:
                 self.history.reason = "patience"
+            if loss is not None:
+                self.learner.refuse_divergence(loss, self.budget.step)
+            self.validation.warn_of_worsening(self.history.records)
             self._compare_on_training_rows()
             if self.history.records:
                 last = self.history.records[-1]

@@ -1,11 +1,14 @@
 """Held-out scores during training, and when to stop for want of a better one."""
 
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from cnf.errors import DivergedError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.training.config import BATCH_SIZE, TrainConfig
@@ -13,6 +16,7 @@ from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.stream import seeded
 
 CHUNK = 10_000  # rows scored at once
+WORSE = 0.5  # nats: more is no noise of an optimiser
 
 
 class Validation:
@@ -57,6 +61,33 @@ class Validation:
             else:
                 self.stale += 1
         return score
+
+    def warn_of_worsening(self, records: Sequence[dict[str, float]]) -> None:
+        """Warn where the last held-out NLL, which is kept, is well above an earlier one, or above
+        that of the first step's rows.
+
+        Raises:
+            DivergedError: It is NaN.
+        """
+        scores = {int(r["step"]): r["val_nll"] for r in records if "val_nll" in r}
+        if not scores or self.best_weights is not None:
+            return
+        last = next(reversed(scores.values()))
+        if math.isnan(last):
+            raise DivergedError(
+                "fit: training diverged: the held-out NLL is NaN; lower lr, or clip harder"
+            )
+        best = min(scores, key=lambda step: scores[step])
+        told = f"at step {best:,} it was {scores[best]:.3g}"
+        began = records[0].get("nll", math.inf)  # of few rows, so roughly known
+        if last > min(scores[best] + WORSE, began + 10 * WORSE):
+            told = told if scores[best] < began else f"it began at {began:.3g}"
+            warnings.warn(
+                f"fit: the held-out NLL ends at {last:.3g} nats, and {told}: the flow overfits, "
+                "or training diverges; stop early (patience=3, which keeps the best weights), "
+                "take fewer steps, a lower lr, or a smaller flow",
+                stacklevel=2,
+            )
 
     @property
     def exhausted(self) -> bool:

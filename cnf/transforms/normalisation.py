@@ -62,7 +62,17 @@ class Standardise(Transform):
         self.settle(rows.mean(over), scale, x.dtype)
 
     def settle(self, loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Set location and scale for good, found from data of `dtype`."""
+        """Set location and scale for good, found from data of `dtype`.
+
+        Raises:
+            ValueError: A column's squares overflow or underflow.
+        """
+        lost = (loc.isinf() | scale.isinf() | (scale == 0)).flatten()
+        if lost.any():
+            raise ValueError(
+                f"Standardise: columns {lost.nonzero().flatten().tolist()} are too large or too "
+                f"small for their squares to be held in {loc.dtype}; rescale them"
+            )
         self.loc.copy_(loc.view_as(self.loc))
         self.scale.copy_(scale.view_as(self.loc))
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32

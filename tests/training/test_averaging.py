@@ -1,5 +1,7 @@
 """What is kept: averaged weights, the best weights; what happens to bad gradients."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -154,7 +156,7 @@ def test_steps_with_nan_gradients_are_skipped_and_counted(config, points, broken
     history = cnf.fit(net, broken({0, 2, 3}), points, config(steps=6, **settings))
     assert (history.skipped, history.steps) == (3, 6)
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    cnf.fit(twin, broken(range(6)), points, config(steps=6, **settings))
+    cnf.fit(twin, broken({0, 1, 2}), points, config(steps=6, **settings))
     assert not torch.equal(net.weight, twin.weight)
 
 
@@ -194,8 +196,8 @@ def test_nan_rows_from_a_density_end_training(small, config):
 def test_skipped_step_leaves_weights_and_average_alone(config, points, broken):
     net = torch.nn.Linear(2, 2)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    history = cnf.fit(net, broken(range(6)), points, config(steps=6, validations=0))
-    assert history.skipped == 6
+    with pytest.raises(cnf.DivergedError, match="NaN or infinite in 6 steps in a row"):
+        cnf.fit(net, broken(range(6)), points, config(steps=6, validations=0))
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
@@ -205,6 +207,14 @@ def test_twenty_nan_gradients_in_a_row_raise_with_advice(config, points, broken)
         cnf.fit(net, broken(range(5, 99)), points, config(steps=99, validations=0))
     assert "\n" not in str(raised.value)
     assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("bad", "raises"), [({5}, False), ({4, 5}, False), ({3, 4, 5}, True)])
+def test_half_of_the_steps_nan_at_the_end_are_divergence(bad, raises, config, points, broken):
+    settings = config(steps=6, validations=0)
+    expected = pytest.raises(cnf.DivergedError) if raises else contextlib.nullcontext()
+    with expected:
+        assert cnf.fit(torch.nn.Linear(2, 2), broken(bad), points, settings).skipped == len(bad)
 
 
 def test_nineteen_nan_gradients_in_a_row_do_not_raise(config, points, broken):

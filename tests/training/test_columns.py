@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cnf
-from cnf.training.columns import warn_of_degenerate, warn_of_numbering
+from cnf.training.columns import warn_of_degenerate, warn_of_numbering, warn_of_outliers
 
 F64 = torch.float64
 NAMES = ["a", "b", "c", "d"]
@@ -84,7 +84,33 @@ def test_what_only_resembles_another_column_is_no_fault():
     x[:, 2] = x[:, 0] + 1e-3 * x[:, 2]
     x[:120, 3] = x[120:240, 3]  # 240 of 500 rows have a value that another has
     warn_of_degenerate(x, NAMES)  # warnings are errors here
-    warn_of_degenerate(torch.zeros(500, 1, 4, 4), None)  # images
+    warn_of_degenerate(torch.nn.functional.pad(x.view(500, 1, 2, 2), [1] * 4), None)  # images
+
+
+def test_few_rows_with_a_constant_or_a_copied_column_are_told():
+    x = rows(12)[:, :2]
+    warn_of_degenerate(x, None)
+    with pytest.warns(UserWarning, match=r"\(column 1: constant\)"):
+        warn_of_degenerate(torch.cat([x[:, :1], torch.ones(12, 1)], 1), None)
+    with pytest.warns(UserWarning, match=r"\(column 2: follows from column 0\)"):
+        warn_of_degenerate(torch.cat([x, 2 * x[:, :1]], 1), None)
+
+
+@pytest.mark.parametrize("levels", [1, 255, 256])
+def test_images_of_whole_grey_levels_are_told(levels, generator):
+    grey = torch.randint(0, 256, (60, 1, 4, 4), generator=generator) / levels
+    with pytest.warns(UserWarning, match="whole grey levels.*; add noise as wide as the steps"):
+        warn_of_degenerate(grey, None)
+    warn_of_degenerate(grey + torch.rand(grey.shape, generator=generator) / levels, None)
+
+
+def test_an_outlying_row_is_told_and_makes_no_column_follow_from_another():
+    x = rows()
+    warn_of_outliers(x, NAMES)
+    x[17, :2] = 1e9
+    warn_of_degenerate(x, NAMES)
+    with pytest.warns(UserWarning, match=r"columns 'a', 'b': a few rows are so far out \(the far"):
+        warn_of_outliers(x, NAMES)
 
 
 def test_fit_tells_once_and_of_own_data_only(small, config):

@@ -122,7 +122,7 @@ class Flow(nn.Module):
                 f"Flow: expected a context_preprocess of size {self.context_dim}, the transform's "
                 f"context, got {size}"
             )
-        self._warned: list[str] = []  # shared by copies with another solver
+        self._warned: set[str] = set()  # shared by copies with another solver
         self._noticed = 0  # calls that could have warned
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
@@ -374,28 +374,31 @@ class Flow(nn.Module):
         rows = self._rows([x] if y is x else [x, y], context)
         return rows, rows.take(y), rows.take(context), rows.take(outer)
 
-    def warn_once(self, text: str) -> None:
-        """Warn, if this flow has not warned of far data before."""
-        if not self._warned:
-            self._warned.append(text)
+    def warn_once(self, of: str, text: str) -> None:
+        """Warn, if this flow has not warned `of` this before."""
+        if of not in self._warned:
+            self._warned.add(of)
             warnings.warn(text, stacklevel=3)
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
         """Warn of points that nothing was fitted near to. A GPU, which looking waits for, is
         looked at in the 1st, 2nd, 4th, 8th, … call only, which all in all costs nothing."""
-        if self._warned or torch.is_grad_enabled() or type(y) is not Tensor or captured():
+        if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
         self._noticed += 1
         if y.is_meta or not (y.is_cpu or self._noticed.bit_count() == 1):
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
         for name, part, value in parts:
-            if value is not None and getattr(part, "fitted", False) and (value.abs() > FAR).any():
+            if value is None or name in self._warned or not getattr(part, "fitted", False):
+                continue
+            if (value.abs() > FAR).any():
                 scales = value.nan_to_num(0.0).abs().max()
                 self.warn_once(
+                    name,
                     f"Flow.log_prob: {name} is up to {scales:.3g} scales from the mean of what "
                     "the flow was fitted to: its density there is made up. Is it in the units of "
-                    "the training data?"
+                    "the training data?",
                 )
 
     def _start(self, z: Tensor, context: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:

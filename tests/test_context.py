@@ -148,7 +148,10 @@ def test_log_prob_far_outside_of_what_was_fitted_warns_once():
 
 def test_log_prob_under_a_far_context_warns_as_well():
     flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
+    flow.preprocess.fit(torch.randn(100, 2))
     flow.context_preprocess.fit(torch.randn(100, 1))
+    with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: x is up to .* scales"):
+        flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(3, 1))  # of x alone
     with torch.no_grad(), pytest.warns(UserWarning, match="log_prob: context is up to .* scales"):
         flow.log_prob(torch.zeros(3, 2), torch.full((3, 1), 5e4))
 

@@ -23,13 +23,13 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
         if rows is not None and hasattr(part, "fit"):
             part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
     if isinstance(module, Flow) and module.dequantisation is None:
-        for text in _far(module, head):
-            module.warn_once(text)
+        for name, text in _far(module, head):
+            module.warn_once(name, text)
 
 
 @torch.no_grad()
-def _far(flow: Flow, head: Batch) -> Iterator[str]:
-    """Warnings of data and contexts that are not near unit scale where nets see them."""
+def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str]]:
+    """Name and warning of data and contexts that are not near unit scale where nets see them."""
     like = flow.base._like
     y = head.x.to(like.device)
     y, _ = flow.inside(y)
@@ -42,17 +42,22 @@ def _far(flow: Flow, head: Batch) -> Iterator[str]:
         yield from _told("context", flow.context_preprocess, inner, flow)
 
 
-def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> Iterator[str]:
+def _told(
+    name: str, part: nn.Module | None, value: Tensor, flow: Flow
+) -> Iterator[tuple[str, str]]:
     value = value.flatten(1)
     loc, scale = value.nanmean(0).abs(), (value - value.nanmean(0)).square().nanmean(0).sqrt()
     far = (loc > FAR) | (scale > FAR)
     if part is not None:
         if far.any():
             yield (
-                f"fit: columns {_columns(far)} of {name} are up to "
-                f"{torch.maximum(loc, scale).max():.3g} scales from what the flow's preprocessing "
-                "was fitted to, which stays so that the weights keep their meaning. Are they in "
-                "the same units? For other data build a new flow"
+                name,
+                (
+                    f"fit: columns {_columns(far)} of {name} are up to "
+                    f"{torch.maximum(loc, scale).max():.3g} scales from what the flow's preprocessing "
+                    "was fitted to, which stays so that the weights keep their meaning. Are they in "
+                    "the same units? For other data build a new flow"
+                ),
             )
         return
     far |= (scale > 0) & (scale < 1 / FAR)
@@ -63,8 +68,11 @@ def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> Itera
             "context": f"context_preprocess=cnf.transforms.StandardizeContext({flow.context_dim})",
         }[name]
         yield (
-            f"fit: columns {_columns(far)} of {name} are far from unit scale, which training "
-            f"expects; write cnf.Flow(…, {line})"
+            name,
+            (
+                f"fit: columns {_columns(far)} of {name} are far from unit scale, which training "
+                f"expects; write cnf.Flow(…, {line})"
+            ),
         )
 
 

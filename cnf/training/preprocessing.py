@@ -24,56 +24,50 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
             part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
     if isinstance(module, Flow) and module.dequantisation is None:
         for name, text in _far(module, head):
-            module.warn_once(name, text)
+            if text is not None:
+                module.warn_once(name, text)
 
 
 @torch.no_grad()
-def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str]]:
+def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str | None]]:
     """Name and warning of data and contexts that are not near unit scale where nets see them."""
     like = flow.base._like
     y = head.x.to(like.device)
     y, _ = flow.inside(y)
     z = flow.base.sample((1_000,), seeded(0, -11)).to(y)
     spread = z.std(0).clamp(min=1e-12)
-    yield from _told("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
+    yield "x", _told("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
     if head.context is not None and flow.context_dim:
         inner = flow.inner_context("fit", head.context.to(like.device), None)
         assert inner is not None
-        yield from _told("context", flow.context_preprocess, inner, flow)
+        yield "context", _told("context", flow.context_preprocess, inner, flow)
 
 
-def _told(
-    name: str, part: nn.Module | None, value: Tensor, flow: Flow
-) -> Iterator[tuple[str, str]]:
+def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> str | None:
     value = value.flatten(1)
     loc, scale = value.nanmean(0).abs(), (value - value.nanmean(0)).square().nanmean(0).sqrt()
     far = (loc > FAR) | (scale > FAR)
     if part is not None:
-        if far.any():
-            yield (
-                name,
-                (
-                    f"fit: columns {_columns(far)} of {name} are up to "
-                    f"{torch.maximum(loc, scale).max():.3g} scales from what the flow's preprocessing "
-                    "was fitted to, which stays so that the weights keep their meaning. Are they in "
-                    "the same units? For other data build a new flow"
-                ),
-            )
-        return
+        if not far.any():
+            return None
+        return (
+            f"fit: columns {_columns(far)} of {name} are up to "
+            f"{torch.maximum(loc, scale).max():.3g} scales from what the flow's preprocessing "
+            "was fitted to, which stays so that the weights keep their meaning. Are they in "
+            "the same units? For other data build a new flow"
+        )
     far |= (scale > 0) & (scale < 1 / FAR)
     inside = (isinstance(m, Standardise | ActNorm | BatchNorm) for m in flow.transform.modules())
-    if flow.spec is None and far.any() and not any(inside):  # a named model was told so
-        line = {
-            "x": f"preprocess=cnf.transforms.Standardise({flow.event_shape})",
-            "context": f"context_preprocess=cnf.transforms.StandardizeContext({flow.context_dim})",
-        }[name]
-        yield (
-            name,
-            (
-                f"fit: columns {_columns(far)} of {name} are far from unit scale, which training "
-                f"expects; write cnf.Flow(…, {line})"
-            ),
-        )
+    if flow.spec is not None or not far.any() or any(inside):  # a named model was told so
+        return None
+    line = {
+        "x": f"preprocess=cnf.transforms.Standardise({flow.event_shape})",
+        "context": f"context_preprocess=cnf.transforms.StandardizeContext({flow.context_dim})",
+    }[name]
+    return (
+        f"fit: columns {_columns(far)} of {name} are far from unit scale, which training "
+        f"expects; write cnf.Flow(…, {line})"
+    )
 
 
 def _columns(far: Tensor) -> str:

@@ -6,6 +6,7 @@ import yaml
 
 import cnf
 from cnf.objectives import Batch, FlowMatching
+from cnf.training.history import History
 from cnf.training.progress import ProgressBar
 from cnf.training.stream import NoData, as_stream
 
@@ -44,6 +45,23 @@ def test_validation_rows_are_not_exchanged_for_training_rows(small, config, poin
     settings = config(validations=2)
     history = cnf.fit(flow, FlowMatching(coupling=FEW), points, settings, validation=held_out)
     assert min(history.column("val_loss")) > 50 * max(history.column("loss"))
+
+
+def test_resuming_keeps_the_seconds_of_preparing_and_pairing(small, config, points, tmp_path):
+    def run(**more):
+        settings = config(validations=0, folder=tmp_path / "run", **more)
+        return cnf.fit(small(), FlowMatching(coupling=FEW), points, settings)
+
+    first, again = run(), run(resume=True)  # nothing is left to do
+    assert 0 < first.preparing + first.pairing < first.seconds
+    told = again.preparing, again.pairing, again.seconds
+    assert told == (first.preparing, first.pairing, first.seconds)
+
+
+def test_a_state_without_the_seconds_of_preparing_and_pairing_is_taken_up():
+    history = History()
+    history.restore({"records": [{"step": 1.0}]})
+    assert (len(history.records), history.preparing, history.pairing) == (1, 0.0, 0.0)
 
 
 def test_a_run_writes_what_was_asked_for_and_resumes_as_itself(

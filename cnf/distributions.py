@@ -5,8 +5,7 @@ import importlib
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from torch.distributions import (
 
 from cnf.data.arrays import as_numbers, is_rows
 from cnf.errors import expect_event, expect_finite, expect_shape
+from cnf.random import reseed, untouched
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -107,8 +107,21 @@ class FromTorch(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        with seeded_from(generator):  # torch.distributions draw from the global generator only
-            return self.distribution.sample(torch.Size(expect_shape("sample", sample_shape)))
+        shape = torch.Size(expect_shape("sample", sample_shape))
+        if generator is None:
+            return self.distribution.sample(shape)
+        # torch.distributions draw from the global generators only.
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        device = self._device()
+        with untouched(device):
+            reseed(int(seed), device)
+            return self.distribution.sample(shape)
+
+    def _device(self) -> torch.device:
+        """Where it draws: a distribution does not tell, an empty sample does."""
+        if not torch.cuda.is_initialized() and not torch.backends.mps.is_available():
+            return torch.device("cpu")
+        return self.distribution.sample(torch.Size((0,))).device
 
 
 class _ZeroOutside(Distribution):
@@ -459,15 +472,3 @@ def flow_distribution(flow: Any, context: Tensor | None) -> FlowDistribution:
 def _pyro_kind() -> type[FlowDistribution]:
     mixin = importlib.import_module("pyro.distributions.torch_distribution").TorchDistributionMixin
     return type(mixin)("PyroFlowDistribution", (FlowDistribution, mixin), {})
-
-
-@contextmanager
-def seeded_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside, torch's global generators are seeded by a draw from `generator`; then restored."""
-    if generator is None:
-        yield
-        return
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed))
-        yield

@@ -29,6 +29,7 @@ FLOORS = {
     "distributions": 2,
     "errors": 1,
     "precision": 1,
+    "random": 1,
     "registry": 1,
     "rows": 1,
     "matching": 1,
@@ -84,6 +85,13 @@ def test_import_reader_sees_every_form():
 def test_only_ode_touches_torchdiffeq(path):
     touches = any(name.split(".")[0] == "torchdiffeq" for name in imported_by(path))
     assert touches == (path.as_posix() == "dynamics/ode.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_random_forks_and_seeds_torchs_generators(path):
+    if path.as_posix() not in ("random.py", "cli.py"):  # a command has its process for itself
+        source = (ROOT / path).read_text()
+        assert "fork_rng" not in source and "torch.manual_seed(" not in source
 
 
 PROBE = """

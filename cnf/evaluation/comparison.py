@@ -22,6 +22,7 @@ from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
 from cnf.objectives import Batch
+from cnf.random import reseed, untouched
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.describe import machine
 from cnf.training.drawn import Drawn
@@ -282,8 +283,9 @@ def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
     options = {**density.sizes, **contestant.options}
     if isinstance(density, Toy):  # which need no preprocessing
         options |= contestant.toy_options
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # contestants with the same field start from the same weights
+    cpu = torch.device("cpu")  # where models are built
+    with untouched(cpu):
+        reseed(seed, cpu)  # contestants with the same field start from the same weights
         return models.build(contestant.model, **options)
 
 

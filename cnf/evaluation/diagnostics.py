@@ -16,6 +16,7 @@ from cnf.evaluation import checks, density_checks
 from cnf.evaluation.checks import Case, NotApplicable, Outcome, reference
 from cnf.evaluation.gradient_checks import gradients
 from cnf.flow import Flow
+from cnf.random import reseed, untouched
 from cnf.transforms.continuous import Continuous
 
 __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
@@ -254,7 +255,6 @@ def _untouched(flow: Flow, seed: int) -> Iterator[None]:
     """Draws of a flow's own (dropout, probes) are seeded, and leave torch's generators as they
     were."""
     device = reference(flow).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with torch.inference_mode(False), untouched(device):
+        reseed(seed, device)
         yield

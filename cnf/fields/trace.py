@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cnf.random import untouched
+
 Velocity = Callable[[Tensor], Tensor]
 
 
@@ -26,10 +28,9 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
     if field.training not in known:
         if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None:
             return True
-        devices = [x.device] if x.device.type == "cuda" else []
         at = x.clone() if x.is_inference() else x.detach()
         try:
-            with torch.inference_mode(False), torch.random.fork_rng(devices):
+            with torch.inference_mode(False), untouched(x.device):
                 with torch.no_grad():  # in which attention may take another kernel
                     _pushed(v, at, 1)
                 with torch.enable_grad():

@@ -17,6 +17,7 @@ from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.precision import widest
+from cnf.random import reseed, untouched
 from cnf.training import checkpoint
 from cnf.training.budget import Budget
 from cnf.training.columns import (
@@ -168,7 +169,7 @@ class _Trainer:
         self.module.train()
         self._save()  # from now on the run can be resumed
         with (
-            torch.random.fork_rng(),
+            untouched(self.fabric.device),
             interruptible() as interrupted,
             ProgressBar(show, objective_name(self.objective)) as bar,
         ):
@@ -233,7 +234,8 @@ class _Trainer:
     def _rows(self, step: int) -> tuple[Batch, float]:
         """This process's part of a step's batch, and the weight of its loss."""
         config, fabric = self.config, self.fabric
-        self._seed_module(mixed(config.seed, step, fabric.global_rank, 1))
+        # For what the module itself draws (dropout).
+        reseed(mixed(config.seed, step, fabric.global_rank, 1), fabric.device)
         generator = seeded(config.seed, step)
         batch = self._placed(self.stream.batch(step, generator))
         if step == 0:
@@ -241,12 +243,6 @@ class _Trainer:
         batch = self.objective.prepare(self.module, batch, generator)
         # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
         return shared(batch, fabric.global_rank, fabric.world_size)
-
-    def _seed_module(self, seed: int) -> None:
-        """For what the module itself draws (dropout); torch.manual_seed takes a millisecond."""
-        torch.default_generator.manual_seed(seed)
-        if self.fabric.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _agreed(self, signal: int) -> int:
         """The signal that process 0 received: all must leave after the same step."""

@@ -21,11 +21,13 @@ from cnf.errors import expect_finite
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.objectives.base import expect_weights
+from cnf.random import reseed, untouched
 from cnf.training import fingerprint
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.drawn import Drawn
 
 HEAD_BYTES = 500_000_000  # of a dataset, before training begins
+CPU = torch.device("cpu")
 NULL = ("context", True)  # what may be NaN: a context that may be missing
 
 
@@ -150,8 +152,8 @@ class IterableStream(Stream):
         self._iterator, self._pass, self._next, self._place = self._begin(0), 0, 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed(self.seed, -5, number))
+        with untouched(CPU):
+            reseed(mixed(self.seed, -5, number), CPU)
             iterator = iter(self.batches)
             first = next(iterator, None)  # samplers seed themselves at the first item
         if first is None:

@@ -128,3 +128,12 @@ def test_validation_time_is_not_charged_to_the_budget(small, config, points, mon
     assert len(spent) >= 4
     assert 0.05 <= history.seconds < 0.06
     assert history.steps >= 40
+
+
+def test_second_gpu_changes_nothing_for_a_run_on_the_cpu(small, config, points, monkeypatch):
+    # Without devices, torch.random.fork_rng would ask both for their state, and warn.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    cnf.fit(small(), cnf.FlowMatching(), points, config())
+    uniform = torch.distributions.Uniform(torch.zeros(2), torch.ones(2))
+    cnf.distributions.as_base(uniform, ()).sample((3,), torch.Generator().manual_seed(1))

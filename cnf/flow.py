@@ -331,11 +331,18 @@ class Flow(nn.Module):
             raise TypeError(
                 f"Flow.with_solver: no ODE is solved in a {type(self.transform).__name__}"
             )
-        flow = copy.copy(self)
-        flow._modules = {**self._modules, "transform": reconfigured(self.transform, solver=solver)}
+        flow = self.with_transform(reconfigured(self.transform, solver=solver))
         if self.spec is not None:  # what is saved is what was evaluated
             options = {**self.spec["options"], "solver": asdict(solver)}
             flow.spec = {**self.spec, "options": options}
+        return flow
+
+    def with_transform(self, transform: Transform) -> "Flow":
+        """The same base, preprocessing and mode with another transform; `cnf.load` cannot build
+        it."""
+        flow = copy.copy(self)
+        flow._modules = {**self._modules, "transform": transform}
+        flow.spec = None
         return flow
 
     def distribution(self, context: Tensor | None = None) -> Distribution:

@@ -111,10 +111,7 @@ def guided(flow: Flow, weight: float, interval: tuple[float, float] = (0.0, 1.0)
     transform = copy.copy(_continuous("guided", flow))
     field = Guided(transform.field, weight, interval)
     transform._modules = {**transform._modules, "field": field}
-    found = copy.copy(flow)
-    found._modules = {**flow._modules, "transform": transform}
-    found.spec = None  # `cnf.load` could not build it
-    return found
+    return flow.with_transform(transform)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def log_prob_with_error(
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
     reference, _ = _scored(
-        _tightened(flow), x.double(), None if context is None else context.double(),
+        _reference(flow), x.double(), None if context is None else context.double(),
         divergence if divergence is None else _doubled(divergence), seed,
     )  # fmt: skip
     told = value.isfinite()
@@ -125,7 +125,8 @@ def _scored(
     return value, solved.estimates
 
 
-def _tightened(flow: Flow) -> Flow:
+def _reference(flow: Flow) -> Flow:
+    """In float64, every ODE's solver refined, also of a base or a dequantisation."""
     flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):

@@ -1,6 +1,5 @@
 """Fixed steps that are too few for the log-densities that they give."""
 
-import copy
 import math
 import warnings
 
@@ -30,9 +29,8 @@ def warn_of_few_steps(who: str, flow: Flow, rows: Batch, *, whose: str, kind: st
     if not has_fixed_steps(flow.transform):
         return False
     rows = rows.map(lambda value: value[:: -(-len(rows.x) // ROWS)])
-    finer = copy.copy(flow)
-    finer._modules = {**flow._modules, "transform": refined(flow.transform)}
     with evaluating(flow):
+        finer = flow.with_transform(refined(flow.transform))  # in the mode that it is made in
         now, then = (_nll(each, rows) for each in (flow, finer))
     return warn_of_difference(who, flow, now, then, f"{len(rows.x)} {kind} rows", whose)
 

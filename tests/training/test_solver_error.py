@@ -10,6 +10,7 @@ from cnf import MaximumLikelihood
 from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.evaluation.judge import Judge
 from cnf.training import solver_error
+from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -70,6 +71,16 @@ def test_rows_of_the_comparison_are_taken_evenly(small, points, monkeypatch):
     nll = -flow.log_prob(points[::10]).mean().item()
     with pytest.warns(UserWarning, match=f"NLL of 10 own rows is {nll:.4g} nats"):
         solver_error.warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="own")
+
+
+def test_statistics_of_a_batch_are_no_error_of_the_solver(small, points):
+    ode = small(solver=cnf.Solver("rk4", steps=8)).transform
+    transform = cnf.transforms.Compose([ode, cnf.transforms.BatchNorm(2)])
+    flow = cnf.Flow(None, transform, event_shape=(2,)).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="held-out")
+    assert all(part.training for part in flow.modules())
 
 
 def test_weights_count_in_the_comparison(small, points):

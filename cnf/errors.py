@@ -124,7 +124,7 @@ def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = N
     if rows:
         raise ValueError(
             f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "
-            f"{len(value)} rows (rows {_some(rows)}); drop or impute them"
+            f"{len(value)} rows (rows {some(rows)}); drop or impute them"
         )
 
 
@@ -134,10 +134,10 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
         return
     where = np.argwhere(np.ma.getmaskarray(value))
     rows = np.unique(where[:, 0]).tolist()
-    columns = f", columns {_some(np.unique(where[:, 1]).tolist())}" if where.shape[1] > 1 else ""
+    columns = f", columns {some(np.unique(where[:, 1]).tolist())}" if where.shape[1] > 1 else ""
     raise ValueError(
         f"{who}: expected {name} without masked entries, got {len(rows)} of {len(value)} rows "
-        f"with some (rows {_some(rows)}{columns}); drop these rows, or fill them: {name}.filled(…)"
+        f"with some (rows {some(rows)}{columns}); drop these rows, or fill them: {name}.filled(…)"
     )
 
 
@@ -188,14 +188,19 @@ def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor |
     return found
 
 
-def _some(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+def some(values: Sequence[Any]) -> str:
+    """The first five of them, for a message."""
+    return ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
 
 
-def is_count(n: object) -> bool:
-    """Whether n is a whole number of at least 0: Python's, NumPy's, or one that is traced."""
-    whole = isinstance(n, int | Integral | torch.SymInt) and not isinstance(n, bool)
-    return whole and n >= 0  # pyright: ignore
+def is_whole(n: object) -> bool:
+    """Whether n is a whole number: Python's, NumPy's, or one that is traced."""
+    return isinstance(n, int | Integral | torch.SymInt) and not isinstance(n, bool)
+
+
+def is_count(n: Any) -> bool:
+    """Whether n is a whole number of at least 0."""
+    return is_whole(n) and n >= 0
 
 
 def expect_shape(who: str, sample_shape: Any) -> tuple[int, ...]:
@@ -238,9 +243,14 @@ def expect_positive(who: str, **values: float | None) -> None:
             raise ValueError(f"{who}: expected {name} > 0, got {value!r}")
 
 
-def expect_counts(who: str, **values: int | None) -> None:
-    """Raise for the first value that is given (not None) and is not a whole number above zero."""
-    expect_positive(who, **values)
+def expect_counts(who: str, least: int = 1, **values: Any) -> None:
+    """Raise for the first value that is given (not None) and is not a whole number of at least
+    `least`."""
     for name, value in values.items():
-        if value is not None and not is_count(value):
+        if value is None:
+            continue
+        if not is_whole(value):
             raise ValueError(f"{who}: expected {name} to be a whole number, got {value!r}")
+        if value < least:
+            bound = "> 0" if least == 1 else f">= {least}"
+            raise ValueError(f"{who}: expected {name} {bound}, got {value!r}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from cnf.errors import UnknownNameError, expect_choice, expect_positive
+from cnf.errors import UnknownNameError, expect_choice, expect_counts, expect_positive
 
 ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
@@ -81,12 +81,10 @@ class Solver:
         expect_choice("Solver", "adjoint_norm", self.adjoint_norm, ("seminorm", "full"))
         expect_choice("Solver", "norm", self.norm, ("rms", "rows"))
         expect_positive(
-            "Solver", rtol=self.rtol, atol=self.atol, max_nfe=self.max_nfe, steps=self.steps,
-            adjoint_rtol=self.adjoint_rtol, adjoint_atol=self.adjoint_atol, memory=self.memory,
-            segments=self.segments,
+            "Solver", rtol=self.rtol, atol=self.atol, memory=self.memory,
+            adjoint_rtol=self.adjoint_rtol, adjoint_atol=self.adjoint_atol,
         )  # fmt: skip
-        if self.steps is not None and self.steps != int(self.steps):
-            raise ValueError(f"Solver: expected steps to be a whole number, got {self.steps!r}")
+        expect_counts("Solver", steps=self.steps, segments=self.segments, max_nfe=self.max_nfe)
         if self.fixed and self.steps is None:
             raise ValueError(f"Solver: {self.method} has no step-size control; give it steps=…")
         if not self.fixed and self.steps is not None:

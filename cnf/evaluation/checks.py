@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.dynamics.divergence import Hutchinson, as_divergence
+from cnf.errors import some
 from cnf.flow import Flow
 from cnf.transforms.continuous import Continuous
 from cnf.transforms.normalisation import ActNorm
@@ -163,8 +164,7 @@ def finite(case: Case) -> Outcome:
     """No NaN or infinity in the log-density of the data."""
     x, _, context = case.rows(case.flow)
     bad = (~case.flow.log_prob(x, context).isfinite()).nonzero().flatten().tolist()
-    rows = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-    words = f"log_prob is NaN or infinite in {len(bad)} of {len(x)} rows ({rows})"
+    words = f"log_prob is NaN or infinite in {len(bad)} of {len(x)} rows ({some(bad)})"
     words = words if bad else f"log_prob is finite in all {len(x)} rows"
     remedy = (
         "look for a log of zero or less, a division by zero, data outside the flow's support, "

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
-from cnf.errors import expect_counts, expect_event, expect_finite
+from cnf.errors import expect_counts, expect_event, expect_finite, some
 from cnf.evaluation import checks, density_checks
 from cnf.evaluation.checks import Case, NotApplicable, Outcome, reference
 from cnf.evaluation.gradient_checks import gradients
@@ -152,8 +152,7 @@ def check(
 
 def _of_context(flow: Flow, row: Tensor) -> str:
     """Which context was taken where none was given, and in which units."""
-    numbers = ", ".join(f"{number:.2g}" for number in row[:5].tolist())
-    numbers += ", …" if len(row) > 5 else ""
+    numbers = some([f"{number:.2g}" for number in row.tolist()])
     units = "in the units of the data's contexts"
     if flow.context_preprocess is not None:
         units = "in scales from the mean, as context_preprocess gives contexts"

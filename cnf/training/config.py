@@ -4,18 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-from cnf.errors import expect_choice, expect_positive
+from cnf.errors import expect_choice, expect_counts, expect_positive
 
 BATCH_SIZE = 1024
 PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
-_NUMBERS = {
-    **dict.fromkeys(("steps", "batch_size", "seed", "validations", "validation_rows"), int),
-    **dict.fromkeys(("patience", "devices"), int),
-    **dict.fromkeys(("seconds", "lr", "weight_decay", "warmup", "clip", "ema"), float),
+_LEAST = {  # of the whole numbers
+    **dict.fromkeys(("steps", "batch_size", "validation_rows", "patience", "devices"), 1),
+    "validations": 0,
+    "seed": -(2**63),
 }
+_REAL = ("seconds", "lr", "weight_decay", "warmup", "clip", "ema")
 
 
 @dataclass
@@ -83,12 +85,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         who = "TrainConfig"
-        for name, kind in _NUMBERS.items():  # numpy scalars too, which YAML cannot hold
+        # Numpy's scalars become Python's: YAML cannot hold them.
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None:
-                if kind is int and int(value) != value:
-                    raise ValueError(f"{who}: expected {name} to be a whole number, got {value!r}")
-                setattr(self, name, kind(value))
+            if isinstance(value, float | np.floating) and value.is_integer():
+                value = int(value)  # 1e4 is meant for a whole number
+            expect_counts(who, least, **{name: value})
+            setattr(self, name, None if value is None else int(value))
+        for name in _REAL:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else float(value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
         if self.steps is not None and self.seconds is not None:
@@ -97,18 +103,16 @@ class TrainConfig:
                 f"got steps={self.steps}, seconds={self.seconds}"
             )
         expect_positive(
-            who, steps=self.steps, seconds=self.seconds, batch_size=self.batch_size, lr=self.lr,
-            clip=self.clip, patience=self.patience, checkpoint_seconds=self.checkpoint_seconds,
-            devices=self.devices, validation_rows=self.validation_rows,
+            who, seconds=self.seconds, lr=self.lr, clip=self.clip,
+            checkpoint_seconds=self.checkpoint_seconds,
         )  # fmt: skip
         expect_choice(who, "optimizer", self.optimizer, ("adam", "adamw"))
         expect_choice(who, "schedule", self.schedule, ("cosine", "constant"))
         for name, value in (("warmup", self.warmup), ("ema", self.ema)):
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{who}: expected 0 <= {name} < 1, got {value!r}")
-        for name in ("weight_decay", "validations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{who}: expected {name} >= 0, got {getattr(self, name)!r}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"{who}: expected weight_decay >= 0, got {self.weight_decay!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(
                 f"{who}: expected precision to be one of {', '.join(map(repr, PRECISIONS))}, or "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import some
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.training.stream import seeded
@@ -71,5 +72,4 @@ def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> str |
 
 
 def _columns(far: Tensor) -> str:
-    found = far.nonzero().flatten().tolist()
-    return ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+    return some(far.nonzero().flatten().tolist())

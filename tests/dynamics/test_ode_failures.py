@@ -204,6 +204,7 @@ def test_empty_batch_comes_back_empty(method, gradient):
         ({"adjoint_norm": "semi"}, "expected adjoint_norm to be one of 'seminorm', 'full'"),
         ({"memory": 0.0}, "expected memory > 0"),
         ({"segments": 0}, "expected segments > 0"),
+        ({"segments": 2.5}, "expected segments to be a whole number, got 2.5"),
         ({"gradient": "autograd"}, "expected gradient to be one of 'auto'"),
     ],
 )

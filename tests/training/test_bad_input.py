@@ -134,6 +134,9 @@ def test_data_are_refused_before_the_module_is_touched(small, config, same):
 SETTINGS = {
     "negative steps": ({"steps": -1}, ["steps > 0", "-1"]),
     "zero steps": ({"steps": 0}, ["steps > 0", "0"]),
+    "endless steps": ({"steps": float("inf")}, ["steps to be a whole number", "inf"]),
+    "NaN steps": ({"steps": float("nan")}, ["steps to be a whole number", "nan"]),
+    "NaN decay of the weights": ({"weight_decay": float("nan")}, ["weight_decay >= 0", "nan"]),
     "negative seconds": ({"seconds": -2.5}, ["seconds > 0", r"-2\.5"]),
     "zero seconds": ({"seconds": 0.0}, ["seconds > 0"]),
     "seconds without end": ({"seconds": float("inf")}, ["seconds"]),

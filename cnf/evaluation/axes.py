@@ -10,27 +10,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 6.0, 4.0  # legible at a phone's width
+# Up to so many decades, ticks at these multiples of each power of ten.
+TICKS = {1: (1, 2, 3, 5, 7), 2: (1, 2, 5), 3: (1, 3)}
 
 
 def sparse_log(axis: Any, limits: tuple[float, float]) -> None:
     """Plain numbers at 1, 2 and 5 of each power of ten, fewer of them on a long axis; no 10⁻²."""
     ticker = optional("matplotlib.ticker", "evaluation")
     low, high = limits
-    decades = math.log10(high / low) if low > 0 else 9.0
-    steps = (
-        (1, 2, 3, 5, 7)
-        if decades < 1
-        else (1, 2, 5)
-        if decades < 2
-        else (1, 3)
-        if decades < 3
-        else (1,)
-    )
     if low > 0:
+        decades = math.log10(high / low)
         if decades < 0.5:
             axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         else:
-            axis.set_major_locator(ticker.LogLocator(subs=steps))
+            subs = next((subs for limit, subs in TICKS.items() if decades < limit), (1,))
+            axis.set_major_locator(ticker.LogLocator(subs=subs))
         axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
 

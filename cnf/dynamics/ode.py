@@ -264,8 +264,9 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
             else:
                 points = t.new_tensor(_stops(solver, t0, t1))
             if len(t) > 2:
-                points = torch.unique(torch.cat([points, t]))
-                points = points if t0 < t1 else points.flip(0)
+                # One that is a time but for rounding would add a step of that width.
+                apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS
+                points = torch.cat([points[apart], t]).sort(descending=t0 > t1).values
             return points
 
         options["grid_constructor"] = grid

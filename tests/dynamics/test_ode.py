@@ -205,6 +205,18 @@ def test_times_between_the_steps_do_not_spoil_adams_history(method):
     assert path[-1].item() == pytest.approx(math.e, abs=1e-3)
 
 
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_times_at_the_ends_of_steps_add_none(backwards, dtype, gradient):
+    times = [k * 0.1 * 10 / 30 for k in range(30)] + [1.0]  # as rounding leaves them
+    times = times[::-1] if backwards else times
+    solver = Solver("rk4", steps=30, gradient=gradient)
+    a, b = A.to(dtype).requires_grad_(), B.to(dtype)
+    (path,), nfe = solve_path(linear(a, b), (X0.to(dtype),), times, solver, (a,))
+    assert (len(path), nfe) == (31, 120)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 10, 49])
 @pytest.mark.parametrize("method", ORDER)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)

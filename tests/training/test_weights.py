@@ -80,6 +80,20 @@ def test_a_process_whose_weights_are_all_0_counts_for_nothing():
     assert [shared(nothing, rank, 2)[1] for rank in (0, 1)] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_shares_hold_every_row_once_and_their_mean_is_the_whole_batchs(processes):
+    x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2) ** 2
+    shares = [shared(Batch(x), rank, processes) for rank in range(processes)]
+    assert torch.equal(torch.cat([own.x for own, _ in shares]), x)
+    mean = sum(part * own.x.mean() for own, part in shares) / processes
+    assert mean.item() == pytest.approx(x.mean().item(), rel=1e-14)
+
+
+def test_a_batch_of_fewer_rows_than_processes_is_refused():
+    with pytest.raises(ValueError, match="at least 4 rows, one for each process, got one of 3"):
+        shared(Batch(torch.ones(3, 2)), 0, 4)
+
+
 X = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
 REFUSED = {
     "a column": (X, WEIGHT[:, None], r"weight of shape \(100,\), got \(100, 1\)"),

@@ -113,8 +113,12 @@ class Learner:
 
     def warm_up(self, batch: Batch) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
+        before = [buffer.clone() for buffer in self.module.buffers()]
         self._backward(self._step(batch).value)
         self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(value)  # a batch's statistics have moved the running ones
 
     def step(self, batch: Batch, lr: float, part: float = 1.0) -> Loss:
         """Take one step on this process's rows, unless it or the loss is NaN or infinite.

@@ -225,7 +225,7 @@ class _Trainer:
                 self.history.preparing = time.perf_counter() - start
                 self.budget.charge(self.history.preparing)
         if self.learner.compiles:
-            self.learner.warm_up(self._rows(self.budget.step)[0])
+            self.learner.warm_up(self._like_a_step())
 
     def _show(self, bar: ProgressBar, loss: float, nfe: int) -> None:
         pairing = self.history.pairing / self.budget.seconds
@@ -240,9 +240,22 @@ class _Trainer:
         batch = self._placed(self.stream.batch(step, generator))
         if step == 0:
             self.learner.initialize(batch, seeded(config.seed, -11))
+        return self._prepared(batch, generator)
+
+    def _like_a_step(self) -> Batch:
+        """Rows of a step's shape, which a stream does not lose for it."""
+        generator = seeded(self.config.seed, -13)
+        size, head = self.stream.size, self.stream.head
+        if head is None:
+            batch = self.stream.batch(0, generator)
+        else:
+            batch = head.map(lambda value: value[:size])
+        return self._prepared(self._placed(batch), generator)[0]
+
+    def _prepared(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, float]:
         batch = self.objective.prepare(self.module, batch, generator)
         # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
-        return shared(batch, fabric.global_rank, fabric.world_size)
+        return shared(batch, self.fabric.global_rank, self.fabric.world_size)
 
     def _agreed(self, signal: int) -> int:
         """The signal that process 0 received: all must leave after the same step."""

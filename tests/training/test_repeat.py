@@ -5,6 +5,7 @@ import torch
 import yaml
 
 import cnf
+from cnf.training.learner import Learner
 from cnf.training.validation import Validation
 
 RUNS = {
@@ -128,6 +129,25 @@ def test_validation_time_is_not_charged_to_the_budget(small, config, points, mon
     assert len(spent) >= 4
     assert 0.05 <= history.seconds < 0.06
     assert history.steps >= 40
+
+
+@pytest.mark.parametrize("kind", ["toy", "rows", "batches"])
+def test_a_step_that_only_compiles_changes_nothing(
+    kind, config, points, square, same, monkeypatch
+):
+    def train():
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        toy, batches = cnf.data.toy("moons"), list(points[:96].split(16))
+        data = {"toy": toy, "rows": points, "batches": batches}[kind]
+        cnf.fit(net, square, data, config())
+        return net
+
+    plain = train()
+    monkeypatch.setattr(Learner, "compiles", True)
+    assert same(plain, train())
+    assert len(square.seen) == 6 + 7 and square.seen[6].shape == (16, 2)
 
 
 def test_second_gpu_changes_nothing_for_a_run_on_the_cpu(small, config, points, monkeypatch):

@@ -91,7 +91,8 @@ class Learner:
             self.kept = copy.deepcopy(module).requires_grad_(False)
         self._averages: list[Any] = list(self.kept.parameters())
         self._weights: list[Any] = list(module.parameters())
-        self._buffers = list(zip(self.kept.buffers(), module.buffers(), strict=True))
+        pairs = zip(self.kept.buffers(), module.buffers(), strict=True)
+        self._buffers = list(zip(*pairs, strict=True))  # all copies, all originals
         self.steps = self.skipped = self._bad_in_a_row = 0
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
@@ -167,8 +168,8 @@ class Learner:
         decay = min(self.config.ema, self.steps / (self.steps + 9))
         with torch.no_grad():
             get_ema_multi_avg_fn(decay)(self._averages, self._weights, self.steps)
-            for kept, current in self._buffers:
-                kept.copy_(current)
+            if self._buffers:
+                torch._foreach_copy_(*self._buffers)
 
     def _skip(self, loss: Loss) -> None:
         self.skipped += 1

@@ -109,13 +109,14 @@ class Run:
 
     def write_metrics(self, records: list[dict[str, float]]) -> None:
         """metrics.csv, one row per record."""
+        if self.folder is None:
+            return
         columns = list(dict.fromkeys(name for record in records for name in record))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-        if self.folder is not None:
-            self._write("metrics.csv", text.getvalue())
+        self._write("metrics.csv", text.getvalue())
 
     def log(self, record: dict[str, float]) -> None:
         """One record to TensorBoard."""

@@ -341,10 +341,8 @@ def as_batch(
         if len(value) != rows:
             raise ValueError(f"{who}: expected {rows} rows of {key}, got {len(value)}")
     weight = tensors.pop("weight", None)
-    if weight is None:
-        return Batch(**tensors)
-    batch = Batch(**tensors, weight=torch.ones(rows))  # chance may draw weights of 0
-    return batch.but(weight=_weights(who, weight, rows, numbers))
+    batch = Batch(**tensors)  # without the weight: chance may draw weights of 0
+    return batch if weight is None else batch.but(weight=_weights(who, weight, rows, numbers))
 
 
 def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:

@@ -91,8 +91,7 @@ class Learner:
             self.kept = copy.deepcopy(module).requires_grad_(False)
         self._averages: list[Any] = list(self.kept.parameters())
         self._weights: list[Any] = list(module.parameters())
-        pairs = zip(self.kept.buffers(), module.buffers(), strict=True)
-        self._buffers = list(zip(*pairs, strict=True))  # all copies, all originals
+        self._kept_buffers, self._buffers = list(self.kept.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
@@ -169,7 +168,7 @@ class Learner:
         with torch.no_grad():
             get_ema_multi_avg_fn(decay)(self._averages, self._weights, self.steps)
             if self._buffers:
-                torch._foreach_copy_(*self._buffers)
+                torch._foreach_copy_(self._kept_buffers, self._buffers)  # pyright: ignore
 
     def _skip(self, loss: Loss) -> None:
         self.skipped += 1

@@ -34,7 +34,15 @@ from cnf.training.listeners import Callback, Listeners
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
-from cnf.training.stream import DensityStream, as_stream, mixed, refuse_misfit, seeded, shared
+from cnf.training.stream import (
+    DensityStream,
+    IterableStream,
+    as_stream,
+    mixed,
+    refuse_misfit,
+    seeded,
+    shared,
+)
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -245,11 +253,10 @@ class _Trainer:
     def _like_a_step(self) -> Batch:
         """Rows of a step's shape, which a stream does not lose for it."""
         generator = seeded(self.config.seed, -13)
-        size, head = self.stream.size, self.stream.head
-        if head is None:
-            batch = self.stream.batch(0, generator)
-        else:
-            batch = head.map(lambda value: value[:size])
+        stream = self.stream
+        only_once = isinstance(stream, IterableStream)
+        batch = stream.head if only_once else stream.batch(0, generator)
+        assert batch is not None
         return self._prepared(self._placed(batch), generator)[0]
 
     def _prepared(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, float]:

@@ -37,12 +37,10 @@ class Stream(ABC):
     Attributes:
         validation: Held-out rows, or None.
         head: Rows that preprocessing is fitted to.
-        size: Rows of a step's batch; of an iterable's, the first.
     """
 
     validation: Batch | None
     head: Batch | None
-    size: int
 
     @abstractmethod
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -151,7 +149,6 @@ class IterableStream(Stream):
                 "fit: expected a first batch of two rows or more, to which preprocessing is "
                 "fitted, got one row; make larger batches: DataLoader(…, batch_size=256)"
             )
-        self.size = len(self.head.x)
         self._iterator, self._pass, self._next, self._place = self._begin(0), 0, 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:

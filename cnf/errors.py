@@ -239,8 +239,15 @@ def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> No
 def expect_positive(who: str, **values: float | None) -> None:
     """Raise for the first value that is given (not None) and is not a finite number above zero."""
     for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not _is_positive(value):
             raise ValueError(f"{who}: expected {name} > 0, got {value!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and bool(0 < value < float("inf"))
+    except (TypeError, ValueError, RuntimeError):  # text; arrays and tensors of several numbers
+        return False
 
 
 def expect_counts(who: str, least: int = 1, **values: Any) -> None:

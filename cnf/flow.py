@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from cnf.distributions import Base, as_base, flow_distribution
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
-from cnf.dynamics.solver import Solver
+from cnf.dynamics.solver import Solver, as_solver
 from cnf.errors import expect_context, expect_event, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
@@ -325,12 +325,17 @@ class Flow(nn.Module):
         """What the transform gives, in data space, and log|det| of that, shape (*batch,), or 0."""
         return (y, 0.0) if self.preprocess is None else self.preprocess(y.to(self.data_dtype))
 
-    def with_solver(self, solver: Solver) -> "Flow":
-        """The same weights under another solver: few-step sampling, tighter evaluation."""
+    def with_solver(self, solver: Solver | Mapping[str, Any] | str) -> "Flow":
+        """The same weights under another solver: few-step sampling, tighter evaluation.
+
+        Args:
+            solver: A `Solver`, its arguments, or the name of an adaptive method.
+        """
         if not is_continuous(self.transform):
             raise TypeError(
                 f"Flow.with_solver: no ODE is solved in a {type(self.transform).__name__}"
             )
+        solver = as_solver(solver)
         flow = self.with_transform(reconfigured(self.transform, solver=solver))
         if self.spec is not None:  # what is saved is what was evaluated
             options = {**self.spec["options"], "solver": asdict(solver)}

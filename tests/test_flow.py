@@ -329,6 +329,14 @@ def test_with_solver_shares_weights_and_changes_the_cost(name, small_flow, point
     assert fast.field is flow.field
 
 
+def test_with_solver_takes_what_builders_take(small_flow, points):
+    flow = small_flow("cnf")
+    coarse = flow.with_solver({"method": "rk4", "steps": 2})
+    assert coarse.transform.solver == Solver("rk4", steps=2)
+    assert coarse.spec is None or coarse.spec["options"]["solver"]["steps"] == 2
+    assert flow.with_solver("dopri8").transform.solver == Solver("dopri8")
+
+
 def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, points):
     flow = small_flow("realnvp")
     assert not hasattr(flow, "field") and hasattr(small_flow("cnf"), "field")

@@ -77,6 +77,12 @@ def test_misspelt_option_is_refused_and_the_known_are_named(name):
         build(name, dim=2, contxt=3)
 
 
+@pytest.mark.parametrize("options", [{"dim": "2"}, {"dim": 2.0}, {"dim": 2, "context": "a"}])
+def test_sizes_that_are_no_whole_numbers_are_refused(options):
+    with pytest.raises(ValueError, match=r"expected (dim|context) to be a whole number >= [01]"):
+        build("nsf", **options)
+
+
 def test_unknown_name_and_missing_dim_are_refused():
     with pytest.raises(ValueError, match="unknown model 'relnvp'; .*Did you mean 'realnvp'"):
         build("relnvp", dim=2)

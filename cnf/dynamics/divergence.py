@@ -289,5 +289,10 @@ def as_divergence(divergence: "str | Mapping[str, Any] | Divergence") -> Diverge
     """A `Divergence` from itself, its name, or {"name": …, **fields} (as a config file says)."""
     if isinstance(divergence, Divergence):
         return divergence
+    if not isinstance(divergence, str | Mapping):
+        raise TypeError(
+            "expected divergence to be 'exact', 'hutchinson', a mapping with the name, or an "
+            f"instance such as cnf.Hutchinson(probes=8), got {divergence!r}"
+        )
     settings = {"name": divergence} if isinstance(divergence, str) else dict(divergence)
     return DIVERGENCES[settings.pop("name")](**settings)

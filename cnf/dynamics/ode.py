@@ -18,6 +18,7 @@ from cnf.errors import SolverError
 __all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
 
 GIB = 2**30
+FINEST = 5e-4  # of eps: with tolerances below it, rounding makes the step size collapse
 
 
 class Solution(NamedTuple):
@@ -73,6 +74,12 @@ def solve_path(
         raise SolverError(
             f"a state of dtype {dtype} is too coarse for error control",
             "Keep the state in float32 or float64 and put autocast inside the field.",
+            t=times[0], nfe=0, settings=str(solver),
+        )  # fmt: skip
+    if not solver.unchecked and max(solver.rtol, solver.atol) < FINEST * torch.finfo(dtype).eps:
+        raise SolverError(
+            f"the tolerances are below the resolution of {dtype}",
+            "Raise rtol and atol, or solve in float64: flow.double().log_prob(x.double()).",
             t=times[0], nfe=0, settings=str(solver),
         )  # fmt: skip
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN

@@ -1,7 +1,7 @@
 """How an ODE is solved: the settings of a solve."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +99,12 @@ class Solver:
             )
 
     def _take_grid(self) -> None:
-        grid = tuple(float(t) for t in self.grid)  # pyright: ignore
+        try:
+            grid = tuple(float(t) for t in self.grid)  # pyright: ignore
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"Solver: expected grid to be times ascending from 0 to 1, got {self.grid!r}"
+            ) from None
         rises = all(a < b for a, b in pairwise(grid))
         if self.method not in STAGES or len(grid) < 2 or not rises or grid[0] or grid[-1] != 1:
             raise ValueError(
@@ -152,6 +157,24 @@ class Solver:
         return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"
 
 
-def as_solver(solver: "Solver | Mapping[str, Any] | None") -> Solver:
-    """A `Solver` as it is, or one from its arguments (as a config file holds them)."""
-    return solver if isinstance(solver, Solver) else Solver(**(solver or {}))
+def as_solver(solver: "Solver | Mapping[str, Any] | str | None") -> Solver:
+    """A `Solver` as it is, or one from its arguments (as a config file holds them), from the name
+    of an adaptive method, or the default one for None.
+
+    >>> as_solver("dopri8").method
+    'dopri8'
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if isinstance(solver, str):
+        return Solver(solver)
+    if solver is not None and not isinstance(solver, Mapping):
+        raise TypeError(
+            "expected solver to be a cnf.Solver, a mapping of its arguments or the name of an "
+            f"adaptive method, got {solver!r}; write cnf.Solver('rk4', steps=16)"
+        )
+    known = [field.name for field in fields(Solver)]
+    for name in solver or {}:
+        if name not in known:
+            raise UnknownNameError("Solver option", name, known)
+    return Solver(**(solver or {}))

@@ -6,7 +6,7 @@ from typing import Any
 
 from cnf.distributions import Base
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_choice
+from cnf.errors import expect_choice, is_count
 from cnf.flow import Flow
 from cnf.registry import Registry
 from cnf.transforms.base import Transform
@@ -40,9 +40,11 @@ def build(name: str, **options: Any) -> Flow:
         wanted = "dim=… or shape=(C, H, W)" if "shape" in known else "dim=…"
         raise ValueError(f"models.build({name!r}): expected {wanted}, the size of one data point")
     for name_, least in (("dim", 1), ("context", 0)):
-        if options.get(name_, least) < least:
+        size = options.get(name_, least)
+        if not is_count(size) or size < least:
             raise ValueError(
-                f"models.build({name!r}): expected {name_} >= {least}, got {options[name_]}"
+                f"models.build({name!r}): expected {name_} to be a whole number >= {least}, got "
+                f"{size!r}"
             )
     if isinstance(options.get("hidden"), int):
         raise ValueError(

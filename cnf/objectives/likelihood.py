@@ -52,7 +52,7 @@ class MaximumLikelihood(Objective):
 
     divergence: Any = None
     penalties: Mapping[str, float] | None = None
-    solver: Solver | Mapping[str, Any] | None = None
+    solver: Solver | Mapping[str, Any] | str | None = None
     steer: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class MaximumLikelihood(Objective):
             divergence = as_divergence(self.divergence)
             if isinstance(self.divergence, Mapping):  # from a config file
                 object.__setattr__(self, "divergence", divergence)
-        if isinstance(self.solver, Mapping):
+        if self.solver is not None:
             object.__setattr__(self, "solver", as_solver(self.solver))
         for name, weight in (self.penalties or {}).items():
             _ = REGULARIZERS[name]

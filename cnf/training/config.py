@@ -1,8 +1,10 @@
 """What a training run is made of: every setting with its default and unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch
 from cnf.errors import expect_choice, expect_counts, expect_positive
 
 BATCH_SIZE = 1024
+DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
 _LEAST = {  # of the whole numbers
@@ -85,6 +88,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         who = "TrainConfig"
+        for field in fields(self):
+            if getattr(self, field.name) is None and NoneType not in get_args(field.type):
+                raise ValueError(f"{who}: expected {field.name} to be given, got None")
         # Numpy's scalars become Python's: YAML cannot hold them.
         for name, least in _LEAST.items():
             value = getattr(self, name)
@@ -94,7 +100,7 @@ class TrainConfig:
             setattr(self, name, None if value is None else int(value))
         for name in _REAL:
             value = getattr(self, name)
-            setattr(self, name, None if value is None else float(value))
+            setattr(self, name, None if value is None else _real(who, name, value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
         if self.steps is not None and self.seconds is not None:
@@ -119,6 +125,12 @@ class TrainConfig:
                 f"None for the module's own, got {self.precision!r}; float16, and bfloat16 "
                 "throughout, are too narrow for log-determinants: take 'bf16-mixed'"
             )
+        expect_choice(who, "device", str(self.device), DEVICES)
+        self.device = str(self.device)
+        if not isinstance(self.strategy, str):
+            raise ValueError(
+                f"{who}: expected strategy to be a name, such as 'ddp', got {self.strategy!r}"
+            )
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(
                 f"{who}: expected a strategy that reruns the script, such as 'ddp', "
@@ -136,4 +148,15 @@ class TrainConfig:
                 f"{who}: expected batch_size divisible by devices, "
                 f"got {self.batch_size or BATCH_SIZE} and {self.devices}"
             )
+        if not isinstance(self.folder, str | PathLike | None):
+            raise ValueError(f"{who}: expected folder to be a path, got {self.folder!r}")
         self.folder = None if self.folder is None else Path(self.folder)
+
+
+def _real(who: str, name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"{who}: expected {name} to be a number, got {value!r}")

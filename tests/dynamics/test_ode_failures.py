@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cnf.dynamics.ode import solve, solve_path
-from cnf.dynamics.solver import ADAPTIVE, FIXED, GRADIENTS, Solver
+from cnf.dynamics.solver import ADAPTIVE, FIXED, GRADIENTS, Solver, as_solver
 from cnf.errors import SolverError
 
 F64 = torch.float64
@@ -195,6 +196,10 @@ def test_empty_batch_comes_back_empty(method, gradient):
         ({"rtol": 0.0}, "expected rtol > 0"),
         ({"atol": -1e-5}, "expected atol > 0"),
         ({"rtol": math.nan}, "expected rtol > 0"),
+        ({"rtol": "a"}, "Solver: expected rtol > 0, got 'a'"),
+        ({"rtol": np.ones(2)}, "Solver: expected rtol > 0"),
+        ({"method": "rk4", "steps": True}, "Solver: expected steps to be a whole number, got True"),
+        ({"method": "rk4", "grid": 3}, "Solver: expected grid to be times ascending"),
         ({"adjoint_rtol": 0}, "expected adjoint_rtol > 0"),
         ({"adjoint_atol": math.inf}, "expected adjoint_atol > 0"),
         ({"max_nfe": 0}, "expected max_nfe > 0"),
@@ -211,6 +216,33 @@ def test_empty_batch_comes_back_empty(method, gradient):
 def test_bad_solver_settings_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         Solver(**options)
+
+
+def test_a_solver_is_made_of_its_arguments_or_of_an_adaptive_methods_name():
+    assert as_solver("dopri8") == Solver("dopri8")
+    assert as_solver({"method": "rk4", "steps": 3}) == Solver("rk4", steps=3)
+    assert as_solver(None) == Solver()
+    with pytest.raises(ValueError, match="rk4 has no step-size control; give it steps="):
+        as_solver("rk4")
+    with pytest.raises(ValueError, match="option 'metod'.*Did you mean 'method'"):
+        as_solver({"metod": "rk4"})
+    with pytest.raises(TypeError, match=r"expected solver to be a cnf.Solver.*got 3; write"):
+        as_solver(3)  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-10), (torch.float64, 1e-15)])
+def test_tolerances_below_the_resolution_of_the_dtype_are_refused_at_once(dtype, least):
+    state = (torch.ones(1, 1, dtype=dtype),)
+
+    def grown(rtol, atol):
+        return solve(lambda t, y: (y[0],), state, 0.0, 1.0, Solver(rtol=rtol, atol=atol), ())
+
+    with pytest.raises(SolverError, match=f"below the resolution of {dtype}.*0 evaluations"):
+        grown(least * 1e-6, least * 1e-6)
+    # Either tolerance alone may be as small as one likes.
+    for rtol, atol in ((least, least), (least * 1e-6, 1e-5), (1e-5, least * 1e-6)):
+        error = (grown(rtol, atol).state[0].double() - math.e).abs().max()
+        assert error < 10 * max(rtol, atol) + 100 * torch.finfo(dtype).eps
 
 
 def test_solver_says_itself_in_words_and_is_a_value():

@@ -20,7 +20,7 @@ from torch.distributions import (
 )
 
 from cnf.data.arrays import as_numbers, is_rows
-from cnf.errors import expect_event, expect_finite, expect_shape
+from cnf.errors import expect_event, expect_finite, expect_generator, expect_shape
 from cnf.random import reseed, untouched
 
 LOG_2PI = math.log(2 * math.pi)
@@ -59,6 +59,7 @@ class Base(nn.Module, ABC):
         generator: torch.Generator | None,
     ) -> Tensor:
         """By `torch.randn` or `torch.rand`, on the generator's device, then on the module's."""
+        expect_generator("sample", generator)
         like = self._like
         device = like.device if generator is None else generator.device
         drawn = draw(tuple(shape), generator=generator, device=device, dtype=like.dtype)
@@ -108,6 +109,7 @@ class FromTorch(Base):
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         shape = torch.Size(expect_shape("sample", sample_shape))
+        expect_generator("sample", generator)
         if generator is None:
             return self.distribution.sample(shape)
         # torch.distributions draw from the global generators only.

@@ -229,6 +229,26 @@ def expect_times(who: str, times: Any) -> list[float]:
     return found
 
 
+def expect_device(who: str, device: str | torch.device) -> None:
+    """Raise where torch has no such device here."""
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    kind = str(device).split(":")[0]
+    if kind in there and not there[kind]():
+        raise ValueError(
+            f"{who}: expected a device that is there, got {str(device)!r}, and torch "
+            f"{torch.__version__} finds none; take device='cpu'"
+        )
+
+
+def expect_generator(who: str, generator: Any) -> None:
+    """Raise unless `generator` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{who}: expected generator to be a torch.Generator, got {generator!r}; write "
+            "generator=torch.Generator().manual_seed(3)"
+        )
+
+
 def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

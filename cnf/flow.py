@@ -16,7 +16,7 @@ from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver, as_solver
-from cnf.errors import expect_context, expect_event, expect_shape, expect_times
+from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.rows import Rows
@@ -284,7 +284,7 @@ class Flow(nn.Module):
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data; NaN in rows that are not finite."""
         expect_event("Flow.decode", "z", z, self.base.event_shape)
-        self._expect_dtype("decode", z)
+        self._expect_like("decode", z)
         context = self.inner_context("Flow.decode", context, z.shape[: self._batch(z)])
         return self._decoded(z, context)
 
@@ -293,7 +293,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Where z is at `times`, from 0 to 1 at most, in data space: (times, *batch, *event)."""
         expect_event("Flow.trajectory", "z", z, self.event_shape)
-        self._expect_dtype("trajectory", z)
+        self._expect_like("trajectory", z)
         transform = require_field("Flow.trajectory", self)
         times = expect_times("Flow.trajectory", times)
         context = self.inner_context("Flow.trajectory", context, z.shape[: self._batch(z)])
@@ -376,6 +376,7 @@ class Flow(nn.Module):
     ) -> tuple[Rows, Tensor, Tensor | None, Tensor | float]:
         """x `inside`, checked, its context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
+        self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:
             raise ValueError(
                 f"Flow.{who}: expected x of dtype {self.dtype}, the flow's, or wider, got "
@@ -424,7 +425,17 @@ class Flow(nn.Module):
         look = (drop or values[0].is_cpu) and not transformed()
         return Rows(values, len(self.event_shape), context, missing, look, drop)
 
-    def _expect_dtype(self, who: str, z: Tensor) -> None:
+    def _expect_device(self, who: str, name: str, value: Tensor) -> None:
+        device = self.base._like.device
+        if value.device != device:
+            raise ValueError(
+                f"Flow.{who}: expected {name} on {device}, the flow's device, got one on "
+                f"{value.device}; move one of them: {name}.to({str(device)!r}) or "
+                f"flow.to({str(value.device)!r})"
+            )
+
+    def _expect_like(self, who: str, z: Tensor) -> None:
+        self._expect_device(who, "z", z)
         if z.dtype != self.dtype:
             raise ValueError(
                 f"Flow.{who}: expected z of dtype {self.dtype}, the flow's, got {z.dtype}; "
@@ -449,6 +460,7 @@ class Flow(nn.Module):
         if context is None and self.transform.optional_context:
             return None
         given = expect_context(who, context, self.context_dim)
+        self._expect_device(who.removeprefix("Flow."), "the context", given)
         rows = given.reshape(-1, self.context_dim)
         _warn_of_merged("context", rows, self.context_preprocess, self.dtype)
         inner = given if self.context_preprocess is None else self.context_preprocess(given)
@@ -469,6 +481,7 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Base samples as `sample` begins with, and their `inner_context`."""
         shape = expect_shape(f"Flow.{who}", sample_shape)
+        expect_generator(f"Flow.{who}", generator)
         context = self.inner_context(f"Flow.{who}", context, None)
         if context is not None:
             shape = (*shape, *context.shape[:-1])

@@ -329,6 +329,39 @@ def test_with_solver_shares_weights_and_changes_the_cost(name, small_flow, point
     assert fast.field is flow.field
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda flow, x, c: flow.log_prob(x, c),
+        lambda flow, x, c: flow.encode(x, c),
+        lambda flow, x, c: flow.decode(x, c),
+        lambda flow, x, c: flow.trajectory(x, [0, 1], c),
+    ],
+)
+def test_another_device_than_the_flows_is_named(call):
+    flow = cnf.models.build("cnf", dim=2, context=1)
+    x, context = torch.zeros(5, 2), torch.zeros(5, 1)
+    there = "on cpu, the flow's device, got one on meta; move one"  # every machine has meta
+    with pytest.raises(ValueError, match=f"expected [xz] {there}"):
+        call(flow, x.to("meta"), context)
+    with pytest.raises(ValueError, match=f"expected the context {there}"):
+        call(flow, x, context.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda flow: flow.sample(2, generator=3),
+        lambda flow: flow.base.sample((2,), 3),
+        lambda flow: cnf.data.toy("moons").sample(2, 3),
+        lambda flow: cnf.data.load(torch.ones(9, 2)).sample(2, 3),
+    ],
+)
+def test_a_seed_in_place_of_a_generator_is_named(draw, small_flow):
+    with pytest.raises(TypeError, match=r"got 3; write generator=torch.Generator\(\).manual_seed"):
+        draw(small_flow("realnvp"))
+
+
 def test_with_solver_takes_what_builders_take(small_flow, points):
     flow = small_flow("cnf")
     coarse = flow.with_solver({"method": "rk4", "steps": 2})

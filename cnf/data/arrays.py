@@ -26,6 +26,11 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
     """
     expect_unmasked(who, name, values)
     if isinstance(values, Tensor):
+        if values.layout != torch.strided:
+            raise ValueError(
+                f"{who}: expected {name} to be dense, got {values.layout}; give it "
+                f"{name}.to_dense()"
+            )
         if values.dtype == torch.int64:
             expect_exact(who, _columns(values, values.cpu().numpy()))
         return values.detach()

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_event, is_count
+from cnf.errors import expect_event, expect_generator, is_count
 
 
 class Toy(ABC):
@@ -61,6 +61,7 @@ class Toy(ABC):
             ValueError: n is not an integer of at least 0.
         """
         expect_count(f"{self.name}.sample", n)
+        expect_generator(f"{self.name}.sample", generator)
         return self._draw(n, generator).float()
 
     def log_prob(self, x: Tensor) -> Tensor:

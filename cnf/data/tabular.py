@@ -18,7 +18,7 @@ from torch import Tensor
 from cnf.data.arrays import EXACT, as_numbers, column_names
 from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
-from cnf.errors import expect_finite, optional
+from cnf.errors import expect_finite, expect_generator, optional
 
 SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
 
@@ -95,6 +95,7 @@ class Points:
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """The numbers of n rows drawn with replacement, by their weights where they have any."""
         expect_count(f"{self.name}.sample", n)
+        expect_generator(f"{self.name}.sample", generator)
         device = generator.device if generator is not None else None
         if self.weight is None:
             return torch.randint(len(self.x), (n,), generator=generator, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cnf import models
 from cnf.data import TOYS, table_kind
-from cnf.errors import CheckpointError, optional
+from cnf.errors import CheckpointError, expect_device, optional
 from cnf.flow import Flow
 
 FORMAT = "cnf-flow-2"
@@ -41,7 +41,12 @@ def save(flow: nn.Module, path: str | Path) -> Path:
         CheckpointError: A weight is NaN or infinite, or the file cannot be written (no permission,
             a full disk).
     """
-    path = Path(path)
+    if not isinstance(flow, nn.Module):
+        raise TypeError(
+            f"save: expected a flow, or another torch.nn.Module, got {type(flow).__name__}; the "
+            "order is save(flow, path)"
+        )
+    path = _as_path("save", path)
     path = path / FLOW_FILE if path.is_dir() else path
     safetensors = optional("safetensors.torch", "train")
     if bad := non_finite(flow):
@@ -68,7 +73,13 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
     Raises:
         CheckpointError: The file is missing, broken, of another program, or does not fit `into`.
     """
-    path = _find(Path(path), FLOW_FILE)
+    if not isinstance(into, nn.Module | None):
+        raise TypeError(
+            f"load: expected into to be the flow to fill, got {type(into).__name__}; write "
+            "load(path, into=flow), load(path, device=…)"
+        )
+    expect_device("load", device)
+    path = _find(_as_path("load", path), FLOW_FILE)
     spec, tensors = _opened(path)
     flow = into if into is not None else _built(spec, tensors, path)
     _fill(flow, tensors, path)
@@ -137,6 +148,12 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> Path:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _as_path(who: str, path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{who}: expected the path of a file, got {type(path).__name__}")
+    return Path(path)
 
 
 def _sha256(data: bytes | memoryview) -> str:

@@ -1,5 +1,6 @@
 """What a training run is made of: every setting with its default and unit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from cnf.errors import expect_choice, expect_counts, expect_positive
+from cnf.errors import UnknownNameError, expect_choice, expect_counts, expect_positive
 
 BATCH_SIZE = 1024
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -151,6 +152,22 @@ class TrainConfig:
         if not isinstance(self.folder, str | PathLike | None):
             raise ValueError(f"{who}: expected folder to be a path, got {self.folder!r}")
         self.folder = None if self.folder is None else Path(self.folder)
+
+
+def as_config(config: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+    """The settings themselves, or made from a mapping of them; the defaults for None."""
+    if isinstance(config, TrainConfig):
+        return config
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(
+            "fit: expected config to be a TrainConfig or a mapping of its settings, got "
+            f"{config!r}; write cnf.TrainConfig(steps=1000)"
+        )
+    known = [field.name for field in fields(TrainConfig)]
+    for name in config or {}:
+        if name not in known:
+            raise UnknownNameError("TrainConfig setting", name, known)
+    return TrainConfig(**(config or {}))
 
 
 def _real(who: str, name: str, value: Any) -> float:

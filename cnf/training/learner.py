@@ -9,7 +9,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cnf.errors import CheckpointError, DivergedError, explain_edit
+from cnf.errors import CheckpointError, DivergedError, expect_device, explain_edit
 from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.checkpoint import non_finite
@@ -35,6 +35,7 @@ def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
             f"{PRECISIONS[config.precision]}, got {dtype}; convert it: "
             f"module.to({PRECISIONS[config.precision]})"
         )
+    expect_device("fit", config.device)
     fabric = Fabric(
         accelerator=config.device,
         devices=config.devices,

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -26,7 +26,7 @@ from cnf.training.columns import (
     warn_of_numbering,
     warn_of_outliers,
 )
-from cnf.training.config import TrainConfig
+from cnf.training.config import TrainConfig, as_config
 from cnf.training.describe import Origin, configuration, machine, objective_name
 from cnf.training.history import History
 from cnf.training.interrupt import interruptible
@@ -51,9 +51,9 @@ SLOW = 5  # seconds of validation that are told of where training took less
 
 def fit(
     module: nn.Module,
-    objective: Objective | str,
+    objective: Objective | type[Objective] | str,
     data: Any,
-    config: TrainConfig | None = None,
+    config: TrainConfig | Mapping[str, Any] | None = None,
     *,
     context: Any = None,
     weight: Any = None,
@@ -70,13 +70,15 @@ def fit(
 
     Args:
         module: A flow, or any module that the objective understands.
-        objective: `MaximumLikelihood()`, `FlowMatching()`, …, or a name in `OBJECTIVES`.
+        objective: `MaximumLikelihood()`, `FlowMatching()`, …, such a class, or a name in
+            `OBJECTIVES`.
         data: A density, a torch distribution or a flow (fresh draws each step); rows in memory: a
             tensor, an array or a table (N, D), `Points`, a `Batch`; a name or a file, as
             `cnf.data.load` takes them; a map-style dataset; an iterable of batches, or a generator
             function of them; None where the objective needs none. A batch is x, (x, context), a
             `Batch`, or a mapping with a `Batch`'s names.
-        config: Budget, optimiser, averaging, where to write; `TrainConfig()`, a minute, if None.
+        config: Budget, optimiser, averaging, where to write, or a mapping of these settings;
+            `TrainConfig()`, a minute, if None.
         context: Condition of each row of an array, shape (N, C), or (N,) for one number each;
             labels one-hot.
         weight: Weight of each row of an array, at least 0, shape (N,): how much it counts in the
@@ -97,8 +99,8 @@ def fit(
         DivergedError: The gradient or the weights are no numbers any more, or training has led to
             an ODE that cannot be solved. The last checkpoint is kept.
     """
-    objective = objectives.build(objective) if isinstance(objective, str) else objective
-    config = TrainConfig() if config is None else config
+    objective, config = _as_objective(objective), as_config(config)
+    _expect_trainable(module, objective)
     data = load(data) if isinstance(data, str | PathLike) else data
     listeners = Listeners(loggers, callbacks)
     trainer = _Trainer(module, objective, data, config, context, weight, validation, listeners)
@@ -111,6 +113,41 @@ def fit(
             raise
         finally:
             module.eval()
+
+
+def _as_objective(objective: Any) -> Objective:
+    """The objective itself, by its name, or of its class with the defaults."""
+    if isinstance(objective, str):
+        return objectives.build(objective)
+    found = objective
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        with contextlib.suppress(TypeError):  # it has arguments without defaults
+            found = objective()
+    if isinstance(found, Objective):
+        return found
+    raise TypeError(
+        "fit: expected objective to be an instance such as cnf.MaximumLikelihood(), or one of the "
+        f"names {', '.join(objectives.OBJECTIVES)}, got {_kind(objective)}; the order is "
+        "fit(flow, objective, data)"
+    )
+
+
+def _expect_trainable(module: Any, objective: Objective) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"fit: expected a flow, or another torch.nn.Module, got {_kind(module)}; build one: "
+            "cnf.models.build('realnvp', dim=2)"
+        )
+    if not any(parameter.requires_grad for parameter in objective.parameters(module)):
+        raise ValueError(
+            f"fit: expected a parameter to train, got a {type(module).__name__} of which none "
+            "requires a gradient; call flow.requires_grad_()"
+        )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in an error: text and classes as they are, else its type's name."""
+    return repr(value) if isinstance(value, str | type) else type(value).__name__
 
 
 class _Trainer:

@@ -198,7 +198,10 @@ def test_empty_batch_comes_back_empty(method, gradient):
         ({"rtol": math.nan}, "expected rtol > 0"),
         ({"rtol": "a"}, "Solver: expected rtol > 0, got 'a'"),
         ({"rtol": np.ones(2)}, "Solver: expected rtol > 0"),
-        ({"method": "rk4", "steps": True}, "Solver: expected steps to be a whole number, got True"),
+        (
+            {"method": "rk4", "steps": True},
+            "Solver: expected steps to be a whole number, got True",
+        ),
         ({"method": "rk4", "grid": 3}, "Solver: expected grid to be times ascending"),
         ({"adjoint_rtol": 0}, "expected adjoint_rtol > 0"),
         ({"adjoint_atol": math.inf}, "expected adjoint_atol > 0"),

@@ -124,6 +124,40 @@ def test_a_batch_is_named_by_its_place_in_the_pass(small, config):
     )
 
 
+ARGUMENTS = {
+    "a name for a flow": (("realnvp", "flow-matching", X), ["got 'realnvp'; build one"]),
+    "no objective": ((None, None, X), ["objective", r"cnf\.MaximumLikelihood\(\)", "NoneType"]),
+    "data before the objective": ((None, X, "moons"), ["got Tensor; the order is fit"]),
+    "another class": ((None, dict, X), ["objective", "got <class 'dict'>"]),
+    "a number for settings": ((None, "flow-matching", X, 3), ["config", "got 3; write cnf"]),
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_arguments_of_another_kind_are_named(kind, small, config):
+    (module, *rest), words = ARGUMENTS[kind]
+    refused(lambda: cnf.fit(module or small(), *rest), "^fit: ", *words, kinds=(TypeError,))
+
+
+def test_settings_come_as_a_mapping_and_an_objective_as_its_class(small, config, same):
+    one, other = small(), small()
+    cnf.fit(one, FlowMatching(), X, config(seed=5))
+    settings = {"steps": 6, "batch_size": 16, "validation_rows": 50, "seed": 5}
+    cnf.fit(other, FlowMatching, X, {**settings, "progress": False, "device": "cpu"})
+    assert same(one, other)
+    refused(lambda: cnf.fit(one, FlowMatching, X, {"stps": 3}), "'stps'.*mean 'steps'")
+
+
+def test_a_flow_without_a_parameter_to_train_is_refused(small, config):
+    flow = small().requires_grad_(False)
+    refused(lambda: cnf.fit(flow, FlowMatching(), X, config()), r"fit: .*requires_grad_\(\)")
+
+
+def test_a_sparse_tensor_is_refused(small, config):
+    data = X.to_sparse()
+    refused(lambda: cnf.fit(small(), FlowMatching(), data, config()), r"sparse_coo.*to_dense\(\)")
+
+
 def test_data_are_refused_before_the_module_is_touched(small, config, same):
     flow = small()
     with pytest.raises(ValueError):
@@ -156,7 +190,6 @@ SETTINGS = {
     "text for a seed": ({"seed": "a"}, ["seed to be a whole number, got 'a'"]),
     "no seed": ({"seed": None}, ["seed to be given, got None"]),
     "a switch for a count": ({"steps": True}, ["steps to be a whole number, got True"]),
-    "NaN steps": ({"steps": float("nan")}, ["steps to be a whole number, got nan"]),
     "a list for a rate": ({"lr": [1]}, [r"lr to be a number, got \[1\]"]),
     "a number for a folder": ({"folder": 3}, ["folder to be a path, got 3"]),
     "a number for a strategy": ({"strategy": 3}, ["strategy to be a name", "'ddp'", "got 3"]),

@@ -93,6 +93,29 @@ def test_hand_built_flow_needs_into(small, points, tmp_path):
     assert torch.equal(into.log_prob(points), by_hand.log_prob(points))
 
 
+@pytest.mark.parametrize(
+    "act, words",
+    [
+        (lambda flow: cnf.save("a.safetensors", flow), r"save: .* got str; the order is save\(f"),
+        (lambda flow: cnf.save(flow.state_dict(), "a"), "save: expected a flow.* OrderedDict"),
+        (lambda flow: cnf.save(flow, None), "save: expected the path of a file, got NoneType"),
+        (lambda flow: cnf.load(flow), "load: expected the path of a file, got Flow"),
+        (lambda flow: cnf.load("a", "cpu"), r"load: expected into to be the flow .* got str"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(act, words, small):
+    with pytest.raises(TypeError, match=words):
+        act(small())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(written, small, points, config):
+    with pytest.raises(ValueError, match="load: expected a device that is there, got 'cuda:0'"):
+        load(written, device="cuda:0")
+    with pytest.raises(ValueError, match="fit: expected a device that is there, got 'cuda'"):
+        cnf.fit(small(), "flow-matching", points, config(device="cuda"))
+
+
 def test_into_another_flow_is_refused_in_one_line(small, written):
     message = refusal(load, written, into=small("realnvp"))
     assert "do not fit" in message and str(written) in message

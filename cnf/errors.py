@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WEIGHTS = (1e-30, 1e30)  # of the largest of them; only their ratios mean something
 DISTRIBUTION = "torch-cnf"  # what pip knows the package as
 
 
@@ -125,6 +126,29 @@ def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = N
         raise ValueError(
             f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "
             f"{len(value)} rows (rows {some(rows)}); drop or impute them"
+        )
+
+
+def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> None:
+    """Raise unless weights, shape (N,), are finite, at least 0, not all 0, and of a scale that
+    float32, in which losses are added, can hold.
+
+    `numbers` is as of `expect_finite`.
+    """
+    wrong = (~((weight >= 0) & torch.isfinite(weight))).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0] if numbers is None else int(numbers[wrong[0]])
+        raise ValueError(
+            f"{who}: expected weights that are finite and at least 0, got {weight[wrong[0]]:g} in "
+            f"row {row} ({len(wrong)} of {len(weight)} rows)"
+        )
+    largest = weight.max().item() if len(weight) else 1.0
+    if not largest:
+        raise ValueError(f"{who}: expected a weight above 0, got 0 in all {len(weight)} rows")
+    if not WEIGHTS[0] <= largest <= WEIGHTS[1]:
+        raise ValueError(
+            f"{who}: expected the largest weight between {WEIGHTS[0]:g} and {WEIGHTS[1]:g}, got "
+            f"{largest:g}, whose sums float32 cannot hold; divide them by their mean"
         )
 
 

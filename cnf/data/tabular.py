@@ -18,7 +18,7 @@ from torch import Tensor
 from cnf.data.arrays import EXACT, as_numbers, column_names
 from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
-from cnf.errors import expect_finite, expect_generator, optional
+from cnf.errors import expect_finite, expect_generator, expect_weights, optional
 
 SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
 
@@ -80,8 +80,11 @@ class Points:
             )
         self.context = self._of_each_row("context", context)
         weight = self._of_each_row("weight", weight)
-        if weight is not None and (weight.shape[1] > 1 or weight.min() < 0 or weight.max() == 0):
-            raise ValueError("Points: expected a weight of at least 0 for each row, and one above")
+        if weight is not None and weight.shape[1] > 1:
+            shape = tuple(weight.shape)
+            raise ValueError(f"Points: expected one weight for each row, got them of {shape}")
+        if weight is not None:
+            expect_weights("Points", weight[:, 0])
         self.weight = None if weight is None else weight[:, 0]
         low, high = np.quantile(self.x.cpu().double().numpy(), (0.001, 0.999), axis=0)
         margin = np.where(high > low, 0.1 * (high - low), 0.5)

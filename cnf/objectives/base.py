@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import expect_event
+from cnf.errors import expect_event, expect_weights
 from cnf.flow import Flow
 from cnf.registry import Registry
 from cnf.transforms.continuous import Continuous
@@ -167,22 +167,6 @@ def expect_rows(who: str, flow: Flow, batch: Batch) -> None:
             f"{who}: expected one row for each x, shape {('N', *flow.event_shape)}, got "
             f"{tuple(batch.x.shape)}; flatten what comes before"
         )
-
-
-def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> None:
-    """Raise unless weights, shape (N,), are finite, at least 0, and not all 0.
-
-    `numbers` is as of `expect_finite`.
-    """
-    wrong = (~((weight >= 0) & torch.isfinite(weight))).nonzero().flatten().tolist()
-    if wrong:
-        row = wrong[0] if numbers is None else int(numbers[wrong[0]])
-        raise ValueError(
-            f"{who}: expected weights that are finite and at least 0, got {weight[wrong[0]]:g} in "
-            f"row {row} ({len(wrong)} of {len(weight)} rows)"
-        )
-    if len(weight) and not weight.any():
-        raise ValueError(f"{who}: expected a weight above 0, got 0 in all {len(weight)} rows")
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -83,8 +83,9 @@ def fit(
             labels one-hot.
         weight: Weight of each row of an array, at least 0, shape (N,): how much it counts in the
             loss and in held-out scores.
-        validation: Held-out rows: what a batch of `data` may be, or a file or density; drawn from
-            the density, or a tenth of one's own data, if None.
+        validation: Held-out rows: whatever `data` may be, or a pair (x, context); of a dataset and
+            of batches the first `validation_rows`. Drawn from the density, or a tenth of one's own
+            data, if None.
         loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`: told of each of
             some 200 records over the budget. Of several processes the first one tells.
         callbacks: Functions of such a record, a dict with "step", "loss", …; what they or a logger

@@ -17,10 +17,9 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from cnf.data import Points, load
 from cnf.data.arrays import as_numbers, is_rows
 from cnf.distributions import Base
-from cnf.errors import expect_finite
+from cnf.errors import expect_finite, expect_weights
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.objectives.base import expect_weights
 from cnf.random import reseed, untouched
 from cnf.training import fingerprint
 from cnf.training.config import BATCH_SIZE, TrainConfig
@@ -181,19 +180,7 @@ class IterableStream(Stream):
         return fingerprint.of_rows(self.head)
 
     def rows(self, n: int) -> Batch:
-        found: list[Batch] = []
-        for place, item in enumerate(self._begin(0)):
-            found.append(self._checked(item, place))
-            if sum(len(batch.x) for batch in found) >= n:
-                break
-        parts = [vars(batch) for batch in found]
-        return Batch(
-            **{
-                name: torch.cat([part[name] for part in parts])[:n]
-                for name, value in parts[0].items()
-                if value is not None
-            }
-        )
+        return _joined((self._checked(item, k) for k, item in enumerate(self._begin(0))), n)
 
 
 class NoData(Stream):
@@ -254,7 +241,9 @@ def as_stream(
     Args: as of `fit`, and
         missing: Whether a context may be missing, NaN.
     """
-    held_out = None if validation is None else _held_out(validation, missing)
+    held_out = None
+    if validation is not None:
+        held_out = _held_out(validation, config.validation_rows, missing)
     if isinstance(data, Mapping | Points) or is_rows(data):
         data = in_memory(data, context, weight, missing)
         context = weight = None
@@ -335,6 +324,8 @@ def as_batch(
     }
     rows = len(tensors["x"])
     for key, value in tensors.items():
+        if not value.dim():
+            raise ValueError(f"{who}: expected {rows} rows of {key}, got the one number {value:g}")
         if len(value) != rows:
             raise ValueError(f"{who}: expected {rows} rows of {key}, got {len(value)}")
     weight = tensors.pop("weight", None)
@@ -352,7 +343,8 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
     for name, value in (("context", context), ("weight", weight)):
         if value is not None and own.get(name) is not None:
             raise ValueError(f"fit: the data hold their own {name}, got {name}=… beside it")
-        own[name] = value if own.get(name) is None else own[name]
+        if value is not None:
+            own[name] = value
     if "x" in own:
         own["x"] = _checked("fit", "data", own["x"])
         if len(own["x"]) < 2:
@@ -361,7 +353,8 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
     return _weighty(as_batch(own, missing=missing))
 
 
-def _held_out(validation: Any, missing: bool) -> Batch:
+def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
+    """Rows to score: all of those in memory; of a dataset and of batches the first `limit`."""
     if isinstance(validation, str | PathLike):
         validation = load(validation)
     if isinstance(validation, Points):
@@ -370,7 +363,46 @@ def _held_out(validation: Any, missing: bool) -> Batch:
         validation = Drawn(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
         validation = validation.sample(10_000, seeded(-12))
+    elif isinstance(validation, Dataset) and not isinstance(validation, IterableDataset):
+        rows = min(limit, len(validation))  # pyright: ignore
+        validation = Rows(validation, missing)[torch.arange(rows)]
+    elif inspect.isgeneratorfunction(validation):
+        validation = validation()
+    if isinstance(validation, Iterable) and not _is_batch(validation):
+        validation = _joined(
+            (
+                as_batch(item, missing=missing, who=f"fit: batch {place} of validation")
+                for place, item in enumerate(validation)
+            ),
+            limit,
+        )
     return _weighty(as_batch(validation, "validation", missing))
+
+
+def _is_batch(value: Any) -> bool:
+    """Whether this is one batch, a pair (x, context) too, rather than an iterable of them."""
+    if isinstance(value, tuple | list) and not is_rows(value):
+        return 0 < len(value) <= 2 and all(map(is_rows, value))
+    return isinstance(value, Batch | Mapping) or is_rows(value)
+
+
+def _joined(batches: Iterable[Batch], n: int) -> Batch:
+    """The first n rows of some batches."""
+    found: list[Batch] = []
+    for batch in batches:
+        found.append(batch)
+        if sum(len(part.x) for part in found) >= n:
+            break
+    if not found:
+        raise ValueError("fit: expected batches to validate on, got an empty iterable")
+    parts = [vars(batch) for batch in found]
+    return Batch(
+        **{
+            name: torch.cat([part[name] for part in parts])[:n]
+            for name, value in parts[0].items()
+            if value is not None
+        }
+    )
 
 
 class _Generated:

@@ -203,8 +203,10 @@ def test_weighted_points_are_drawn_by_their_weights():
 @pytest.mark.parametrize(
     "parts, message",
     [
-        ({"weight": [1.0, -1.0, 1.0]}, "a weight of at least 0"),
-        ({"weight": [0.0, 0.0, 0.0]}, "a weight of at least 0"),
+        ({"weight": [1.0, -1.0, 1.0]}, "Points: .* at least 0, got -1 in row 1"),
+        ({"weight": [0.0, 0.0, 0.0]}, "Points: expected a weight above 0"),
+        ({"weight": [1e300, 1.0, 0.0]}, "Points: .*1e\\+300.*divide them by their mean"),
+        ({"weight": [[1.0, 1.0]] * 3}, r"Points: expected one weight for each row.*\(3, 2\)"),
         ({"context": [1.0, 2.0]}, "expected 3 rows of context, got 2"),
     ],
 )

@@ -305,3 +305,57 @@ def test_few_items_of_a_dataset_are_read_before_training(config, monkeypatch):
     assert head is not None and len(large.read) == 20 and head.x[:, 0, 0, 0].tolist() == large.read
     rows = torch.arange(20_000.0)[:, None]
     assert len(as_stream(rows, config(validations=0)).head.x) == 20_000
+
+
+def _batches():
+    yield from ((x, c) for x, c in zip(ROWS.split(16), CONTEXT.split(16), strict=True))
+
+
+def _points():
+    return cnf.data.Points(ROWS, context=CONTEXT)
+
+
+VALIDATION = {
+    "a pair": lambda: (ROWS, CONTEXT),
+    "a mapping": lambda: {"x": ROWS, "context": CONTEXT},
+    "points": _points,
+    "a map-style dataset": Pairs,
+    "a TensorDataset": lambda: TensorDataset(ROWS, CONTEXT),
+    "a DataLoader": lambda: DataLoader(Pairs(), batch_size=16),
+    "a list of batches": lambda: list(_batches()),
+    "two Batches": lambda: [cnf.Batch(ROWS[:9], CONTEXT[:9]), cnf.Batch(ROWS[9:], CONTEXT[9:])],
+    "a generator function": lambda: _batches,
+}
+
+
+@pytest.mark.parametrize("kind", VALIDATION)
+def test_validation_takes_every_kind_of_data(kind, config):
+    held_out = as_stream(
+        ROWS, config(validation_rows=1000), CONTEXT, validation=VALIDATION[kind]()
+    ).validation
+    assert held_out is not None and torch.equal(held_out.x, ROWS)
+    assert torch.equal(held_out.context, CONTEXT)
+
+
+@pytest.mark.parametrize("kind", ["a TensorDataset", "a DataLoader", "a generator function"])
+def test_of_a_dataset_and_of_batches_the_first_rows_validate(kind, config):
+    settings = config(validation_rows=20)
+    held_out = as_stream(ROWS, settings, CONTEXT, validation=VALIDATION[kind]()).validation
+    assert held_out is not None and torch.equal(held_out.x, ROWS[:20])
+
+
+@pytest.mark.parametrize(
+    "validation, words",
+    [
+        ([], "batches to validate on"),
+        ([ROWS[:9], ROWS[:9], ROWS[:9] / 0], "batch 2 of validation"),
+    ],
+)
+def test_batches_to_validate_on_are_named(validation, words, config):
+    with pytest.raises(ValueError, match=f"^fit: .*{words}"):
+        as_stream(ROWS, config(), validation=validation)
+
+
+def test_a_mapping_with_other_names_is_told_its_own(config):
+    with pytest.raises(ValueError, match="got a, b; rename them"):
+        as_stream({"a": ROWS, "b": CONTEXT}, config())

@@ -1,5 +1,6 @@
 """Weights of rows: in the loss, in held-out scores, and where they make no sense."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -101,6 +102,11 @@ REFUSED = {
     "a negative one": (X, -WEIGHT, r"at least 0, got -0.1 in row 0 \(100 of 100"),
     "a NaN": (X, WEIGHT.log().sqrt(), "finite and at least 0, got nan in row 0"),
     "all 0": (X, 0 * WEIGHT, "above 0, got 0 in all 100"),
+    "one number": (X, 1.0, "expected 100 rows of weight, got the one number 1"),
+    "too small for float32": (X, np.full(100, 1e-46), "got 1e-46.*divide them by their mean"),
+    "far too small": (X, np.full(100, 1e-300), "divide them by their mean"),
+    "too large": (X, np.full(100, 1e300), r"got 1e\+300.*divide them by their mean"),
+    "a sum too large": (X, np.full(100, 3e38), "divide them by their mean"),
     "a Batch": (Batch(X), WEIGHT, "beside a Batch; batches carry their own"),
     "a density": (cnf.data.toy("moons"), WEIGHT, "goes with an array"),
     "batches": ([X], WEIGHT, r"cnf.Batch\(x, weight"),

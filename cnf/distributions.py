@@ -24,6 +24,14 @@ from cnf.errors import expect_event, expect_finite, expect_generator, expect_sha
 from cnf.random import reseed, untouched
 
 LOG_2PI = math.log(2 * math.pi)
+SURFACES = tuple(  # supports of fewer dimensions than a draw has numbers
+    type(constraint)
+    for constraint in (
+        constraints.simplex, constraints.corr_cholesky, constraints.lower_triangular,
+        constraints.lower_cholesky, constraints.symmetric, constraints.positive_semidefinite,
+        constraints.positive_definite,
+    )
+)  # fmt: skip
 
 
 class Base(nn.Module, ABC):
@@ -41,6 +49,11 @@ class Base(nn.Module, ABC):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    @property
+    def support(self) -> str:
+        """Where the density is above 0, in words."""
+        return "everywhere"
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -102,6 +115,10 @@ class FromTorch(Base):
         self.distribution = distribution
         self.density = _zero_outside(distribution)
 
+    @property
+    def support(self) -> str:
+        return str(_innermost(self.distribution.support))
+
     def log_prob(self, z: Tensor) -> Tensor:
         return self.density.log_prob(z)
 
@@ -124,6 +141,41 @@ class FromTorch(Base):
         if not torch.cuda.is_initialized() and not torch.backends.mps.is_available():
             return torch.device("cpu")
         return self.distribution.sample(torch.Size((0,))).device
+
+
+def _innermost(support: Any) -> Any:
+    """The constraint that each number, or each vector, is under."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def expect_volume(distribution: Distribution) -> None:
+    """Raise unless a torch distribution is continuous, and fills the space that its draws are of:
+    of any other a flow has no density.
+
+    Raises:
+        ValueError: It is discrete, or on a surface, as a Dirichlet is.
+    """
+    part = distribution
+    while (inner := getattr(part, "base_dist", None)) is not None:  # transforms hide its support
+        part = inner
+    name = type(part).__name__
+    for one in (distribution, part):
+        try:
+            support = _innermost(one.support)
+        except NotImplementedError:
+            continue
+        if getattr(support, "is_discrete", False):
+            raise ValueError(
+                f"Flow: expected a continuous base, got a {name}, which is discrete; take None, "
+                "the standard normal, and a dequantisation where it is the data that are discrete"
+            )
+        if isinstance(support, SURFACES):
+            raise ValueError(
+                f"Flow: expected a base that fills its space, got a {name} on {support}, which "
+                "has fewer dimensions than its draws have numbers; take None, the standard normal"
+            )
 
 
 class _ZeroOutside(Distribution):
@@ -186,6 +238,10 @@ class FromDensity(Base):
     def __init__(self, density: Any) -> None:
         super().__init__((density.dim,))
         self.density = density
+
+    @property
+    def support(self) -> str:
+        return f"that of {self.density!r}"
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.density.log_prob(z)
@@ -258,6 +314,10 @@ class Uniform(Base):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.to(low.dtype)
+
+    @property
+    def support(self) -> str:
+        return f"from {self.low.tolist()} to {self.high.tolist()}"
 
     def log_prob(self, z: Tensor) -> Tensor:
         inside = ((z >= self.low) & (z < self.high)).all(-1)

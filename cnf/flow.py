@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from cnf.distributions import Base, as_base, flow_distribution
+from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
@@ -103,6 +103,8 @@ class Flow(nn.Module):
         if base is None and event_shape is None:
             raise ValueError("Flow: expected event_shape=… where base is None")
         self.base = as_base(base, event_shape or ())
+        if isinstance(self.base, FromTorch):
+            expect_volume(self.base.distribution)
         weights = next((p.dtype for p in transform.parameters()), self.base._like.dtype)
         if weights != self.base._like.dtype:  # points and means are often float64
             self.base.to(weights)

@@ -298,3 +298,38 @@ def test_a_toy_as_a_base_gives_minus_infinity_far_outside(name):
 @pytest.mark.parametrize("name", ["angles", "uniform", "torch"])
 def test_nan_is_no_angle_and_in_no_box(name):
     assert BASES[name]().log_prob(torch.tensor([math.nan, 0.5], dtype=F64)).isnan()
+
+
+WITHOUT_VOLUME = {
+    "Bernoulli": torchd.Bernoulli(torch.full((2,), 0.5)),
+    "Poisson": torchd.Independent(torchd.Poisson(torch.ones(2)), 1),
+    "OneHotCategorical": torchd.OneHotCategorical(torch.ones(2)),
+    "scaled Poisson": torchd.TransformedDistribution(
+        torchd.Poisson(torch.ones(2)), [torchd.AffineTransform(0.0, 2.0)]
+    ),
+    "Dirichlet": torchd.Dirichlet(torch.ones(2)),
+    "LogisticNormal": torchd.LogisticNormal(torch.zeros(1), torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_VOLUME)
+def test_a_base_that_has_no_density_in_its_space_is_refused(name):
+    transform = cnf.models.build("realnvp", dim=2).transform
+    with pytest.raises(ValueError, match=r"^Flow: expected a (continuous base|base that fills)"):
+        cnf.Flow(WITHOUT_VOLUME[name], transform)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        torchd.Uniform(torch.zeros(2), torch.ones(2)),
+        torchd.Gamma(torch.ones(2), torch.ones(2)),
+        torchd.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        torchd.TransformedDistribution(
+            torchd.Normal(torch.zeros(2), torch.ones(2)), [torchd.ExpTransform()]
+        ),
+    ],
+)
+def test_a_base_with_a_density_is_taken(base):
+    transform = cnf.models.build("realnvp", dim=2).transform
+    assert cnf.Flow(base, transform).sample(3).shape == (3, 2)

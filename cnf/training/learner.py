@@ -14,6 +14,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
+from cnf.training.outside import outside_of_base
 from cnf.transforms.continuous import Continuous
 
 BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up
@@ -94,6 +95,7 @@ class Learner:
         self._weights: list[Any] = list(module.parameters())
         self._kept_buffers, self._buffers = list(self.kept.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
+        self._skipped_batch: Batch | None = None
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
         """Set a flow's `ActNorm`s from the first rows, which every process has whole."""
@@ -136,7 +138,7 @@ class Learner:
         self._backward(loss.value if part == 1.0 else part * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm + self._everyones(loss.value.detach())):
-            self._skip(loss)
+            self._skip(loss, batch)
             return loss
         self._bad_in_a_row = 0
         self._optimizer.step()
@@ -171,7 +173,8 @@ class Learner:
             if self._buffers:
                 torch._foreach_copy_(self._kept_buffers, self._buffers)  # pyright: ignore
 
-    def _skip(self, loss: Loss) -> None:
+    def _skip(self, loss: Loss, batch: Batch) -> None:
+        self._skipped_batch = batch
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
@@ -180,10 +183,13 @@ class Learner:
     def refuse_divergence(self, loss: Loss, steps: int) -> None:
         """Raise where half of the steps, or more, were left out at the end."""
         if self._bad_in_a_row and 2 * self._bad_in_a_row >= steps:
+            remedy = f"lower lr={self.lr:g}, clip harder, or check the data's scale"
+            value = loss.value.item()
+            if value == math.inf and isinstance(self.module, Flow) and self._skipped_batch:
+                remedy = outside_of_base(self.module, self._skipped_batch) or remedy
             raise DivergedError(
                 f"fit: the loss or its gradient was NaN or infinite in {self._bad_in_a_row} steps "
-                f"in a row (loss {loss.value.item():.4g}); lower lr={self.lr:g}, clip harder, or "
-                "check the data's scale"
+                f"in a row (loss {value:.4g}); {remedy}"
             )
 
     def state(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cnf.errors import DivergedError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.training.config import BATCH_SIZE, TrainConfig
+from cnf.training.outside import outside_of_base
 from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.stream import seeded
 
@@ -30,7 +31,7 @@ class Validation:
         self.objective, self.config, self.held_out = objective, config, held_out
         self.done = self.stale = 0
         self.name = "val_loss"
-        self.warned = False
+        self.warned = self.warned_of_base = False
         self.best, self.best_weights = float("inf"), None
 
     def due(self, fraction: float) -> bool:
@@ -99,7 +100,17 @@ class Validation:
         for rows in self._chunks(CHUNK):
             log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
+        if total == math.inf:
+            self._explain_infinity(flow)
         return total / _mass(self._rows)
+
+    def _explain_infinity(self, flow: Flow) -> None:
+        """Warn, once, where the score is infinite because of the base's support."""
+        if self.warned_of_base or flow.dequantisation is not None:
+            return
+        if why := outside_of_base(flow, self._rows):
+            self.warned_of_base = True
+            warnings.warn(f"fit: the held-out NLL is infinite: {why}", stacklevel=2)
 
     def _compares(self, fraction: float) -> bool:
         """At the last validation and at the 1st, 2nd, 4th, …"""

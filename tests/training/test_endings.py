@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.distributions import Independent, Uniform
 
 import cnf
 from cnf.training import checkpoint
@@ -225,3 +226,23 @@ def test_read_only_folder_is_a_checkpoint_error(small, config, points, monkeypat
     with pytest.raises(cnf.CheckpointError, match="Permission denied"):
         cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path / "run"))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def boxed(small):
+    """A flow on a base that has no density beyond 1."""
+    box = Independent(Uniform(torch.zeros(2), torch.ones(2)), 1)
+    return cnf.Flow(box, small().transform, event_shape=(2,))
+
+
+def test_likelihood_on_a_bounded_base_names_its_support(boxed, points, config):
+    settings = config(steps=30, validations=0)
+    words = r"loss inf\); \d+ of 16 rows are mapped.*Interval\(.*take a base without bounds"
+    with pytest.raises(cnf.DivergedError, match=words):
+        cnf.fit(boxed, "maximum-likelihood", points, settings)
+
+
+def test_an_infinite_held_out_score_of_a_bounded_base_is_told_once(boxed, points, config):
+    with pytest.warns(UserWarning, match="held-out NLL is infinite: .* base's support") as told:
+        cnf.fit(boxed, "flow-matching", points, config(validations=3))
+    assert sum("base's support" in str(one.message) for one in told) == 1

@@ -34,6 +34,7 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         if values.dtype == torch.int64:
             expect_exact(who, _columns(values, values.cpu().numpy()))
         return values.detach()
+    values = without_index(values)
     try:
         given = array = np.asarray(values)
         if array.dtype.kind == "O" and not any(isinstance(v, str) for v in array.flat):
@@ -92,10 +93,27 @@ def _columns(values: Any, array: np.ndarray) -> Mapping[Any, np.ndarray]:
 
 def column_names(values: Any) -> tuple[str, ...] | None:
     """The column names of a table of pandas, polars or pyarrow; None for anything else."""
+    values = without_index(values)
     names: Any = getattr(values, "column_names", getattr(values, "columns", None))
     if names is None or callable(names) or not hasattr(values, "__array__"):
         return None
     return tuple(map(str, names))
+
+
+def index_columns(table: Any) -> list[str]:
+    """The columns of an Arrow table in which pandas keeps a frame's index."""
+    about = getattr(getattr(table, "schema", None), "pandas_metadata", None)
+    if not isinstance(about, Mapping):
+        return []
+    # A RangeIndex is told by a mapping, and has no column.
+    kept = [name for name in about.get("index_columns", ()) if isinstance(name, str)]
+    return [name for name in kept if name in table.column_names]
+
+
+def without_index(values: Any) -> Any:
+    """An Arrow table less its `index_columns`; anything else as it is."""
+    index = index_columns(values)
+    return values.drop_columns(index) if index else values
 
 
 def is_rows(values: Any) -> bool:

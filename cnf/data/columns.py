@@ -21,11 +21,13 @@ class Table:
             might merge stay integers, masked where missing.
         named: Whether the file gives the names.
         lines: The line of each row in a text file.
+        index: The columns in which pandas keeps an index: not modelled unless they are named.
     """
 
     columns: dict[str, np.ndarray]
     named: bool
     lines: Sequence[int] | None = None
+    index: Sequence[str] = ()
 
     def place(self, row: int) -> str:
         """Where a row stands, for a reader of the file."""
@@ -35,7 +37,7 @@ class Table:
         """The table of some rows: a mask, or their numbers."""
         lines = None if self.lines is None else np.asarray(self.lines)[rows].tolist()
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return Table(columns, self.named, lines)
+        return Table(columns, self.named, lines, self.index)
 
 
 class Picked(NamedTuple):
@@ -82,7 +84,7 @@ class Columns:
         apart = [*context, *([] if self.weight is None else [self.weight])]
         names = self.columns
         if names is None:
-            names = [name for name in table.columns if name not in apart]
+            names = [name for name in table.columns if name not in (*apart, *table.index)]
         for name in [*names, *apart]:
             if name not in table.columns:
                 raise ValueError(f"{who}: {UnknownNameError('column', name, table.columns)}")

@@ -6,8 +6,11 @@ import csv
 import gzip
 import io
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.data.arrays import EXACT, as_numbers, column_names
+from cnf.data.arrays import EXACT, as_numbers, column_names, index_columns
 from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, expect_generator, expect_weights, optional
 
+YEARS = range(1800, 2200)
+DECIMAL = re.compile(r"[.eE]")  # in a line of numbers
 SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
 
 
@@ -229,7 +234,8 @@ def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
     first = numbered[0][1]
     delimiter = next((mark for mark in ",;" if mark in first), None)
     top = [_split(line, delimiter) for _, line in numbered[:2]]
-    header = _named(top[0]) if _is_header(top) else None
+    below = [line for _, line in numbered[1:]]
+    header = _named(top[0]) if _is_header(top) or _numbers_columns(who, top[0], below) else None
     body = numbered[header is not None :]
     if not body:
         raise ValueError(f"{who}: expected at least 2 rows, got a header line and none")
@@ -253,6 +259,30 @@ def _is_header(lines: list[list[str]]) -> bool:
     if not above and any(map(is_number, first)):
         return False
     return any(not is_number(cell) and not is_missing(cell) for cell in above or first)
+
+
+def _numbers_columns(who: str, first: list[str], below: Sequence[str]) -> bool:
+    """Whether the first line numbers the columns (0,1,2 of pandas, or years), above decimals.
+
+    Above whole numbers it is taken for a row, with a warning where that is hardly meant.
+    """
+    cells = first[1:] if first[0] == "" else first  # pandas names its index ""
+    if not cells or not all(cell.isdecimal() for cell in cells):
+        return False
+    begin = int(cells[0])
+    counts = [int(cell) for cell in cells] == list(range(begin, begin + len(cells)))
+    named = begin == 0 or (len(cells) > 1 and begin in YEARS)
+    if not (below and counts and named):
+        return False
+    if all(DECIMAL.search(line) for line in below):
+        return True
+    if len(cells) > 2:
+        warnings.warn(
+            f"{who}: the first line, {first[0]},{first[1]},…, is read as a row; if these are the "
+            "columns' names, give them a letter: x0,x1,…",
+            stacklevel=2,
+        )
+    return False
 
 
 def _named(cells: list[str]) -> list[str]:
@@ -347,7 +377,8 @@ def _read_parquet(who: str, path: Path, _: Collection[str]) -> Table:
     except (OSError, arrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{who}: expected a Parquet file, got {reason}") from error
-    return _table([_arrow_column(arrow, c) for c in table.columns], table.column_names)
+    columns = _table([_arrow_column(arrow, c) for c in table.columns], table.column_names)
+    return replace(columns, index=index_columns(table))
 
 
 def _arrow_column(arrow: Any, column: Any) -> np.ndarray:

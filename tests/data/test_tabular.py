@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import cnf
 from cnf.data import Columns, Points, load, read_table, write_table
 
 TABLE = np.array([[1.0, 2.5], [3.0, -4.0], [5e-3, 6.0]])
@@ -330,3 +331,60 @@ def test_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="write_table: cannot write .*No space left.*with room"):
         write_table(tmp_path / "x.csv", torch.ones(2, 2))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", [0, 2019])
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_a_header_of_numbers_above_decimals_is_no_row(first, index, columns, tmp_path):
+    if columns == 1 and first:
+        pytest.skip("one whole number may as well be a value")
+    pandas = pytest.importorskip("pandas")
+    values = np.random.default_rng(0).normal(size=(20, columns))
+    frame = pandas.DataFrame(values, columns=range(first, first + columns))
+    frame.to_csv(tmp_path / "x.csv", index=index)
+    found = cnf.data.load(tmp_path / "x.csv")
+    names = [*(["column-1"] if index else []), *map(str, range(first, first + columns))]
+    assert found.columns == tuple(names)
+    assert np.array_equal(found.x.numpy()[:, -columns:], values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0,2\n0.1,0.2\n0.3,0.4\n",
+        "0,1\n1,0\n2.5,3\n",
+        "0\n0\n0.5\n",
+        "1.0,2.0\n3.5,4.5\n",
+        "7\n7.5\n",
+        "1,2\n3.5,4.5\n",
+    ],
+)
+def test_a_first_row_of_numbers_is_a_row(text, tmp_path):
+    (tmp_path / "x.csv").write_text(text)
+    found = cnf.data.load(tmp_path / "x.csv")
+    assert found.columns is None and len(found.x) == text.count("\n")
+
+
+def test_column_numbers_above_whole_numbers_are_asked_about(tmp_path):
+    (tmp_path / "x.csv").write_text("0,1,2\n5,3,8\n4,4,1\n")
+    with pytest.warns(UserWarning, match="first line, 0,1,…, is read as a row; if these are"):
+        assert len(cnf.data.load(tmp_path / "x.csv").x) == 3
+
+
+@pytest.mark.parametrize("name", [None, "person"])
+def test_the_index_that_pandas_keeps_in_parquet_is_not_modelled(name, tmp_path):
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame(rng.normal(size=(20, 2)), columns=["a", "b"])
+    frame.to_parquet(tmp_path / "whole.parquet")  # a RangeIndex, which has no column
+    part = frame[frame.a > 0].rename_axis(name)
+    part.to_parquet(tmp_path / "part.parquet")
+    assert cnf.data.load(tmp_path / "whole.parquet").columns == ("a", "b")
+    for source in (tmp_path / "part.parquet", arrow.Table.from_pandas(part), part):
+        found = cnf.data.load(source)
+        assert found.columns == ("a", "b")
+        assert np.array_equal(found.x.numpy(), part.to_numpy())
+    index = name or "__index_level_0__"  # where it is named, it is wanted
+    chosen = cnf.data.load(tmp_path / "part.parquet", cnf.data.Columns(columns=[index, "a"]))
+    assert np.array_equal(chosen.x[:, 0].numpy(), part.index.to_numpy())

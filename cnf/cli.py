@@ -59,7 +59,7 @@ def train(
         config: The settings of the run.
     """
     config = config or TrainConfig()
-    source = densities.load(data, table)
+    source = _kept(data, table) if config.resume else densities.load(data, table)
     if not 0 <= test < 1:
         raise ValueError(f"expected 0 <= test < 1, got {test}")
     if isinstance(source, Points):
@@ -436,7 +436,18 @@ def _data(run: Path, data: str | None) -> tuple[Any, float]:
     settings = recorded(run)
     name = data or settings["data"]
     columns = _columns(settings) if densities.table_kind(Path(name)) else None
-    return densities.load(name, columns), settings.get("test", 0.0)
+    found = _kept(name, columns) if data is None else densities.load(name, columns)
+    return found, settings.get("test", 0.0)
+
+
+def _kept(name: str, columns: Columns | None) -> Any:
+    """What a run was trained on, from where it was."""
+    try:
+        return densities.load(name, columns)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; the run was trained on it: if it has moved, say where: --data FILE"
+        ) from None
 
 
 def _kept_table(run: Path) -> bool:

@@ -471,7 +471,14 @@ class FlowDistribution(Distribution):
         return constraints.independent(inner, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
-        shape, context = torch.empty(self.batch_shape).expand(batch_shape).shape, self.context
+        try:
+            shape = torch.empty(self.batch_shape).expand(batch_shape).shape
+        except RuntimeError:
+            raise ValueError(
+                f"FlowDistribution.expand: expected a shape that the batch shape "
+                f"{tuple(self.batch_shape)} broadcasts to, got {tuple(batch_shape)}"
+            ) from None
+        context = self.context
         if context is not None:
             context = context.expand(*shape, context.shape[-1])
         return type(self)(self.flow, context, shape)

@@ -147,6 +147,23 @@ def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
     assert "100 of the rows of own" in said, errors
 
 
+def test_another_test_part_is_named_when_a_run_goes_on(own, refused, tmp_path):
+    run = shutil.copytree(own / "run", tmp_path / "run")
+    said = refused("train", "--resume", run, "--test", "0.3")
+    assert "on other data than these (test was 0.1, is 0.3); give it the same" in said
+
+
+def test_a_table_that_has_moved_is_asked_for(own, call, refused, tmp_path):
+    run = shutil.copytree(own / "run", tmp_path / "run")
+    config, gone = run / "config.yaml", str(tmp_path / "gone.csv")
+    config.write_text(config.read_text().replace(str(own / "own.csv"), gone))
+    for command in (["evaluate", run], ["plot", run], ["train", "--resume", run]):
+        assert "gone.csv, which is no file; the run was trained on it" in refused(*command)
+        assert "--data FILE" in refused(*command)
+    assert "was trained on it" not in refused("train", tmp_path / "other.csv")
+    assert call("evaluate", run, "--data", own / "own.csv")[0] == 0
+
+
 def test_rows_of_a_file_that_changed_are_not_said_to_be_unseen(own, call, refused, tmp_path):
     run = shutil.copytree(own / "run", tmp_path / "run")
     rows = (own / "own.csv").read_text()

@@ -62,7 +62,8 @@ def test_expand_and_sample_have_the_shapes_of_a_multivariate_normal(
         assert p_wide.flow is flow  # the weights that training moves
         rows = p_wide.sample((50,)).reshape(50, -1)
         assert len(rows.unique(dim=1).T) == rows.shape[1]  # each of the batch is drawn anew
-    with pytest.raises(RuntimeError):
+    words = r"expand: expected a shape that the batch shape \(.*\) broadcasts to, got \("
+    with pytest.raises(ValueError, match=words):
         p.expand((4, 3) if conditional else (-2,))
 
 

@@ -1,5 +1,6 @@
 """What the columns of a table are for: those that are modelled, a context, weights."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -139,10 +140,14 @@ class Columns:
         if len(values) != len(names) or set(given) != set(names):
             missing = [name for name in names if name not in given]
             told = f", without {', '.join(missing)}" if missing else ""
+            labels = [one for name in names for one in (self.labels or {}).get(name, ())]
+            commas = [one for one in labels if "," in one]
+            quoted = json.dumps(commas[:1], ensure_ascii=False)
+            hint = f"; a label with a comma stands in a list: --context '{quoted}'"
             raise ValueError(
                 f"{who}: expected a context of {', '.join(names)}, got "
                 f"{', '.join(values) or 'none'}{told}; write "
-                f"--context {','.join(f'{name}=…' for name in names)}"
+                f"--context {','.join(f'{name}=…' for name in names)}{hint if commas else ''}"
             )
         texts = self.labels or {}
         table = Table(

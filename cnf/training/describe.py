@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnf.data import Points
+from cnf.data import Columns, Points
 from cnf.dynamics.divergence import DIVERGENCES
 from cnf.errors import DISTRIBUTION, CheckpointError
 from cnf.matching import COUPLINGS, PATHS, TIMES
@@ -22,6 +22,7 @@ from cnf.training.config import TrainConfig
 from cnf.training.fingerprint import same_data
 
 FIXED = {"model", "options", "objective", "objective_options", "seed", "batch_size"}
+READING = {"data", "test", *(field.name for field in fields(Columns))}  # which rows they are
 BUDGETS = ("steps", "seconds", "ticks")  # a run in seconds is told as one in steps afterwards
 UNTOLD = {"progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks"}
 PACKAGES = ("torch", "torchdiffeq", "numpy", "lightning-fabric")
@@ -78,9 +79,11 @@ class Origin:
         if fixed:
             raise CheckpointError(f"is another run: {', '.join(fixed)}")
         if not same_data(state["data"], self.data):
+            reading = [words for name, words in told.items() if name.split(".")[0] in READING]
+            why = ", ".join(reading) or f"{now.get('data')!r} is not what it was"
             raise CheckpointError(
-                f"was trained on other data than these (it had {before.get('data')!r}, this is "
-                f"{now.get('data')!r}); give it the same, or begin a new run"
+                f"was trained on other data than these ({why}); give it the same, or begin a new "
+                "run"
             )
         made = {n: (a, self.made_by[n]) for n, a in (state["made_by"] or {}).items()}
         words = [*told.values(), *(f"{n} was {a}, is {b}" for n, (a, b) in made.items() if a != b)]

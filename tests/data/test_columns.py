@@ -169,6 +169,13 @@ def test_context_is_read_as_typed(values, said):
         columns.parse("sample", values)
 
 
+def test_a_label_with_a_comma_is_told_how_to_be_given():
+    columns = Columns(context=["eyes"], labels={"eyes": ["blue, dark", "green"]})
+    with pytest.raises(ValueError, match=r"--context '\[\"blue, dark\"\]'"):
+        columns.parse("sample", ["blue", " dark"])
+    assert columns.parse("sample", ["blue, dark"]) == [1.0, 0.0]
+
+
 def test_reading_says_nothing_that_training_says(tmp_path):
     lines = [f"{k},{k % 3},{k * k + 0.5}" for k in range(60)]
     (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))

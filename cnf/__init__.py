@@ -7,7 +7,7 @@ torch.Size([4])
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnf import (
     data,
@@ -26,15 +26,21 @@ from cnf.errors import CheckpointError, DivergedError, SolverError
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood
 
+if TYPE_CHECKING:  # at run time they are imported when they are first used, see `__getattr__`
+    from cnf import evaluation, training
+    from cnf.evaluation import check, compare
+    from cnf.training import TrainConfig, fit, load, save
+
 __version__ = "0.1.0"
 
+_MODULES = ("evaluation", "training")
 _LAZY = {
     "TrainConfig": "cnf.training",
+    "check": "cnf.evaluation",
+    "compare": "cnf.evaluation",
     "fit": "cnf.training",
     "load": "cnf.training",
     "save": "cnf.training",
-    "check": "cnf.evaluation",
-    "compare": "cnf.evaluation",
 }
 
 __all__ = [
@@ -49,23 +55,34 @@ __all__ = [
     "MaximumLikelihood",
     "Solver",
     "SolverError",
+    "TrainConfig",
+    "check",
+    "compare",
     "data",
     "distributions",
     "dynamics",
+    "evaluation",
     "fields",
+    "fit",
+    "load",
     "matching",
     "models",
     "nets",
     "objectives",
     "sampling",
+    "save",
+    "training",
     "transforms",
-    *_LAZY,
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in ("evaluation", "training"):
+    if name in _MODULES:
         return importlib.import_module(f"cnf.{name}")
     raise AttributeError(f"module 'cnf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -17,13 +17,14 @@ import torch
 
 from cnf import __version__ as cnf_version
 from cnf import data as densities
-from cnf import models, objectives
+from cnf import models
 from cnf.arguments import explained, flags, required, settings_class, spelled
 from cnf.catalogue import KINDS
 from cnf.data import Columns, Points
 from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
+from cnf.objectives import OBJECTIVES
 from cnf.training import TrainConfig, fit, load
 from cnf.training.fingerprint import of_rows
 from cnf.training.progress import status
@@ -69,7 +70,7 @@ def train(
     if objective is None:
         objective, recipe = RECIPES.get(model, ("maximum-likelihood", {}))
         objective_options = {**recipe, **(objective_options or {})}
-    goal = objectives.build(objective, **(objective_options or {}))
+    goal = OBJECTIVES.build({"name": objective, **(objective_options or {})})
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
     history = fit(flow, goal, source, config)

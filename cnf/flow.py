@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
-from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
-from cnf.dynamics.solver import Solver, as_solver
+from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
@@ -197,7 +197,7 @@ class Flow(nn.Module):
                 expected.
             SolverError: An ODE solve failed.
         """
-        divergence = None if divergence is None else as_divergence(divergence)
+        divergence = None if divergence is None else DIVERGENCES.build(divergence)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
         self._notice(y, context)
         inner = self._inner(_taken(divergence, rows))
@@ -337,7 +337,7 @@ class Flow(nn.Module):
             raise TypeError(
                 f"Flow.with_solver: no ODE is solved in a {type(self.transform).__name__}"
             )
-        solver = as_solver(solver)
+        solver = Solver.of(solver)
         flow = self.with_transform(reconfigured(self.transform, solver=solver))
         if self.spec is not None:  # what is saved is what was evaluated
             options = {**self.spec["options"], "solver": asdict(solver)}

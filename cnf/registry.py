@@ -1,6 +1,10 @@
 """Public name → class or function: the tables that commands, tests and docs read."""
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from inspect import Parameter, isclass, signature
 from typing import Any, TypeVar
 
 from cnf.errors import UnknownNameError
@@ -16,18 +20,26 @@ class Registry(Mapping[str, Any]):
 
     >>> SHAPES = Registry("shape")
     >>> @SHAPES.register("square", example=lambda: Square())
-    ... class Square: ...
-    >>> SHAPES["square"] is Square, list(SHAPES)
-    (True, ['square'])
+    ... class Square:
+    ...     def __init__(self, side=1): self.side = side
+    >>> SHAPES
+    shapes: square
+    >>> SHAPES["square"] is Square, SHAPES.build({"name": "square", "side": 3}).side
+    (True, 3)
     >>> SHAPES["sqare"]
     Traceback (most recent call last):
     cnf.errors.UnknownNameError: unknown shape 'sqare'; known: square. Did you mean 'square'?
+
+    Args:
+        kind: What an entry is, in the singular.
+        base: What a user's own class must derive from; None where any callable will do.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, base: type | None = None) -> None:
+        self.kind, self.base = kind, base
         self.examples: dict[str, Callable[..., Any]] = {}
         self._entries: dict[str, Any] = {}
+        _TABLES.append(self)
 
     def register(self, name: str, example: Callable[..., Any] | None = None) -> Callable[[T], T]:
         """Decorator that puts a class or function into the table under `name`."""
@@ -42,6 +54,50 @@ class Registry(Mapping[str, Any]):
 
         return add
 
+    def build(self, spec: Any, who: str | None = None) -> Any:
+        """What `spec` stands for.
+
+        Args:
+            spec: An instance, which is returned as it is; a name, or the class of that name; or a
+                mapping of "name" and the options of the class or function of that name.
+            who: Whose argument it is, for errors.
+        Returns:
+            An instance, or, where functions are what is listed, the function with its options.
+        Raises:
+            UnknownNameError: No entry has the name.
+            ValueError: A mapping without "name", or with an option that the entry does not have.
+            TypeError: None of these.
+        """
+        if isinstance(spec, str):
+            spec = {"name": spec}
+        elif isclass(spec) and self.name_of(spec):
+            spec = {"name": self.name_of(spec)}
+        if not isinstance(spec, Mapping):
+            if isinstance(spec, self.base) if self.base else callable(spec) and not isclass(spec):
+                return spec
+            raise TypeError(f"{self._expected(who)}, got {_shown(spec)}")
+        if "name" not in spec:
+            got = ", ".join(map(str, spec)) or "an empty mapping"
+            raise ValueError(f"{self._expected(who)}, got {got} without a name")
+        name, options = spec["name"], {k: v for k, v in spec.items() if k != "name"}
+        entry = self[name]
+        called = self.base is not None or isclass(entry)
+        expect_options(name, options, options_of(entry, called))
+        return entry(**options) if called else partial(entry, **options)
+
+    def _expected(self, who: str | None) -> str:
+        own = f"an instance of {self.base.__name__}" if self.base else "a function"
+        return (
+            f"{who or self.kind}: expected {self.kind} to be one of {', '.join(self)}, a mapping "
+            f"with 'name' and options, or {own}"
+        )
+
+    def name_of(self, entry: Any) -> str | None:
+        """The name of a class or function, or of an instance's class; None where it has none."""
+        entry = entry.func if isinstance(entry, partial) else entry
+        found = (name for name, own in self.items() if own is entry or own is type(entry))
+        return next(found, None)
+
     def __getitem__(self, name: str) -> Any:
         try:
             return self._entries[name]
@@ -53,3 +109,57 @@ class Registry(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"{self.kind}s: {', '.join(self)}"
+
+
+_TABLES: list[Registry] = []
+
+
+def options_of(entry: Callable[..., Any], called: bool = True) -> list[str]:
+    """The arguments of a class or function that is called; else those behind its `*`."""
+    kinds = [Parameter.KEYWORD_ONLY]
+    if called:
+        kinds.append(Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in signature(entry).parameters.items() if p.kind in kinds]
+
+
+def _shown(value: Any) -> str:
+    plain = value is None or isinstance(value, int | float | type)
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def expect_options(who: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raise for the first option that is not known."""
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f". Did you mean {close[0]!r}?" if close else ""
+            listed = ", ".join(known) or "it has none"
+            raise ValueError(f"{who}: unknown option {option!r}; known: {listed}{hint}")
+
+
+def spec(value: Any) -> Any:
+    """A setting as JSON and YAML hold it; what is registered by its name and fields, so that
+    `Registry.build` gives it again. Fields at None or empty are left out.
+
+    >>> import cnf
+    >>> spec(cnf.matching.paths.Bridge(sigma=0.5))
+    {'name': 'bridge', 'sigma': 0.5}
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {key: spec(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spec(item) for item in value]
+    found = (table.name_of(value) for table in _TABLES)
+    name = next((name for name in found if name is not None), None)
+    if isinstance(value, partial) and name:
+        return {"name": name, **spec(value.keywords)}
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {field.name: getattr(value, field.name) for field in fields(value)}
+        options = {k: spec(v) for k, v in values.items() if v is not None and v != {}}
+        return {"name": name, **options} if name else options
+    return name or repr(value)

@@ -17,7 +17,7 @@ from cnf.errors import expect_counts, expect_positive, unedited
 from cnf.fields import Guided, WithScore, score
 from cnf.fields.predicts import made_for
 from cnf.flow import Flow
-from cnf.matching.paths import Path, as_path
+from cnf.matching.paths import PATHS, Path
 from cnf.transforms.continuous import Continuous
 
 Grid = tuple[float, ...]
@@ -151,7 +151,7 @@ def sde(
     """
     field = _continuous("sde", flow).field
     made = made_for(field)
-    path, head = as_path(path) if made is None else made.path, isinstance(made, WithScore)
+    path, head = PATHS.build(path) if made is None else made.path, isinstance(made, WithScore)
     if noise < 0:
         raise ValueError(f"sde: expected noise >= 0, got {noise}")
     expect_counts("sde", steps=steps)

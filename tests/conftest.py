@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cnf
+from cnf.registry import options_of
 from cnf.transforms import Standardise
 
 # One thread, here and in what the tests start: nets this small gain nothing from a second one, and
@@ -58,8 +59,7 @@ def small_flow(randomised):
     solver where it has one."""
 
     def build(name, context=0, dim=2, solver=None, gain=0.9, **options):
-        code = cnf.models.MODELS[name].__code__
-        known = code.co_varnames[: code.co_argcount]
+        known = options_of(cnf.models.MODELS[name])
         if "hidden" in known:
             options.setdefault("hidden", (12, 12))
         if context:

@@ -5,7 +5,7 @@ import torch
 
 import cnf
 from cnf import Batch, FlowMatching, MaximumLikelihood
-from cnf.objectives import Joint
+from cnf.objectives import OBJECTIVES, Joint
 
 F64 = torch.float64
 
@@ -75,7 +75,9 @@ def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
     config = cnf.TrainConfig(steps=2, batch_size=16, progress=False, folder=tmp_path / "run")
     cnf.fit(small_flow("cnf"), joint, torch.randn(50, 2), config)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert cnf.objectives.build(written["objective"], **written["objective_options"]) == joint
+    assert (
+        OBJECTIVES.build({"name": written["objective"], **written["objective_options"]}) == joint
+    )
 
 
 def test_terms_of_one_kind_are_refused_since_they_would_share_their_draws():

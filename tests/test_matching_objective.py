@@ -9,8 +9,9 @@ import yaml
 import cnf
 from cnf import Batch, Flow, FlowMatching
 from cnf.fields import MLPField, NullContext, Predicts, VectorField, WithScore, score
-from cnf.matching import Linear, as_path
+from cnf.matching import Linear
 from cnf.matching.paths import Bridge
+from cnf.objectives import OBJECTIVES
 from cnf.training.stream import shared
 from cnf.transforms import Continuous, Standardise
 
@@ -347,7 +348,7 @@ def test_weighted_loss_is_the_mean_over_processes(randomised, generator):
     torch.testing.assert_close(value, objective(flow, batch).value)
 
 
-@pytest.mark.parametrize("path", [as_path(name) for name in PATHS], ids=str)
+@pytest.mark.parametrize("path", [cnf.matching.PATHS.build(name) for name in PATHS], ids=str)
 def test_the_objective_is_described_and_told_again(path, tmp_path):
     objective = FlowMatching(path=path, context_dropout=0.1)
     flow = cnf.models.build("cnf", dim=2, context=1, hidden=(4,), null_context=True)
@@ -356,4 +357,4 @@ def test_the_objective_is_described_and_told_again(path, tmp_path):
     )
     cnf.fit(flow, objective, torch.randn(16, 2), config, context=torch.ones(16, 1))
     told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert cnf.objectives.build(told["objective"], **told["objective_options"]) == objective
+    assert OBJECTIVES.build({"name": told["objective"], **told["objective_options"]}) == objective

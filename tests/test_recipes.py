@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import cnf
 from cnf import Batch, Flow, FlowMatching, Hutchinson, MaximumLikelihood, Solver
 from cnf.dynamics import REGULARIZERS, record
 from cnf.fields import VectorField
 from cnf.models import build
+from cnf.objectives import OBJECTIVES
 from cnf.transforms import Compose, Continuous
 from cnf.transforms.continuous import Recipe
 
@@ -193,14 +193,17 @@ def test_steer_needs_a_field_and_a_range(small_flow, x):
 
 
 def test_settings_come_from_a_config_file_too():
-    objective = cnf.objectives.build(
-        "maximum-likelihood", divergence={"name": "hutchinson", "probes": 2, "sketch": 1},
-        penalties={"kinetic": 0.1}, solver={"method": "rk4", "steps": 4}, steer=0.2,
-    )  # fmt: skip
+    objective = OBJECTIVES.build({
+        "name": "maximum-likelihood", "penalties": {"kinetic": 0.1}, "steer": 0.2,
+        "divergence": {"name": "hutchinson", "probes": 2, "sketch": 1},
+        "solver": {"method": "rk4", "steps": 4},
+    })  # fmt: skip
     assert objective == MaximumLikelihood(
         Hutchinson(2, sketch=1), {"kinetic": 0.1}, Solver("rk4", steps=4), 0.2
     )
-    assert cnf.objectives.build("maximum-likelihood", divergence=None) == MaximumLikelihood()
+    assert (
+        OBJECTIVES.build({"name": "maximum-likelihood", "divergence": None}) == MaximumLikelihood()
+    )
 
 
 @pytest.mark.parametrize("name", ["rnode", "otflow"])

@@ -1,10 +1,13 @@
 """Tables of names."""
 
+import functools
+
 import pytest
 
 import cnf
 from cnf.errors import UnknownNameError
-from cnf.registry import Registry
+from cnf.models.build import Models
+from cnf.registry import Registry, spec
 
 TABLES = [
     cnf.models.MODELS,
@@ -49,3 +52,62 @@ def test_unknown_name_lists_the_known_ones(table, bad):
         table[bad]
     assert f"unknown {table.kind} {bad!r}" in str(caught.value)
     assert all(name in str(caught.value) for name in table)
+
+
+def test_a_spec_is_an_instance_a_name_a_class_or_a_mapping():
+    path = cnf.matching.paths.Bridge(sigma=0.5)
+    build = cnf.matching.PATHS.build
+    assert build(path) is path
+    assert build("bridge") == build({"name": "bridge"}) == build(type(path)) == type(path)()
+    assert build({"name": "bridge", "sigma": 0.5}) == path
+
+
+@pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
+def test_the_spec_of_every_entry_builds_it_again(table):
+    for name in table:
+        if table.kind == "regularizer":
+            continue  # weights by name, not options
+        built = table.build(name)
+        again = table.build(spec(built))
+        assert again == built or (again.func, again.keywords) == (built.func, built.keywords)
+        assert table.name_of(built) in table
+
+
+@pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
+def test_misspelt_options_are_refused_alike_everywhere(table):
+    name = next(iter(table))
+    with pytest.raises(ValueError, match=f"^{name}: unknown option 'nonesuch'; known: "):
+        table.build({"name": name, "nonesuch": 1})
+    with pytest.raises(ValueError, match=f"^{table.kind}: expected {table.kind} to be one of "):
+        table.build({"nonesuch": 1})
+    with pytest.raises(TypeError, match=f"^me: expected {table.kind} to be .* got 0.3$"):
+        table.build(0.3, "me")
+
+
+def test_options_of_couplings_are_bound_and_those_close_are_proposed():
+    coupling = cnf.matching.COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})
+    assert coupling.keywords == {"weight": 3.0}
+    assert spec(coupling) == {"name": "conditional-ot", "weight": 3.0}
+    with pytest.raises(ValueError, match=r"conditional-ot: unknown option 'wieght'.*'weight'\?"):
+        cnf.matching.COUPLINGS.build({"name": "conditional-ot", "wieght": 3.0})
+
+
+def test_a_table_prints_its_names():
+    assert repr(cnf.dynamics.DIVERGENCES) == "divergences: exact, auto, hutchinson, hutch++"
+
+
+def test_a_model_of_any_callable_remembers_how_it_was_built():
+    class Mine(cnf.Flow):
+        def __init__(self, dim, *, width=8, **more):
+            inner = cnf.models.realnvp(dim, hidden=(width,), **more)
+            super().__init__(inner.base, inner.transform, event_shape=(dim,))
+
+    models = Models("model")
+    assert models.register("class")(Mine) is Mine
+    models.register("partial")(functools.partial(cnf.models.nsf, bins=4))
+    flow = models["class"](2, width=4, layers=2)
+    assert type(flow) is Mine
+    assert flow.spec == {"model": "class", "options": {"dim": 2, "width": 4, "layers": 2}}
+    assert models["partial"](dim=2).spec["options"] == {"dim": 2}
+    with pytest.raises(ValueError, match="partial: expected dim=…, the size of one data point"):
+        models["partial"]()

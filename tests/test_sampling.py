@@ -17,7 +17,6 @@ from cnf.fields import (
     WithScore,
     converted,
 )
-from cnf.matching import as_path
 from cnf.sampling import edm_grid, guided, learned_grid, sde
 from cnf.transforms import Continuous, Standardise
 
@@ -290,7 +289,9 @@ def test_one_step_by_hand():
     for start, stop in ((0.0, 0.3), (0.3, 1.0)):
         t = torch.tensor(start, dtype=F64)
         v, at = flow.field(t, x), t.clamp(0.01, 0.99)
-        score = converted(flow.field(at, x), "velocity", "score", x, at, as_path("linear"))
+        score = converted(
+            flow.field(at, x), "velocity", "score", x, at, cnf.matching.PATHS.build("linear")
+        )
         g = math.sqrt(2 * 0.7 * (1 - start))
         dw = torch.randn(4, 2, generator=draws, dtype=F64)
         h = stop - start

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,8 +16,6 @@ from cnf.fields.base import HasDivergence, VectorField, exact_divergence
 from cnf.fields.trace import has_forward_mode
 from cnf.fields.wrappers import innermost, pieces_of
 from cnf.registry import Registry
-
-DIVERGENCES = Registry("divergence")
 
 Velocity = Callable[[Tensor], Tensor]
 
@@ -113,6 +111,9 @@ class Divergence(ABC):
         probe: Tensor | None,
     ) -> Rates:
         """Velocity and divergence at (t, x), given what `draw` drew."""
+
+
+DIVERGENCES = Registry("divergence", Divergence)
 
 
 @DIVERGENCES.register("auto")
@@ -283,16 +284,3 @@ def explain(field: VectorField, rows: int = 256) -> str:
         flops.append(counter.get_total_flops())
     ratio = flops[1] / max(1, flops[0])
     return f"{type(field).__name__}: {way}; v and ∇·v take {ratio:.1f} × the products of v alone"
-
-
-def as_divergence(divergence: "str | Mapping[str, Any] | Divergence") -> Divergence:
-    """A `Divergence` from itself, its name, or {"name": …, **fields} (as a config file says)."""
-    if isinstance(divergence, Divergence):
-        return divergence
-    if not isinstance(divergence, str | Mapping):
-        raise TypeError(
-            "expected divergence to be 'exact', 'hutchinson', a mapping with the name, or an "
-            f"instance such as cnf.Hutchinson(probes=8), got {divergence!r}"
-        )
-    settings = {"name": divergence} if isinstance(divergence, str) else dict(divergence)
-    return DIVERGENCES[settings.pop("name")](**settings)

@@ -1,11 +1,12 @@
 """How an ODE is solved: the settings of a solve."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from cnf.errors import UnknownNameError, expect_choice, expect_counts, expect_positive
+from cnf.registry import expect_options, options_of
 
 ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
@@ -141,6 +142,21 @@ class Solver:
         found = [t for t in self.grid or () if low < t < high]
         return found if t0 < t1 else found[::-1]
 
+    @classmethod
+    def of(cls, spec: "Solver | Mapping[str, Any] | str | None") -> "Solver":
+        """A solver from itself, from its arguments as a config file holds them, from the name of
+        an adaptive method, or, of None, the default."""
+        if isinstance(spec, Solver):
+            return spec
+        if spec is not None and not isinstance(spec, str | Mapping):
+            raise TypeError(
+                "Solver: expected a Solver, a mapping of its arguments or the name of an adaptive "
+                f"method, got {spec!r}; write cnf.Solver('rk4', steps=16)"
+            )
+        arguments: dict[str, Any] = {"method": spec} if isinstance(spec, str) else dict(spec or {})
+        expect_options("Solver", arguments, options_of(cls))
+        return cls(**arguments)
+
     def refined(self) -> "Solver":
         """With a hundredth of the tolerances, or twice the steps."""
         if self.grid is not None:
@@ -155,26 +171,3 @@ class Solver:
             unequal = " on a grid" if self.grid else ""
             return f"{self.method}, {self.steps} steps{unequal}"
         return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"
-
-
-def as_solver(solver: "Solver | Mapping[str, Any] | str | None") -> Solver:
-    """A `Solver` as it is, or one from its arguments (as a config file holds them), from the name
-    of an adaptive method, or the default one for None.
-
-    >>> as_solver("dopri8").method
-    'dopri8'
-    """
-    if isinstance(solver, Solver):
-        return solver
-    if isinstance(solver, str):
-        return Solver(solver)
-    if solver is not None and not isinstance(solver, Mapping):
-        raise TypeError(
-            "expected solver to be a cnf.Solver, a mapping of its arguments or the name of an "
-            f"adaptive method, got {solver!r}; write cnf.Solver('rk4', steps=16)"
-        )
-    known = [field.name for field in fields(Solver)]
-    for name in solver or {}:
-        if name not in known:
-            raise UnknownNameError("Solver option", name, known)
-    return Solver(**(solver or {}))

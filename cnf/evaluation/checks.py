@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from cnf.dynamics.divergence import Hutchinson, as_divergence
+from cnf.dynamics.divergence import DIVERGENCES, Hutchinson
 from cnf.errors import some
 from cnf.flow import Flow
 from cnf.transforms.continuous import Continuous
@@ -136,7 +136,7 @@ def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
     like = reference(case.flow)
     draw = torch.randn(8, *part.field.event_shape, generator=case.generator).to(like)
     context = torch.randn(8, part.context_dim, generator=case.generator).to(like)
-    divergence = as_divergence("exact" if part.divergence is None else part.divergence)
+    divergence = DIVERGENCES.build("exact" if part.divergence is None else part.divergence)
     probe = divergence.draw(draw)
     time = draw.new_tensor(0.4)
     shown = context if part.context_dim else None
@@ -157,7 +157,7 @@ def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
 
 
 def _estimates(part: Continuous) -> bool:
-    return part.divergence is not None and isinstance(as_divergence(part.divergence), Hutchinson)
+    return isinstance(DIVERGENCES.build(part.divergence or "exact"), Hutchinson)
 
 
 def finite(case: Case) -> Outcome:

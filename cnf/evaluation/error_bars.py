@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.dynamics import ode
-from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
 from cnf.errors import optional
 from cnf.flow import Flow, evaluating
 from cnf.training.solver_error import warn_of_difference
@@ -94,7 +94,7 @@ def _fixed(
         return None
     if isinstance(flow.transform, Continuous):
         divergence = divergence or flow.transform.divergence
-    divergence = as_divergence(divergence or "exact")
+    divergence = DIVERGENCES.build(divergence or "exact")
     if isinstance(divergence, Hutchinson):
         if not isinstance(flow.transform, Continuous):
             raise TypeError(

@@ -10,7 +10,7 @@ from cnf.errors import expect_choice
 from cnf.fields.base import VectorField, exact_divergence
 from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.wrappers import Wrapper
-from cnf.matching.paths import Path, Schedule, as_path
+from cnf.matching.paths import PATHS, Path, Schedule
 
 TARGETS = ("velocity", "x1", "noise", "score")
 MARGIN = 1e-2  # of time, from the ends, where α or σ vanish and conversions are singular
@@ -75,7 +75,7 @@ class Predicts(Wrapper):
     def __init__(self, field: VectorField, target: str = "x1", path: Any = "linear") -> None:
         super().__init__(field)
         expect_choice("Predicts", "target", target, TARGETS)
-        self.target, self.path = target, as_path(path)
+        self.target, self.path = target, PATHS.build(path)
 
     def around(self, field: VectorField) -> "Predicts":
         return Predicts(field, self.target, self.path)
@@ -112,7 +112,7 @@ class WithScore(Wrapper):
 
     def __init__(self, field: VectorField, head: VectorField, path: Any = "bridge") -> None:
         super().__init__(field)
-        self.head, self.path = head, as_path(path)
+        self.head, self.path = head, PATHS.build(path)
         fits = (head.event_shape, head.context_dim) == (field.event_shape, field.context_dim)
         if not fits or (field.optional_context and not head.optional_context):
             raise ValueError(
@@ -173,6 +173,6 @@ def score(
         return field.mixed(t, score(field.field, t, x, context, path), without)
     if isinstance(field, WithScore):
         return field.score(t, x, context)
-    path = field.path if isinstance(field, Predicts) else as_path(path)
+    path = field.path if isinstance(field, Predicts) else PATHS.build(path)
     t = _inside(t, path)
     return converted(field(t, x, context), "velocity", "score", x, t, path)

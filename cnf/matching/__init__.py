@@ -1,7 +1,7 @@
 """Flow matching's choices: the path between two points, who is paired with whom, which times."""
 
-from cnf.matching.couplings import COUPLINGS, Pairing, as_coupling
-from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule, as_path
+from cnf.matching.couplings import COUPLINGS, Pairing
+from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule
 from cnf.matching.semidiscrete import SemiDiscrete
 from cnf.matching.times import TIMES
 
@@ -15,6 +15,4 @@ __all__ = [
     "PathSample",
     "Schedule",
     "SemiDiscrete",
-    "as_coupling",
-    "as_path",
 ]

@@ -4,11 +4,9 @@ The functions here pair the rows of one batch; `cnf.matching.semidiscrete` pairs
 set.
 """
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial as bound
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,22 +207,6 @@ def partial(
         *sides, _numpy(cost), m=min(mass, *(side.sum() for side in sides)), numItermax=10_000_000
     )
     return _drawn(plan, x1, generator)
-
-
-def as_coupling(coupling: Any) -> Any:
-    """A coupling from itself, its name in `COUPLINGS`, or {"name": …, **options}."""
-    if not isinstance(coupling, str | Mapping):
-        return coupling
-    options = {"name": coupling} if isinstance(coupling, str) else dict(coupling)
-    name = options.pop("name")
-    entry = COUPLINGS[name]
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    wanted = kinds[isinstance(entry, type)]  # a function's options stand behind its arguments
-    known = [key for key, p in inspect.signature(entry).parameters.items() if p.kind is wanted]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name}: unknown option {option!r}; known: {', '.join(known)}")
-    return entry(**options) if isinstance(entry, type) else bound(entry, **options)
 
 
 def optimal_duals(cost: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from torch import Tensor
 from cnf.errors import expect_positive
 from cnf.registry import Registry
 
-PATHS = Registry("path")
-
 
 class PathSample(NamedTuple):
     """A point of a conditional path.
@@ -95,6 +93,9 @@ class Path(ABC):
             z = torch.randn_like(x0) if noise is None else noise
             xt, ut = _added(xt, at.gamma, z), _added(ut, at.d_gamma, z)
         return PathSample(t, xt, ut)
+
+
+PATHS = Registry("path", Path)
 
 
 @PATHS.register("linear")
@@ -289,11 +290,3 @@ def _added(x: Tensor, b: Any, y: Tensor) -> Tensor:
     if not isinstance(b, float):
         return torch.addcmul(x, b, y)
     return x if b == 0.0 else torch.add(x, y, alpha=b)
-
-
-def as_path(path: Any) -> Path:
-    """A `Path` from itself, its name in `PATHS`, or {"name": …, **fields}."""
-    if isinstance(path, Path):
-        return path
-    settings = {"name": path} if isinstance(path, str) else dict(path)
-    return PATHS[settings.pop("name")](**settings)

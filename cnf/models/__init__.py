@@ -1,6 +1,29 @@
 """The named models: presets of the same parts, with the same argument names."""
 
-from cnf.models import continuous, discrete, glow  # noqa: F401  they register themselves
+from cnf.models.autoregressive import autoregressive_flow, iaf, maf, nsf_ar
 from cnf.models.build import MODELS, build
+from cnf.models.continuous import cnf, ffjord, otflow, rnode
+from cnf.models.coupling import coupling_flow, nice, nsf, realnvp
+from cnf.models.multiscale import glow
+from cnf.models.planar_radial import planar, radial, sylvester
 
-__all__ = ["MODELS", "build"]
+__all__ = [
+    "MODELS",
+    "autoregressive_flow",
+    "build",
+    "cnf",
+    "coupling_flow",
+    "ffjord",
+    "glow",
+    "iaf",
+    "maf",
+    "nice",
+    "nsf",
+    "nsf_ar",
+    "otflow",
+    "planar",
+    "radial",
+    "realnvp",
+    "rnode",
+    "sylvester",
+]

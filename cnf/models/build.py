@@ -1,59 +1,81 @@
-"""Building a named model, and what all of them share."""
+"""The table of named models, and what all of them share."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import Parameter, isclass, signature
+from typing import Any, ParamSpec
 
 from cnf.distributions import Base
-from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice, is_count
 from cnf.flow import Flow
-from cnf.registry import Registry
+from cnf.registry import Registry, expect_options, options_of, spec
 from cnf.transforms.base import Transform
 from cnf.transforms.context import StandardizeContext
 from cnf.transforms.normalisation import Standardise
 
-MODELS = Registry("model")
+P = ParamSpec("P")
+
+
+class Models(Registry):
+    """The named models: functions that return a `Flow`.
+
+    A flow that a registered function builds remembers how (`flow.spec`), so that `cnf.load` can
+    build it again.
+    """
+
+    def register(  # pyright: ignore
+        self, name: str, example: Callable[..., Any] | None = None
+    ) -> Callable[[Callable[P, Flow]], Callable[P, Flow]]:
+        """Decorator that puts a function, or any callable that returns a `Flow`, into the table.
+
+        >>> @MODELS.register("mine")
+        ... def mine(dim: int, *, width: int = 8) -> Flow:
+        ...     return build("realnvp", dim=dim, hidden=(width, width))
+        >>> mine(2, width=4).spec
+        {'model': 'mine', 'options': {'dim': 2, 'width': 4}}
+        """
+        put = super().register(name, example)
+
+        def add(builder: Callable[P, Flow]) -> Callable[P, Flow]:
+            arguments = signature(builder)
+
+            @wraps(builder)
+            def built(*args: P.args, **options: P.kwargs) -> Flow:
+                given = arguments.bind_partial(*args, **options).arguments
+                for key, parameter in arguments.parameters.items():
+                    if parameter.kind is Parameter.VAR_KEYWORD:
+                        given |= given.pop(key, {})
+                _expect_sizes(name, given, arguments.parameters)
+                flow = builder(*args, **options)
+                told = {key: spec(value) for key, value in given.items()}
+                flow.spec = {"model": name, "options": told}
+                return flow
+
+            put(built)
+            return builder if isclass(builder) else built
+
+        return add
+
+
+MODELS = Models("model")
 
 
 def build(name: str, **options: Any) -> Flow:
-    """Build a named model; the flow remembers how, so that `cnf.load` can build it again.
+    """Build a model by its name, as config files do; `cnf.models.nsf(2)` is `build("nsf", dim=2)`.
 
     >>> build("cnf", dim=2, hidden=(64, 64), context=3).context_dim
     3
 
     Args:
-        name: A name in `MODELS`.
-        options: The builder's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
+        name: A name in `MODELS`, such as "nsf-ar" for `nsf_ar`.
+        options: The function's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
             `preprocess`, `context_preprocess`, …
     Raises:
         ValueError: An unknown name, or an option that the model does not have.
     """
     builder = MODELS[name]
-    known = builder.__code__.co_varnames[: builder.__code__.co_argcount]
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"models.build({name!r}): unknown option {option!r}; known: {', '.join(known)}"
-            )
-    if ("dim" in options) == ("shape" in options):
-        wanted = "dim=… or shape=(C, H, W)" if "shape" in known else "dim=…"
-        raise ValueError(f"models.build({name!r}): expected {wanted}, the size of one data point")
-    for name_, least in (("dim", 1), ("context", 0)):
-        size = options.get(name_, least)
-        if not is_count(size) or size < least:
-            raise ValueError(
-                f"models.build({name!r}): expected {name_} to be a whole number >= {least}, got "
-                f"{size!r}"
-            )
-    if isinstance(options.get("hidden"), int):
-        raise ValueError(
-            f"models.build({name!r}): expected hidden to be a list of widths, such as (64, 64), "
-            f"got {options['hidden']}"
-        )
-    flow = builder(**options)
-    flow.spec = {"model": name, "options": {key: _plain(value) for key, value in options.items()}}
-    return flow
+    expect_options(name, options, options_of(builder))
+    return builder(**options)
 
 
 def assembled(
@@ -76,8 +98,20 @@ def assembled(
     )
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it."""
-    if isinstance(value, Solver):
-        return asdict(value)
-    return list(value) if isinstance(value, list | tuple) else value
+def _expect_sizes(who: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise unless the size of a point is given, once, and sizes are possible."""
+    sizes = [name for name in ("dim", "shape") if name in known]
+    if sizes and sum(given.get(name) is not None for name in sizes) != 1:
+        wanted = " or ".join({"dim": "dim=…", "shape": "shape=(C, H, W)"}[name] for name in sizes)
+        raise ValueError(f"{who}: expected {wanted}, the size of one data point")
+    for name, least in (("dim", 1), ("context", 0)):
+        size = least if given.get(name) is None else given[name]
+        if not is_count(size) or size < least:
+            raise ValueError(
+                f"{who}: expected {name} to be a whole number >= {least}, got {size!r}"
+            )
+    if "hidden" in known and isinstance(given.get("hidden"), int):
+        raise ValueError(
+            f"{who}: expected hidden to be a list of widths, such as (64, 64), got "
+            f"{given['hidden']}"
+        )

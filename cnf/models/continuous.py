@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnf.dynamics.solver import Solver, as_solver
+from cnf.dynamics.solver import Solver
 from cnf.fields import (
     ConvField,
     EndTime,
@@ -22,6 +22,7 @@ from cnf.transforms.continuous import Continuous, Recipe
 @MODELS.register("cnf")
 def cnf(
     dim: int | None = None,
+    *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64, 64, 64),
     layers: int = 1,
@@ -39,7 +40,7 @@ def cnf(
     The field is preconditioned for standardised data, see `cnf.fields.Preconditioned`.
 
     Args:
-        dim: D.
+        dim: D, the number of variables.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
         layers: Stacked blocks, each with its own field.
@@ -49,10 +50,15 @@ def cnf(
             none above, where they would cost the trace D products.
         solver: A `Solver`, or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
-        preprocess: "standardise" or None.
-        context_preprocess: "standardise" or None.
+        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim: a convolutional field.
-        null_context: Let a learned vector stand in for a context that is missing: for guidance.
+        null_context: Whether a learned vector stands in for a context that is missing, as guidance
+            needs it.
+    Returns:
+        A `Flow` whose `field` is the vector field.
+    Raises:
+        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
 
     def block() -> VectorField:
@@ -64,13 +70,14 @@ def cnf(
 
     field = Preconditioned(_stacked(block, layers))
     recipe = Recipe(solver=Solver() if solver is None else None)
-    solver = as_solver(solver or {"rtol": 1e-6, "atol": 1e-6})
+    solver = Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6})
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
 @MODELS.register("ffjord")
 def ffjord(
     dim: int | None = None,
+    *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64, 64),
     layers: int = 1,
@@ -88,15 +95,30 @@ def ffjord(
     softplus and convolutions. Training uses one Hutchinson probe, evaluation the exact trace.
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
-    Args: as for `cnf`, and
-        activation: "tanh" for vectors and "softplus" for images if None.
-        end_time: Of each block at the start; it is trained.
+    Args:
+        dim: D, the number of variables.
+        context: Size of the context; 0 for none.
+        hidden: Widths of the field's hidden layers (channels, for images).
+        layers: Stacked blocks, each with its own field.
+        activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
+            if None.
+        end_time: End time of each block's ODE at the start of training; it is trained.
+        solver: A `Solver`, or its arguments; by default dopri5 at 1e-5 with the adjoint.
+        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        context_preprocess: The same for the context.
+        shape: (C, H, W) instead of dim: a convolutional field.
+        null_context: Whether a learned vector stands in for a context that is missing, as guidance
+            needs it.
+    Returns:
+        A `Flow` whose `field` is the vector field.
+    Raises:
+        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
 
     def block() -> VectorField:
         return EndTime(_ffjord_field(dim, shape, hidden, context, activation), end_time)
 
-    solver = as_solver(solver or {"gradient": "adjoint"})
+    solver = Solver.of(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
     field = _stacked(block, layers)
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
@@ -105,6 +127,7 @@ def ffjord(
 @MODELS.register("rnode")
 def rnode(
     dim: int | None = None,
+    *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64, 64),
     layers: int = 1,
@@ -124,9 +147,25 @@ def rnode(
     exact, dopri5 at 1e-5.
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
 
-    Args: as for `ffjord`, and
-        kinetic: Weight of ∫‖v‖² dt.
-        jacobian: Weight of ∫‖∂v/∂x‖² dt.
+    Args:
+        dim: D, the number of variables.
+        context: Size of the context; 0 for none.
+        hidden: Widths of the field's hidden layers (channels, for images).
+        layers: Stacked blocks, each with its own field.
+        activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
+            if None.
+        kinetic: Weight of ∫‖v‖² dt beside the NLL.
+        jacobian: Weight of ∫‖∂v/∂x‖² dt beside the NLL.
+        solver: A `Solver`, or its arguments, for training and evaluation.
+        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        context_preprocess: The same for the context.
+        shape: (C, H, W) instead of dim: a convolutional field.
+        null_context: Whether a learned vector stands in for a context that is missing, as guidance
+            needs it.
+    Returns:
+        A `Flow` whose `field` is the vector field.
+    Raises:
+        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
 
     def block() -> VectorField:
@@ -137,7 +176,7 @@ def rnode(
         {name: w for name, w in (("kinetic", kinetic), ("jacobian", jacobian)) if w},
         Solver("rk4", steps=4 * layers) if solver is None else None,
     )
-    solver = as_solver(solver)
+    solver = Solver.of(solver)
     field = _stacked(block, layers)
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
@@ -145,6 +184,7 @@ def rnode(
 @MODELS.register("otflow")
 def otflow(
     dim: int,
+    *,
     context: int = 0,
     hidden: Sequence[int] = (32, 32),
     transport: float = 0.01,
@@ -160,10 +200,21 @@ def otflow(
     training takes 8 steps of RK4, and evaluation 16; the learning rate is 0.1.
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
 
-    Args: as for `cnf`, and
+    Args:
+        dim: D, the number of variables.
+        context: Size of the context; 0 for none.
         hidden: Widths of the potential's layers, all the same.
         transport: Weight of ½∫‖v‖² dt beside the NLL (1/100 in the paper's α = (1, 100, 5)).
         hjb: Weight of the Hamilton-Jacobi-Bellman residual (5/100).
+        solver: A `Solver`, or its arguments, for training and evaluation.
+        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        context_preprocess: The same for the context.
+        null_context: Whether a learned vector stands in for a context that is missing, as guidance
+            needs it.
+    Returns:
+        A `Flow` whose `field` is the vector field.
+    Raises:
+        ValueError: Hidden layers of different widths, a size below 1, or a name that is not known.
     """
     if len(set(hidden)) != 1:
         raise ValueError(f"otflow: expected hidden layers of one width, got {tuple(hidden)}")
@@ -174,7 +225,7 @@ def otflow(
         Solver("rk4", steps=8) if solver is None else None,
         lr=0.1,
     )
-    solver = as_solver(solver or {"method": "rk4", "steps": 16})
+    solver = Solver.of(solver or {"method": "rk4", "steps": 16})
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 

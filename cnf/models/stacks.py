@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from cnf.distributions import Base
+from cnf.distributions import Base, UniformAngles
 from cnf.errors import expect_choice
 from cnf.flow import Flow
 from cnf.models.build import assembled
 from cnf.transforms.base import Compose, Transform
+from cnf.transforms.elementwise import ElementwiseMap, Inverted
 from cnf.transforms.linear import LU, Permutation
+from cnf.transforms.splines import CircularSpline, RationalQuadratic
 
 HALVES = (None, "shuffle", "lu")  # reversed, the next layer would keep the same half again
 ORDERS = (*HALVES, "reverse")
@@ -70,3 +72,28 @@ def half(dim: int, k: int) -> range:
     """The first half of the variables, or the last, in turn."""
     middle = (dim + 1) // 2
     return range(middle, dim) if k % 2 else range(middle)
+
+
+def spline(
+    who: str,
+    bins: int,
+    bound: float | None,
+    period: float | None,
+    between: str | None,
+    preprocess: str | None,
+) -> ElementwiseMap:
+    """Data to base, the way that training goes, by the spline's formula; the other by its root."""
+    if period is None:
+        return Inverted(RationalQuadratic(bins, 5.0 if bound is None else bound))
+    if between == "lu" or (preprocess, bound) != (None, None):
+        raise ValueError(
+            f"{who}: angles have no linear map, are not standardised and end at half a period; "
+            "with period=… give preprocess=None, no bound and between=None or 'shuffle', got "
+            f"{preprocess!r}, {bound} and {between!r}"
+        )
+    return Inverted(CircularSpline(bins, period / 2))
+
+
+def angles(dim: int, period: float | None) -> Base | None:
+    """The base of a flow of angles, or None for the usual one."""
+    return None if period is None else UniformAngles(dim, period)

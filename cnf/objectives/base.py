@@ -14,8 +14,6 @@ from cnf.flow import Flow
 from cnf.registry import Registry
 from cnf.transforms.continuous import Continuous
 
-OBJECTIVES = Registry("objective")
-
 
 @dataclass
 class Batch:
@@ -140,6 +138,9 @@ class Objective(ABC):
     def learning_rate(self, module: nn.Module) -> float:
         """Adam's, where none is given."""
         return self.lr
+
+
+OBJECTIVES = Registry("objective", Objective)
 
 
 def as_flow(who: str, module: nn.Module) -> Flow:

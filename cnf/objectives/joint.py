@@ -1,6 +1,6 @@
 """Several objectives at once, such as flow matching with a share of likelihood."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,9 @@ class Joint(Objective):
             )
         for weight in self.weights:
             expect_positive("Joint", weights=weight)
-        object.__setattr__(self, "terms", tuple(_built(term) for term in self.terms))
+        object.__setattr__(
+            self, "terms", tuple(OBJECTIVES.build(term, "Joint") for term in self.terms)
+        )
         kinds = [type(term).__name__ for term in self.terms]
         if len(set(kinds)) < len(kinds):
             raise ValueError(
@@ -85,10 +87,3 @@ class Joint(Objective):
         """What any term trains, once."""
         found = {id(p): p for term in self.terms for p in term.parameters(module)}
         return iter(found.values())
-
-
-def _built(term: Any) -> Objective:
-    if isinstance(term, Mapping):
-        options = dict(term)
-        return OBJECTIVES[options.pop("name")](**options)
-    return term

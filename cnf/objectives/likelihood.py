@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from cnf.dynamics.divergence import Divergence, as_divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence
 from cnf.dynamics.regularizers import REGULARIZERS
-from cnf.dynamics.solver import Solver, as_solver
+from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive
 from cnf.flow import Flow
 from cnf.objectives.base import (
@@ -57,11 +57,11 @@ class MaximumLikelihood(Objective):
 
     def __post_init__(self) -> None:
         if self.divergence is not None:
-            divergence = as_divergence(self.divergence)
+            divergence = DIVERGENCES.build(self.divergence, "MaximumLikelihood")
             if isinstance(self.divergence, Mapping):  # from a config file
                 object.__setattr__(self, "divergence", divergence)
         if self.solver is not None:
-            object.__setattr__(self, "solver", as_solver(self.solver))
+            object.__setattr__(self, "solver", Solver.of(self.solver))
         for name, weight in (self.penalties or {}).items():
             _ = REGULARIZERS[name]
             expect_positive("MaximumLikelihood", **{name: weight})
@@ -125,7 +125,7 @@ class MaximumLikelihood(Objective):
         return Loss(value, {"nll": nll.detach(), **logged})
 
     def as_trained(self, flow: Flow) -> Flow:
-        solver = _recipe(flow).solver if self.solver is None else as_solver(self.solver)
+        solver = _recipe(flow).solver if self.solver is None else Solver.of(self.solver)
         return flow if solver is None else flow.with_solver(solver)
 
     def learning_rate(self, module: nn.Module) -> float:
@@ -133,7 +133,7 @@ class MaximumLikelihood(Objective):
         return _recipe(as_flow("MaximumLikelihood", module)).lr or self.lr
 
     def _divergence(self, flow: Flow) -> Divergence:
-        return as_divergence(self.divergence or _recipe(flow).divergence)
+        return DIVERGENCES.build(self.divergence or _recipe(flow).divergence)
 
 
 def _recipe(flow: Flow) -> Recipe:

@@ -14,8 +14,8 @@ from cnf.errors import expect_choice, unedited
 from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, made_for
 from cnf.flow import Flow
-from cnf.matching.couplings import as_coupling, independent
-from cnf.matching.paths import Linear, Path, PathSample, as_path
+from cnf.matching.couplings import COUPLINGS, independent
+from cnf.matching.paths import PATHS, Linear, Path, PathSample
 from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
 from cnf.objectives.base import (
@@ -65,9 +65,11 @@ class FlowMatching(Objective):
 
     def __post_init__(self) -> None:
         # Made once: a step of small nets is short. No field: the settings stay what was given.
-        object.__setattr__(self, "_made", (as_coupling(self.coupling), _law(self.times)))
+        fitted = isinstance(self.coupling, FittedCoupling)
+        coupling = self.coupling if fitted else COUPLINGS.build(self.coupling, "FlowMatching")
+        object.__setattr__(self, "_made", (coupling, TIMES.build(self.times, "FlowMatching")))
         if self.path is not None:
-            path = as_path(self.path)
+            path = PATHS.build(self.path, "FlowMatching")
             if not isinstance(self.path, str):
                 object.__setattr__(self, "path", path)
         expect_choice("FlowMatching", "weighting", self.weighting, ("target", "velocity"))
@@ -93,7 +95,7 @@ class FlowMatching(Objective):
             plan = coupling.fit(
                 data.x1, lambda n, g: flow.base.sample((n,), g), _seen(flow, data), generator
             )
-        return replace(self, coupling=_Among(plan, data))
+        return replace(self, coupling=FittedCoupling(plan, data))
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
@@ -115,7 +117,7 @@ class FlowMatching(Objective):
         if not plain:
             # Weights of pairs would weigh the base too: it would no longer be what is sampled.
             batch = resampled(batch, generator)
-        if isinstance(coupling, _Among):
+        if isinstance(coupling, FittedCoupling):
             x0 = flow.base.sample((len(batch.x),), generator)
             drawn = coupling.partners(x0, _seen(flow, batch))
             drawn = drawn if flow.dequantisation is None else _inside(flow, drawn, generator)
@@ -205,7 +207,7 @@ class FlowMatching(Objective):
                 )
         if self.path is None:
             return Linear() if made is None else made.path
-        path = as_path(self.path)
+        path = PATHS.build(self.path, "FlowMatching")
         if made is not None and made.path != path:
             raise ValueError(
                 f"FlowMatching: the field was made for {made.path}, got path={path}; leave it out"
@@ -219,7 +221,7 @@ class FlowMatching(Objective):
 
 
 @dataclass(frozen=True)
-class _Among:
+class FittedCoupling:
     """A coupling fitted to a data set, in whose rows base samples find partners."""
 
     plan: Plan
@@ -247,13 +249,6 @@ def _first_watched(
     found = unedited(field, call, t=sample.t, x=sample.xt, context=context)
     _WATCHED.add(field)
     return found
-
-
-def _law(times: Any) -> Any:
-    if callable(times):
-        return times
-    settings = {"name": times} if isinstance(times, str) else dict(times)
-    return TIMES[settings.pop("name")](**settings)
 
 
 def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:

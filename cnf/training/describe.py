@@ -4,8 +4,7 @@ import os
 import platform
 import subprocess
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from torch import nn
 
 from cnf.data import Columns, Points
-from cnf.dynamics.divergence import DIVERGENCES
 from cnf.errors import DISTRIBUTION, CheckpointError
-from cnf.matching import COUPLINGS, PATHS, TIMES
 from cnf.objectives import OBJECTIVES, Objective
+from cnf.registry import spec
 from cnf.training.config import TrainConfig
 from cnf.training.fingerprint import same_data
 
@@ -32,14 +30,16 @@ def configuration(
     module: nn.Module, objective: Objective, data: Any, config: TrainConfig
 ) -> dict[str, Any]:
     """What config.yaml says: the arguments of `cnf train`, less where to write."""
-    spec = getattr(module, "spec", None) or {"model": type(module).__name__, "options": {}}
+    model = getattr(module, "spec", None) or {"model": type(module).__name__, "options": {}}
+    told = spec(objective)
+    options = {k: v for k, v in told.items() if k != "name"} if isinstance(told, dict) else {}
     train = {k: v for k, v in asdict(config).items() if k not in ("folder", "resume")}
     return {
         "data": str(getattr(data, "source", None) or getattr(data, "name", type(data).__name__)),
         **_read_as(data),
-        **spec,
+        **model,
         "objective": objective_name(objective),
-        "objective_options": _settings(objective),
+        "objective_options": options,
         **train,
     }
 
@@ -112,35 +112,7 @@ def _read_as(data: Any) -> dict[str, Any]:
 
 def objective_name(objective: Objective) -> str:
     """The registered name, or the class's where it has none."""
-    names = [name for name, kind in OBJECTIVES.items() if kind is type(objective)]
-    return names[0] if names else type(objective).__name__
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    """A dataclass's fields, as YAML holds them; those left at None or empty are left out."""
-    if not is_dataclass(value):
-        return {}
-    values = {field.name: getattr(value, field.name) for field in fields(value)}
-    return {name: _plain(v) for name, v in values.items() if v is not None and v != {}}
-
-
-def _plain(value: Any) -> Any:
-    """A setting as YAML holds it; a registered divergence, path, … by its name and fields."""
-    if isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if not is_dataclass(value) or isinstance(value, type):
-        return repr(value)
-    names = [
-        name
-        for registry in (COUPLINGS, DIVERGENCES, PATHS, TIMES, OBJECTIVES)
-        for name, kind in registry.items()
-        if kind is type(value)
-    ]
-    return {"name": names[0], **_settings(value)} if names else _settings(value)
+    return OBJECTIVES.name_of(objective) or type(objective).__name__
 
 
 def machine() -> dict[str, Any]:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnf import objectives
 from cnf.data import Points, load
 from cnf.data.arrays import column_names
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
-from cnf.objectives import Batch, Loss, Objective
+from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.precision import widest
 from cnf.random import reseed, untouched
 from cnf.training import checkpoint
@@ -100,11 +99,12 @@ def fit(
         DivergedError: The gradient or the weights are no numbers any more, or training has led to
             an ODE that cannot be solved. The last checkpoint is kept.
     """
-    objective, config = _as_objective(objective), as_config(config)
-    _expect_trainable(module, objective)
+    goal: Objective = OBJECTIVES.build(objective, "fit")
+    config = as_config(config)
+    _expect_trainable(module, goal)
     data = load(data) if isinstance(data, str | PathLike) else data
     listeners = Listeners(loggers, callbacks)
-    trainer = _Trainer(module, objective, data, config, context, weight, validation, listeners)
+    trainer = _Trainer(module, goal, data, config, context, weight, validation, listeners)
     with trainer.folder, trainer.listeners:
         trainer.take_up()
         try:
@@ -114,23 +114,6 @@ def fit(
             raise
         finally:
             module.eval()
-
-
-def _as_objective(objective: Any) -> Objective:
-    """The objective itself, by its name, or of its class with the defaults."""
-    if isinstance(objective, str):
-        return objectives.build(objective)
-    found = objective
-    if isinstance(objective, type) and issubclass(objective, Objective):
-        with contextlib.suppress(TypeError):  # it has arguments without defaults
-            found = objective()
-    if isinstance(found, Objective):
-        return found
-    raise TypeError(
-        "fit: expected objective to be an instance such as cnf.MaximumLikelihood(), or one of the "
-        f"names {', '.join(objectives.OBJECTIVES)}, got {_kind(objective)}; the order is "
-        "fit(flow, objective, data)"
-    )
 
 
 def _expect_trainable(module: Any, objective: Objective) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics import ode
-from cnf.dynamics.divergence import Divergence, as_divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice, explain_edit, unedited
@@ -125,7 +125,7 @@ class Continuous(Transform):
         start, stop = ends[0], ends[1] if stop is None else stop
         if not 0 <= stop <= 1:
             raise ValueError(f"Continuous.integrate: expected stop inside [0, 1], got {stop}")
-        estimator = None if divergence is None else as_divergence(divergence)
+        estimator = None if divergence is None else DIVERGENCES.build(divergence)
         probe = None if estimator is None else estimator.draw(value)
         batch = value.shape[: value.dim() - self.event_dims]
         # One batch axis, of rows, for the solver and the field.

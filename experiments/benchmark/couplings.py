@@ -20,7 +20,7 @@ from torchdiffeq import odeint
 
 import cnf
 from cnf.fields import MLPField
-from cnf.matching import Linear, as_coupling
+from cnf.matching import COUPLINGS, Linear
 from cnf.transforms import Continuous
 
 HIDDEN, SIGMA, ROWS, SAMPLES = (64, 64, 64), 0.1, 10_000, 10_000
@@ -94,7 +94,7 @@ def _steps(x1: Tensor, begun: cnf.FlowMatching) -> Calls:
         calls[f"{name}: torchcfm"] = _step(net, theirs)
         if name == "independent":
             calls[f"{name}: torchcfm, Adam as its tutorials have it"] = _step(net, theirs, None)
-    x0, pair, sampler = torch.randn_like(x1), as_coupling("minibatch-ot"), matcher.ot_sampler
+    x0, pair, sampler = torch.randn_like(x1), COUPLINGS.build("minibatch-ot"), matcher.ot_sampler
     calls["minibatch-ot, pairing alone: ours"] = lambda: pair(x0, x1)
     calls["minibatch-ot, pairing alone: torchcfm"] = lambda: sampler.sample_plan(x0, x1)
     return calls

@@ -21,7 +21,7 @@ from torch import Tensor
 import cnf
 from cnf.evaluation.distances import wasserstein2
 from cnf.fields import ResidualField
-from cnf.matching import as_coupling
+from cnf.matching import COUPLINGS
 from cnf.training.describe import machine
 from cnf.training.stream import seeded
 from cnf.transforms import Continuous
@@ -59,7 +59,7 @@ class Paired:
     """Batches whose pairs were made among several times as many rows."""
 
     def __init__(self, coupling: str, seed: int, config: dict) -> None:
-        self.coupling, self.seed, self.config = as_coupling(coupling), seed, config
+        self.coupling, self.seed, self.config = COUPLINGS.build(coupling), seed, config
 
     def __iter__(self) -> Iterator[cnf.Batch]:
         size, wanted = self.config["coupling_size"], self.config["batch_size"]

@@ -45,7 +45,7 @@ def run(variant: str, density: str, config: dict) -> dict:
     toy, steps, seconds = cnf.data.toy(density), 0, 0.0
     for stage in recipe["stages"]:
         options = {k: v for k, v in stage["options"].items() if v is not None}
-        objective = cnf.objectives.build(stage["objective"], **options)
+        objective = cnf.objectives.OBJECTIVES.build({"name": stage["objective"], **options})
         settings = cnf.TrainConfig(
             **stage["config"], seed=config["seed"], validations=0, progress=False
         )

@@ -10,7 +10,6 @@ from cnf.dynamics.divergence import (
     DIVERGENCES,
     Exact,
     Hutchinson,
-    as_divergence,
     hutchinson,
 )
 from cnf.fields import Adapter, MLPField
@@ -221,10 +220,10 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="probes >= 1, got 0"):
         Hutchinson(probes=0)
     with pytest.raises(ValueError, match="Did you mean 'hutchinson'"):
-        as_divergence("hutchinsn")
+        DIVERGENCES.build("hutchinsn")
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_names_stand_for_their_defaults(name):
-    assert as_divergence(name) == DIVERGENCES[name]()
-    assert as_divergence(as_divergence(name)) == DIVERGENCES[name]()
+    assert DIVERGENCES.build(name) == DIVERGENCES[name]()
+    assert DIVERGENCES.build(DIVERGENCES.build(name)) == DIVERGENCES[name]()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cnf.dynamics import Hutchinson, Solver, record
-from cnf.dynamics.divergence import as_divergence
+from cnf.dynamics.divergence import DIVERGENCES
 from cnf.fields import Adapter, EndTime, MLPField, VectorField
 from cnf.transforms import Continuous
 
@@ -182,7 +182,7 @@ def test_the_solver_bounds_each_estimate(field, generator):
 @pytest.mark.parametrize("options", [{"sketch": -1}, {"probes": 0, "sketch": 2}], ids=str)
 def test_bad_counts_are_refused(options):
     with pytest.raises(ValueError, match=r"expected (sketch >= 0|probes >= 1), got"):
-        as_divergence({"name": "hutchinson", **options})
+        DIVERGENCES.build({"name": "hutchinson", **options})
 
 
 def test_an_estimate_of_an_image_field_is_the_flat_ones(randomised, generator):
@@ -191,7 +191,7 @@ def test_an_estimate_of_an_image_field_is_the_flat_ones(randomised, generator):
     field = Adapter(_Still(randomised(net)), (2, 3, 3))
     x = torch.randn(4, 2, 3, 3, generator=generator, dtype=F64)
     div = rates(Hutchinson(2, sketch=18), field, x, generator=generator).divergence
-    exact = rates(as_divergence("exact"), field, x).divergence
+    exact = rates(DIVERGENCES.build("exact"), field, x).divergence
     torch.testing.assert_close(div, exact.unsqueeze(-1).expand(4, 2), rtol=0, atol=1e-10)
 
 

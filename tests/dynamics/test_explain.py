@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cnf.dynamics.divergence import Exact, as_divergence, explain
+from cnf.dynamics.divergence import DIVERGENCES, Exact, explain
 from cnf.fields import Adapter, ConvField, EndTime, MLPField, Piecewise, PotentialField
 
 
@@ -42,7 +42,7 @@ def test_it_says_which_way(field, way):
 
 
 def test_auto_is_the_exact_divergence():
-    assert as_divergence("auto") == Exact() == as_divergence("exact")
+    assert DIVERGENCES.build("auto") == Exact() == DIVERGENCES.build("exact")
 
 
 def test_explaining_leaves_no_graph_and_follows_the_dtype():

@@ -13,7 +13,7 @@ import cnf
 from cnf import Flow, Solver
 from cnf.dynamics import fixed, record, solve
 from cnf.dynamics.ode import solve_path
-from cnf.dynamics.solver import STAGES, as_solver
+from cnf.dynamics.solver import STAGES
 from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import Adapter, MLPField, NullContext, Piecewise, Preconditioned
 from cnf.training import checkpoint
@@ -350,7 +350,7 @@ def test_a_flow_on_a_grid_comes_back_from_its_file(way, tmp_path):
     else:
         words = json.loads(json.dumps(asdict(solver)))
         flow = cnf.models.build("cnf", dim=2, hidden=(6,), solver=words)
-    assert as_solver(json.loads(json.dumps(asdict(solver)))) == solver
+    assert Solver.of(json.loads(json.dumps(asdict(solver)))) == solver
     flow = flow.double()
     back = cnf.load(checkpoint.save(flow, tmp_path / "flow.safetensors"))
     assert back.transform.solver == solver

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cnf.dynamics.ode import solve, solve_path
-from cnf.dynamics.solver import ADAPTIVE, FIXED, GRADIENTS, Solver, as_solver
+from cnf.dynamics.solver import ADAPTIVE, FIXED, GRADIENTS, Solver
 from cnf.errors import SolverError
 
 F64 = torch.float64
@@ -222,15 +222,15 @@ def test_bad_solver_settings_are_refused(options, text):
 
 
 def test_a_solver_is_made_of_its_arguments_or_of_an_adaptive_methods_name():
-    assert as_solver("dopri8") == Solver("dopri8")
-    assert as_solver({"method": "rk4", "steps": 3}) == Solver("rk4", steps=3)
-    assert as_solver(None) == Solver()
+    assert Solver.of("dopri8") == Solver("dopri8")
+    assert Solver.of({"method": "rk4", "steps": 3}) == Solver("rk4", steps=3)
+    assert Solver.of(None) == Solver()
     with pytest.raises(ValueError, match="rk4 has no step-size control; give it steps="):
-        as_solver("rk4")
-    with pytest.raises(ValueError, match="option 'metod'.*Did you mean 'method'"):
-        as_solver({"metod": "rk4"})
-    with pytest.raises(TypeError, match=r"expected solver to be a cnf.Solver.*got 3; write"):
-        as_solver(3)  # pyright: ignore
+        Solver.of("rk4")
+    with pytest.raises(ValueError, match="Solver: unknown option 'metod'.*Did you mean 'method'"):
+        Solver.of({"metod": "rk4"})
+    with pytest.raises(TypeError, match="Solver: expected a Solver.*got 3; write"):
+        Solver.of(3)  # pyright: ignore
 
 
 @pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-10), (torch.float64, 1e-15)])

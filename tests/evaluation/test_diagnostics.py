@@ -16,6 +16,7 @@ from cnf.fields import MLPField, VectorField
 from cnf.fields.trace import trace_of_jacobian
 from cnf.flow import Flow
 from cnf.models import MODELS
+from cnf.registry import options_of
 from cnf.transforms import Affine, Compose, Continuous, Coupling, Standardise
 
 # torch itself calls its deprecated torch.jit.script in the first forward-mode derivative
@@ -84,7 +85,7 @@ def failed(report):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_passes_with_random_weights(name, context, dim):
     options = {"dim": dim, "context": context, "hidden": (16, 16)}
-    options = {k: v for k, v in options.items() if k in MODELS[name].__code__.co_varnames}
+    options = {k: v for k, v in options.items() if k in options_of(MODELS[name])}
     try:
         flow = cnf.models.build(name, **options)
     except ValueError:

@@ -18,7 +18,6 @@ from cnf.fields import (
     score,
 )
 from cnf.fields.wrappers import pieces_of
-from cnf.matching import as_path
 from cnf.transforms import Continuous
 
 F64 = torch.float64
@@ -61,7 +60,7 @@ class Gauss:
     """N(0, 1) to N(M, S²): means given xt, and the law of xt, from the coefficients alone."""
 
     def __init__(self, name):
-        self.path, self.coefficients = as_path(PATHS[name][0]), PATHS[name][1]
+        self.path, self.coefficients = cnf.matching.PATHS.build(PATHS[name][0]), PATHS[name][1]
 
     def law(self, t):
         """Mean and standard deviation of xt."""
@@ -247,7 +246,7 @@ def test_a_wrong_sign_of_the_score_is_seen(generator):
 
 def test_conversion_holds_for_pairs_that_are_not_independent():
     """x1 = 2·x0 + 1: velocity, x1 and noise are conversions of each other for any coupling."""
-    path, t = as_path("linear"), torch.tensor([0.3], dtype=F64)
+    path, t = cnf.matching.PATHS.build("linear"), torch.tensor([0.3], dtype=F64)
     x0 = torch.tensor([[0.7, -1.1]], dtype=F64)
     x1 = 2 * x0 + 1
     x = 0.3 * x1 + 0.7 * x0
@@ -262,7 +261,14 @@ def test_unknown_targets_are_refused(name):
     x = torch.zeros(1, 2, dtype=F64)
     names = {"given": "x1", "wanted": "noise", name: "data"}
     with pytest.raises(ValueError, match=f"converted: expected {name} to be one of 'velocity'"):
-        converted(x, names["given"], names["wanted"], x, torch.tensor(0.5), as_path("linear"))
+        converted(
+            x,
+            names["given"],
+            names["wanted"],
+            x,
+            torch.tensor(0.5),
+            cnf.matching.PATHS.build("linear"),
+        )
     with pytest.raises(ValueError, match="Predicts: expected target to be one of .* got 'data'"):
         Predicts(MLPField(2), "data")
     with pytest.raises(ValueError, match="unknown path 'straight'"):

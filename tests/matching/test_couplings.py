@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cnf.matching import COUPLINGS, Pairing, as_coupling
+from cnf.matching import COUPLINGS, Pairing
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:.* pairs without looking at the context")
@@ -25,7 +25,7 @@ def data(generator):
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_indices_are_rows_and_pairs_are_of_one_length(name, with_context, data, generator):
     x0, x1, context = data
-    i, j, weight = as_coupling(name)(x0, x1, context if with_context else None, generator)
+    i, j, weight = COUPLINGS.build(name)(x0, x1, context if with_context else None, generator)
     i, j = rows(i, 16), rows(j, 16)
     assert len(i) == len(j) > 0
     for index in (i, j):
@@ -37,7 +37,9 @@ def test_indices_are_rows_and_pairs_are_of_one_length(name, with_context, data, 
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_same_generator_gives_same_pairs_and_global_state_is_left_alone(name, data):
     before = torch.get_rng_state()
-    first, again = (as_coupling(name)(*data, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (
+        COUPLINGS.build(name)(*data, torch.Generator().manual_seed(1)) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for one, other in zip(first, again, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
@@ -46,7 +48,7 @@ def test_same_generator_gives_same_pairs_and_global_state_is_left_alone(name, da
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_inputs_are_not_edited(name, data, generator):
     before = [value.clone() for value in data]
-    as_coupling(name)(*data, generator)
+    COUPLINGS.build(name)(*data, generator)
     assert all(torch.equal(a, b) for a, b in zip(data, before, strict=True))
 
 
@@ -64,13 +66,13 @@ def test_independent_refuses_unequal_numbers(data):
 def test_no_rows_are_refused_in_the_same_words(name, sizes):
     x0, x1 = (torch.zeros(n, 2) for n in sizes)
     with pytest.raises(ValueError, match="expected one row of x0 and of x1 or more, got"):
-        as_coupling(name)(x0, x1)
+        COUPLINGS.build(name)(x0, x1)
 
 
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_events_of_different_shapes_are_refused(name):
     with pytest.raises(ValueError, match=r"one event shape, got \(2,\) and \(3,\)"):
-        as_coupling(name)(torch.zeros(4, 2), torch.zeros(4, 3))
+        COUPLINGS.build(name)(torch.zeros(4, 2), torch.zeros(4, 3))
 
 
 DRAWN = {"sinkhorn", "unbalanced", "partial"}  # pairs are drawn from a plan of any shape
@@ -83,7 +85,7 @@ def test_unequal_sizes_are_paired_or_refused_in_the_same_words(name, sizes, gene
     options = (
         {"reg": 0.5} if name == "unbalanced" else {}
     )  # POT's iteration ends with more entropy
-    coupling = as_coupling({"name": name, **options})
+    coupling = COUPLINGS.build({"name": name, **options})
     if name not in DRAWN:
         message = f"expected as many x0 as x1, got {sizes[0]} and {sizes[1]}"
         with pytest.raises(ValueError, match=message):

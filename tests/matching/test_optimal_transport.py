@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import cnf
-from cnf.matching import COUPLINGS, as_coupling
+from cnf.matching import COUPLINGS
 
 F64 = torch.float64
 minibatch, conditional = COUPLINGS["minibatch-ot"], COUPLINGS["conditional-ot"]
@@ -131,7 +131,7 @@ def test_leaves_that_want_gradients_are_no_obstacle(draw):
     x0, x1 = (value.requires_grad_() for value in draw(6, 2))
     for name in COUPLINGS:
         options = {"reg": 1.0} if name in ("sinkhorn", "unbalanced") else {}
-        found = as_coupling({"name": name, **options})(x0, x1)
+        found = COUPLINGS.build({"name": name, **options})(x0, x1)
         assert found.weight is None or not found.weight.requires_grad
 
 
@@ -476,11 +476,11 @@ def test_options_that_mean_nothing_are_refused(name, options, message, draw):
 def test_a_coupling_is_had_by_name_and_options(draw):
     x0, x1 = draw(20, 2)
     context = torch.linspace(0, 1, 20, dtype=F64)[:, None]
-    named = as_coupling({"name": "conditional-ot", "weight": 3.0})(x0, x1, context, None)
+    named = COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})(x0, x1, context, None)
     assert torch.equal(named.j, conditional(x0, x1, context, weight=3.0).j)
-    assert as_coupling(minibatch) is minibatch
+    assert COUPLINGS.build(minibatch) is minibatch
     with pytest.raises(ValueError, match="unknown coupling 'minibatchot'.*'minibatch-ot'"):
-        as_coupling("minibatchot")
+        COUPLINGS.build("minibatchot")
 
 
 def test_a_misspelt_option_is_refused_before_training():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnf.matching import PATHS, Linear, as_path
+from cnf.matching import PATHS, Linear
 from cnf.matching.paths import (
     Bridge,
     Cosine,
@@ -167,10 +167,10 @@ def test_noise_is_drawn_where_none_is_given():
 
 
 def test_a_path_is_had_by_name_and_fields():
-    assert as_path("bridge") == Bridge() and as_path(Linear(0.2)) == Linear(0.2)
-    assert as_path({"name": "bridge", "sigma": 0.5}) == replace(Bridge(), sigma=0.5)
+    assert PATHS.build("bridge") == Bridge() and PATHS.build(Linear(0.2)) == Linear(0.2)
+    assert PATHS.build({"name": "bridge", "sigma": 0.5}) == replace(Bridge(), sigma=0.5)
     with pytest.raises(ValueError, match="unknown path 'bridges'.*Did you mean 'bridge'"):
-        as_path("bridges")
+        PATHS.build("bridges")
 
 
 @pytest.mark.parametrize(

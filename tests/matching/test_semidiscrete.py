@@ -6,7 +6,7 @@ from scipy.stats import norm
 
 import cnf
 from cnf.evaluation.distances import wasserstein2
-from cnf.matching import COUPLINGS, SemiDiscrete, as_coupling, semidiscrete
+from cnf.matching import COUPLINGS, SemiDiscrete, semidiscrete
 from cnf.matching.semidiscrete import _exact, _near, _spread_out
 
 F64 = torch.float64
@@ -222,10 +222,10 @@ def test_the_same_generator_gives_the_same_plan(generator):
 def test_before_it_is_fitted_it_is_minibatch_ot(generator):
     x0, x1 = (torch.randn(20, 2, generator=generator) for _ in range(2))
     expected = COUPLINGS["minibatch-ot"](x0, x1).j
-    assert torch.equal(as_coupling("semidiscrete")(x0, x1).j, expected)
+    assert torch.equal(COUPLINGS.build("semidiscrete")(x0, x1).j, expected)
     context = torch.arange(20)[:, None] % 2
     expected = COUPLINGS["conditional-ot"](x0, x1, context).j
-    assert torch.equal(as_coupling("semidiscrete")(x0, x1, context).j, expected)
+    assert torch.equal(COUPLINGS.build("semidiscrete")(x0, x1, context).j, expected)
 
 
 def test_no_rows_and_contexts_of_another_length_are_refused():

@@ -6,6 +6,7 @@ from torch import nn
 
 import cnf
 from cnf.objectives import Objective
+from cnf.registry import options_of
 
 FIXED = cnf.Solver("rk4", steps=2, gradient="backprop")
 
@@ -39,7 +40,7 @@ def small():
         state = torch.random.get_rng_state()
         torch.manual_seed(7)
         options = {"dim": 2, **options}
-        if "hidden" in cnf.models.MODELS[name].__code__.co_varnames:
+        if "hidden" in options_of(cnf.models.MODELS[name]):
             options.setdefault("hidden", (8,))
         if name == "cnf":
             options.setdefault("solver", FIXED)

@@ -126,8 +126,11 @@ def test_a_batch_is_named_by_its_place_in_the_pass(small, config):
 
 ARGUMENTS = {
     "a name for a flow": (("realnvp", "flow-matching", X), ["got 'realnvp'; build one"]),
-    "no objective": ((None, None, X), ["objective", r"cnf\.MaximumLikelihood\(\)", "NoneType"]),
-    "data before the objective": ((None, X, "moons"), ["got Tensor; the order is fit"]),
+    "no objective": (
+        (None, None, X),
+        ["^fit: expected objective to be one of maximum-", "got None"],
+    ),
+    "data before the objective": ((None, X, "moons"), ["expected objective", "got a Tensor"]),
     "another class": ((None, dict, X), ["objective", "got <class 'dict'>"]),
     "a number for settings": ((None, "flow-matching", X, 3), ["config", "got 3; write cnf"]),
 }

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 import cnf
-from cnf.objectives import Batch, FlowMatching
+from cnf.objectives import OBJECTIVES, Batch, FlowMatching
 from cnf.training.history import History
 from cnf.training.progress import ProgressBar
 from cnf.training.stream import NoData, as_stream
@@ -75,7 +75,7 @@ def test_a_run_writes_what_was_asked_for_and_resumes_as_itself(
 
     first = run()
     told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    again = cnf.objectives.build(told["objective"], **told["objective_options"])
+    again = OBJECTIVES.build({"name": told["objective"], **told["objective_options"]})
     assert again == FlowMatching(coupling=FEW)
     assert same(first, run(resume=True))
 

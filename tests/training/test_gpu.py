@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cnf
+from cnf.registry import options_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,7 @@ def test_flow_matching_trains_on_cuda(coupling, config, small, points):
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", cnf.models.MODELS)
 def test_likelihood_with_the_adjoint_trains_on_cuda(name, divergence, config, small):
-    solved = "solver" in cnf.models.MODELS[name].__code__.co_varnames
+    solved = "solver" in options_of(cnf.models.MODELS[name])
     options = {"solver": cnf.Solver(gradient="adjoint")} if solved else {}
     flow, toy = small(name, **options), cnf.data.toy("moons")
     if not options and divergence != "exact":

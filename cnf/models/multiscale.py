@@ -15,6 +15,7 @@ from cnf.transforms.normalisation import ActNorm
 @MODELS.register("glow")
 def glow(
     dim: int | None = None,
+    *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64),
     layers: int = 8,
@@ -30,10 +31,20 @@ def glow(
     and factors half of the channels out, given the other half, which goes on to the next level.
     Source: Kingma & Dhariwal (2018), https://arxiv.org/abs/1807.03039.
 
-    Args: as for `nice`, and
+    Args:
+        dim: D, the number of variables; 2 or more.
+        context: Size of the context; 0 for none.
+        hidden: Widths of each coupling's net (channels, for images).
         layers: Steps (of each level, for images).
         levels: How often an image is squeezed; twice if None.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
+    Returns:
+        A `Flow` of points of shape (dim,), or of images.
+    Raises:
+        ValueError: Neither dim nor shape, or both; a size that does not fit.
     """
     if layers < 1:
         raise ValueError(f"models: expected layers >= 1, got {layers}")

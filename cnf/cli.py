@@ -248,7 +248,7 @@ def compare(
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds
     results = comparison.compare(
-        contestants, source, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
+        source, contestants, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
         device=device, w2_points=w2_points, resume=resume, progress=progress,
         say=lambda line: _console().rule(escape(line), align="left"),
     )  # fmt: skip

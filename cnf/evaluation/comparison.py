@@ -1,10 +1,11 @@
 """The race: contestants on one density, same budget, same data stream, same evaluation."""
 
+import copy
 import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from cnf import models
 from cnf.data import Points, Toy, load
 from cnf.distributions import Base
 from cnf.errors import CheckpointError
-from cnf.evaluation.contestants import CONTESTANTS, RACE, Contestant
+from cnf.evaluation.contestants import Contestant, entrants
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
 from cnf.objectives import Batch
@@ -132,8 +133,8 @@ class Results:
 
 
 def compare(
-    contestants: Sequence[str] | dict[str, Contestant] | None,
     data: Any,
+    contestants: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     seconds: float | None = None,
     steps: int | None = None,
@@ -148,9 +149,10 @@ def compare(
     """Race contestants on one density and measure them all in the same way.
 
     Args:
-        contestants: Names in `CONTESTANTS`, one's own by name, or None for those of `RACE`.
         data: A density, its name, one's own points (an array or a table), or a file: what
             `cnf.data.load` takes; or a torch distribution, a base or a flow of vectors.
+        contestants: Names in `CONTESTANTS`, or one's own: `["nsf", ("Mine", flow,
+            cnf.FlowMatching())]`; those of `RACE` if None. See `entrants`.
         seconds: Budget of each contestant, in seconds of training.
         steps: Budget of each contestant, in optimiser steps, instead of seconds.
         seeds: One run each.
@@ -170,8 +172,7 @@ def compare(
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
         validation_rows=VALIDATION_POINTS,
     )  # fmt: skip
-    if contestants is None or not isinstance(contestants, dict):
-        contestants = {name: CONTESTANTS[name] for name in contestants or RACE}
+    contestants = entrants(contestants)
     density, folder = _source(data), folder and Path(folder)
     if folder and not resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(
@@ -189,7 +190,7 @@ def compare(
         for seed in seeds:
             say(f"{contestant.title}, seed {seed}")
             run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
-            if run and (finished := _finished(run, name, race)):
+            if run and (finished := _finished(run, contestant, race, density)):
                 entries.append(finished)
                 continue
             config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
@@ -245,7 +246,7 @@ def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
             found[contestant.title] = str(error)
             if density.dim == 1:
                 found[contestant.title] = (
-                    f"{contestant.model} needs two dimensions or more, these data have one; "
+                    f"{contestant.title} needs two dimensions or more, these data have one; "
                     "nsf-ar takes one"
                 )
     return found
@@ -258,7 +259,9 @@ def _keep(run: Path, entry: Entry, race: dict[str, Any]) -> None:
     checkpoint.write_whole(run / ENTRY, text.encode())
 
 
-def _finished(run: Path, name: str, race: dict[str, Any]) -> Entry | None:
+def _finished(
+    run: Path, contestant: Contestant, race: dict[str, Any], density: Any
+) -> Entry | None:
     """The entry of a run that was raced to its end; None if it was not, or is unreadable.
 
     Raises:
@@ -269,7 +272,8 @@ def _finished(run: Path, name: str, race: dict[str, Any]) -> Entry | None:
         entry, before = kept["entry"], kept["race"]
         curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
         few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
-        found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run))
+        into = None if isinstance(contestant.model, str) else _built(contestant, density, 0)
+        found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run, into=into))
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
     differs = [f"{key} was {before.get(key)!r}, is {race[key]!r}" for key in race
@@ -286,7 +290,11 @@ def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
     cpu = torch.device("cpu")  # where models are built
     with untouched(cpu):
         reseed(seed, cpu)  # contestants with the same field start from the same weights
-        return models.build(contestant.model, **options)
+        if isinstance(contestant.model, Flow):
+            return copy.deepcopy(contestant.model)
+        if isinstance(contestant.model, str):
+            return models.build(contestant.model, **options)
+        return contestant.model(**options)
 
 
 def _raced(

@@ -1,9 +1,11 @@
 """Who runs in the race: a model and the way it is trained."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cnf.dynamics.solver import Solver
+from cnf.flow import Flow
 from cnf.objectives import OBJECTIVES, FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry
 
@@ -33,14 +35,15 @@ class Contestant:
 
     Args:
         title: Its name in tables and pictures.
-        model: A name in `MODELS`.
+        model: A name in `MODELS`; a function that takes `dim=…` (`context=…`, where the data have
+            one) and the options, and returns a flow; or a flow, of which copies are trained.
         stages: What is done one after the other; the shares sum to one.
         options: The model's options.
         toy_options: More of them, on a density that is known: settings published for its scale.
     """
 
     title: str
-    model: str
+    model: str | Callable[..., Flow] | Flow
     stages: tuple[Stage, ...]
     options: dict[str, Any] = field(default_factory=dict)
     toy_options: dict[str, Any] = field(default_factory=dict)
@@ -48,9 +51,47 @@ class Contestant:
     @property
     def about(self) -> str:
         """Who it is, in a sentence."""
-        names = {kind: name for name, kind in OBJECTIVES.items()}
-        ways = [names[type(stage.objective)].replace("-", " ") for stage in self.stages]
-        return f"{self.title}: the model {self.model}, trained by {', then by '.join(ways)}."
+        names = [OBJECTIVES.name_of(stage.objective) or "" for stage in self.stages]
+        ways = ", then by ".join(name.replace("-", " ") for name in names)
+        model = f"the model {self.model}" if isinstance(self.model, str) else "one's own model"
+        return f"{self.title}: {model}, trained by {ways}."
+
+
+def entrants(contestants: Any) -> dict[str, Contestant]:
+    """Who is to run, by name.
+
+    Args:
+        contestants: None for those of `RACE`; or a sequence of names in `CONTESTANTS`,
+            `Contestant`s and (title, model, objective or stages); or a mapping of one's own names
+            to these.
+    Raises:
+        ValueError: An unknown name, or one that comes twice.
+        TypeError: None of these.
+    """
+    if isinstance(contestants, Mapping):
+        return {name: _entrant(given)[1] for name, given in contestants.items()}
+    given = RACE if contestants is None else contestants
+    pairs = [_entrant(one) for one in ([given] if isinstance(given, str) else given)]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"compare: expected names that differ, got {[name for name, _ in pairs]}")
+    return found
+
+
+def _entrant(given: Any) -> tuple[str, Contestant]:
+    if isinstance(given, str):
+        return given, CONTESTANTS[given]
+    if isinstance(given, Contestant):
+        return given.title, given
+    if isinstance(given, Sequence) and len(given) == 3:
+        title, model, stages = given
+        if not (isinstance(stages, Sequence) and all(isinstance(one, Stage) for one in stages)):
+            stages = (Stage(OBJECTIVES.build(stages, "compare")),)
+        return title, Contestant(title, model, tuple(stages))
+    raise TypeError(
+        "compare: expected a contestant to be a name, a Contestant, or (title, model, objective), "
+        f"got {given!r}"
+    )
 
 
 AS_THEY_ARE = {"preprocess": None}  # the papers' toys need no standardising; one's own points do

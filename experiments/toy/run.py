@@ -27,7 +27,7 @@ COLUMNS = 6  # of a picture
 def race(name: str, config: dict) -> str:
     torch.set_num_threads(config["threads"])
     results = compare(
-        config["contestants"], name, seconds=config["seconds"], seeds=[config["seed"]],
+        name, config["contestants"], seconds=config["seconds"], seeds=[config["seed"]],
         folder=RUNS / name, progress=False,
         say=lambda line: print(f"{name}: {line}", flush=True),
     )  # fmt: skip

@@ -40,7 +40,7 @@ def small(monkeypatch):
 
 def race(contestants, data, tmp_path=None, **settings):
     settings = {"steps": 20, "progress": False, "w2_points": 100, **settings}
-    return cnf.compare(contestants, data, folder=tmp_path and tmp_path / "race", **settings)
+    return cnf.compare(data, contestants, folder=tmp_path and tmp_path / "race", **settings)
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_own_points_are_judged_in_their_spread_and_by_their_weights(monkeypatch)
 
 
 def test_nobody_named_means_the_race(tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "RACE", ("realnvp",))
+    monkeypatch.setattr("cnf.evaluation.contestants.RACE", ("realnvp",))
     assert race(None, "moons", steps=2).contestants == ["realnvp"]
     assert set(RACE) <= set(CONTESTANTS)
 
@@ -417,3 +417,25 @@ def test_own_points_race_under_their_contexts(tmp_path):
         with pytest.raises(ValueError, match="another race: rows was"):
             points = cnf.data.Points(x, **parts)
             race(["nsf-ar"], points, tmp_path, steps=5, resume=True)
+
+
+def test_ones_own_flow_model_and_stages_run_beside_named_ones(tmp_path):
+    flow = cnf.Flow(None, cnf.models.realnvp(2, layers=2).transform, event_shape=(2,))
+    before = [p.clone() for p in flow.parameters()]
+    stages = [Stage(cnf.FlowMatching(), 0.5), Stage(cnf.MaximumLikelihood(), 0.5)]
+    mine = [
+        "nsf",
+        ("Hand-made", flow, cnf.MaximumLikelihood()),
+        ("Wide", lambda dim: cnf.models.nsf(dim, hidden=(8,), layers=2), "maximum-likelihood"),
+        ("Both", "cnf", stages),
+    ]
+    results = race(mine, "moons", tmp_path, steps=4)
+    assert results.contestants == ["nsf", "Hand-made", "Wide", "Both"]
+    assert all(torch.equal(*pair) for pair in zip(before, flow.parameters(), strict=True))
+    again = race(mine, "moons", tmp_path, steps=4, resume=True)
+    for one, other in zip(results.entries, again.entries, strict=True):
+        assert one.scores["gap"] == other.scores["gap"]
+    with pytest.raises(TypeError, match=r"a contestant to be a name, .* \(title, model, obj"):
+        race([flow], "moons", steps=4)
+    with pytest.raises(ValueError, match="expected names that differ"):
+        race(["nsf", "nsf"], "moons", steps=4)

@@ -142,6 +142,7 @@ def compare(
     folder: str | Path | None = None,
     device: str = "auto",
     progress: bool = True,
+    test_points: int = TEST_POINTS,
     w2_points: int = 2_000,
     resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -159,6 +160,7 @@ def compare(
         folder: Where runs and results are written; nothing is written if None.
         device: As in `TrainConfig`.
         progress: Show progress bars.
+        test_points: Points of a density that scores are taken on; of one's own points a fifth is.
         w2_points: Points for the exact W2 (its cost grows with the cube).
         resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
@@ -178,7 +180,7 @@ def compare(
         raise ValueError(
             f"compare: {folder} exists already; choose another folder, or resume that race"
         )
-    judge, train = _prepared(density, w2_points)
+    judge, train = _prepared(density, test_points, w2_points)
     race = {
         "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
         "test_points": len(judge.test.x),
@@ -319,7 +321,7 @@ def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, floa
         title: Its title.
         curve: As in `Entry`.
     """
-    judge, _ = _prepared(density, w2_points=1_000)
+    judge, _ = _prepared(density, TEST_POINTS, w2_points=1_000)
     entry = Entry(title, title, 0, judge.scores(flow), curve, judge.few_steps(flow), flow)
     return Results(
         density.name, density, [entry], judge.floor, density.entropy,
@@ -352,10 +354,10 @@ def _train(
     return flow, histories, memory
 
 
-def _prepared(density: Any, w2_points: int) -> tuple[Judge, Any]:
+def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, Any]:
     """The judge, and what is trained on: the density, or four fifths of one's own points."""
     if density.entropy is not None:
-        test, other = (density.sample(TEST_POINTS, seeded(number, -9)) for number in (1, 2))
+        test, other = (density.sample(test_points, seeded(number, -9)) for number in (1, 2))
         return Judge(test, other, density, w2_points), density
     train, test = density.split(0.2)
     return Judge(test, train, None, w2_points), train

@@ -94,7 +94,7 @@ def _fixed(
         return None
     if isinstance(flow.transform, Continuous):
         divergence = divergence or flow.transform.divergence
-    divergence = DIVERGENCES.build(divergence or "exact")
+    fixed: Divergence = DIVERGENCES.build(divergence or "exact")
     if isinstance(divergence, Hutchinson):
         if not isinstance(flow.transform, Continuous):
             raise TypeError(

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any

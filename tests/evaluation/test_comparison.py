@@ -33,13 +33,12 @@ DRAW = torch.Generator().manual_seed(0)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(comparison, "TEST_POINTS", 400)
     monkeypatch.setattr(comparison, "VALIDATION_POINTS", 300)
     monkeypatch.setattr(metrics, "c2st", lambda x, y: 0.5)  # seconds of scikit-learn
 
 
 def race(contestants, data, tmp_path=None, **settings):
-    settings = {"steps": 20, "progress": False, "w2_points": 100, **settings}
+    settings = {"steps": 20, "progress": False, "w2_points": 100, "test_points": 400, **settings}
     return cnf.compare(data, contestants, folder=tmp_path and tmp_path / "race", **settings)
 
 

@@ -58,10 +58,11 @@ class Page(HTMLParser):
 def quick_race(contestants, data, **options):
     """A real race, a few steps long, judged on few points and without the slow classifier."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "TEST_POINTS", 300)
         patch.setattr(comparison, "VALIDATION_POINTS", 100)
         patch.setattr(metrics, "c2st", lambda *_, **__: 0.6)
-        return comparison.compare(data, contestants, steps=4, progress=False, **options)
+        return comparison.compare(
+            data, contestants, steps=4, progress=False, test_points=300, **options
+        )
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from cnf import __version__ as cnf_version
 from cnf import data as densities
 from cnf import models
 from cnf.arguments import explained, flags, required, settings_class, spelled
-from cnf.catalogue import KINDS
+from cnf.catalog import KINDS
 from cnf.data import Columns, Points
 from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
@@ -51,7 +51,7 @@ def train(
             npy, parquet).
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden 128,128.
-        objective: What is minimised (see `cnf list objectives`). If not given, flow matching with
+        objective: What is minimized (see `cnf list objectives`). If not given, flow matching with
             more times near the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
@@ -226,7 +226,7 @@ def compare(
         data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
             npy, parquet).
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
-        steps: Budget of each contestant in optimiser steps.
+        steps: Budget of each contestant in optimizer steps.
         contestants: Who runs, such as nsf,realnvp (see `cnf list contestants`); cnf-likelihood,
             cnf-flow-matching, cnf-both, ffjord, realnvp and nsf if not given.
         seeds: One run for each, such as 0,1,2; 0 if none is given.

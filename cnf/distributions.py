@@ -169,7 +169,7 @@ def expect_volume(distribution: Distribution) -> None:
         if getattr(support, "is_discrete", False):
             raise ValueError(
                 f"Flow: expected a continuous base, got a {name}, which is discrete; take None, "
-                "the standard normal, and a dequantisation where it is the data that are discrete"
+                "the standard normal, and a dequantization where it is the data that are discrete"
             )
         if isinstance(support, SURFACES):
             raise ValueError(
@@ -262,7 +262,7 @@ class GaussianMixture(Base):
     torch.Size([3, 2])
 
     Args:
-        means: Centres, shape (K, D).
+        means: Centers, shape (K, D).
         scales: Standard deviations, shape (K, D).
         weights: Mixture weights, shape (K,), equal if None; they need not sum to one.
     """
@@ -448,7 +448,7 @@ class FlowDistribution(Distribution):
         if batch_shape is None:
             batch_shape = () if context is None else context.shape[:-1]
         self.flow, self.context = flow, context
-        self.has_rsample = flow.dequantisation is None  # pyright: ignore
+        self.has_rsample = flow.dequantization is None  # pyright: ignore
         super().__init__(
             torch.Size(batch_shape), torch.Size(flow.event_shape), validate_args=False
         )

@@ -29,7 +29,7 @@ from cnf.transforms.continuous import (
     is_continuous,
     reconfigured,
 )
-from cnf.transforms.normalisation import initializing
+from cnf.transforms.normalization import initializing
 
 Shape = int | Sequence[int]
 FAR = 1_000.0  # scales; of n points none is more than √n from their mean
@@ -51,7 +51,7 @@ def evaluating(module: Any) -> Iterator[None]:
             part.training = mode
 
 
-class Dequantisation(Protocol):
+class Dequantization(Protocol):
     """Discrete data made continuous: a draw, and its part of the bound on log P(x)."""
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class Dequantisation(Protocol):
 class Flow(nn.Module):
     """p(x) by change of variables: z from `base`, x = preprocess(transform(z)).
 
-    x may have more digits than the weights: a flow in float32 takes float64 data, standardises
+    x may have more digits than the weights: a flow in float32 takes float64 data, standardizes
     them in float64 and goes on in float32. Log-densities come in the dtype of x, samples in
     `data_dtype`, and z and contexts are of the flow's own `dtype`.
 
@@ -79,11 +79,11 @@ class Flow(nn.Module):
     Args:
         base: A `cnf.distributions.Base`, a torch distribution, a density, or None for N(0, I);
             it is cast to the dtype of the transform's weights.
-        transform: Base → (standardised) data.
+        transform: Base → (standardized) data.
         preprocess: A transform without parameters to train, from what `transform` gives to data;
             its log-determinant counts. Where it has a `fit` method, the first `cnf.fit` calls it
             with the training data, once.
-        dequantisation: For discrete data. `log_prob` is then a lower bound of log P(x) from one
+        dequantization: For discrete data. `log_prob` is then a lower bound of log P(x) from one
             draw.
         event_shape: Shape of one z, needed only when `base` is None.
         context_preprocess: A module from a context to what `transform` takes, such as
@@ -95,7 +95,7 @@ class Flow(nn.Module):
         base: Base | Distribution | Any | None,
         transform: Transform,
         preprocess: Transform | None = None,
-        dequantisation: Dequantisation | None = None,
+        dequantization: Dequantization | None = None,
         event_shape: Sequence[int] | None = None,
         context_preprocess: nn.Module | None = None,
     ) -> None:
@@ -110,7 +110,7 @@ class Flow(nn.Module):
             self.base.to(weights)
         self.transform = transform
         self.preprocess = preprocess
-        self.dequantisation = dequantisation
+        self.dequantization = dequantization
         self.context_preprocess = context_preprocess
         self.event_shape = tuple(event_shape or self.base.event_shape)
         for part in (transform, preprocess):
@@ -191,7 +191,7 @@ class Flow(nn.Module):
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
             divergence: An estimator for continuous flows, such as `Hutchinson(probes=8)`; None for
                 what the flow was built with, which is exact.
-            generator: Source of the dequantisation's draw.
+            generator: Source of the dequantization's draw.
         Raises:
             ValueError: A wrong shape, or fewer digits than the flow's; a context missing or not
                 expected.
@@ -267,9 +267,9 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Draws and their log-density from one solve, both with gradients."""
         z, context = self.draw_base(sample_shape, context, generator, "sample_and_log_prob")
-        if self.dequantisation is not None:
+        if self.dequantization is not None:
             raise TypeError(
-                "Flow.sample_and_log_prob: a dequantised flow has no density of its samples; "
+                "Flow.sample_and_log_prob: a dequantized flow has no density of its samples; "
                 "call sample, then log_prob for the bound"
             )
         rows, z, context = self._start(z, context)
@@ -306,17 +306,17 @@ class Flow(nn.Module):
     def inside(
         self, x: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | float]:
-        """x as the transform gives it: dequantised, inside preprocessing, in the flow's dtype.
+        """x as the transform gives it: dequantized, inside preprocessing, in the flow's dtype.
 
         Args:
             x: Data, of any floating dtype.
-            generator: Source of the dequantisation's draw.
+            generator: Source of the dequantization's draw.
         Returns:
             y, of x's shape, and what this adds to the log-density, shape (*batch,), or 0.
         """
         total = 0.0
-        if self.dequantisation is not None:
-            x, total = self.dequantisation.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
+        if self.dequantization is not None:
+            x, total = self.dequantization.encode(x.nan_to_num(0.0, 0.0, 0.0), generator)
         _warn_of_merged("x", x.reshape(-1, *self.event_shape), self.preprocess, self.dtype)
         if self.preprocess is not None:
             x, ladj = self.preprocess.inverse(x)
@@ -364,7 +364,7 @@ class Flow(nn.Module):
         rows, z, context = self._start(z, context)
         inner = self._inner("off")
         x = rows.give(self.outside(by_chunks(inner, inner, z, context)[0])[0])
-        return x if self.dequantisation is None else self.dequantisation.decode(x)
+        return x if self.dequantization is None else self.dequantization.decode(x)
 
     def _inner(self, divergence: str | Divergence | None) -> Transform:
         """The transform; "off" leaves out log-determinants, None changes nothing."""
@@ -450,7 +450,7 @@ class Flow(nn.Module):
     def inner_context(
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
     ) -> Tensor | None:
-        """The context as the transform and its field take it: checked, standardised, in the flow's
+        """The context as the transform and its field take it: checked, standardized, in the flow's
         dtype and, where a batch shape is given, expanded to it. Not for the flow's own methods."""
         if not self.context_dim:
             if context is not None:
@@ -524,7 +524,7 @@ def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torc
         warnings.warn(
             f"Flow: {dtype} merges values of {name} in columns {columns}, so that results there "
             f"mean little; give {name} in float64 to a flow that was fitted to it with "
-            f"{option}='standardise', or subtract a constant from these columns",
+            f"{option}='standardize', or subtract a constant from these columns",
             stacklevel=2,
         )
 

@@ -170,7 +170,7 @@ def sde(
         dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
         x = x + h * unedited(field, drift, t=t, x=x, context=context) + h**0.5 * g * dw
     x, _ = flow.outside(x)
-    return x if flow.dequantisation is None else flow.dequantisation.decode(x)
+    return x if flow.dequantization is None else flow.dequantization.decode(x)
 
 
 def _spread(head: bool, path: Path, t: Tensor, noise: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 import cnf
 from cnf.registry import options_of
-from cnf.transforms import Standardise
+from cnf.transforms import Standardize
 
 # One thread, here and in what the tests start: nets this small gain nothing from a second one, and
 # two busy processes with two threads each are many times slower than with one.
@@ -29,11 +29,11 @@ def generator():
 
 
 @pytest.fixture
-def randomised(generator):
+def randomized(generator):
     """module → the module in float64 with every parameter drawn anew (a flow that starts as the
     identity would hide a missing term), and preprocessing that is not the identity."""
 
-    def randomise(module, gain=0.9):
+    def randomize(module, gain=0.9):
         module.double()
         with torch.no_grad():
             for parameter in module.parameters():
@@ -41,7 +41,7 @@ def randomised(generator):
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(draw * gain / math.sqrt(fan_in))
         for part in module.modules():
-            if isinstance(part, Standardise):  # of data, and inside StandardizeContext
+            if isinstance(part, Standardize):  # of data, and inside StandardizeContext
                 shape = (64, *part.event_shape)
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64)
                 spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4
@@ -50,11 +50,11 @@ def randomised(generator):
                 part.seen.fill_(True)
         return module
 
-    return randomise
+    return randomize
 
 
 @pytest.fixture
-def small_flow(randomised):
+def small_flow(randomized):
     """(name, context) → the named model, small, in float64, with random weights and a tight
     solver where it has one."""
 
@@ -68,7 +68,7 @@ def small_flow(randomised):
             options.setdefault("frequencies", 1)  # four make the field turn fast: many evaluations
         if "solver" in known:
             options["solver"] = solver or cnf.Solver(rtol=1e-9, atol=1e-9)
-        return randomised(cnf.models.build(name, dim=dim, **options), gain)
+        return randomized(cnf.models.build(name, dim=dim, **options), gain)
 
     return build
 

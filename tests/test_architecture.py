@@ -15,7 +15,7 @@ ROOT = Path(cnf.__file__).parent
 FLOORS = {
     "cli": 9,
     "arguments": 1,
-    "catalogue": 7,
+    "catalog": 7,
     "evaluation": 8,
     "training": 7,
     "models": 6,

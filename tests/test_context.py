@@ -1,4 +1,4 @@
-"""Contexts are standardised like the data, once, on every way into a flow."""
+"""Contexts are standardized like the data, once, on every way into a flow."""
 
 import copy
 import warnings
@@ -12,13 +12,13 @@ from cnf.models import MODELS
 from cnf.sampling import sde
 from cnf.training import load, save
 from cnf.training.preprocessing import fit_preprocessing
-from cnf.transforms import Compose, Continuous, Softplus, Standardise, StandardizeContext
+from cnf.transforms import Compose, Continuous, Softplus, Standardize, StandardizeContext
 
 F64 = torch.float64
 FAST = {"steps": 2, "progress": False, "validations": 0}
 
 
-def test_columns_are_standardised_and_labels_and_missing_values_stay(generator):
+def test_columns_are_standardized_and_labels_and_missing_values_stay(generator):
     n = 50
     varied = 5e4 + 1e4 * torch.randn(n, 1, generator=generator, dtype=F64)
     label = (torch.arange(n) % 2).double()[:, None]
@@ -49,7 +49,7 @@ def test_seconds_since_1970_keep_their_digits_in_a_flow_of_float32():
 
 
 @pytest.mark.parametrize("name", ["cnf", "nsf"])
-def test_every_call_standardises_the_context_once(name, small_flow, generator):
+def test_every_call_standardizes_the_context_once(name, small_flow, generator):
     flow = small_flow(name, context=3, gain=0.4)
     bare = copy.deepcopy(flow)
     bare.context_preprocess = None
@@ -115,7 +115,7 @@ def test_pairs_do_not_depend_on_the_units_of_the_context(small_flow, generator):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_standardises_its_context_unless_told(name):
+def test_every_model_standardizes_its_context_unless_told(name):
     assert isinstance(
         cnf.models.build(name, dim=2, context=3).context_preprocess, StandardizeContext
     )
@@ -124,7 +124,7 @@ def test_every_model_standardises_its_context_unless_told(name):
     assert told.context_preprocess is None
 
 
-def test_flow_saved_before_contexts_were_standardised_loads_as_it_was(tmp_path):
+def test_flow_saved_before_contexts_were_standardized_loads_as_it_was(tmp_path):
     flow = cnf.models.build("nsf", dim=2, context=3, context_preprocess=None, hidden=(8,))
     del flow.spec["options"]["context_preprocess"]
     read = load(save(flow, tmp_path / "old.safetensors"))
@@ -158,7 +158,7 @@ def test_log_prob_under_a_far_context_warns_as_well():
 
 @pytest.mark.parametrize("inner", [1, 2])
 def test_far_data_behind_composed_preprocessing_warn(inner):
-    parts = [Standardise((2,)), Softplus()][:inner]
+    parts = [Standardize((2,)), Softplus()][:inner]
     flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
     flow.preprocess = Compose([Compose(parts)])
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_device_without_float64_refuses_contexts_as_soon_as_they_are_fitted(monk
     again.load_state_dict(far.state_dict())
     assert far.columns.unresolved == again.columns.unresolved == (1,)
     assert again.columns.dtype == F64
-    monkeypatch.setattr("cnf.transforms.normalisation.widest", lambda device: torch.float32)
+    monkeypatch.setattr("cnf.transforms.normalization.widest", lambda device: torch.float32)
     assert near.to("cpu").columns.loc.dtype == torch.float32
     with pytest.raises(ValueError, match=r"columns \[1\] need float64, which cpu does"):
         far.to("cpu")
@@ -246,10 +246,10 @@ def test_fit_of_a_hand_built_flow_names_the_line_to_write():
     def build(**parts):
         return cnf.Flow(None, Continuous(MLPField(2, (8,))), event_shape=(2,), **parts)
 
-    with pytest.warns(UserWarning, match=r"preprocess=cnf.transforms.Standardise\(\(2,\)\)"):
+    with pytest.warns(UserWarning, match=r"preprocess=cnf.transforms.Standardize\(\(2,\)\)"):
         cnf.fit(build(), cnf.FlowMatching(), x, settings)
     cnf.fit(build(), cnf.FlowMatching(), x / 1e4, settings)
-    cnf.fit(build(preprocess=Standardise((2,))), cnf.FlowMatching(), x, settings)
+    cnf.fit(build(preprocess=Standardize((2,))), cnf.FlowMatching(), x, settings)
 
 
 @pytest.mark.parametrize("times", [20, 45])

@@ -38,8 +38,8 @@ def test_nice_leaves_its_start_on_symmetric_data():
 
 @pytest.mark.parametrize(("name", "between"), MIXED)
 @pytest.mark.parametrize("dim", [2, 3, 5])
-def test_every_variable_is_moved_given_others(name, between, dim, randomised, generator):
-    flow = randomised(build(name, dim=dim, layers=4, hidden=(9,), between=between), gain=0.5)
+def test_every_variable_is_moved_given_others(name, between, dim, randomized, generator):
+    flow = randomized(build(name, dim=dim, layers=4, hidden=(9,), between=between), gain=0.5)
     parts = [part for part in flow.transform.transforms]
     for part in parts:  # without what mixes, a variable is what layers made of it
         if not isinstance(part, Coupling | Autoregressive | Inverse) and between == "lu":
@@ -76,18 +76,18 @@ def test_gradients_are_those_of_finite_differences(name, context, small_flow, ge
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_shuffled_couplings_move_every_variable_whatever_is_drawn(seed, randomised, generator):
+def test_shuffled_couplings_move_every_variable_whatever_is_drawn(seed, randomized, generator):
     torch.manual_seed(seed)
     flow = build("realnvp", dim=2, layers=2, hidden=(9,), between="shuffle", preprocess=None)
     x = torch.randn(2, generator=generator, dtype=F64)
-    z = randomised(flow).encode(x)
+    z = randomized(flow).encode(x)
     assert (z[:, None] - x).abs().min() > 1e-6  # no variable comes out as it went in, wherever
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_shuffled_orders_differ_from_layer_to_layer(seed, randomised, generator):
+def test_shuffled_orders_differ_from_layer_to_layer(seed, randomized, generator):
     torch.manual_seed(seed)
-    flow = randomised(build("maf", dim=2, layers=2, hidden=(9,), between="shuffle"))
+    flow = randomized(build("maf", dim=2, layers=2, hidden=(9,), between="shuffle"))
     x = torch.randn(2, generator=generator, dtype=F64)
     assert torch.autograd.functional.jacobian(flow.encode, x).abs().min() > 1e-6
 
@@ -122,9 +122,9 @@ def test_a_saved_model_comes_back_with_what_was_drawn(name, tmp_path, generator)
 
 
 @pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
-def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomised):
+def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomized):
     options = {"period": 2 * math.pi, "between": None, "preprocess": None, "bins": 5}
-    flow = randomised(build(name, dim=2, hidden=(9,), **options), gain=0.4)
+    flow = randomized(build(name, dim=2, hidden=(9,), **options), gain=0.4)
     axis = torch.linspace(-math.pi, math.pi, 201, dtype=F64)[:-1]
     with torch.no_grad():
         density = flow.log_prob(torch.cartesian_prod(axis, axis)).exp().reshape(200, 200)
@@ -141,9 +141,9 @@ def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomised):
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_angles_at_the_seam_have_a_density_in_float32(layers, randomised, generator):
+def test_angles_at_the_seam_have_a_density_in_float32(layers, randomized, generator):
     options = {"period": 2.0, "between": None, "preprocess": None, "hidden": (9,)}
-    flow = randomised(build("nsf", dim=2, layers=layers, **options)).float()
+    flow = randomized(build("nsf", dim=2, layers=layers, **options)).float()
     edge = torch.tensor([1.0, -1.0, 1 - 6e-8, -1 + 6e-8, 0.3])
     x = torch.cat([torch.cartesian_prod(edge, edge), flow.sample(20_000, generator=generator)])
     assert torch.isfinite(flow.log_prob(x)).all()

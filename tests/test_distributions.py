@@ -56,7 +56,7 @@ def test_standard_normal_is_torchs(shape, generator):
 
 
 def test_mixture_density_by_hand():
-    weights = torch.tensor([1.0, 2.0, 3.0], dtype=F64)  # not normalised
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=F64)  # not normalized
     z = torch.tensor([[0.3, -0.4], [2.0, 1.0]], dtype=F64)
     parts = [
         MultivariateNormal(m, torch.diag(s**2)).log_prob(z).exp()

@@ -27,12 +27,12 @@ class Call(nn.Module):
 
 
 @pytest.fixture
-def exported(small_flow, randomised):
+def exported(small_flow, randomized):
     """(name, method, context) → the module, the exported program, and inputs by their rows."""
 
     def export(name, method, context=0, float32=False):
         if name == "glow":
-            flow = randomised(MODELS[name](shape=(1, 4, 4), context=context, hidden=(4, 4)))
+            flow = randomized(MODELS[name](shape=(1, 4, 4), context=context, hidden=(4, 4)))
         else:
             solver = Solver("rk4", steps=1)
             one = {"layers": 1} if "layers" in inspect.signature(MODELS[name]).parameters else {}

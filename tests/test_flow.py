@@ -14,7 +14,7 @@ from cnf.dynamics import record
 from cnf.fields import Adapter
 from cnf.flow import evaluating
 from cnf.models import MODELS
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 F64 = torch.float64
 MODES = [True, False]
@@ -43,7 +43,7 @@ class Linear(nn.Module):
 
 def test_log_prob_of_a_linear_flow_is_a_gaussians(points):
     # x = e^A z and then ·scale + loc: N(loc, S e^A e^Aᵀ S)
-    outer = Standardise((2,))
+    outer = Standardize((2,))
     outer.loc.copy_(torch.tensor([1.0, -2.0]))
     outer.scale.copy_(torch.tensor([0.5, 3.0]))
     transform = Continuous(Adapter(Linear(), (2,)), Solver(rtol=1e-10, atol=1e-10))
@@ -62,7 +62,7 @@ class Linear32(nn.Module):
 def far(request):
     """A flow in float32, N(loc, RRᵀ) near 1e8, and the float64 points that it was fitted to."""
     x = 1e8 + torch.randn(500, 2, generator=seeded(1), dtype=F64) * torch.tensor([2.0, 0.5])
-    outer, inner = Standardise((2,)), Standardise((2,))
+    outer, inner = Standardize((2,)), Standardize((2,))
     outer.fit(x)
     inner.scale.copy_(torch.tensor([0.8, 1.1]))
     root = inner.scale.diag()
@@ -242,7 +242,7 @@ def test_sampling_repeats_and_leaves_the_global_generator_alone(name, small_flow
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_row_does_not_depend_on_its_neighbours(name, small_flow, points):
+def test_a_row_does_not_depend_on_its_neighbors(name, small_flow, points):
     flow = small_flow(name, solver=Solver(rtol=1e-7, atol=1e-7))
     with torch.no_grad():
         crowd = flow.log_prob(torch.cat([points, 8 * points.repeat(20, 1)]))[:5]

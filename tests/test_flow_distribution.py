@@ -5,7 +5,7 @@ import torch
 from torch import distributions as td
 
 from cnf import Flow, models
-from cnf.transforms import Compose, Coupling, Sigmoid, Softplus, Standardise
+from cnf.transforms import Compose, Coupling, Sigmoid, Softplus, Standardize
 
 F64 = torch.float64
 
@@ -96,7 +96,7 @@ def test_support_is_the_box_that_the_flow_ends_in():
         assert p.support.check(p.sample((9,))).all()
     for transform, preprocess, bounded in (
         (Compose([Sigmoid(), Coupling(2)]), None, False),
-        (Compose([Coupling(2), Sigmoid()]), Standardise((2,)), False),
+        (Compose([Coupling(2), Sigmoid()]), Standardize((2,)), False),
         (Coupling(2), Sigmoid(), True),
     ):
         p = Flow(None, transform, preprocess, event_shape=(2,)).distribution()
@@ -149,7 +149,7 @@ def test_is_a_guide_of_pyro_that_learns(small_flow):
 
 @pytest.mark.parametrize("name", ["mean", "variance", "stddev", "entropy", "cdf", "icdf"])
 def test_what_has_no_formula_is_estimated_as_its_error_proposes(name):
-    distribution = Flow(None, Standardise((2,)), event_shape=(2,)).distribution()
+    distribution = Flow(None, Standardize((2,)), event_shape=(2,)).distribution()
     normal = td.Normal(torch.zeros(2), torch.ones(2))
     value = {"cdf": torch.tensor([0.5, 1.0]), "icdf": torch.tensor(0.3)}.get(name)
     with pytest.raises(NotImplementedError, match=f"FlowDistribution.{name}: ") as raised:
@@ -171,14 +171,14 @@ def test_what_has_no_formula_is_estimated_as_its_error_proposes(name):
 @pytest.mark.parametrize("use", [lambda d: d.mode, lambda d: d.enumerate_support()])
 def test_mode_and_a_list_of_the_support_are_refused_in_a_sentence(use):
     with pytest.raises(NotImplementedError, match="FlowDistribution.*; .*sample"):
-        use(Flow(None, Standardise((2,)), event_shape=(2,)).distribution())
+        use(Flow(None, Standardize((2,)), event_shape=(2,)).distribution())
 
 
 def test_repr_names_the_model_and_the_shapes():
     nsf = models.build("nsf", dim=3, context=2)
     said = repr(nsf.distribution(torch.zeros(4, 2))).removeprefix("Pyro")  # once it is imported
     assert said == ("FlowDistribution(nsf, batch_shape: (4,), event_shape: (3,))")
-    said = repr(Flow(None, Standardise((2,)), event_shape=(2,)).distribution())
+    said = repr(Flow(None, Standardize((2,)), event_shape=(2,)).distribution())
     assert said.removeprefix("Pyro") == (
-        "FlowDistribution(Standardise, batch_shape: (), event_shape: (2,))"
+        "FlowDistribution(Standardize, batch_shape: (), event_shape: (2,))"
     )

@@ -1,4 +1,4 @@
-"""Flows from other parts: a density as the base, dequantised data, images."""
+"""Flows from other parts: a density as the base, dequantized data, images."""
 
 import math
 
@@ -17,7 +17,7 @@ from cnf.transforms import (
     Continuous,
     Coupling,
     RationalQuadratic,
-    Standardise,
+    Standardize,
 )
 
 F64 = torch.float64
@@ -45,8 +45,8 @@ class Shifted:
         return self.normal.log_prob(x)
 
 
-def test_data_to_data_flow_keeps_an_exact_density(randomised, points):
-    flow = randomised(Flow(Shifted(), Compose([Coupling(2), Coupling(2, [1])])))
+def test_data_to_data_flow_keeps_an_exact_density(randomized, points):
+    flow = randomized(Flow(Shifted(), Compose([Coupling(2), Coupling(2, [1])])))
     z = flow.encode(points)
     jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
     expected = Shifted().log_prob(z[0]) + jacobian.det().abs().log()
@@ -55,14 +55,14 @@ def test_data_to_data_flow_keeps_an_exact_density(randomised, points):
     torch.testing.assert_close(flow.log_prob(x), log_prob)
 
 
-def test_splines_and_a_field_mix_into_one_flow(randomised, points):
+def test_splines_and_a_field_mix_into_one_flow(randomized, points):
     spline, tight = RationalQuadratic(4), cnf.Solver(rtol=1e-8, atol=1e-8)
     parts = [
         Coupling(2, map=spline, hidden=(8,)),
         Continuous(MLPField(2, (8,), frequencies=1), tight),
         Coupling(2, [1], map=spline, hidden=(8,)),
     ]
-    flow = randomised(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
+    flow = randomized(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
     z = flow.encode(points)
     jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
     expected = flow.base.log_prob(z[0]) + jacobian.det().abs().log()
@@ -85,12 +85,12 @@ class UniformNoise:
         return (y * 4).floor().clamp(0, 3)
 
 
-def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
+def test_dequantized_log_prob_is_a_bound_that_counts_the_noise():
     # the uniform on [0, 1)² gives each of the 16 cells exactly 1/16, whatever is drawn
     base = cnf.distributions.Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
-    flow = Flow(base, Standardise((2,)), dequantisation=UniformNoise()).double()
+    flow = Flow(base, Standardize((2,)), dequantization=UniformNoise()).double()
     assert not flow.distribution().has_rsample  # discrete draws have no gradient
-    assert Flow(base, Standardise((2,))).distribution().has_rsample
+    assert Flow(base, Standardize((2,))).distribution().has_rsample
     x = torch.tensor([[0.0, 3.0], [2.0, 1.0]], dtype=F64)
     torch.testing.assert_close(flow.log_prob(x), torch.full((2,), -math.log(16), dtype=F64))
     torch.testing.assert_close(flow.decode(flow.encode(x)), x)
@@ -100,7 +100,7 @@ def test_dequantised_log_prob_is_a_bound_that_counts_the_noise():
 
 
 def test_parts_of_other_event_shapes_are_refused():
-    for parts in ((Coupling(3), None), (Coupling(2), Standardise((3,)))):
+    for parts in ((Coupling(3), None), (Coupling(2), Standardize((3,)))):
         with pytest.raises(ValueError, match=r"expected a transform of \(2,\), got .* of \(3,\)"):
             Flow(None, *parts, event_shape=(2,))
 
@@ -108,7 +108,7 @@ def test_parts_of_other_event_shapes_are_refused():
 def test_image_flow_counts_its_event(generator):
     net = nn.Conv2d(1, 1, 3, padding=1)
     field = Adapter(_Image(net), (1, 3, 3))
-    flow = Flow(None, Continuous(field), Standardise((1, 3, 3)), event_shape=(1, 3, 3)).double()
+    flow = Flow(None, Continuous(field), Standardize((1, 3, 3)), event_shape=(1, 3, 3)).double()
     x, log_prob = flow.sample_and_log_prob((2, 2), generator=generator)
     assert x.shape == (2, 2, 1, 3, 3) and log_prob.shape == (2, 2)
     torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-3)  # solver rtol 1e-5

@@ -25,10 +25,10 @@ class LogProb(nn.Module):
 
 
 @pytest.fixture
-def flow_and_x(small_flow, randomised, generator):
+def flow_and_x(small_flow, randomized, generator):
     def build(name, context=0):
         if name == "glow":
-            flow = randomised(MODELS[name](shape=(1, 4, 4), context=context, hidden=(4, 4)))
+            flow = randomized(MODELS[name](shape=(1, 4, 4), context=context, hidden=(4, 4)))
         else:
             flow = small_flow(name, context=context, solver=STEPS, gain=0.5)
         x = torch.randn(3, *flow.event_shape, generator=generator, dtype=F64)

@@ -1,4 +1,4 @@
-"""Flow matching of every target and path: its loss by hand, and what minimises it."""
+"""Flow matching of every target and path: its loss by hand, and what minimizes it."""
 
 import math
 
@@ -13,7 +13,7 @@ from cnf.matching import Linear
 from cnf.matching.paths import Bridge
 from cnf.objectives import OBJECTIVES
 from cnf.training.stream import shared
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 F64 = torch.float64
 M, S = 1.5, 0.4  # the data are N(M, S²) in every coordinate
@@ -48,14 +48,14 @@ def closed_form(name, t, x):
     """E[· | xt = x] of everything that a network may predict."""
     t = t.reshape(-1, *[1] * (x.dim() - t.dim())) if t.dim() else t
     (a, b, c), (da, db, dc) = coefficients(name, t)
-    centred, square = x - a * M, a**2 * S**2 + b**2 + c**2
-    x1 = M + a * S**2 / square * centred
+    centered, square = x - a * M, a**2 * S**2 + b**2 + c**2
+    x1 = M + a * S**2 / square * centered
     return {
-        "velocity": da * x1 + (db * b + dc * c) / square * centred,
+        "velocity": da * x1 + (db * b + dc * c) / square * centered,
         "x1": x1,
-        "noise": (b**2 + c**2).sqrt() / square * centred,
-        "score": -centred / square,
-        "z": c / square * centred,
+        "noise": (b**2 + c**2).sqrt() / square * centered,
+        "score": -centered / square,
+        "z": c / square * centered,
     }
 
 
@@ -89,7 +89,7 @@ def flow_of(field):
     return Flow(None, Continuous(field), event_shape=field.event_shape).double()
 
 
-def minimise(flow, objective, batch):
+def minimize(flow, objective, batch):
     """Newton's one step to the minimum of a quadratic loss."""
     parameters = list(objective.parameters(flow))
     value = objective(flow, batch).value
@@ -108,13 +108,13 @@ def minimise(flow, objective, batch):
 @pytest.mark.parametrize("weighting", ["target", "velocity"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", PATHS)
-def test_every_target_is_minimised_by_the_same_velocity(name, target, weighting, rows):
+def test_every_target_is_minimized_by_the_same_velocity(name, target, weighting, rows):
     x0, x1, z, t = rows
     network = Lines()
     flow = flow_of(Predicts(network, target, name))
     noise = z if name in NOISY else None
     batch = Batch(x1, x0=x0, x1=x1, t=t, noise=noise)
-    minimise(flow, FlowMatching(weighting=weighting), batch)
+    minimize(flow, FlowMatching(weighting=weighting), batch)
     x = torch.linspace(-3, 3, 14, dtype=F64).reshape(7, 2)
     for time in TIMES:
         expected = closed_form(name, time, x)
@@ -123,11 +123,11 @@ def test_every_target_is_minimised_by_the_same_velocity(name, target, weighting,
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_plain_field_is_minimised_by_the_velocity(name, rows):
+def test_a_plain_field_is_minimized_by_the_velocity(name, rows):
     x0, x1, z, t = rows
     flow = flow_of(Lines())
     batch = Batch(x1, x0=x0, x1=x1, t=t, noise=z if name in NOISY else None)
-    minimise(flow, FlowMatching(path=name), batch)
+    minimize(flow, FlowMatching(path=name), batch)
     x = torch.linspace(-3, 3, 14, dtype=F64).reshape(7, 2)
     for time in TIMES:
         expected = closed_form(name, time, x)["velocity"]
@@ -135,12 +135,12 @@ def test_a_plain_field_is_minimised_by_the_velocity(name, rows):
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_velocity_and_score_are_minimised_together(name, rows):
+def test_velocity_and_score_are_minimized_together(name, rows):
     x0, x1, z, t = rows
     flow = flow_of(WithScore(Lines(), Lines(), name))
     batch = Batch(x1, x0=x0, x1=x1, t=t, noise=z)
     before = FlowMatching()(flow, batch)
-    after = minimise(flow, FlowMatching(), batch)
+    after = minimize(flow, FlowMatching(), batch)
     x = torch.linspace(-3, 3, 14, dtype=F64).reshape(7, 2)
     for time in TIMES:
         expected = closed_form(name, time, x)
@@ -188,8 +188,8 @@ def test_loss_by_hand(name, target, weighting, event, generator):
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0]).double()])
-def test_a_heads_loss_is_added_and_logged(weight, randomised, generator):
-    flow = randomised(flow_of(WithScore(MLPField(2, (5,)), MLPField(2, (5,)))))
+def test_a_heads_loss_is_added_and_logged(weight, randomized, generator):
+    flow = randomized(flow_of(WithScore(MLPField(2, (5,)), MLPField(2, (5,)))))
     x0, x1, z = (torch.randn(6, 2, generator=generator, dtype=F64) for _ in range(3))
     t = torch.linspace(0.1, 0.9, 6, dtype=F64)
     loss = FlowMatching()(flow, Batch(x1, x0=x0, x1=x1, t=t, noise=z, weight=weight))
@@ -227,11 +227,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_noise_of_a_path_is_drawn_beforehand_and_once(randomised, generator):
-    flow = randomised(
+def test_noise_of_a_path_is_drawn_beforehand_and_once(randomized, generator):
+    flow = randomized(
         Flow(
             None, Continuous(WithScore(MLPField(2, (5,)), MLPField(2, (5,)))),
-            Standardise((2,)), event_shape=(2,),
+            Standardize((2,)), event_shape=(2,),
         )
     )  # fmt: skip
     x = torch.randn(8, 2, generator=generator, dtype=F64)
@@ -337,8 +337,8 @@ def test_the_noise_near_the_data_is_x0(generator):
     torch.testing.assert_close(value, x0.square().sum(1).mean(), rtol=1e-3, atol=0)
 
 
-def test_weighted_loss_is_the_mean_over_processes(randomised, generator):
-    flow, objective = randomised(flow_of(MLPField(2, (5,)))), FlowMatching()
+def test_weighted_loss_is_the_mean_over_processes(randomized, generator):
+    flow, objective = randomized(flow_of(MLPField(2, (5,)))), FlowMatching()
     x = torch.randn(8, 2, generator=generator, dtype=F64)
     weight = torch.tensor([1.0, 0, 0, 0, 2, 2, 2, 1], dtype=F64)
     batch = objective.prepare(flow, Batch(x, weight=weight), seeded())

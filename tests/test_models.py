@@ -26,7 +26,7 @@ def test_build_gives_a_flow_of_that_size(name, context):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_standardises_unless_told(name):
+def test_every_model_standardizes_unless_told(name):
     x = torch.tensor([5e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(200, 2)
     flow = build(name, dim=2)
     flow.preprocess.fit(x)
@@ -43,7 +43,7 @@ def test_spec_survives_json_and_rebuilds_the_same_architecture(name):
         layers=3,
         activation="tanh",
         solver=cnf.Solver("rk4", steps=8),
-        preprocess="standardise",
+        preprocess="standardize",
     )
     flow = build(name, dim=3, **options)
     spec = json.loads(json.dumps(flow.spec))

@@ -66,8 +66,8 @@ def test_mlp_shape_and_dtype(hidden, batch):
     assert y.shape == (*batch, 2) and y.dtype == torch.float64
 
 
-def test_mlp_is_the_sequence_of_its_layers(randomised, generator):
-    mlp = randomised(MLP(3, 2, (5, 4), "tanh"))
+def test_mlp_is_the_sequence_of_its_layers(randomized, generator):
+    mlp = randomized(MLP(3, 2, (5, 4), "tanh"))
     x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     first, second, last = mlp.layers
     torch.testing.assert_close(mlp(x), last(second(first(x).tanh()).tanh()))

@@ -89,7 +89,7 @@ def test_penalties_are_weighted_means_like_the_likelihood(small_flow, x):
 
 
 @pytest.mark.parametrize("name", ["cnf", "ffjord"])
-def test_penalised_loss_reaches_every_parameter_and_the_context(name, small_flow, x, context):
+def test_penalized_loss_reaches_every_parameter_and_the_context(name, small_flow, x, context):
     flow, leaf = small_flow(name, context=3), context.requires_grad_()
     loss = MaximumLikelihood(penalties={"kinetic": 0.3})(flow, Batch(x, leaf))
     loss.value.backward()
@@ -179,7 +179,7 @@ class Conditional(nn.Module):
         return self.gain[0] * self.m + self.gain[1] * slope * (x - t * self.m)
 
 
-def test_exact_field_of_gaussian_to_gaussian_minimises_flow_matching():
+def test_exact_field_of_gaussian_to_gaussian_minimizes_flow_matching():
     net = Conditional(2.0, 0.5)
     flow = Flow(
         None, Continuous(Adapter(net, (1,)), Solver(rtol=1e-8, atol=1e-8)), event_shape=(1,)

@@ -1,4 +1,4 @@
-"""Flows as amortised posteriors: E[log q(z|y) - log p(z, y)] is least, -log p(y), at the truth."""
+"""Flows as amortized posteriors: E[log q(z|y) - log p(z, y)] is least, -log p(y), at the truth."""
 
 import pytest
 import torch
@@ -28,12 +28,12 @@ def excess(flow, y, generator, samples=1):
 def test_reverse_kl_comes_down_to_the_posterior(name, generator):
     flow = build(name, dim=2, context=2, preprocess=None)
     before = excess(flow, observed(2_000, generator), generator).item()
-    optimiser = torch.optim.Adam(flow.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 300)
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         excess(flow, observed(256, generator), generator).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     flow.eval()
     with torch.no_grad():

@@ -40,4 +40,4 @@ def test_own_network_of_the_readme_learns_data_far_from_unit_scale():
     y = truth.sample((500,))
     with torch.no_grad():
         gap = (truth.log_prob(y).sum(-1) - names["flow"].log_prob(y)).mean()
-    assert gap < 0.5  # nats; a thousand and more where the data are not standardised
+    assert gap < 0.5  # nats; a thousand and more where the data are not standardized

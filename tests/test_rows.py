@@ -11,7 +11,7 @@ from cnf import Flow, Hutchinson, Solver, SolverError
 from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import Adapter, MLPField
 from cnf.models import MODELS
-from cnf.transforms import Compose, Continuous, Coupling, Standardise
+from cnf.transforms import Compose, Continuous, Coupling, Standardize
 
 F64 = torch.float64
 NAN, INF = math.nan, math.inf
@@ -127,9 +127,9 @@ def test_error_bars_keep_nan_in_its_row(name, small_flow, points):
     assert (told.solver_error[[2, 6]] == 0).all()  # -inf is exact
 
 
-def test_nan_passes_layers_around_a_solve(randomised, points):
+def test_nan_passes_layers_around_a_solve(randomized, points):
     parts = [Coupling(2, hidden=(8,)), Continuous(MLPField(2, (8,), frequencies=1)), Coupling(2)]
-    flow = randomised(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
+    flow = randomized(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
     found, alone = flow.log_prob(points), flow.log_prob(points[FINITE])
     assert_rule(found, alone)
     weights = list(flow.parameters())
@@ -141,8 +141,8 @@ def test_nan_passes_layers_around_a_solve(randomised, points):
         torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-9)
 
 
-def test_images_keep_nan_in_their_row(randomised, generator):
-    flow = randomised(cnf.models.build("glow", shape=(1, 4, 4), hidden=(8, 8)), gain=0.3)
+def test_images_keep_nan_in_their_row(randomized, generator):
+    flow = randomized(cnf.models.build("glow", shape=(1, 4, 4), hidden=(8, 8)), gain=0.3)
     x = torch.randn(4, 1, 4, 4, generator=generator, dtype=F64)
     broken = x.clone()
     broken[1, 0, 2, 3], broken[2, 0, 0, 0] = NAN, INF
@@ -152,7 +152,7 @@ def test_images_keep_nan_in_their_row(randomised, generator):
 
 
 def test_far_points_that_overflow_in_preprocessing_have_no_density():
-    outer = Standardise((2,))
+    outer = Standardize((2,))
     outer.fit(1e-3 * torch.randn(50, 2))
     flow = Flow(None, Continuous(MLPField(2, (8,))), outer, event_shape=(2,))
     x = torch.tensor([[1e-3, 0.0], [3e38, 0.0]])
@@ -161,7 +161,7 @@ def test_far_points_that_overflow_in_preprocessing_have_no_density():
 
 
 class Net(nn.Module):
-    """Dequantisation with weights of its own."""
+    """Dequantization with weights of its own."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Net(nn.Module):
         return y.floor()
 
 
-def test_nan_does_not_reach_dequantisation():
+def test_nan_does_not_reach_dequantization():
     flow = Flow(None, Compose([Coupling(2)]), None, Net(), event_shape=(2,))
     x = torch.tensor([[1.0, 2.0], [NAN, 0.0], [0.0, INF]])
     found = flow.log_prob(x)

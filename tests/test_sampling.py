@@ -18,7 +18,7 @@ from cnf.fields import (
     converted,
 )
 from cnf.sampling import edm_grid, guided, learned_grid, sde
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 F64 = torch.float64
 M, S = 1.5, 0.4  # the data are N(M, S²) in every coordinate
@@ -53,12 +53,12 @@ class Mean(VectorField):
     def forward(self, t, x, context=None):
         t = t.clamp(1e-3, 1 - 1e-3) if self.path == "bridge" else t
         a, b, c, da, db, dc = PATHS[self.path](t)
-        centred, square = x - a * M, a**2 * S**2 + b**2 + c**2
+        centered, square = x - a * M, a**2 * S**2 + b**2 + c**2
         if self.target == "velocity":
-            return da * M + (a * da * S**2 + b * db + c * dc) / square * centred
+            return da * M + (a * da * S**2 + b * db + c * dc) / square * centered
         if self.target == "x1":
-            return M + a * S**2 / square * centred
-        return (c if self.target == "z" else (b**2 + c**2).sqrt()) / square * centred
+            return M + a * S**2 / square * centered
+        return (c if self.target == "z" else (b**2 + c**2).sqrt()) / square * centered
 
 
 FLOWS = {
@@ -234,7 +234,7 @@ class Rounded:
 
 
 def test_a_grid_is_learned_before_values_are_rounded():
-    grid = learned_grid(late_flow(dequantisation=Rounded()), 2, points=4)
+    grid = learned_grid(late_flow(dequantization=Rounded()), 2, points=4)
     assert grid[1] == pytest.approx(0.8, abs=0.01)
 
 
@@ -301,13 +301,13 @@ def test_one_step_by_hand():
 
 
 def test_it_ends_in_data_space():
-    standardise = Standardise((2,)).double()
-    flow, _ = gaussian_flow("velocity, linear", preprocess=standardise)
-    standardise.loc.fill_(10.0)
-    standardise.scale.fill_(3.0)
+    standardize = Standardize((2,)).double()
+    flow, _ = gaussian_flow("velocity, linear", preprocess=standardize)
+    standardize.loc.fill_(10.0)
+    standardize.scale.fill_(3.0)
     x = sde(flow, 10_000, steps=100, generator=seeded())
     assert_law(x, 10 + 3 * M, 3 * S, 0.1)
-    flow.dequantisation = Rounded()
+    flow.dequantization = Rounded()
     rounded = sde(flow, 10_000, steps=100, generator=seeded())
     assert rounded.dtype == torch.int64 and torch.equal(rounded, x.floor().long())
 
@@ -345,10 +345,10 @@ def test_sde_of_a_guided_flow_is_guided(layers, small_flow, generator):
 
 
 @pytest.mark.parametrize("kind", ["predicts", "head"])
-def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomised):
+def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomized):
     networks = [NullContext(MLPField(2, (5,), 2)) for _ in range(2)]
     field = Predicts(networks[0], "x1", "vp") if kind == "predicts" else WithScore(*networks)
-    flow = randomised(Flow(None, Continuous(field), event_shape=(2,)))
+    flow = randomized(Flow(None, Continuous(field), event_shape=(2,)))
     context = torch.ones(2, dtype=F64)
     found = sde(guided(flow, 1.0), 3, context, steps=20, generator=seeded())
     expected = sde(flow, 3, context, steps=20, generator=seeded())

@@ -62,7 +62,7 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
 
 
 def expect_exact(who: str, columns: Mapping[Any, np.ndarray]) -> None:
-    """Raise where float64, in which data are standardised, merges different integers."""
+    """Raise where float64, in which data are standardized, merges different integers."""
     merged = [repr(name) for name, values in columns.items() if _merges(values)]
     if merged:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the columns of a table are for: those that are modelled, a context, weights."""
+"""What the columns of a table are for: those that are modeled, a context, weights."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Table:
             might merge stay integers, masked where missing.
         named: Whether the file gives the names.
         lines: The line of each row in a text file.
-        index: The columns in which pandas keeps an index: not modelled unless they are named.
+        index: The columns in which pandas keeps an index: not modeled unless they are named.
     """
 
     columns: dict[str, np.ndarray]
@@ -71,7 +71,7 @@ class Columns:
 
     @property
     def header(self) -> list[str] | None:
-        """The names of what is modelled; None where the file had none, or nothing is chosen."""
+        """The names of what is modeled; None where the file had none, or nothing is chosen."""
         return None if all(map(is_number, self.columns or [])) else self.columns
 
     def settled(self, who: str, table: Table) -> "Columns":

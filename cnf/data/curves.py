@@ -27,18 +27,18 @@ class Gaussian:
         """Offsets, shape (n, 2)."""
         return self.sigma * normal(n, 2, generator=generator)
 
-    def log_mixture(self, x: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
-        r""":math:`\log\sum_j w_j\,N(x; c_j, \sigma^2)`, shape (N,), x (N, 2), centres (M, 2)."""
-        x, centres = x / self.sigma, centres / self.sigma
+    def log_mixture(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+        r""":math:`\log\sum_j w_j\,N(x; c_j, \sigma^2)`, shape (N,), x (N, 2), centers (M, 2)."""
+        x, centers = x / self.sigma, centers / self.sigma
         # The square is multiplied out: all pairs cost one matrix product and one exponential.
-        exponents = torch.addmm(log_weights - centres.square().sum(-1) / 2, x, centres.T)
+        exponents = torch.addmm(log_weights - centers.square().sum(-1) / 2, x, centers.T)
         constant = math.log(2 * math.pi * self.sigma**2)
         return exponents.logsumexp(-1) - x.square().sum(-1) / 2 - constant
 
 
 @dataclass(frozen=True)
 class BlurredSquare:
-    """Noise: uniform on a centred square of side `width`, plus a normal of deviation sigma."""
+    """Noise: uniform on a centered square of side `width`, plus a normal of deviation sigma."""
 
     width: float
     sigma: float
@@ -53,28 +53,28 @@ class BlurredSquare:
         flat = self.width * (uniform(n, 2, generator=generator) - 0.5)
         return flat + self.sigma * normal(n, 2, generator=generator)
 
-    def log_mixture(self, x: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
-        r"""Log-density of the noise around weighted centres, shape (N,), x (N, 2), centres (M, 2).
+    def log_mixture(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+        r"""Log-density of the noise around weighted centers, shape (N,), x (N, 2), centers (M, 2).
 
-        At distance d from a centre, each coordinate has the density
+        At distance d from a center, each coordinate has the density
         :math:`[\mathrm{erfc}(p) - \mathrm{erfc}(q)] / 2w`, with
         :math:`p, q = (d \mp w/2)/\sqrt2\sigma`.
         """
-        near = self._near(x.detach(), centres, log_weights)
-        row, centre = near.nonzero(as_tuple=True)
-        distance = (x[row] - centres[centre]).abs()
+        near = self._near(x.detach(), centers, log_weights)
+        row, center = near.nonzero(as_tuple=True)
+        distance = (x[row] - centers[center]).abs()
         p = (distance - self.width / 2) / (math.sqrt(2) * self.sigma)
         q = (distance + self.width / 2) / (math.sqrt(2) * self.sigma)
         # e^{p²} is taken out, so that far tails keep their digits; where the clamp bites,
         # erfc(q) is 0 beside it.
         scaled = torch.special.erfcx(p) - p.square().clamp(max=700).exp() * torch.special.erfc(q)
-        exponents = scaled.prod(-1).log() - p.square().sum(-1) + log_weights[centre]
+        exponents = scaled.prod(-1).log() - p.square().sum(-1) + log_weights[center]
         constant = 2 * math.log(2 * self.width)
         return grouped_logsumexp(exponents, row, len(x)) - constant
 
-    def _near(self, x: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
-        """Which centres count for which rows: the others add less than e^-25 of the whole."""
-        outside = ((x[:, None] - centres).abs() - self.width / 2).clamp(min=0)
+    def _near(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+        """Which centers count for which rows: the others add less than e^-25 of the whole."""
+        outside = ((x[:, None] - centers).abs() - self.width / 2).clamp(min=0)
         bound = log_weights - outside.square().sum(-1) / (2 * self.sigma**2)
         return bound >= bound.amax(-1, keepdim=True) - 40
 
@@ -118,8 +118,8 @@ class Curves(Toy):
         return points[arm, torch.arange(n, device=arm.device)] + self.noise.draw(n, generator)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        centres, log_weights = (tensor.to(x.device) for tensor in self._mixture)
-        return self.noise.log_mixture(x, centres, log_weights)
+        centers, log_weights = (tensor.to(x.device) for tensor in self._mixture)
+        return self.noise.log_mixture(x, centers, log_weights)
 
     @cached_property
     def _mixture(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The grey level of a picture as a density."""
+"""The gray level of a picture as a density."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ SIDE = 8.0  # the longer side, the scale of the other densities
 class Picture(Cells):
     """The density on the plane whose mass lies where a picture is dark.
 
-    Each pixel is a cell of constant density, proportional to its darkness (white minus grey
-    level). The longer side spans [-4, 4], the aspect is kept, the centre is the origin and y
+    Each pixel is a cell of constant density, proportional to its darkness (white minus gray
+    level). The longer side spans [-4, 4], the aspect is kept, the center is the origin and y
     points up. Transparency counts as white.
 
     Args:
@@ -31,7 +31,7 @@ class Picture(Cells):
 
     def __init__(self, path: str | Path, invert: bool = False) -> None:
         path = Path(path)
-        light = grey_levels(path)
+        light = gray_levels(path)
         if light.min() == light.max():
             raise ValueError(
                 f"Picture: expected a picture with light and dark pixels, got {path} with all "
@@ -43,8 +43,8 @@ class Picture(Cells):
         super().__init__(path.stem, torch.from_numpy(mass.copy()), (-x, -y), (x, y))
 
 
-def grey_levels(path: Path) -> np.ndarray:
-    """Grey levels in [0, 1], 1 for white, shape (rows, columns), float64, of a picture file."""
+def gray_levels(path: Path) -> np.ndarray:
+    """Gray levels in [0, 1], 1 for white, shape (rows, columns), float64, of a picture file."""
     image, ops = optional("PIL.Image", "data"), optional("PIL.ImageOps", "data")
     if not path.is_file():
         raise FileNotFoundError(f"Picture: expected a picture file, got {path}, which is no file")

@@ -22,7 +22,7 @@ def load(source: Any, columns: Columns | None = None) -> Source:
         source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
             points as a tensor, an array or a table of shape (N, D), or what this function
             returns, which comes back as it is.
-        columns: What the columns of a table are for; all are modelled if None.
+        columns: What the columns of a table are for; all are modeled if None.
 
     Returns:
         A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points.

@@ -191,7 +191,7 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
 
     Args:
         path: The file.
-        columns: What its columns are for; all are modelled if None.
+        columns: What its columns are for; all are modeled if None.
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The kind of file is unknown, or what it holds is not a table of at least two

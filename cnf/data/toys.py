@@ -58,15 +58,15 @@ def _swissroll_arms(v: Tensor) -> Tensor:
 
 @TOYS.register("8gaussians")
 def eight_gaussians() -> Toy:
-    """Centre 4·(cos, sin)(kπ/4), k = 0…7; + 0.5·(ξ, η); divided by 1.414."""
+    """Center 4·(cos, sin)(kπ/4), k = 0…7; + 0.5·(ξ, η); divided by 1.414."""
     return Curves("8gaussians", _octagon(4 / 1.414), Gaussian(0.5 / 1.414), nodes=1)
 
 
 def _octagon(radius: float) -> Callable[[Tensor], Tensor]:
     def arms(v: Tensor) -> Tensor:
         angle = torch.arange(8, dtype=v.dtype, device=v.device) * math.pi / 4
-        centres = radius * torch.stack([angle.cos(), angle.sin()], -1)
-        return centres[:, None].expand(-1, len(v), -1)
+        centers = radius * torch.stack([angle.cos(), angle.sin()], -1)
+        return centers[:, None].expand(-1, len(v), -1)
 
     return arms
 
@@ -107,7 +107,7 @@ def two_spirals() -> Toy:
 
 def _spiral_arms(v: Tensor) -> Tensor:
     s = 3 * math.pi * v
-    # ½u′ has the mean ¼, which belongs to the curve: the noise is centred, alike for p and −p.
+    # ½u′ has the mean ¼, which belongs to the curve: the noise is centered, alike for p and −p.
     arm = torch.stack([0.25 - s * s.cos(), 0.25 + s * s.sin()], -1) / 3
     return torch.stack([arm, -arm])
 
@@ -127,7 +127,7 @@ def rings() -> Toy:
 
 @TOYS.register("25gaussians")
 def twenty_five_gaussians() -> Toy:
-    """Centre (2i, 2j), i, j = −2…2; + 0.05·(ξ, η); divided by 2.828.
+    """Center (2i, 2j), i, j = −2…2; + 0.05·(ξ, η); divided by 2.828.
 
     Source: the code of Gulrajani et al. (2017), https://arxiv.org/abs/1704.00028.
     """
@@ -157,7 +157,7 @@ def _scurve_arms(v: Tensor) -> Tensor:
 
 @TOYS.register("8gaussians-r5")
 def eight_gaussians_r5() -> Toy:
-    """Centre 5·(cos, sin)(kπ/4), k = 0…7; + (ξ, η).
+    """Center 5·(cos, sin)(kπ/4), k = 0…7; + (ξ, η).
 
     What flow matching's papers call 8gaussians: Tong et al. (2024),
     https://arxiv.org/abs/2302.00482.
@@ -167,7 +167,7 @@ def eight_gaussians_r5() -> Toy:
 
 @TOYS.register("8gaussians-r12")
 def eight_gaussians_r12() -> Toy:
-    """Centre 12·(cos, sin)(kπ/4), k = 0…7; + 1.5·(ξ, η): the target of Tong et al.'s moons."""
+    """Center 12·(cos, sin)(kπ/4), k = 0…7; + 1.5·(ξ, η): the target of Tong et al.'s moons."""
     return Curves("8gaussians-r12", _octagon(12.0), Gaussian(1.5), nodes=1)
 
 

@@ -95,7 +95,7 @@ class Watched:
         if self.nfe >= self.solver.max_nfe:
             raise self._noisy(t, state) or self.error(
                 "too many evaluations: the field is stiff or the tolerance out of reach",
-                "Loosen rtol and atol, lower the learning rate, regularise, or raise max_nfe.",
+                "Loosen rtol and atol, lower the learning rate, regularize, or raise max_nfe.",
             )
         self.nfe += 1
         if self.in_forward:

@@ -46,7 +46,7 @@ class Solver:
             parameters' gradients, which nothing feeds back (Kidger et al. 2021,
             https://arxiv.org/abs/2009.09457); "full" does not.
         norm: Which error the tolerances bound: "rms" over all rows, so that a row's answer
-            hangs, within the tolerance, on its neighbours; "rows", the worst row's.
+            hangs, within the tolerance, on its neighbors; "rows", the worst row's.
         memory: GiB that "auto" may keep for one solve's graph.
         segments: Segments of "checkpoint".
         compile: Run the dynamics (velocity, divergence and integrands together) through

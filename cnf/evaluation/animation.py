@@ -16,7 +16,7 @@ from cnf.evaluation.style import (
     INK,
     attempt,
     axis_names,
-    colours,
+    colors,
     device_of,
     frame,
     panels,
@@ -96,7 +96,7 @@ def plot_trajectories(results: Results, particles: int = 120, points: int = 60) 
     }
     edges = torch.tensor([0.02, 0.98], dtype=torch.float64)
     seen = [way.quantile(edges, 1) for way in ways.values() if _finite(way)]
-    window, names, colour = window_of(results.density, *seen), titles(results), colours(results)
+    window, names, color = window_of(results.density, *seen), titles(results), colors(results)
     collection = optional("matplotlib.collections", "evaluation").LineCollection
     with styled():
         figure, axes = panels(len(ways), window, 2.05 if len(ways) > 2 else 2.9, below=0.3)
@@ -108,11 +108,11 @@ def plot_trajectories(results: Results, particles: int = 120, points: int = 60) 
                 continue
             lines = way.transpose(0, 1).numpy()
             ax.add_collection(
-                collection(lines, colors=colour[name], linewidths=0.8, alpha=0.35), autolim=False
+                collection(lines, colors=color[name], linewidths=0.8, alpha=0.35), autolim=False
             )
             scatter(ax, way[0], "#9aa1ad", size=9, alpha=0.9)
-            scatter(ax, way[-1], colour[name], size=9, alpha=0.95)
-        figure.supxlabel("grey dots: noise    coloured dots: data", color=FAINT, fontsize=11)
+            scatter(ax, way[-1], color[name], size=9, alpha=0.95)
+        figure.supxlabel("gray dots: noise    colored dots: data", color=FAINT, fontsize=11)
     return figure
 
 
@@ -123,7 +123,7 @@ def animate(
     window: Tensor | None = None,
     title: str = "",
     names: Sequence[str] = (),
-    colour: str = "#0072B2",
+    color: str = "#0072B2",
     points: int = 1500,
     frames: int = 40,
     seed: int = 0,
@@ -138,7 +138,7 @@ def animate(
         window: Low and high corner of what is shown, shape (2, 2); by default, all particles.
         title: Written above.
         names: Of the columns, written at the axes.
-        colour: Of the particles.
+        color: Of the particles.
         points: How many particles.
         frames: How many pictures.
         seed: Of the particles' starts.
@@ -157,7 +157,7 @@ def animate(
     moving = particle_path(flow, start.to(device_of(flow)), times)[..., :2].cpu()
     if window is None:
         window = window_of(flow, moving)
-    images = _frames(moving, times, window, title, names, colour)
+    images = _frames(moving, times, window, title, names, color)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rests = [600] + [60] * (len(images) - 2) + [2000]
@@ -176,7 +176,7 @@ def _layers(transform: Transform) -> list[Transform]:
 
 
 def _frames(
-    moving: Tensor, times: Tensor, window: Tensor, title: str, names: Sequence[str], colour: str
+    moving: Tensor, times: Tensor, window: Tensor, title: str, names: Sequence[str], color: str
 ) -> list[Any]:
     """One picture a time, all with the same few shades, which keeps the file small."""
     image = optional("PIL.Image", "evaluation")
@@ -195,7 +195,7 @@ def _frames(
         room = 0.45 / high
         ax = figure.add_axes((beside / wide, below / high, 2.97 / wide, (height - 0.03) / high))
         frame(ax, window, "", names=names)
-        dots = ax.scatter([], [], s=5, color=colour, alpha=0.55, linewidths=0)
+        dots = ax.scatter([], [], s=5, color=color, alpha=0.55, linewidths=0)
         shrunk = min(11.0, 11 * 36 / max(len(title), 1))
         figure.text(0.02, 1 - room / 2, title, va="center", fontsize=shrunk)
         clock = ax.text(
@@ -215,15 +215,15 @@ def _frames(
             pixels.append(image.fromarray(np.array(canvas.buffer_rgba())[..., :3].copy()))
         figure.clear()
     palette = image.new("P", (1, 1))
-    palette.putpalette(_shades(colour))
+    palette.putpalette(_shades(color))
     return [picture.quantize(palette=palette, dither=image.Dither.NONE) for picture in pixels]
 
 
-def _shades(colour: str) -> list[int]:
-    """RGB of white to the colour and white to ink, 12 and 8 shades, as a GIF's palette."""
+def _shades(color: str) -> list[int]:
+    """RGB of white to the color and white to ink, 12 and 8 shades, as a GIF's palette."""
     parse = optional("matplotlib.colors", "evaluation").to_rgb
     shades = []
-    for end, count in ((parse(colour), 12), (parse(INK), 8)):
+    for end, count in ((parse(color), 12), (parse(INK), 8)):
         mix = np.linspace(0, 1, count)[:, None]
         shades += (255 * ((1 - mix) + mix * np.array(end))).round().astype(int).ravel().tolist()
     return shades

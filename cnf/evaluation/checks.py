@@ -16,7 +16,7 @@ from cnf.dynamics.divergence import DIVERGENCES, Hutchinson
 from cnf.errors import some
 from cnf.flow import Flow
 from cnf.transforms.continuous import Continuous
-from cnf.transforms.normalisation import ActNorm
+from cnf.transforms.normalization import ActNorm
 
 NATS = 1e-2  # mean error of log_prob that a solver may make
 _NOISE = 1e-5  # relative; more than what non-deterministic sums on a GPU leave in float32
@@ -52,7 +52,7 @@ class Case:
     """Copies of the flow under test, in eval mode, and points to test them at.
 
     Attributes:
-        flow: As it is: own dtype, own solver; without dequantisation.
+        flow: As it is: own dtype, own solver; without dequantization.
         double: In float64, own solver.
         exact: In float64 with a tight solver.
         x: Data, shape (N, *event).
@@ -238,7 +238,7 @@ def batch_independence(case: Case) -> list[Outcome]:
             f"log_prob of a row alone, in {_named(mode)} mode: {error:.2g} nats from the batch's"
         )
         remedy = (
-            "a row depends on its neighbours: batch statistics (BatchNorm, x.mean(0)), or a "
+            "a row depends on its neighbors: batch statistics (BatchNorm, x.mean(0)), or a "
             "reshape that mixes rows"
         )
         outcomes.append(Outcome(error, 1e-4, words, remedy))  # steps shared by a batch, at 1e-8

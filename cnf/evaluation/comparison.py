@@ -155,7 +155,7 @@ def compare(
         contestants: Names in `CONTESTANTS`, or one's own: `["nsf", ("Mine", flow,
             cnf.FlowMatching())]`; those of `RACE` if None. See `entrants`.
         seconds: Budget of each contestant, in seconds of training.
-        steps: Budget of each contestant, in optimiser steps, instead of seconds.
+        steps: Budget of each contestant, in optimizer steps, instead of seconds.
         seeds: One run each.
         folder: Where runs and results are written; nothing is written if None.
         device: As in `TrainConfig`.

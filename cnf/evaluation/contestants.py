@@ -19,7 +19,7 @@ class Stage:
     """A part of a contestant's training.
 
     Args:
-        objective: What is minimised.
+        objective: What is minimized.
         share: Part of the budget.
         settings: `TrainConfig` fields that this stage sets, such as lr or batch_size.
     """
@@ -94,7 +94,7 @@ def _entrant(given: Any) -> tuple[str, Contestant]:
     )
 
 
-AS_THEY_ARE = {"preprocess": None}  # the papers' toys need no standardising; one's own points do
+AS_THEY_ARE = {"preprocess": None}  # the papers' toys need no standardizing; one's own points do
 # Cheap, exact-for-what-it-computes gradients; the evaluation's solver is another and tight. With
 # fewer steps likelihood learns to exploit the solver's error instead of the data.
 LIKELIHOOD = MaximumLikelihood(solver=Solver("rk4", steps=12, gradient="backprop"))

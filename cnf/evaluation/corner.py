@@ -13,7 +13,7 @@ from cnf.evaluation.style import (
     FAINT,
     TRUTH,
     axis_names,
-    colours,
+    colors,
     few_ticks,
     new_figure,
     say_failed,
@@ -53,18 +53,18 @@ def plot_corners(results: Results, true: Tensor, samples: dict[str, Tensor | str
                 say_failed(ax, drawn)
                 continue
             grid = part.subplots(count, count)
-            _corner(grid, true, drawn, colours(results)[name])
+            _corner(grid, true, drawn, colors(results)[name])
             for k, column in enumerate(names[:count]):
                 short = textwrap.shorten(column, 14, placeholder="…")
                 grid[-1, k].set_xlabel(short, fontsize=9)
                 grid[k, 0].set_ylabel(short if k else "", fontsize=9)
         total = results.density.dim
         few = f"the first {count} of {total} dimensions    " if total > count else ""
-        figure.supxlabel(f"{few}grey: data    coloured: samples", color=FAINT, fontsize=11)
+        figure.supxlabel(f"{few}gray: data    colored: samples", color=FAINT, fontsize=11)
     return figure
 
 
-def _corner(grid: Any, true: Tensor, drawn: Tensor, colour: str) -> None:
+def _corner(grid: Any, true: Tensor, drawn: Tensor, color: str) -> None:
     edges = torch.tensor([0.002, 0.998], dtype=torch.float64)
     low, high = true[:, : len(grid)].cpu().double().quantile(edges, 0)
     margin = torch.where(high > low, 0.1 * (high - low), 0.5)
@@ -76,22 +76,22 @@ def _corner(grid: Any, true: Tensor, drawn: Tensor, colour: str) -> None:
         ax.set_xlim(limits[column])
         few_ticks(ax, 2)
         if column == row:
-            _histograms(ax, true[:, row], drawn[:, row], limits[row], colour)
+            _histograms(ax, true[:, row], drawn[:, row], limits[row], color)
             ax.set_yticks([])
         else:
             ax.set_ylim(limits[row])
             scatter(ax, true[:, [column, row]], TRUTH, 1.0, 0.25)
-            scatter(ax, drawn[:, [column, row]], colour, 1.0, 0.25)
+            scatter(ax, drawn[:, [column, row]], color, 1.0, 0.25)
         ax.tick_params(left=column == 0, labelleft=column == 0)
         ax.tick_params(bottom=row == len(grid) - 1, labelbottom=row == len(grid) - 1)
 
 
-def _histograms(ax: "Axes", true: Tensor, drawn: Tensor, limits: list[float], colour: str) -> None:
+def _histograms(ax: "Axes", true: Tensor, drawn: Tensor, limits: list[float], color: str) -> None:
     low, high = limits
     bins = np.linspace(low, high, 31)
     for values, look in (
         (true, {"fill": True, "color": TRUTH, "alpha": 0.25}),
-        (drawn, {"color": colour, "lw": 1.2}),
+        (drawn, {"color": color, "lw": 1.2}),
     ):
         heights = np.histogram(values.cpu().double().numpy(), bins)[0] / len(values)
         ax.stairs(heights, bins, **look)

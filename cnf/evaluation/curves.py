@@ -15,7 +15,7 @@ from cnf.evaluation.style import (
     PALETTE,
     TRUTH,
     axis_names,
-    colours,
+    colors,
     dashes,
     new_figure,
     styled,
@@ -38,7 +38,7 @@ def plot_gap_over_time(results: Results) -> "Figure":
     Args:
         results: Of a race.
     """
-    names, colour, dash = titles(results), colours(results), dashes(results)
+    names, color, dash = titles(results), colors(results), dashes(results)
     known, values = results.score == "gap", []
     with styled():
         figure = new_figure(WIDTH, HEIGHT)
@@ -46,13 +46,13 @@ def plot_gap_over_time(results: Results) -> "Figure":
         for name, title in names.items():
             curve = _over_seeds([entry.curve for entry in results.of(name)])
             if curve is None:
-                ax.plot([], [], color=colour[name], label=f"{title} (no finite value)")
+                ax.plot([], [], color=color[name], label=f"{title} (no finite value)")
                 continue
             time, mean, low, high = curve
-            ax.plot(time, mean, ls=dash[name], color=colour[name], lw=2, label=title)
-            ax.plot(time[-1:], mean[-1:], "o", color=colour[name], ms=5)
+            ax.plot(time, mean, ls=dash[name], color=color[name], lw=2, label=title)
+            ax.plot(time[-1:], mean[-1:], "o", color=color[name], ms=5)
             if len(results.of(name)) > 1:
-                ax.fill_between(time, low, high, color=colour[name], alpha=0.18, lw=0)
+                ax.fill_between(time, low, high, color=color[name], alpha=0.18, lw=0)
             values += [*low, *high]
         if known and values:
             _log_axis(ax, min(values))
@@ -70,18 +70,18 @@ def plot_quality_against_nfe(results: Results) -> "Figure":
     """Sliced W2 of samples against evaluations of the field, both logarithmic.
 
     Lines are Euler's method with few steps, stars each flow's own solver, dashed lines discrete
-    flows, which evaluate no field; the grey line is what two sets of true samples score.
+    flows, which evaluate no field; the gray line is what two sets of true samples score.
 
     Args:
         results: Of a race.
     """
-    names, colour, dash = titles(results), colours(results), dashes(results)
+    names, color, dash = titles(results), colors(results), dashes(results)
     with styled():
         figure = new_figure(WIDTH, HEIGHT)
         ax = figure.subplots()
         ax.set(xscale="log", yscale="log")
         for name, title in names.items():
-            _quality_line(ax, results.of(name), title, colour[name], dash[name])
+            _quality_line(ax, results.of(name), title, color[name], dash[name])
         floor = results.floor.get("sliced_w2", math.nan)
         if math.isfinite(floor) and floor > 0:
             ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
@@ -117,12 +117,12 @@ def plot_nfe_curves(
         ax = figure.subplots()
         ax.set(xscale="log", yscale="log")
         for k, (title, curve) in enumerate(curves.items()):
-            colour, dash = PALETTE[k % len(PALETTE)], DASHES[k // len(PALETTE) % len(DASHES)]
+            color, dash = PALETTE[k % len(PALETTE)], DASHES[k // len(PALETTE) % len(DASHES)]
             nfe, value = zip(*curve, strict=True)
             ax.plot(
-                nfe[:-1], value[:-1], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title
+                nfe[:-1], value[:-1], ls=dash, marker="o", ms=5, lw=2, color=color, label=title
             )
-            ax.plot(nfe[-1:], value[-1:], "*", color=colour, ms=15, mec="white", mew=0.8, zorder=4)
+            ax.plot(nfe[-1:], value[-1:], "*", color=color, ms=15, mec="white", mew=0.8, zorder=4)
         if floor > 0:
             ax.axhline(floor, color=TRUTH, lw=5, alpha=0.25, label=SAME, solid_capstyle="butt")
         ax.plot([], [], "*", color=FAINT, ms=11, ls="none", label="a flow's own solver")
@@ -146,8 +146,8 @@ def plot_histograms(
         grid: Where densities are given, ascending, shape (M,).
         exact: Contestant → density on the grid, shape (M,); the true one, if known, at "".
     """
-    names, colour, dash = titles(results), colours(results), dashes(results)
-    names, colour, dash = {"": "true density"} | names, {"": TRUTH} | colour, {"": "-"} | dash
+    names, color, dash = titles(results), colors(results), dashes(results)
+    names, color, dash = {"": "true density"} | names, {"": TRUTH} | color, {"": "-"} | dash
     low, high = float(grid[0]), float(grid[-1])
     bins = np.linspace(low, high, 61)
     with styled():
@@ -155,7 +155,7 @@ def plot_histograms(
         ax = figure.subplots()
         for name, values in samples.items():
             if isinstance(values, str):
-                ax.plot([], [], color=colour[name], label=f"{names[name]} (failed)")
+                ax.plot([], [], color=color[name], label=f"{names[name]} (failed)")
                 continue
             finite = values[:, 0].cpu().numpy()
             finite = finite[np.isfinite(finite)]
@@ -166,11 +166,11 @@ def plot_histograms(
             else:
                 faint = name in exact  # its density tells more
                 ax.stairs(
-                    heights, bins, color=colour[name], ls=dash[name], lw=0.8 if faint else 1.8,
+                    heights, bins, color=color[name], ls=dash[name], lw=0.8 if faint else 1.8,
                     alpha=0.5 if faint else 1.0, label=None if faint else names[name],
                 )  # fmt: skip
         for name, density in exact.items():
-            ax.plot(grid, density, color=colour[name], ls=dash[name], lw=2, label=names[name])
+            ax.plot(grid, density, color=color[name], ls=dash[name], lw=2, label=names[name])
         ax.set(xlabel=next(iter(axis_names(results.density)), "value"), ylabel="density")
         ax.set_xlim(low, high)
         legend_below(figure, ax)
@@ -198,7 +198,7 @@ def _over_seeds(
     return times, values.mean(0), values.min(0), values.max(0)
 
 
-def _quality_line(ax: "Axes", entries: list[Entry], title: str, colour: str, dash: Any) -> None:
+def _quality_line(ax: "Axes", entries: list[Entry], title: str, color: str, dash: Any) -> None:
     runs = [entry.few_steps for entry in entries if entry.few_steps]
     if not runs or len({len(run) for run in runs}) > 1:
         return
@@ -207,17 +207,15 @@ def _quality_line(ax: "Axes", entries: list[Entry], title: str, colour: str, das
     nfe, mean = points[..., 0].mean(0), points[..., 1].mean(0)
     if points.shape[1] == 1 and nfe[0] == 0:
         if math.isfinite(mean[0]):
-            ax.axhline(mean[0], color=colour, ls=(0, (6, 3)), lw=2, label=f"{title} (one pass)")
+            ax.axhline(mean[0], color=color, ls=(0, (6, 3)), lw=2, label=f"{title} (one pass)")
         return
     if points.shape[1] > 1:
         euler = slice(0, -1)
-        ax.plot(
-            nfe[euler], mean[euler], ls=dash, marker="o", ms=5, lw=2, color=colour, label=title
-        )
+        ax.plot(nfe[euler], mean[euler], ls=dash, marker="o", ms=5, lw=2, color=color, label=title)
         if len(runs) > 1:
             low, high = points[:, euler, 1].min(0), points[:, euler, 1].max(0)
-            ax.fill_between(nfe[euler], low, high, color=colour, alpha=0.18, lw=0)
-    ax.plot(nfe[-1:], mean[-1:], "*", color=colour, ms=15, mec="white", mew=0.8, zorder=4)
+            ax.fill_between(nfe[euler], low, high, color=color, alpha=0.18, lw=0)
+    ax.plot(nfe[-1:], mean[-1:], "*", color=color, ms=15, mec="white", mew=0.8, zorder=4)
 
 
 def largest_nfe(results: Results) -> float:

@@ -30,7 +30,7 @@ CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
     "log-determinant": density_checks.log_determinant,  # ladj = log|det Jacobian|, both ways
     "round trip": checks.round_trip,  # decode(encode(x)) = x
     "consistency": checks.consistency,  # sample_and_log_prob = log_prob of the samples
-    "batch independence": checks.batch_independence,  # a row does not see its neighbours
+    "batch independence": checks.batch_independence,  # a row does not see its neighbors
     "solver": checks.solver,  # a tighter solver gives the same
     "gradients": gradients,  # reach every parameter, the same in train and in eval mode
 }
@@ -119,7 +119,7 @@ def check(
             used. By default samples of the flow, a quarter of them from the tails.
         context: Condition, a tensor, array or table of shape (\\*batch, C) or one that broadcasts
             to it; by default one row of numbers that are standard normal where
-            `context_preprocess` has standardised.
+            `context_preprocess` has standardized.
         n: Points.
         seed: Seed of everything random.
     Raises:
@@ -140,8 +140,8 @@ def check(
     else:
         context = None if context is None else as_numbers("check", "context", context)
         context = flow.inner_context("check", context, batch)
-    if flow.dequantisation is not None:
-        notes.append("dequantisation was left out: what is checked is the continuous density")
+    if flow.dequantization is not None:
+        notes.append("dequantization was left out: what is checked is the continuous density")
     with _untouched(flow, seed), torch.no_grad():
         try:
             case = _case(flow, x, context, n, generator)
@@ -212,12 +212,12 @@ def _case(
         context = context.reshape(-1, flow.context_dim)
         context = context.repeat(-(-n // len(context)), 1)[:n]
     flow = copy.deepcopy(flow).eval()
-    dequantisation, flow.dequantisation = flow.dequantisation, None
+    dequantization, flow.dequantization = flow.dequantization, None
     flow.context_preprocess = None  # the context is an inner one already
     if x is not None:
         chosen = torch.randperm(rows, generator=generator)[:n]
         x = x.reshape(rows, *flow.event_shape)[chosen].to(like.device, flow.data_dtype)
-        x = x if dequantisation is None else dequantisation.encode(x)[0]
+        x = x if dequantization is None else dequantization.encode(x)[0]
         if context is not None:
             context = context.reshape(rows, -1)[chosen]
     context = None if context is None else context.detach().to(like)

@@ -127,7 +127,7 @@ def sliced_wasserstein2(
         projections, x.shape[1], generator=generator, dtype=x.dtype, device=device
     )
     directions = torch.nn.functional.normalize(directions, dim=-1).to(x.device)
-    # Both quantile functions are constant between neighbours of the merged grid {i/N} ∪ {j/M},
+    # Both quantile functions are constant between neighbors of the merged grid {i/N} ∪ {j/M},
     # here in units of 1/(N·M): whole numbers, so that a level which both grids share is one
     # point and not two a rounding error apart.
     n, m = len(x), len(y)
@@ -200,7 +200,7 @@ def c2st(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0, max_points: int = 
     folds are stratified, so that 0.5 is chance whatever N and M.
 
     Args:
-        x: The reference (its mean and scale standardise both), shape (N, D).
+        x: The reference (its mean and scale standardize both), shape (N, D).
         y: The set to judge, shape (M, D).
         folds: Folds of the cross-validation.
         seed: Of the subsample, the folds and the classifier.

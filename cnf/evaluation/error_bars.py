@@ -59,7 +59,7 @@ def log_prob_with_error(
         context: As in `Flow.log_prob`.
         divergence: An estimator, such as `Hutchinson(probes=32)`; None for the flow's own.
         confidence: Of the interval, Student's t over the probes.
-        generator: Source of the probes and of the dequantisation's draw.
+        generator: Source of the probes and of the dequantization's draw.
     Raises:
         TypeError: An estimator for a flow whose transform is not a single `Continuous`.
     """
@@ -68,7 +68,7 @@ def log_prob_with_error(
             f"log_prob_with_error: expected confidence between 0 and 1, got {confidence}"
         )
     divergence = _fixed(flow, x, divergence, generator)
-    seed = int(torch.randint(2**62, (), generator=generator).item()) if flow.dequantisation else 0
+    seed = int(torch.randint(2**62, (), generator=generator).item()) if flow.dequantization else 0
     with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
@@ -94,15 +94,15 @@ def _fixed(
         return None
     if isinstance(flow.transform, Continuous):
         divergence = divergence or flow.transform.divergence
-    fixed: Divergence = DIVERGENCES.build(divergence or "exact")
-    if isinstance(divergence, Hutchinson):
+    built: Divergence = DIVERGENCES.build(divergence or "exact")
+    if isinstance(built, Hutchinson):
         if not isinstance(flow.transform, Continuous):
             raise TypeError(
                 "log_prob_with_error: an estimator's spread needs a flow whose transform is one "
                 f"Continuous, got a {type(flow.transform).__name__}; take divergence='exact'"
             )
-        return replace(divergence, probe=divergence.draw(x.to(flow.dtype), generator))
-    return divergence
+        return replace(built, probe=built.draw(x.to(flow.dtype), generator))
+    return built
 
 
 def _doubled(divergence: Divergence) -> Divergence:
@@ -126,7 +126,7 @@ def _scored(
 
 
 def _reference(flow: Flow) -> Flow:
-    """In float64, every ODE's solver refined, also of a base or a dequantisation."""
+    """In float64, every ODE's solver refined, also of a base or a dequantization."""
     flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):

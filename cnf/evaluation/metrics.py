@@ -40,7 +40,7 @@ __all__ = [
     "mmd",
     "nfe",
     "nll",
-    "normalised_path_energy",
+    "normalized_path_energy",
     "path_energy",
     "round_trip_error",
     "sliced_wasserstein2",
@@ -97,7 +97,7 @@ def log_prob_chunked(
 def nll(flow: Flow, x: Tensor, context: Tensor | None = None, chunk: int = 10_000) -> Estimate:
     """Negative log-likelihood −mean log q(x) of held-out data, nats per point, with its error.
 
-    An upper bound of it for a flow with dequantisation, whose log-probability is a lower bound.
+    An upper bound of it for a flow with dequantization, whose log-probability is a lower bound.
     A point where the flow's log-density is NaN makes the result NaN.
 
     Args:
@@ -161,9 +161,9 @@ def path_energy(
     return _energy_from("path_energy", flow, start, context)
 
 
-@METRICS.register("normalised-path-energy")
+@METRICS.register("normalized-path-energy")
 @_evaluated
-def normalised_path_energy(
+def normalized_path_energy(
     flow: Flow, x0: Tensor, x1: Tensor, context: Tensor | None = None
 ) -> Estimate:
     r"""NPE, how far the paths are from optimal transport, without unit; 0 for optimal transport.
@@ -181,13 +181,13 @@ def normalised_path_energy(
         context: Condition, shape (C,) or (N, C).
     Raises:
         TypeError: the flow is not continuous.
-        ValueError: source and target are the same set, so that there is nothing to normalise by.
+        ValueError: source and target are the same set, so that there is nothing to normalize by.
     """
-    energy = _energy_from("normalised_path_energy", flow, x0, context)
+    energy = _energy_from("normalized_path_energy", flow, x0, context)
     # The energy is measured where the field lives, and so must the optimum be.
     optimum = wasserstein2(x0, flow.inside(x1)[0]) ** 2
     if optimum == 0:
-        raise ValueError("normalised_path_energy: expected x0 and x1 to differ, got W2 = 0")
+        raise ValueError("normalized_path_energy: expected x0 and x1 to differ, got W2 = 0")
     return Estimate(abs(energy.value - optimum) / optimum, energy.error / optimum)
 
 

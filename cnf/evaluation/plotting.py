@@ -24,7 +24,7 @@ from cnf.evaluation.style import (
     TRUTH,
     attempt,
     axis_names,
-    colours,
+    colors,
     device_of,
     frame,
     panels,
@@ -72,8 +72,8 @@ def plot_density(
     Args:
         flow_or_density: Anything with `log_prob` of points (N, 2).
         window: Low and high corner of what is shown, shape (2, 2); by default where its mass is.
-        ax: Where to draw; a new figure with a colour bar by default.
-        vmax: Density of the brightest colour; by default the largest on the grid.
+        ax: Where to draw; a new figure with a color bar by default.
+        vmax: Density of the brightest color; by default the largest on the grid.
         resolution: Cells along the longer side.
     Returns:
         The figure.
@@ -92,12 +92,12 @@ def plot_density(
         figure, (own,) = panels(1, window, side=4.6, below=0.5)
         drawn = _draw(own, density, window, _brightest([density]) if vmax is None else vmax)
         frame(own, window, "")
-        _colour_bar(figure, drawn, [own])
+        _color_bar(figure, drawn, [own])
         return figure
 
 
 def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
-    """The true density, or one's own points, beside what each contestant learnt, on one colour
+    """The true density, or one's own points, beside what each contestant learned, on one color
     scale.
 
     Args:
@@ -128,7 +128,7 @@ def plot_densities(results: Results, resolution: int = RESOLUTION) -> "Figure":
         for ax, (name, grid) in zip(axes[1:], grids.items(), strict=True):
             frame(ax, window, names[name], score_text(results, name), columns)
             _draw(ax, grid, window, vmax) if isinstance(grid, Tensor) else say_failed(ax, grid)
-        _colour_bar(figure, drawn, axes)
+        _color_bar(figure, drawn, axes)
     return figure
 
 
@@ -153,14 +153,14 @@ def plot_samples(results: Results, points: int = 3000) -> "Figure":
         return curves.plot_histograms(results, shown, grid, exact)
     if results.density.dim > 2:
         return plot_corners(results, shown.pop(""), shown)
-    window, names, colour = window_of(results.density), titles(results), colours(results)
+    window, names, color = window_of(results.density), titles(results), colors(results)
     real = "True samples" if results.score == "gap" else "Your points"
     with styled():
         figure, axes = panels(len(shown), window, below=0.3)
         for ax, (name, dots) in zip(axes, shown.items(), strict=True):
             frame(ax, window, names.get(name, real), names=axis_names(results.density))
             if isinstance(dots, Tensor):
-                scatter(ax, dots, colour.get(name, TRUTH))
+                scatter(ax, dots, color.get(name, TRUTH))
             else:
                 say_failed(ax, dots)
     return figure
@@ -199,14 +199,14 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
 
 
 def _save_animations(results: Results, folder: Path) -> dict[str, Path]:
-    names, colour, files = titles(results), colours(results), {}
+    names, color, files = titles(results), colors(results), {}
     window = window_of(results.density)
     for number, name in enumerate(names):
         flow = results.of(name)[0].flow
         file = folder / f"flow-{re.sub(r'[^A-Za-z0-9._-]+', '-', name) or number}.gif"
         made = attempt(
             animate, flow, file, window=window, title=names[name],
-            names=axis_names(results.density), colour=colour[name],
+            names=axis_names(results.density), color=color[name],
         )  # fmt: skip
         if isinstance(made, Path):
             files[f"flow-{name}"] = made
@@ -275,11 +275,11 @@ def _brightest(grids: list[Tensor]) -> float:
     return max([top for top in tops if top > 0], default=1.0)
 
 
-def _colour_bar(figure: "Figure", drawn: Any, axes: list["Axes"]) -> None:
+def _color_bar(figure: "Figure", drawn: Any, axes: list["Axes"]) -> None:
     bar = figure.colorbar(
         drawn, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02, extend="max"
     )
-    bar.set_label("density, one colour scale for all" if len(axes) > 1 else "density")
+    bar.set_label("density, one color scale for all" if len(axes) > 1 else "density")
     bar.outline.set_visible(False)  # pyright: ignore
     bar.ax.locator_params(nbins=5)
 

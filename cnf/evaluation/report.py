@@ -13,7 +13,7 @@ from cnf.errors import optional
 from cnf.evaluation import verdict
 from cnf.evaluation.comparison import Results
 from cnf.evaluation.plotting import save_figures
-from cnf.evaluation.style import colours, mean_and_error, number, titles
+from cnf.evaluation.style import colors, mean_and_error, number, titles
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def columns(results: Results) -> list[Column]:
         Column("mmd", "MMD²", "unbiased", "Squared maximum mean discrepancy"),
         Column("energy_distance", "Energy dist.", "unbiased", "Energy distance of samples"),
         Column("c2st", "C2ST", "accuracy", "A classifier telling samples from data; 0.5 is best"),
-        Column("steps", "Steps", "count", "Optimiser steps", None),
+        Column("steps", "Steps", "count", "Optimizer steps", None),
         Column("train_seconds", "Training", "s", "Seconds of training steps", None),
         Column("steps_per_second", "Pace", "steps/s", "Training steps per second", False),
         Column("ms_sample", "Sampling", f"ms / {count}", "Time to draw samples"),
@@ -93,9 +93,9 @@ def _render(results: Results, figures: dict[str, Path]) -> str:
         loader=jinja.PackageLoader("cnf.evaluation"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja.StrictUndefined,
     )  # fmt: skip
-    environment.filters["emphasised"] = _emphasised
-    names, colour = titles(results), colours(results)
-    swatches = {name: {"title": names[name], "colour": colour[name]} for name in names}
+    environment.filters["emphasized"] = _emphasized
+    names, color = titles(results), colors(results)
+    swatches = {name: {"title": names[name], "color": color[name]} for name in names}
     shown = columns(results)
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -193,7 +193,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
     )
     return {
         "density": (
-            "What each one learnt",
+            "What each one learned",
             f"Exact densities beside {truth}. {scale} Look for bridges between parts that should "
             "be apart, blurred edges, and mass where there should be none.",
         ),
@@ -212,7 +212,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
         "quality_against_nfe": (
             "Quality against cost of sampling",
             "Sliced W2 between samples and held-out points; lower is better, and nothing beats "
-            "the grey line by more than luck. A line that is flat early makes good samples in few "
+            "the gray line by more than luck. A line that is flat early makes good samples in few "
             "steps. Dashed flows need no solver.",
         ),
     }
@@ -262,7 +262,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return [*facts, ("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]
 
 
-def _emphasised(text: str) -> Any:
+def _emphasized(text: str) -> Any:
     """Text made safe, and what stands between ** in it made bold."""
     markup = optional("markupsafe", "evaluation")
     return markup.Markup(

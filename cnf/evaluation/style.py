@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
+# Okabe and Ito's palette, told apart by color-blind readers; its yellow is too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B4BA0")
-# Colours repeat after seven contestants; dashes then tell the lines apart.
+# Colors repeat after seven contestants; dashes then tell the lines apart.
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
 TRUTH = "#4d5562"
 INK, FAINT = "#1f2430", "#6b7280"
@@ -140,20 +140,20 @@ def say_failed(ax: "Axes", why: str) -> None:
 
 
 def scatter(
-    ax: "Axes", points: Tensor, colour: str, size: float = 3.0, alpha: float = 0.35
+    ax: "Axes", points: Tensor, color: str, size: float = 3.0, alpha: float = 0.35
 ) -> None:
     """Small translucent dots at the first two coordinates of points (N, D)."""
     x, y = points[:, :2].cpu().double().unbind(-1)
-    ax.scatter(x.numpy(), y.numpy(), s=size, c=colour, alpha=alpha, linewidths=0, zorder=2)
+    ax.scatter(x.numpy(), y.numpy(), s=size, c=color, alpha=alpha, linewidths=0, zorder=2)
 
 
-def colours(results: Results) -> dict[str, str]:
-    """Contestant → its colour, the same in every picture and in the page."""
+def colors(results: Results) -> dict[str, str]:
+    """Contestant → its color, the same in every picture and in the page."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.contestants)}
 
 
 def dashes(results: Results) -> dict[str, Any]:
-    """Contestant → line style; solid until the colours repeat."""
+    """Contestant → line style; solid until the colors repeat."""
     names = results.contestants
     return {name: DASHES[i // len(PALETTE) % len(DASHES)] for i, name in enumerate(names)}
 

@@ -143,7 +143,7 @@ class Preconditioned(Wrapper):
     r"""v(t, x) = (s'/s) x + field(t, x/s) with s(t)² = t² + (1 - t)².
 
     The first term alone carries N(0, I) to N(0, I) along linear paths, whose points at t have the
-    spread s; the field sees inputs of unit scale and learns only how standardised data differ from
+    spread s; the field sees inputs of unit scale and learns only how standardized data differ from
     a Gaussian. As Karras et al. (2022), https://arxiv.org/abs/2206.00364, do for diffusion.
 
     Args:

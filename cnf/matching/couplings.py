@@ -93,7 +93,7 @@ def conditional_ot(
     Row k of x0 goes with the context of row k of x1 before the rows are exchanged, so what is far
     apart in context is not exchanged. Where most contexts occur again (labels), rows are exchanged
     only among equals. Columns of the context count by their scale: `FlowMatching` gives contexts
-    as the field sees them, standardised where the flow does so.
+    as the field sees them, standardized where the flow does so.
     Source: Cheng & Schwing (2025), https://arxiv.org/abs/2503.10636.
 
     Args: as for `independent`, and
@@ -220,8 +220,8 @@ def optimal_duals(cost: Tensor) -> Tensor:
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     """‖x0_i - x1_j‖² between rows, whatever their shape: (N, M), in float64."""
     a, b = x0.detach().flatten(1).double(), x1.detach().flatten(1).double()
-    centre = b.mean(0)  # far from the origin the products would cancel
-    a, b = a - centre, b - centre
+    center = b.mean(0)  # far from the origin the products would cancel
+    a, b = a - center, b - center
     squares = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
 

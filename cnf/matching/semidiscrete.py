@@ -162,7 +162,7 @@ def _in_order(x1: Tensor, x0: Tensor) -> Search:
 def _solved(x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | None) -> Search:
     """The search for partners among (M, D) rows.
 
-    It maximises ⟨x, y_j⟩ + p_j, with p = (ψ - ‖y‖²)/2, of points that are moved and scaled so that
+    It maximizes ⟨x, y_j⟩ + p_j, with p = (ψ - ‖y‖²)/2, of points that are moved and scaled so that
     base and data have the origin and the spread in common: trees then prune well.
     """
 
@@ -171,11 +171,11 @@ def _solved(x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | Non
     def sample(n: int) -> Tensor:
         return draw(n, generator).detach().flatten(1).to(x1)
 
-    first, centre = sample(10_000), x1.mean(0)
+    first, center = sample(10_000), x1.mean(0)
     origin = first.mean(0)
     spreads = [(rows - rows.mean(0)).square().mean().sqrt() for rows in (first, x1)]
     scale = (spreads[0] / spreads[1].clamp(min=1e-12)).sqrt()
-    y = scale * (x1 - centre)
+    y = scale * (x1 - center)
 
     def standard(n: int) -> Tensor:
         return (sample(n) - origin) / scale
@@ -225,8 +225,8 @@ def _groups(y: Tensor) -> list[Tensor]:
     """The group of each row, at levels from single rows to a few groups."""
     groups, n = [torch.arange(len(y), device=y.device)], len(y) // FEWER
     while n > 1:
-        centres = y[_spread_out(len(y), n, y.device)]
-        groups.append(torch.cat([torch.cdist(part, centres).argmin(1) for part in y.split(1024)]))
+        centers = y[_spread_out(len(y), n, y.device)]
+        groups.append(torch.cat([torch.cdist(part, centers).argmin(1) for part in y.split(1024)]))
         n //= FEWER
     return groups
 
@@ -270,7 +270,7 @@ def _exact(y: Tensor, p: Tensor) -> Search:
 def _near(
     y: Tensor, p: Tensor, mass: Tensor, sums: Tensor, sample: Callable[[int], Tensor]
 ) -> Search:
-    """The same, of the cells whose centres are nearest only: a tenth of the time.
+    """The same, of the cells whose centers are nearest only: a tenth of the time.
 
     Cells are convex and of equal mass, so that x is in one of the nearest; how many must be looked
     at is found by trying. A cell without a sample is nobody's.

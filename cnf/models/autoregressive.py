@@ -20,8 +20,8 @@ def maf(
     layers: int = 5,
     activation: str = "relu",
     between: str | None = "reverse",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Masked autoregressive flow: `log_prob` takes one pass of the nets, `sample` D passes.
 
@@ -35,7 +35,7 @@ def maf(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: What stands between layers: "reverse" (the other order of the variables),
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -57,8 +57,8 @@ def iaf(
     layers: int = 5,
     activation: str = "relu",
     between: str | None = "reverse",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Inverse autoregressive flow: `sample` takes one pass of the nets, `log_prob` D passes.
 
@@ -72,7 +72,7 @@ def iaf(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: What stands between layers: "reverse" (the other order of the variables),
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -98,8 +98,8 @@ def nsf_ar(
     bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     period: float | None = None,
 ) -> Flow:
     """Autoregressive neural spline flow: `log_prob` takes one pass of the nets, `sample` D passes.
@@ -117,7 +117,7 @@ def nsf_ar(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: What stands between layers: "reverse" (the other order of the variables),
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         period: Of the data, where all of them are angles: circular splines on
             [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
@@ -144,8 +144,8 @@ def autoregressive_flow(
     between: str | None = "reverse",
     period: float | None = None,
     base: Base | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Autoregressive layers of any elementwise map; loading needs `cnf.load(path, into=…)`.
 
@@ -164,7 +164,7 @@ def autoregressive_flow(
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
         period: Of the data, where they are angles, which the nets see as sines and cosines.
         base: What is mapped to the data; N(0, I) if None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).

@@ -11,9 +11,10 @@ from cnf.flow import Flow
 from cnf.registry import Registry, expect_options, options_of, spec
 from cnf.transforms.base import Transform
 from cnf.transforms.context import StandardizeContext
-from cnf.transforms.normalisation import Standardise
+from cnf.transforms.normalization import Standardize
 
 P = ParamSpec("P")
+FORMER = ("standardise",)  # in files of version 0.1
 
 
 class Models(Registry):
@@ -85,14 +86,15 @@ def assembled(
     context_preprocess: str | None,
     base: Base | None = None,
 ) -> Flow:
-    """The flow of a model's parts: data and context are standardised, or (None) as they are."""
+    """The flow of a model's parts: data and context are standardized, or (None) as they are."""
     for argument, name in (("preprocess", preprocess), ("context_preprocess", context_preprocess)):
-        expect_choice("models", argument, name, ("standardise", None))
+        if name not in FORMER:
+            expect_choice("models", argument, name, ("standardize", None))
     of_context = context_preprocess and transform.context_dim
     return Flow(
         base,
         transform,
-        Standardise(event_shape) if preprocess else None,
+        Standardize(event_shape) if preprocess else None,
         context_preprocess=StandardizeContext(transform.context_dim) if of_context else None,
         event_shape=event_shape,
     )

@@ -30,14 +30,14 @@ def cnf(
     frequencies: int = 4,
     fourier: int | None = None,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
     """Continuous normalizing flow: a time-conditioned MLP with its exact closed-form trace.
 
-    The field is preconditioned for standardised data, see `cnf.fields.Preconditioned`.
+    The field is preconditioned for standardized data, see `cnf.fields.Preconditioned`.
 
     Args:
         dim: D, the number of variables.
@@ -50,7 +50,7 @@ def cnf(
             none above, where they would cost the trace D products.
         solver: A `Solver`, or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
@@ -84,14 +84,14 @@ def ffjord(
     activation: str | None = None,
     end_time: float = 0.5,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
     """FFJORD: concatsquash layers, a trained end time, dopri5 at 1e-5 with the adjoint.
 
-    The defaults are the paper's for 2-D densities, but that data are standardised; for images
+    The defaults are the paper's for 2-D densities, but that data are standardized; for images
     softplus and convolutions. Training uses one Hutchinson probe, evaluation the exact trace.
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
@@ -104,7 +104,7 @@ def ffjord(
             if None.
         end_time: End time of each block's ODE at the start of training; it is trained.
         solver: A `Solver`, or its arguments; by default dopri5 at 1e-5 with the adjoint.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
@@ -135,8 +135,8 @@ def rnode(
     kinetic: float = 0.01,
     jacobian: float = 0.01,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -157,7 +157,7 @@ def rnode(
         kinetic: Weight of ∫‖v‖² dt beside the NLL.
         jacobian: Weight of ∫‖∂v/∂x‖² dt beside the NLL.
         solver: A `Solver`, or its arguments, for training and evaluation.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
@@ -190,8 +190,8 @@ def otflow(
     transport: float = 0.01,
     hjb: float = 0.05,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     null_context: bool = False,
 ) -> Flow:
     """OT-Flow: the gradient of a potential, trained with transport and HJB costs on fixed RK4.
@@ -207,7 +207,7 @@ def otflow(
         transport: Weight of ½∫‖v‖² dt beside the NLL (1/100 in the paper's α = (1, 100, 5)).
         hjb: Weight of the Hamilton-Jacobi-Bellman residual (5/100).
         solver: A `Solver`, or its arguments, for training and evaluation.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
             needs it.

@@ -19,8 +19,8 @@ def nice(
     hidden: Sequence[int] = (128, 128),
     layers: int = 8,
     activation: str = "relu",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """NICE: additive couplings, which keep volume, and one diagonal scaling.
 
@@ -32,7 +32,7 @@ def nice(
         hidden: Widths of each layer's net.
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -60,8 +60,8 @@ def realnvp(
     layers: int = 8,
     activation: str = "silu",
     between: str | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """RealNVP: affine couplings with a bounded log-scale; it starts as the identity.
 
@@ -76,7 +76,7 @@ def realnvp(
         between: What mixes the variables between layers, which keep one half and then the other:
             None, "shuffle" (a random permutation before every second layer, so that the masks are
             random) or "lu" (a trained linear map).
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -100,8 +100,8 @@ def nsf(
     bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     period: float | None = None,
 ) -> Flow:
     """Neural spline flow: couplings by rational-quadratic splines; it starts as the identity.
@@ -120,7 +120,7 @@ def nsf(
         between: What mixes the variables between layers, which keep one half and then the other:
             None, "shuffle" (a random permutation before every second layer, so that the masks are
             random) or "lu" (a trained linear map).
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         period: Of the data, where all of them are angles: circular splines on
             [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
@@ -147,8 +147,8 @@ def coupling_flow(
     between: str | None = None,
     period: float | None = None,
     base: Base | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Couplings by any elementwise map; `cnf.save` needs `cnf.load(path, into=…)` for it.
 
@@ -168,7 +168,7 @@ def coupling_flow(
             random) or "lu" (a trained linear map).
         period: Of the data, where they are angles, which the nets see as sines and cosines.
         base: What is mapped to the data; N(0, I) if None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).

@@ -9,7 +9,7 @@ from cnf.transforms.base import Compose, Inverse, Transform
 from cnf.transforms.coupling import Coupling
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU
-from cnf.transforms.normalisation import ActNorm
+from cnf.transforms.normalization import ActNorm
 
 
 @MODELS.register("glow")
@@ -21,8 +21,8 @@ def glow(
     layers: int = 8,
     levels: int | None = None,
     activation: str = "relu",
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
     shape: Sequence[int] | None = None,
 ) -> Flow:
     """Glow: actnorm, a trained linear map that starts as a rotation, and an affine coupling.
@@ -38,7 +38,7 @@ def glow(
         layers: Steps (of each level, for images).
         levels: How often an image is squeezed; twice if None.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
     Returns:

@@ -12,8 +12,8 @@ def planar(
     *,
     context: int = 0,
     layers: int = 16,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Planar flow: each layer bends space along one direction.
 
@@ -23,7 +23,7 @@ def planar(
         dim: D, the number of variables.
         context: Size of the context, in which the layers' parameters are linear; 0 for none.
         layers: Number of layers.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -40,8 +40,8 @@ def radial(
     *,
     context: int = 0,
     layers: int = 16,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Radial flow: each layer moves space towards a point or away from it.
 
@@ -51,7 +51,7 @@ def radial(
         dim: D, the number of variables.
         context: Size of the context, in which the layers' parameters are linear; 0 for none.
         layers: Number of layers.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).
@@ -69,8 +69,8 @@ def sylvester(
     context: int = 0,
     layers: int = 8,
     rank: int | None = None,
-    preprocess: str | None = "standardise",
-    context_preprocess: str | None = "standardise",
+    preprocess: str | None = "standardize",
+    context_preprocess: str | None = "standardize",
 ) -> Flow:
     """Sylvester flow: each layer bends space along several orthogonal directions.
 
@@ -81,7 +81,7 @@ def sylvester(
         context: Size of the context, in which the layers' parameters are linear; 0 for none.
         layers: Number of layers.
         rank: Directions of a layer; all of D, but 8 at most, if None.
-        preprocess: "standardise", fitted at the first `cnf.fit`, or None.
+        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
     Returns:
         A `Flow` of points of shape (dim,).

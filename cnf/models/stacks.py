@@ -87,7 +87,7 @@ def spline(
         return Inverted(RationalQuadratic(bins, 5.0 if bound is None else bound))
     if between == "lu" or (preprocess, bound) != (None, None):
         raise ValueError(
-            f"{who}: angles have no linear map, are not standardised and end at half a period; "
+            f"{who}: angles have no linear map, are not standardized and end at half a period; "
             "with period=… give preprocess=None, no bound and between=None or 'shuffle', got "
             f"{preprocess!r}, {bound} and {between!r}"
         )

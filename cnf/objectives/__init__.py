@@ -1,4 +1,4 @@
-"""What is minimised: maximum likelihood, flow matching, both. They train the same flow."""
+"""What is minimized: maximum likelihood, flow matching, both. They train the same flow."""
 
 from cnf.objectives.base import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.joint import Joint

@@ -39,7 +39,7 @@ class MaximumLikelihood(Objective):
 
     Args:
         divergence: "exact", or an estimator such as "hutchinson" or `Hutchinson(probes=2)`.
-        penalties: Weights of regularisers by name, such as {"kinetic": 0.01}; continuous flows
+        penalties: Weights of regularizers by name, such as {"kinetic": 0.01}; continuous flows
             only.
         solver: A solver for training only, such as a few fixed steps.
         steer: Each step's solve ends at a random time in [0, steer], not at 0, so that the field

@@ -120,7 +120,7 @@ class FlowMatching(Objective):
         if isinstance(coupling, FittedCoupling):
             x0 = flow.base.sample((len(batch.x),), generator)
             drawn = coupling.partners(x0, _seen(flow, batch))
-            drawn = drawn if flow.dequantisation is None else _inside(flow, drawn, generator)
+            drawn = drawn if flow.dequantization is None else _inside(flow, drawn, generator)
             return drawn.but(x0=x0, weight=batch.weight)
         batch = _inside(flow, batch, generator)
         x0 = flow.base.sample((len(batch.x),), generator)

@@ -14,7 +14,7 @@ ALIKE = 20  # pairs expected, where there are none: no accident
 FEW = 20  # values: so few in many rows are no continuous distribution
 REPEATED = 0.5  # of the rows with a value that some other row has too
 OUTLYING = 30.0  # standard deviations, in those that the quartiles of a normal would have
-LEVELS = (1, 255, 256)  # of grey, in a unit
+LEVELS = (1, 255, 256)  # of gray, in a unit
 
 
 def expect_resolved(
@@ -29,7 +29,7 @@ def expect_resolved(
         ]
         raise ValueError(
             f"fit: {dtype} merges different values of {_named(merged, columns)}{of}; build the "
-            f"model with {option}='standardise', which works in float64, or subtract a constant "
+            f"model with {option}='standardize', which works in float64, or subtract a constant "
             "from these columns, or train module.double()"
         )
 
@@ -46,14 +46,14 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
 
     Args:
         head: Rows, shape (N, *event), at most 10,000 of which are looked at; images, whose
-            borders may well be constant, are asked for whole grey levels only.
+            borders may well be constant, are asked for whole gray levels only.
         names: Of the columns.
     """
     remedy = "drop these columns, make them a context, or add"
     most = 10_000 if head.dim() == 2 else 100
     rows = head.detach()[:: max(1, len(head) // most)].double().cpu()
     if rows.dim() > 2 and any(_whole(levels * rows) for levels in LEVELS):
-        found, remedy = ["all values are whole grey levels"], "add"
+        found, remedy = ["all values are whole gray levels"], "add"
     elif rows.dim() == 2 and len(rows) >= 10:
         found = [*_constant(rows, names), *_combinations(rows, names)]
         found += _repeated(rows, names) if len(rows) >= 50 else []
@@ -63,14 +63,14 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
         warnings.warn(
             f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
             f"without end and means nothing; {remedy} noise as wide as the steps between values "
-            "(dequantisation)",
+            "(dequantization)",
             stacklevel=3,
         )
 
 
 def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
     """Warn of columns whose standard deviation is that of a few outlying rows, so that all other
-    rows come to lie in one point when they are standardised by it.
+    rows come to lie in one point when they are standardized by it.
 
     Args:
         head: Rows, shape (N, *event); of images nothing is said.

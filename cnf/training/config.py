@@ -29,7 +29,7 @@ class TrainConfig:
     """Settings of `fit`; the budget is in steps, which repeat bit for bit, or in seconds.
 
     Args:
-        steps: Budget in optimiser steps.
+        steps: Budget in optimizer steps.
         seconds: Budget in seconds of training, validation and saving not counted; 60 if neither
             is given.
         batch_size: Rows per step, over all processes together; null for 1,024, or as many as a
@@ -37,7 +37,7 @@ class TrainConfig:
         lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
             for likelihood, or the model's (otflow's likelihood: 0.1).
         optimizer: "adam" or "adamw".
-        weight_decay: Weight decay of the optimiser.
+        weight_decay: Weight decay of the optimizer.
         schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".
         warmup: Part of the budget in which the learning rate rises.
         clip: Largest norm of the gradient; null for no clipping.

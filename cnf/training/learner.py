@@ -1,4 +1,4 @@
-"""What learns: a module with its optimiser and the running average of its weights."""
+"""What learns: a module with its optimizer and the running average of its weights."""
 
 import copy
 import math
@@ -62,7 +62,7 @@ class _Step(nn.Module):
 
 
 class Learner:
-    """One optimiser step at a time.
+    """One optimizer step at a time.
 
     Attributes:
         module: The module in training.
@@ -203,7 +203,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state; the optimiser's settings are this run's own.
+        """Take up a checkpoint's state; the optimizer's settings are this run's own.
 
         Raises:
             CheckpointError: A tensor is not of the shape and dtype that it must have.
@@ -221,7 +221,7 @@ class Learner:
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
 
     def _expect_moments(self, moments: dict[int, dict[str, Any]]) -> None:
-        """The fused optimisers take a tensor of another size as it is, and write beyond it."""
+        """The fused optimizers take a tensor of another size as it is, and write beyond it."""
         for number, found in moments.items():
             weight = self.parameters[number]
             if found.keys() != {"step", "exp_avg", "exp_avg_sq"}:

@@ -76,7 +76,7 @@ def fit(
             `cnf.data.load` takes them; a map-style dataset; an iterable of batches, or a generator
             function of them; None where the objective needs none. A batch is x, (x, context), a
             `Batch`, or a mapping with a `Batch`'s names.
-        config: Budget, optimiser, averaging, where to write, or a mapping of these settings;
+        config: Budget, optimizer, averaging, where to write, or a mapping of these settings;
             `TrainConfig()`, a minute, if None.
         context: Condition of each row of an array, shape (N, C), or (N,) for one number each;
             labels one-hot.
@@ -156,7 +156,7 @@ class _Trainer:
         self.listeners = listeners if self.fabric.is_global_zero else Listeners((), ())
         names = data.columns if isinstance(data, Points) else column_names(data)
         own = not isinstance(self.stream, DensityStream)
-        continuous = isinstance(module, Flow) and module.dequantisation is None
+        continuous = isinstance(module, Flow) and module.dequantization is None
         if head is not None and own and continuous and self.fabric.is_global_zero:
             warn_of_degenerate(head.x, names)
             warn_of_numbering(head.x, names)
@@ -290,7 +290,7 @@ class _Trainer:
         return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
 
     def _placed(self, batch: Batch) -> Batch:
-        """On the device, in the module's dtype; what is standardised keeps its digits so far."""
+        """On the device, in the module's dtype; what is standardized keeps its digits so far."""
 
         def placed(value: torch.Tensor) -> torch.Tensor:
             if not value.is_floating_point():

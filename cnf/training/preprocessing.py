@@ -10,7 +10,7 @@ from cnf.errors import some
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.training.stream import seeded
-from cnf.transforms.normalisation import ActNorm, BatchNorm, Standardise
+from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
 
@@ -23,7 +23,7 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
         part = getattr(module, name, None)
         if rows is not None and hasattr(part, "fit"):
             part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
-    if isinstance(module, Flow) and module.dequantisation is None:
+    if isinstance(module, Flow) and module.dequantization is None:
         for name, text in _far(module, head):
             if text is not None:
                 module.warn_once(name, text)
@@ -58,11 +58,11 @@ def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> str |
             "the same units? For other data build a new flow"
         )
     far |= (scale > 0) & (scale < 1 / FAR)
-    inside = (isinstance(m, Standardise | ActNorm | BatchNorm) for m in flow.transform.modules())
+    inside = (isinstance(m, Standardize | ActNorm | BatchNorm) for m in flow.transform.modules())
     if flow.spec is not None or not far.any() or any(inside):  # a named model was told so
         return None
     line = {
-        "x": f"preprocess=cnf.transforms.Standardise({flow.event_shape})",
+        "x": f"preprocess=cnf.transforms.Standardize({flow.event_shape})",
         "context": f"context_preprocess=cnf.transforms.StandardizeContext({flow.context_dim})",
     }[name]
     return (

@@ -443,7 +443,7 @@ def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
 def refuse_misfit(module: nn.Module, head: Tensor | None, name: str = "data") -> None:
     """Raise where the data cannot be what the module models."""
     expected = getattr(module, "event_shape", None)
-    discrete = getattr(module, "dequantisation", None) is not None
+    discrete = getattr(module, "dequantization", None) is not None
     if head is not None and not head.is_floating_point() and not discrete:
         raise ValueError(
             f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.double(), or "

@@ -17,7 +17,7 @@ from cnf.training.solver_error import warn_of_few_steps
 from cnf.training.stream import seeded
 
 CHUNK = 10_000  # rows scored at once
-WORSE = 0.5  # nats: more is no noise of an optimiser
+WORSE = 0.5  # nats: more is no noise of an optimizer
 
 
 class Validation:
@@ -96,7 +96,7 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> float:
-        generator, total = seeded(self.config.seed, -4), 0.0  # of dequantisation
+        generator, total = seeded(self.config.seed, -4), 0.0  # of dequantization
         for rows in self._chunks(CHUNK):
             log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
@@ -106,7 +106,7 @@ class Validation:
 
     def _explain_infinity(self, flow: Flow) -> None:
         """Warn, once, where the score is infinite because of the base's support."""
-        if self.warned_of_base or flow.dequantisation is not None:
+        if self.warned_of_base or flow.dequantization is not None:
             return
         if why := outside_of_base(flow, self._rows):
             self.warned_of_base = True

@@ -15,7 +15,7 @@ from cnf.transforms.elementwise import (
 )
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
-from cnf.transforms.normalisation import ActNorm, BatchNorm, Standardise
+from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
 from cnf.transforms.squashing import Sigmoid, Softplus, Tanh
@@ -50,7 +50,7 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Squeeze",
-    "Standardise",
+    "Standardize",
     "StandardizeContext",
     "Sylvester",
     "Tanh",

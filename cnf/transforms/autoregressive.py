@@ -25,7 +25,7 @@ class Autoregressive(Scheme):
     Args:
         dim: D.
         map: The elementwise map m; affine if None.
-        parametrise: Makes the map's parameters from what the net gives, shape (map.size, D, N) or
+        parametrize: Makes the map's parameters from what the net gives, shape (map.size, D, N) or
             (map.size, N); the map's own way if None.
         hidden: Widths of the net θ.
         context_dim: Size of the context; 0 for none.
@@ -37,13 +37,13 @@ class Autoregressive(Scheme):
         self,
         dim: int,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Parameters] | None = None,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
         period: float | None = None,
     ) -> None:
-        super().__init__(dim, map, parametrise, context_dim)
+        super().__init__(dim, map, parametrize, context_dim)
         self.net = MADE(dim, self.map.size, hidden, context_dim, activation, True, period)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_context
-from cnf.transforms.normalisation import Standardise
+from cnf.transforms.normalization import Standardize
 
 
 class StandardizeContext(nn.Module):
-    """c → (c - loc)/scale, as `Standardise` does to data; not trained.
+    """c → (c - loc)/scale, as `Standardize` does to data; not trained.
 
     A column of zeros and ones, such as a label's, stays as it is. NaN, a value that is missing,
     stays NaN and does not count. Until it is fitted it is the identity.
@@ -27,7 +27,7 @@ class StandardizeContext(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        self.columns = Standardise((size,))
+        self.columns = Standardize((size,))
 
     def fit(self, context: Tensor) -> None:
         """Set location and scale from contexts, shape (N, C), if they are not set yet."""

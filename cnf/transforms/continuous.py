@@ -49,7 +49,7 @@ class Recipe:
 
     Args:
         divergence: Such as "hutchinson"; evaluation stays exact.
-        penalties: Weights of regularisers by name, such as {"kinetic": 0.01}.
+        penalties: Weights of regularizers by name, such as {"kinetic": 0.01}.
         solver: A solver for training only; the transform's own if None.
         lr: Learning rate; the objective's if None.
     """

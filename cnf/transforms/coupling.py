@@ -24,7 +24,7 @@ class Coupling(TwoWayScheme):
             must then be there).
         keep: Indices of the part a that passes unchanged; the even ones by default.
         map: The elementwise map m; affine if None.
-        parametrise: Makes the map's parameters from what the net gives, shape (map.size, D_b, N);
+        parametrize: Makes the map's parameters from what the net gives, shape (map.size, D_b, N);
             the map's own way if None.
         hidden: Widths of the net θ.
         context_dim: Size of the context; 0 for none.
@@ -43,14 +43,14 @@ class Coupling(TwoWayScheme):
         dim: int,
         keep: Sequence[int] | None = None,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Parameters] | None = None,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
         period: float | None = None,
         net: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
-        super().__init__(dim, map, parametrise, context_dim)
+        super().__init__(dim, map, parametrize, context_dim)
         self.period = period
         kept = list(range(0, dim, 2)) if keep is None else list(keep)
         if dim == 1:

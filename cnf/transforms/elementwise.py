@@ -22,13 +22,13 @@ class ElementwiseMap(ABC):
     several times faster than a handful of numbers for each variable side by side.
 
     Attributes:
-        size: How many raw numbers `parametrise` wants for each variable.
+        size: How many raw numbers `parametrize` wants for each variable.
     """
 
     size: int
 
     @abstractmethod
-    def parametrise(self, raw: Tensor) -> Parameters:
+    def parametrize(self, raw: Tensor) -> Parameters:
         """The map's own way from any numbers, shape (size, *), to parameters; zeros give the
         identity."""
 
@@ -50,7 +50,7 @@ class Additive(ElementwiseMap):
 
     size = 1
 
-    def parametrise(self, raw: Tensor) -> Parameters:
+    def parametrize(self, raw: Tensor) -> Parameters:
         """The shift m."""
         return (raw.squeeze(0),)
 
@@ -76,7 +76,7 @@ class Affine(ElementwiseMap):
     def __init__(self, bound: float = 3.0) -> None:
         self.bound = bound
 
-    def parametrise(self, raw: Tensor) -> Parameters:
+    def parametrize(self, raw: Tensor) -> Parameters:
         """The shift m and the log-scale s, which a tanh holds within ±bound."""
         shift, log_scale = raw.unbind(0)
         return shift, self.bound * torch.tanh(log_scale / self.bound)
@@ -101,8 +101,8 @@ class Inverted(ElementwiseMap):
     def __init__(self, map: ElementwiseMap) -> None:
         self.map, self.size = map, map.size
 
-    def parametrise(self, raw: Tensor) -> Parameters:
-        return self.map.parametrise(raw)
+    def parametrize(self, raw: Tensor) -> Parameters:
+        return self.map.parametrize(raw)
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         return self.map.inverse(z, *parameters)
@@ -118,7 +118,7 @@ class Scheme(Transform):
     Args:
         dim: D, or the channels of an image.
         map: The map; affine if None.
-        parametrise: Makes the map's parameters from raw numbers (map.size, *); the map's own way
+        parametrize: Makes the map's parameters from raw numbers (map.size, *); the map's own way
             if None.
         context_dim: Size of the context; 0 for none.
         event_dims: 1 for vectors, 3 for images.
@@ -128,7 +128,7 @@ class Scheme(Transform):
         self,
         dim: int,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Parameters] | None = None,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
         context_dim: int = 0,
         event_dims: int = 1,
     ) -> None:
@@ -136,11 +136,11 @@ class Scheme(Transform):
         super().__init__(event_dims, context_dim, shape)
         self.dim = dim
         self.map = map or Affine()
-        self.parametrise = parametrise or self.map.parametrise
+        self.parametrize = parametrize or self.map.parametrize
 
     def _map_parameters(self, raw: Tensor, value: Tensor) -> Parameters:
         """The map's parameters in the value's dtype: a net may compute in bfloat16, a map not."""
-        return self.parametrise(raw.to(value.dtype))
+        return self.parametrize(raw.to(value.dtype))
 
     def _columns(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(*batch, D) → (D, N), one piece of memory for each variable; context as (N, C)."""
@@ -184,7 +184,7 @@ class Elementwise(TwoWayScheme):
     Args:
         dim: D.
         map: The elementwise map m; affine if None.
-        parametrise: Makes the map's parameters from raw numbers, shape (map.size, D, N), or
+        parametrize: Makes the map's parameters from raw numbers, shape (map.size, D, N), or
             (map.size, D, 1) without a context; the map's own way if None.
         hidden: Widths of the net from the context.
         context_dim: Size of the context; 0 for none.
@@ -195,12 +195,12 @@ class Elementwise(TwoWayScheme):
         self,
         dim: int,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Parameters] | None = None,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
     ) -> None:
-        super().__init__(dim, map, parametrise, context_dim)
+        super().__init__(dim, map, parametrize, context_dim)
         numbers = self.map.size * dim
         self.raw = None if context_dim else nn.Parameter(torch.zeros(numbers, 1))
         self.net = None

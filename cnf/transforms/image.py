@@ -95,7 +95,7 @@ class ConvCoupling(TwoWayScheme):
         channels: C.
         keep: How many of the first channels pass unchanged.
         map: The elementwise map; affine if None.
-        parametrise: Makes the map's parameters from what the net gives, shape
+        parametrize: Makes the map's parameters from what the net gives, shape
             (map.size, N, C - keep, H, W); the map's own way if None.
         hidden: Channels of the net's two inner layers.
         context_dim: Size of the context, which enters as constant channels; 0 for none.
@@ -107,7 +107,7 @@ class ConvCoupling(TwoWayScheme):
         channels: int,
         keep: int,
         map: ElementwiseMap | None = None,
-        parametrise: Callable[[Tensor], Parameters] | None = None,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "relu",
@@ -116,7 +116,7 @@ class ConvCoupling(TwoWayScheme):
             raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
         if len(hidden) != 2:
             raise ValueError(f"ConvCoupling: expected two widths in hidden, got {tuple(hidden)}")
-        super().__init__(channels, map, parametrise, context_dim, event_dims=3)
+        super().__init__(channels, map, parametrize, context_dim, event_dims=3)
         self.sizes = [keep, channels - keep]
         self.activation = ACTIVATIONS[activation]
         first, second = hidden

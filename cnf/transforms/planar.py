@@ -1,6 +1,6 @@
 """Flows of low rank: planar, Sylvester and radial, with both directions.
 
-The parameters are the layer's own or, with a context, linear in it: amortised posteriors.
+The parameters are the layer's own or, with a context, linear in it: amortized posteriors.
 """
 
 import math
@@ -19,7 +19,7 @@ ONE = math.log(math.expm1(1))  # softplus of it is one
 MARGIN = 8  # roundings between a determinant that must be positive and zero
 
 
-class Amortised(nn.Module):
+class Amortized(nn.Module):
     """A vector of numbers: parameters, or linear in the context.
 
     Args:
@@ -65,7 +65,7 @@ class Planar(Transform):
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__(context_dim=context_dim, event_shape=(dim,))
-        self.numbers = Amortised([dim, dim, 1], context_dim)
+        self.numbers = Amortized([dim, dim, 1], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
@@ -109,8 +109,8 @@ class Sylvester(Transform):
             raise ValueError(f"Sylvester: expected 1 <= rank <= {dim}, got {rank}")
         super().__init__(context_dim=context_dim, event_shape=(dim,))
         self.dim, self.rank = dim, rank
-        self.vectors = Amortised([rank * dim], context_dim, scale=1.0)
-        self.numbers = Amortised([rank * rank, rank * rank, rank], context_dim)
+        self.vectors = Amortized([rank * dim], context_dim, scale=1.0)
+        self.numbers = Amortized([rank * rank, rank * rank, rank], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
@@ -162,31 +162,31 @@ class Radial(Transform):
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__(context_dim=context_dim, event_shape=(dim,))
-        self.numbers = Amortised([dim, 1, 1], context_dim)
+        self.numbers = Amortized([dim, 1, 1], context_dim)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
-        centre, alpha, beta = self._constrained(context)
-        away = z - centre
+        center, alpha, beta = self._constrained(context)
+        away = z - center
         r = _length(away)
         return z + beta * away / (alpha + r), self._ladj(r, alpha, beta, z.shape[-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
-        centre, alpha, beta = self._constrained(context)
-        away = x - centre
+        center, alpha, beta = self._constrained(context)
+        away = x - center
         far = _length(away)
         p, size = alpha + beta - far, alpha + beta + far  # r² + p r = α ‖x - c‖
         root = size * ((p / size).square() + 4 * (alpha / size) * (far / size)).sqrt()
         r = torch.where(p > 0, 2 * alpha * far / (p.abs() + root), (root - p) / 2)
-        z = centre + away / (1 + beta / (alpha + r))
+        z = center + away / (1 + beta / (alpha + r))
         return z, -self._ladj(r, alpha, beta, x.shape[-1])
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        centre, alpha, beta = self.numbers(context)
+        center, alpha, beta = self.numbers(context)
         alpha = F.softplus(alpha)
         beta = torch.maximum(F.softplus(beta) - alpha, -_most(alpha) * alpha)
-        return centre, alpha, beta
+        return center, alpha, beta
 
     def _ladj(self, r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
         h = 1 / (alpha + r)

@@ -36,7 +36,7 @@ class RationalQuadratic(ElementwiseMap):
         self.curve = _Curve(bins, bound, least)
         self.size = 3 * bins - 1
 
-    def parametrise(self, raw: Tensor) -> Parameters:
+    def parametrize(self, raw: Tensor) -> Parameters:
         """Widths and heights by a softmax, (2, K, *); slopes by a softplus, (K + 1, *), 1 at the
         ends."""
         bins, ends = self.curve.bins, torch.ones_like(raw[:1])
@@ -74,7 +74,7 @@ class CircularSpline(ElementwiseMap):
         self.curve = _Curve(bins, bound, least)
         self.size = 3 * bins + 1
 
-    def parametrise(self, raw: Tensor) -> Parameters:
+    def parametrize(self, raw: Tensor) -> Parameters:
         """The turn, (*), widths and heights, (2, K, *), and slopes, (K + 1, *)."""
         turn, sizes, slopes = raw.split([1, 2 * self.curve.bins, self.curve.bins])
         slopes = self.curve.slopes(slopes)

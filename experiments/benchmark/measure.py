@@ -31,7 +31,7 @@ class Options:
     quick: bool = False
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait for the GPU, if that is what computes."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -39,10 +39,10 @@ def synchronise(device: str) -> None:
 
 def timed(call: Callable[[], object], device: str) -> float:
     """Milliseconds of one call."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    synchronise(device)
+    synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -29,10 +29,10 @@ def patches(count: int, photographs: int = 180, seed: int = 0) -> Tensor:
     generator = np.random.default_rng(seed)
     found = []
     images = _photographs(photographs)
-    for grey in images:
-        rows = generator.integers(0, grey.shape[0] - SIDE + 1, -(-count // len(images)))
-        columns = generator.integers(0, grey.shape[1] - SIDE + 1, len(rows))
-        windows = np.lib.stride_tricks.sliding_window_view(grey, (SIDE, SIDE))
+    for gray in images:
+        rows = generator.integers(0, gray.shape[0] - SIDE + 1, -(-count // len(images)))
+        columns = generator.integers(0, gray.shape[1] - SIDE + 1, len(rows))
+        windows = np.lib.stride_tricks.sliding_window_view(gray, (SIDE, SIDE))
         found.append(windows[rows, columns].reshape(len(rows), -1))
     x = np.concatenate(found)
     x = (x + generator.random(x.shape)) / 256

@@ -107,7 +107,7 @@ def _kind(event: FunctionEvent, of_field: set[int]) -> str:
     if event.name in PRODUCTS:
         return "matrix products"
     if _under(event, "Optimizer."):
-        return "optimiser"
+        return "optimizer"
     backward = _ancestor(event, "autograd::engine::evaluate_function")
     if backward is not None and "AccumulateGrad" in backward.name:
         return "gradients added up"

@@ -28,7 +28,7 @@ import logprob
 import matching
 import memory
 import recompute
-import regularised
+import regularized
 import roofline
 import seminorm
 import torch
@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 PEERS = ("zuko", "torchcfm", "nflows", "normflows")
 QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
-    "regularised": regularised, "roofline": roofline, "matching": matching, "couplings": couplings,
+    "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
 }  # fmt: skip
 

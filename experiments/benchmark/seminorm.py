@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from measure import Options, synchronise
+from measure import Options, synchronize
 from patches import archive, patches
 from tables import markdown, number
 from torch import Tensor
@@ -88,7 +88,7 @@ class _Run:
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
-        synchronise(self.device)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
         self.forward.append(stats.forward)
         self.backward.append(stats.backward)

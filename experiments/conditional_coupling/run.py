@@ -38,10 +38,10 @@ PUBLISHED = {
 
 
 def gaussians(n: int, generator: torch.Generator) -> Tensor:
-    """Eight centres at radius 5; covariance √0.1·I, as torchcfm's tutorials draw them."""
+    """Eight centers at radius 5; covariance √0.1·I, as torchcfm's tutorials draw them."""
     angle = torch.randint(8, (n,), generator=generator) * math.pi / 4
-    centres = 5 * torch.stack([angle.cos(), angle.sin()], -1)
-    return centres + 0.1**0.25 * torch.randn(n, 2, generator=generator)
+    centers = 5 * torch.stack([angle.cos(), angle.sin()], -1)
+    return centers + 0.1**0.25 * torch.randn(n, 2, generator=generator)
 
 
 def moons(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

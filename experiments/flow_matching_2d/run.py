@@ -107,7 +107,7 @@ class Task:
 
 @dataclass
 class Shrunk:
-    """A density divided by a number, as the base of a model of standardised data."""
+    """A density divided by a number, as the base of a model of standardized data."""
 
     density: object
     scale: float

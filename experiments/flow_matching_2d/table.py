@@ -2,7 +2,7 @@
 
 import statistics
 
-# W2 and normalised path energy as printed in table 2 of Tong et al. (2024), [SF]²M,
+# W2 and normalized path energy as printed in table 2 of Tong et al. (2024), [SF]²M,
 # https://arxiv.org/abs/2307.03672: mean over 5 seeds, in the order of config.yaml's tasks.
 PUBLISHED = {
     "I-CFM": ((0.373, 1.557, 0.178, 0.242), (0.202, 2.680, 0.891, 0.856)),
@@ -16,7 +16,7 @@ PUBLISHED = {
 def tables(config: dict, rows: list[dict[str, str]]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     parts = []
-    for column, title, place in (("w2", "W2", 0), ("npe", "normalised path energy", 1)):
+    for column, title, place in (("w2", "W2", 0), ("npe", "normalized path energy", 1)):
         lines = [header([title, *config["tasks"]])]
         for method in methods:
             cells = [over_seeds(chosen(rows, method, task), column) for task in config["tasks"]]

@@ -18,7 +18,7 @@ import cnf
 from cnf.evaluation.metrics import Estimate, log_prob_chunked
 from cnf.fields import MLPField, Preconditioned
 from cnf.training.describe import machine
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 HERE = Path(__file__).parent
 COLUMNS = ["variant", "density", "gap", "gap_error", "nfe", "ms_per_step", "revision"]
@@ -41,7 +41,7 @@ def run(variant: str, density: str, config: dict) -> dict:
     recipe = merged(config["base"], config["variants"][variant])
     field = MLPField(2, **recipe["field"])
     field = Preconditioned(field) if recipe["preconditioned"] else field
-    flow = cnf.Flow(None, Continuous(field), Standardise((2,)), event_shape=(2,))
+    flow = cnf.Flow(None, Continuous(field), Standardize((2,)), event_shape=(2,))
     toy, steps, seconds = cnf.data.toy(density), 0, 0.0
     for stage in recipe["stages"]:
         options = {k: v for k, v in stage["options"].items() if v is not None}

@@ -52,7 +52,7 @@ def record(name: str, config: dict) -> None:
 
 
 def picture(name: str, seed: int, gaps: dict[str, float]) -> None:
-    """The density and what each contestant made of it, on the density's own scale of colours."""
+    """The density and what each contestant made of it, on the density's own scale of colors."""
     truth = cnf.data.toy(name)
     peak = float(truth.log_prob(truth.grid()[0]).exp().max())
     things = {f"the density {name}": truth}

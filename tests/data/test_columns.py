@@ -24,7 +24,7 @@ def test_columns_context_and_weight_are_taken_by_name(pets):
     assert points.reading.labels == {"pet": ["ape", "cat", "dog"]}
 
 
-def test_every_other_column_is_modelled_unless_told(pets):
+def test_every_other_column_is_modeled_unless_told(pets):
     points = load(pets, Columns(context=["pet"], drop_missing=True))
     assert points.columns == ("weight", "u", "age")
 

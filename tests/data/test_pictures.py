@@ -11,7 +11,7 @@ image = pytest.importorskip("PIL.Image")
 
 @pytest.fixture
 def picture(tmp_path):
-    """Writes grey levels, rows from the top, and reads them back as a density."""
+    """Writes gray levels, rows from the top, and reads them back as a density."""
 
     def write(levels, invert=False, mode="L", name="p.png"):
         dtype = np.uint16 if mode.startswith("I") else np.uint8
@@ -92,7 +92,7 @@ def test_transparent_counts_as_white(tmp_path):
     assert density.log_prob(torch.tensor([2.0, 2.0])).item() == -math.inf
 
 
-def test_deep_greys_are_not_clipped(picture):
+def test_deep_grays_are_not_clipped(picture):
     density = picture([[0, 40_000], [60_000, 60_000]], mode="I;16")
     value = density.log_prob(torch.tensor([[-2.0, 2.0], [2.0, 2.0]]))
     assert float((value[0] - value[1]).exp()) == pytest.approx(3, abs=1e-3)

@@ -373,7 +373,7 @@ def test_column_numbers_above_whole_numbers_are_asked_about(tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, "person"])
-def test_the_index_that_pandas_keeps_in_parquet_is_not_modelled(name, tmp_path):
+def test_the_index_that_pandas_keeps_in_parquet_is_not_modeled(name, tmp_path):
     pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     rng = np.random.default_rng(0)
     frame = pandas.DataFrame(rng.normal(size=(20, 2)), columns=["a", "b"])

@@ -106,8 +106,8 @@ def test_sample_depends_on_the_generator_alone(name):
 def test_rows_are_independent(name):
     x = toy(name).sample(100_000, seeded(5)).double()
     x = (x - x.mean(0)) / x.std(0)
-    neighbours = (x[1:].T @ x[:-1]) / len(x)
-    assert neighbours.abs().max() < 4.5 / math.sqrt(len(x))
+    neighbors = (x[1:].T @ x[:-1]) / len(x)
+    assert neighbors.abs().max() < 4.5 / math.sqrt(len(x))
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -187,9 +187,9 @@ def test_rings_agree_with_an_average_over_the_angle(name):
     angle = 2 * math.pi * torch.arange(4000, dtype=torch.float64) / 4000
     circle = torch.stack([angle.cos(), angle.sin()], -1)
     x = torch.cat([rings.sample(20, seeded(10)).double(), torch.zeros(1, 2).double()])
-    centres = torch.cat([radius * circle for radius in rings.radii])
-    square = (x[:, None] - centres).square().sum(-1) / (2 * rings.sigma**2)
-    brute = (-square).logsumexp(-1) - math.log(len(centres) * 2 * math.pi * rings.sigma**2)
+    centers = torch.cat([radius * circle for radius in rings.radii])
+    square = (x[:, None] - centers).square().sum(-1) / (2 * rings.sigma**2)
+    brute = (-square).logsumexp(-1) - math.log(len(centers) * 2 * math.pi * rings.sigma**2)
     torch.testing.assert_close(rings.log_prob(x), brute, rtol=0, atol=1e-10)
 
 
@@ -212,8 +212,8 @@ def test_gradient_of_the_checkerboard_is_zero():
 
 
 def test_checkerboard_has_its_eight_squares():
-    centres = torch.tensor([-3.0, -1.0, 1.0, 3.0])
-    board = toy("checkerboard").log_prob(torch.cartesian_prod(centres, centres)).reshape(4, 4)
+    centers = torch.tensor([-3.0, -1.0, 1.0, 3.0])
+    board = toy("checkerboard").log_prob(torch.cartesian_prod(centers, centers)).reshape(4, 4)
     held = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]] * 2, dtype=torch.bool)  # rows are x1
     assert torch.equal(board.isfinite(), held)
     torch.testing.assert_close(board[held], torch.full((8,), -math.log(32)))

@@ -21,15 +21,15 @@ F64 = torch.float64
 
 
 @pytest.fixture
-def net(randomised):
+def net(randomized):
     """A smooth map from R³ to R³, as itself and, without its closed form, as a field."""
-    return randomised(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)))
+    return randomized(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)))
 
 
 @pytest.fixture
-def field(randomised):
+def field(randomized):
     inner = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    return randomised(Adapter(inner, (3,), call="concat"))
+    return randomized(Adapter(inner, (3,), call="concat"))
 
 
 def rows_trace(v, x, dims=1):
@@ -63,9 +63,9 @@ def test_trace_is_autograds_for_vectors(net, generator):
     assert div.abs().min() > 1e-3 and div.dtype == F64
 
 
-def test_trace_is_autograds_for_images(randomised, generator):
+def test_trace_is_autograds_for_images(randomized, generator):
     conv = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
-    conv = randomised(conv)
+    conv = randomized(conv)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=F64)
     v, div = trace_of_jacobian(conv, x, event_dims=3)
     assert v.shape == x.shape and div.shape == (3,)
@@ -187,8 +187,8 @@ def test_given_probes_are_used(field, generator):
     assert exact.abs().min() > 1e-3
 
 
-def test_exact_uses_the_fields_own_form_and_agrees_without(randomised, generator):
-    closed = randomised(MLPField(3, (6, 5)))
+def test_exact_uses_the_fields_own_form_and_agrees_without(randomized, generator):
+    closed = randomized(MLPField(3, (6, 5)))
     generic = Adapter(closed, (3,))
     x = torch.randn(4, 3, generator=generator, dtype=F64)
     t = torch.tensor(0.3, dtype=F64)

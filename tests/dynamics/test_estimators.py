@@ -26,8 +26,8 @@ class Matrix(VectorField):
 
 
 @pytest.fixture
-def field(randomised):
-    return randomised(MLPField(3, (8, 7)))
+def field(randomized):
+    return randomized(MLPField(3, (8, 7)))
 
 
 def low_rank(dim, rank, generator, noise=0.0):
@@ -152,8 +152,8 @@ def test_the_generator_of_the_estimator_repeats_the_solve(field, generator):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("sketch", [0, 1])
-def test_estimates_need_no_graph_around_them(mode, sketch, randomised, generator):
-    field = randomised(EndTime(MLPField(3, (8,), context_dim=2, layer="concatsquash")))
+def test_estimates_need_no_graph_around_them(mode, sketch, randomized, generator):
+    field = randomized(EndTime(MLPField(3, (8,), context_dim=2, layer="concatsquash")))
     probe = Hutchinson(2, sketch=sketch).draw(torch.zeros(5, 3, dtype=F64), generator)
     transform = Continuous(field, Solver("rk4", steps=4), Hutchinson(probe=probe, sketch=sketch))
 
@@ -185,10 +185,10 @@ def test_bad_counts_are_refused(options):
         DIVERGENCES.build({"name": "hutchinson", **options})
 
 
-def test_an_estimate_of_an_image_field_is_the_flat_ones(randomised, generator):
+def test_an_estimate_of_an_image_field_is_the_flat_ones(randomized, generator):
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.Tanh(),
                               torch.nn.Conv2d(3, 2, 3, padding=1))  # fmt: skip
-    field = Adapter(_Still(randomised(net)), (2, 3, 3))
+    field = Adapter(_Still(randomized(net)), (2, 3, 3))
     x = torch.randn(4, 2, 3, 3, generator=generator, dtype=F64)
     div = rates(Hutchinson(2, sketch=18), field, x, generator=generator).divergence
     exact = rates(DIVERGENCES.build("exact"), field, x).divergence

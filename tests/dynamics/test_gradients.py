@@ -126,9 +126,9 @@ def test_the_adjoint_does_not_pretend_to_a_second_derivative(solver):
 
 
 @pytest.fixture
-def problem(randomised, generator):
+def problem(randomized, generator):
     """(solver, divergence) → value and every gradient of a small random flow."""
-    field = randomised(MLPField(2, (8, 7), context_dim=3))
+    field = randomized(MLPField(2, (8, 7), context_dim=3))
     x, context = (
         torch.randn(5, n, generator=generator, dtype=F64, requires_grad=True) for n in (2, 3)
     )

@@ -153,7 +153,7 @@ def test_the_adjoint_takes_the_same_grid_back(method, ends):
             found.append(torch.autograd.grad(x.pow(3).sum(), (weight, x0)))
         assert nfe == stats.forward == (len(stops_between(*ends, grid)) - 1) * STAGES[method]
     assert stats.backward == stats.forward  # step for step
-    atol = 5e-2 if method == "midpoint" else 1e-4  # two discretisations of one gradient
+    atol = 5e-2 if method == "midpoint" else 1e-4  # two discretizations of one gradient
     torch.testing.assert_close(*found, rtol=0, atol=atol)
 
 
@@ -183,9 +183,9 @@ def test_a_path_in_float32_takes_no_step_twice():
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("method", ["euler", "heun3"])
-def test_stacked_blocks_take_their_stretch_of_the_grid(method, gradient, randomised):
+def test_stacked_blocks_take_their_stretch_of_the_grid(method, gradient, randomized):
     """Three blocks: knots at 1/3 and 2/3 are steps' ends, too."""
-    field = randomised(Piecewise([MLPField(2, (5,)) for _ in range(3)]))
+    field = randomized(Piecewise([MLPField(2, (5,)) for _ in range(3)]))
     transform = Continuous(field, Solver(method, grid=GRID, gradient=gradient))
     ascending = sorted({*GRID, 1 / 3, 2 / 3})
     for towards, stops in (("data", ascending), ("base", ascending[::-1])):
@@ -207,9 +207,9 @@ def test_stacked_blocks_take_their_stretch_of_the_grid(method, gradient, randomi
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_knot_on_the_grid_is_no_second_step(wrapped, randomised):
+def test_a_knot_on_the_grid_is_no_second_step(wrapped, randomized):
     field = Piecewise([MLPField(2, (5,), 1), MLPField(2, (5,), 1)])
-    field = randomised(Preconditioned(NullContext(field)) if wrapped else field)
+    field = randomized(Preconditioned(NullContext(field)) if wrapped else field)
     transform = Continuous(field, Solver("heun2", grid=(0.0, 0.2, 0.5, 1.0)))
     context = torch.ones(3, 1, dtype=F64)
     assert transform.integrate(X0, context, towards="data").nfe == 6

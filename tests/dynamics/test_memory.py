@@ -49,9 +49,9 @@ def watched():
 
 
 @pytest.fixture
-def run(randomised, generator):
+def run(randomized, generator):
     """Solver → gradients of a small flow."""
-    field = randomised(MLPField(2, (16, 16)))
+    field = randomized(MLPField(2, (16, 16)))
     x = torch.randn(64, 2, generator=generator, dtype=F64)
 
     def run(solver, create_graph=False):
@@ -97,8 +97,8 @@ def test_the_adjoint_keeps_the_same_at_every_tolerance(method, run):
     assert found[0][0] == found[1][0] and found[1][1] > 3 * found[0][1]
 
 
-def test_the_adjoint_saves_as_many_tensors_at_every_tolerance(randomised, generator):
-    field = randomised(MLPField(2, (16, 16)))
+def test_the_adjoint_saves_as_many_tensors_at_every_tolerance(randomized, generator):
+    field = randomized(MLPField(2, (16, 16)))
     counts = []
     for tolerance in (1e-3, 1e-9):
         transform = Continuous(field, Solver(rtol=tolerance, atol=tolerance, gradient="adjoint"))
@@ -224,9 +224,9 @@ def test_no_field_keeps_its_graph(name, small_flow):
     assert_nothing_stays(use)
 
 
-def test_recomputed_layers_keep_no_graph(randomised):
+def test_recomputed_layers_keep_no_graph(randomized):
     layers = [Planar(2), Sylvester(2, 1)]
-    stack = randomised(Compose(layers, recompute=True))
+    stack = randomized(Compose(layers, recompute=True))
     x = torch.ones(3, 2, dtype=F64, requires_grad=True)
 
     def use():

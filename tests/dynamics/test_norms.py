@@ -31,8 +31,8 @@ def test_a_hard_row_among_easy_ones_is_solved_by_rows_and_not_by_rms(method):
 
 
 @pytest.fixture
-def transform(randomised):
-    field = randomised(MLPField(2, (16, 16)), gain=1.5)
+def transform(randomized):
+    field = randomized(MLPField(2, (16, 16)), gain=1.5)
 
     def build(solver):
         return Continuous(field, solver)
@@ -51,13 +51,13 @@ def alone_and_among(transform, x):
 
 
 @pytest.mark.parametrize("method", ["rk4", "euler", "heun3", "explicit_adams"])
-def test_fixed_steps_do_not_hang_on_neighbours(method, transform, generator):
+def test_fixed_steps_do_not_hang_on_neighbors(method, transform, generator):
     x = torch.randn(50, 2, generator=generator, dtype=F64)
     assert alone_and_among(transform(Solver(method, steps=10)), x) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
-def test_rows_do_not_hang_on_easier_neighbours(method):
+def test_rows_do_not_hang_on_easier_neighbors(method):
     omega = torch.cat([torch.tensor([30.0]), torch.linspace(0, 3, 500)]).double()
     apart = {}
     for norm in ("rows", "rms"):

@@ -87,8 +87,8 @@ def test_the_estimates_products_are_shared_and_exact_ones_are_not(generator, mon
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
-def test_jacobian_norm_is_autograds(batch, randomised, generator):
-    field = randomised(MLPField(2, (8, 7), context_dim=3))
+def test_jacobian_norm_is_autograds(batch, randomized, generator):
+    field = randomized(MLPField(2, (8, 7), context_dim=3))
     x, context = (torch.randn(*batch, n, generator=generator, dtype=F64) for n in (2, 3))
     found = REGULARIZERS["jacobian"](at(field, x, context))
     rows = zip(x.reshape(-1, 2), context.reshape(-1, 3), strict=True)
@@ -101,8 +101,8 @@ def test_jacobian_norm_is_autograds(batch, randomised, generator):
     assert slope.abs().max() > 1e-3
 
 
-def test_penalties_of_images_are_those_of_the_flat_map(randomised, generator):
-    field = randomised(ConvField((1, 4, 4), (3,)))
+def test_penalties_of_images_are_those_of_the_flat_map(randomized, generator):
+    field = randomized(ConvField((1, 4, 4), (3,)))
     x = torch.randn(3, 1, 4, 4, generator=generator, dtype=F64)
     point = at(field, x)
     torch.testing.assert_close(REGULARIZERS["kinetic"](point), point.v.pow(2).sum((1, 2, 3)))
@@ -152,8 +152,8 @@ def test_hjb_of_a_residual_below_zero_is_its_size(generator):
 
 
 @pytest.mark.parametrize("context_dim", [0, 3])
-def test_hjb_is_that_of_autograds_potential(context_dim, randomised, generator):
-    field = randomised(PotentialField(2, width=7, layers=3, context_dim=context_dim))
+def test_hjb_is_that_of_autograds_potential(context_dim, randomized, generator):
+    field = randomized(PotentialField(2, width=7, layers=3, context_dim=context_dim))
     x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
     context = torch.randn(4, context_dim, generator=generator, dtype=F64) if context_dim else None
     t = NOW.clone().expand(4).clone().requires_grad_()

@@ -169,7 +169,7 @@ def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypat
 
 
 @pytest.mark.parametrize("name", ["ffjord", "rnode"])
-def test_published_settings_are_for_toys_and_ones_own_points_are_standardised(name):
+def test_published_settings_are_for_toys_and_ones_own_points_are_standardized(name):
     def trained(data):
         source, config = cnf.data.load(data), cnf.TrainConfig(steps=1, progress=False)
         rows = source if source.entropy else source.x
@@ -238,7 +238,7 @@ def test_existing_folder_is_not_overwritten(tmp_path):
 def test_perfect_flow_scores_the_floor():
     normal = torch.randn(1000, 2, generator=DRAW)
     judge = Judge(normal[:500], normal[500:], w2_points=300)
-    identity = cnf.models.build("realnvp", dim=2, layers=2)  # the identity at initialisation
+    identity = cnf.models.build("realnvp", dim=2, layers=2)  # the identity at initialization
     scores = judge.scores(identity)
     assert scores["w2"] == pytest.approx(judge.floor["w2"], rel=0.5)
     assert scores["nll"] == pytest.approx(2.8379, abs=4 * scores["nll_error"])
@@ -364,7 +364,7 @@ def test_contestant_and_data_of_any_name_have_a_page(tmp_path):
 GAUSSIAN = MultivariateNormal(torch.tensor([4e4, 0.03]), torch.tensor([[1e8, 50.0], [50.0, 1e-4]]))
 
 
-def test_torch_distribution_races_by_its_gap_and_is_standardised(tmp_path):
+def test_torch_distribution_races_by_its_gap_and_is_standardized(tmp_path):
     results = race(["rnode"], GAUSSIAN, tmp_path, steps=1)
     assert results.data == "MultivariateNormal" and results.score == "gap"
     assert results.entropy == pytest.approx(GAUSSIAN.entropy().item())

@@ -17,7 +17,7 @@ from cnf.fields.trace import trace_of_jacobian
 from cnf.flow import Flow
 from cnf.models import MODELS
 from cnf.registry import options_of
-from cnf.transforms import Affine, Compose, Continuous, Coupling, Standardise
+from cnf.transforms import Affine, Compose, Continuous, Coupling, Standardize
 
 # torch itself calls its deprecated torch.jit.script in the first forward-mode derivative
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -41,7 +41,7 @@ def perturbed(module, spread=0.2, seed=0):
 
 
 def data(n=256, dim=2, seed=0):
-    """Correlated, off centre, of another scale in each direction."""
+    """Correlated, off center, of another scale in each direction."""
     z = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
     return z * (0.5 + torch.arange(dim)) + 3.0 + 0.3 * z.roll(1, -1)
 
@@ -117,7 +117,7 @@ def test_a_context_for_each_point_passes_in_float64(name):
     assert not any("context" in note for note in report.notes)
 
 
-def test_a_flow_at_initialisation_passes_although_zeros_hide_gradients():
+def test_a_flow_at_initialization_passes_although_zeros_hide_gradients():
     flow = cnf.models.build("realnvp", dim=2, hidden=(16, 16))
     assert check(flow)["gradients"].passed
 
@@ -148,7 +148,7 @@ def test_other_bases_pass(base):
 
 
 def test_a_parameterless_flow_has_no_gradients_to_check():
-    flow = Flow(None, Standardise((2,)), event_shape=(2,))
+    flow = Flow(None, Standardize((2,)), event_shape=(2,))
     report = check(flow)
     assert report.ok and report["gradients"].passed is None
     assert "nothing is trained" in report["gradients"].message
@@ -222,19 +222,19 @@ def test_a_log_determinant_wrong_in_forward_only_is_found():
     assert failed(report) == {"log-determinant", "consistency"}  # log_prob itself is right
 
 
-class ForgetfulStandardise(Standardise):
+class ForgetfulStandardize(Standardize):
     def _ladj(self, value):
         return value.new_zeros(value.shape[:-1])
 
 
 @pytest.mark.parametrize("kind", ["continuous", "coupling"])
 def test_a_forgotten_log_determinant_of_preprocessing_is_found(kind):
-    preprocess = ForgetfulStandardise((2,))
+    preprocess = ForgetfulStandardize((2,))
     preprocess.fit(data())
     transform = Continuous(small_field()) if kind == "continuous" else Coupling(2)
     flow = Flow(None, perturbed(transform), preprocess, event_shape=(2,))
     report = expect_failure(
-        flow, "log-determinant", "ForgetfulStandardise.inverse", "is missing", x=data()
+        flow, "log-determinant", "ForgetfulStandardize.inverse", "is missing", x=data()
     )
     assert report["mass"].passed is False
 
@@ -305,12 +305,12 @@ def test_a_cut_gradient_of_the_context_is_found():
 
 
 def cut(raw):
-    return Affine().parametrise(raw.detach())
+    return Affine().parametrize(raw.detach())
 
 
 class CutCoupling(Coupling):
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, parametrise=cut, **kwargs)
+        super().__init__(*args, parametrize=cut, **kwargs)
 
 
 def test_parameters_cut_in_both_modes_are_found():
@@ -319,13 +319,13 @@ def test_parameters_cut_in_both_modes_are_found():
 
 
 def without_shift(raw):
-    shift, log_scale = Affine().parametrise(raw)
+    shift, log_scale = Affine().parametrize(raw)
     return shift.detach(), log_scale
 
 
 class PartlyCut(Coupling):
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, parametrise=without_shift, **kwargs)
+        super().__init__(*args, parametrize=without_shift, **kwargs)
 
 
 def test_one_of_two_ways_cut_is_found_by_differences():
@@ -427,25 +427,25 @@ def test_a_solve_that_fails_is_a_finding_not_a_crash():
 
 
 class BatchNormed(MLPField):
-    def _centred(self, x):
+    def _centered(self, x):
         return x - x.mean(0)
 
     def forward(self, t, x, context=None):
-        return super().forward(t, self._centred(x), context)
+        return super().forward(t, self._centered(x), context)
 
     def with_divergence(self, t, x, context=None):
-        return super().with_divergence(t, self._centred(x), context)
+        return super().with_divergence(t, self._centered(x), context)
 
 
 class BatchNormedInTraining(BatchNormed):
-    def _centred(self, x):
+    def _centered(self, x):
         return x - x.mean(0) if self.training else x
 
 
 @pytest.mark.parametrize("kind", [BatchNormed, BatchNormedInTraining])
-def test_a_row_that_depends_on_its_neighbours_is_found(kind):
+def test_a_row_that_depends_on_its_neighbors_is_found(kind):
     mode = "eval" if kind is BatchNormed else "train"
-    expect_failure(continuous(small_field(kind)), "batch independence", mode, "neighbours")
+    expect_failure(continuous(small_field(kind)), "batch independence", mode, "neighbors")
 
 
 class SinglePrecision(Coupling):

@@ -106,9 +106,9 @@ def test_trace_error_is_students_interval_of_the_estimates(small_flow, x, genera
 @pytest.mark.filterwarnings("ignore:log_prob_with_error")  # of two steps, as are both values
 @pytest.mark.parametrize("sketch", [0, 4])
 def test_a_95_percent_interval_covers_the_exact_value_95_percent_of_the_time(
-    sketch, randomised, generator
+    sketch, randomized, generator
 ):
-    field = randomised(MLPField(16, (24,), layer="concat"), gain=1.5)
+    field = randomized(MLPField(16, (24,), layer="concat"), gain=1.5)
     flow = Flow(None, Continuous(field, Solver("rk4", steps=2)), event_shape=(16,)).double()
     x = torch.randn(2000, 16, generator=generator, dtype=F64)
     estimator = Hutchinson(32, sketch=sketch)
@@ -118,7 +118,7 @@ def test_a_95_percent_interval_covers_the_exact_value_95_percent_of_the_time(
     assert told.trace_error.min() > 1e-3
 
 
-def test_the_generator_repeats_probes_and_dequantisation(small_flow, x):
+def test_the_generator_repeats_probes_and_dequantization(small_flow, x):
     flow = small_flow("cnf")
     told = [
         log_prob_with_error(
@@ -131,7 +131,7 @@ def test_the_generator_repeats_probes_and_dequantisation(small_flow, x):
 
 
 class Noise:
-    """Dequantisation that hides nothing: y = x + u."""
+    """Dequantization that hides nothing: y = x + u."""
 
     def encode(self, x, generator=None):
         u = torch.rand(x.shape, generator=generator, dtype=x.dtype)
@@ -141,10 +141,10 @@ class Noise:
         return y.floor()
 
 
-def test_both_solves_see_the_same_dequantised_point(small_flow, x):
+def test_both_solves_see_the_same_dequantized_point(small_flow, x):
     for name in ("cnf", "realnvp"):
         flow = small_flow(name)
-        flow.dequantisation = Noise()
+        flow.dequantization = Noise()
         assert log_prob_with_error(flow, x.floor()).solver_error.max() < 1e-6
 
 
@@ -163,9 +163,9 @@ def test_the_flow_is_left_as_it_was(small_flow, x):
     assert all(torch.equal(a, b) for a, b in zip(flow.parameters(), weights, strict=True))
 
 
-def test_a_compose_is_exact_and_refuses_an_estimate(randomised, x):
+def test_a_compose_is_exact_and_refuses_an_estimate(randomized, x):
     parts = [Coupling(2, hidden=(8,)), Continuous(MLPField(2, (8,)), Solver("rk4", steps=3))]
-    flow = Flow(None, randomised(Compose(parts)), event_shape=(2,)).double()
+    flow = Flow(None, randomized(Compose(parts)), event_shape=(2,)).double()
     told = log_prob_with_error(flow, x)
     assert torch.equal(told.value, flow.log_prob(x)) and told.nfe == 12
     assert told.trace_error.max() == 0 < told.solver_error.max()

@@ -14,7 +14,7 @@ from cnf.evaluation.metrics import (
     log_prob_chunked,
     nfe,
     nll,
-    normalised_path_energy,
+    normalized_path_energy,
     path_energy,
     round_trip_error,
     straightness,
@@ -22,7 +22,7 @@ from cnf.evaluation.metrics import (
 )
 from cnf.fields.base import VectorField
 from cnf.flow import Flow
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 # torch itself calls its deprecated torch.jit.script in the first forward-mode derivative
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -60,7 +60,7 @@ def discrete_flow():
 
 
 def doubling():
-    transform = Standardise((2,))
+    transform = Standardize((2,))
     transform.scale.fill_(2.0)
     return transform
 
@@ -158,7 +158,7 @@ def test_path_energy_of_a_translation_is_w2_squared_so_npe_is_zero():
     x0 = normal(200)
     flow = continuous_flow(0.0, drift=(3.0, -4.0))
     assert path_energy(flow, 10).value == pytest.approx(25.0)
-    assert normalised_path_energy(flow, x0, flow.decode(x0)).value == pytest.approx(0, abs=1e-9)
+    assert normalized_path_energy(flow, x0, flow.decode(x0)).value == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
@@ -169,7 +169,7 @@ def test_npe_is_relative_to_w2_squared_and_positive_either_way(scale):
     second = x0.square().sum(-1)
     energy = Estimate.of(0.8**2 * second * math.expm1(1.6) / 1.6)
     optimum = (scale * math.expm1(0.8)) ** 2 * second.mean().item()
-    computed = normalised_path_energy(flow, x0, x1)
+    computed = normalized_path_energy(flow, x0, x1)
     assert computed.value == pytest.approx(abs(energy.value - optimum) / optimum, rel=1e-6)
     assert computed.error == pytest.approx(energy.error / optimum, rel=1e-6)
 
@@ -179,7 +179,7 @@ def test_npe_is_measured_in_the_space_of_the_field():
     flow = continuous_flow(**options, preprocess=doubling())
     x1 = flow.decode(x0)
     torch.testing.assert_close(x1, 2 * continuous_flow(**options).decode(x0))
-    assert normalised_path_energy(flow, x0, x1).value == pytest.approx(0, abs=1e-9)
+    assert normalized_path_energy(flow, x0, x1).value == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", [path_energy, straightness])
@@ -188,10 +188,10 @@ def test_paths_of_a_conditional_flow_need_the_context(metric):
         metric(continuous_flow(0.0, context_dim=2), 5)
 
 
-def test_npe_without_a_distance_to_normalise_by_is_refused():
+def test_npe_without_a_distance_to_normalize_by_is_refused():
     x = normal(20)
     with pytest.raises(ValueError, match="W2 = 0"):
-        normalised_path_energy(continuous_flow(0.8), x, x)
+        normalized_path_energy(continuous_flow(0.8), x, x)
 
 
 @pytest.mark.parametrize("rate", [0.8, -1.3])
@@ -228,7 +228,7 @@ def test_straight_paths_have_straightness_zero():
 
 @pytest.mark.parametrize(
     "call",
-    [path_energy, straightness, lambda flow: normalised_path_energy(flow, normal(5), normal(5))],
+    [path_energy, straightness, lambda flow: normalized_path_energy(flow, normal(5), normal(5))],
 )
 def test_paths_of_a_discrete_flow_are_a_type_error(call):
     with pytest.raises(TypeError, match="only a flow whose transform is a Continuous"):
@@ -277,7 +277,7 @@ def test_empty_data_is_refused():
 
 def test_table_holds_every_metric():
     distances = {"w2", "sliced-w2", "mmd", "energy-distance", "c2st"}
-    paths = {"path-energy", "normalised-path-energy", "straightness", "nfe", "round-trip"}
+    paths = {"path-energy", "normalized-path-energy", "straightness", "nfe", "round-trip"}
     assert set(METRICS) == distances | paths | {"nll", "gap"}
     assert METRICS["w2"] is wasserstein2
 

@@ -28,7 +28,7 @@ from cnf.evaluation.plotting import (
     plot_trajectories,
     save_figures,
 )
-from cnf.evaluation.style import colours, mean_and_error, number, window_of
+from cnf.evaluation.style import colors, mean_and_error, number, window_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
@@ -88,13 +88,13 @@ def rests(file):
         return [film.seek(k) or film.info["duration"] for k in range(film.n_frames)]
 
 
-def test_densities_share_one_colour_scale(results):
+def test_densities_share_one_color_scale(results):
     figure = plot_densities(results, resolution=24)
     images = [image for ax in figure.axes for image in ax.get_images()]
     assert len(images) == 3
     assert len({image.get_clim() for image in images}) == 1
     assert images[0].get_clim()[0] == 0
-    assert len(figure.axes) == 4  # three panels and one colour bar
+    assert len(figure.axes) == 4  # three panels and one color bar
 
 
 @pytest.mark.parametrize("name", ["cnf", "realnvp"])
@@ -320,9 +320,9 @@ def test_race_without_a_field_has_no_picture_of_evaluations(tmp_path):
     assert list(save_figures(results, tmp_path)) == ["samples", "nll_over_time"]
 
 
-def test_colours_differ_and_do_not_depend_on_the_ranking(results):
-    assert len(set(colours(results).values())) == 2
-    assert list(colours(results)) == results.contestants
+def test_colors_differ_and_do_not_depend_on_the_ranking(results):
+    assert len(set(colors(results).values())) == 2
+    assert list(colors(results)) == results.contestants
 
 
 def test_window_follows_particles_but_not_runaways():
@@ -367,7 +367,7 @@ def test_error_is_the_larger_of_seeds_and_points(results):
     assert all(map(math.isnan, mean_and_error(results, "cnf", "gap")))
 
 
-def test_more_contestants_than_colours_are_told_apart_by_dashes(results):
+def test_more_contestants_than_colors_are_told_apart_by_dashes(results):
     entries = [
         dataclasses.replace(entry, contestant=f"{entry.contestant}-{k}")
         for k in range(len(style.PALETTE))

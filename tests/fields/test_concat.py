@@ -14,8 +14,8 @@ INPUTS, OUTPUTS, FEATURES = 4, 3, 5
 
 
 @pytest.fixture
-def build(randomised):
-    return lambda kind, features=FEATURES: randomised(LAYERS[kind](INPUTS, OUTPUTS, features))
+def build(randomized):
+    return lambda kind, features=FEATURES: randomized(LAYERS[kind](INPUTS, OUTPUTS, features))
 
 
 @pytest.fixture
@@ -139,8 +139,8 @@ def test_concatsquash_has_closed_form():
 
 @pytest.mark.parametrize("kind", MODULATIONS)
 @pytest.mark.parametrize("batch", [(), (4,)])
-def test_modulation_has_the_scale_and_shift_of_its_name(kind, batch, randomised, draw):
-    modulation = randomised(MODULATIONS[kind](FEATURES, OUTPUTS))
+def test_modulation_has_the_scale_and_shift_of_its_name(kind, batch, randomized, draw):
+    modulation = randomized(MODULATIONS[kind](FEATURES, OUTPUTS))
     assert isinstance(modulation, Modulation)
     scale, shift = modulation(draw(*batch, FEATURES))
     assert (scale is not None) == ("squash" in kind) and (shift is not None) == ("concat" in kind)

@@ -13,8 +13,8 @@ STRIDES = [None, (1, 1, 1), (2, 1, -2), (-2, 1, 2), (2, -2, 1), (1, 2, -2)]
 
 
 @pytest.fixture
-def build(randomised):
-    return lambda *args, **options: randomised(ConvField(*args, **options))
+def build(randomized):
+    return lambda *args, **options: randomized(ConvField(*args, **options))
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -48,12 +48,12 @@ def test_divergence_is_the_trace_of_the_jacobian(
 
 
 def test_one_layer_has_closed_form(build, points):
-    # A pixel sees itself through the kernels' centres: ∇·v = H·W·Σ_c s_c(t, c) K_cc
+    # A pixel sees itself through the kernels' centers: ∇·v = H·W·Σ_c s_c(t, c) K_cc
     field = build((2, 3, 5), (), context_dim=2)
     t, x, context = points(field, own_time=True)
     scale = torch.sigmoid(field.modulations[0].scale(torch.cat([t[:, None], context], -1)))
-    centre = field.layers[0].weight[:, :, 1, 1].diagonal()
-    expected = 15 * (scale * centre).sum(-1)
+    center = field.layers[0].weight[:, :, 1, 1].diagonal()
+    expected = 15 * (scale * center).sum(-1)
     div = exact_divergence(field, t, x, context)[1]
     torch.testing.assert_close(div, expected, rtol=1e-11, atol=1e-11)
     assert expected.abs().min() > 1e-2

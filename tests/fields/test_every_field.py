@@ -52,8 +52,8 @@ def test_all_but_images_and_stacks_have_a_closed_form(name):
 
 
 @pytest.fixture
-def build(randomised):
-    return lambda name, context=2: randomised(CASES[name](context))
+def build(randomized):
+    return lambda name, context=2: randomized(CASES[name](context))
 
 
 @pytest.mark.parametrize("name", CASES)

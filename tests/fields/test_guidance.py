@@ -22,7 +22,7 @@ from cnf.fields import (
 )
 from cnf.sampling import guided
 from cnf.training import checkpoint
-from cnf.transforms import Continuous, Standardise
+from cnf.transforms import Continuous, Standardize
 
 F64 = torch.float64
 NAN = float("nan")
@@ -43,8 +43,8 @@ class Affine(VectorField):
 
 
 @pytest.fixture
-def field(randomised):
-    return randomised(NullContext(MLPField(2, (6, 5), 3)))
+def field(randomized):
+    return randomized(NullContext(MLPField(2, (6, 5), 3)))
 
 
 @pytest.fixture
@@ -225,8 +225,8 @@ def test_velocity_and_divergence_are_linear_in_the_weight(
 
 
 @pytest.mark.parametrize("own_time", [False, True])
-def test_images_are_guided_as_vectors_are(own_time, randomised, points, autograd_divergence):
-    field = randomised(Guided(NullContext(ConvField((1, 2, 3), (4,), 3)), 2.5, (0.0, 0.6)))
+def test_images_are_guided_as_vectors_are(own_time, randomized, points, autograd_divergence):
+    field = randomized(Guided(NullContext(ConvField((1, 2, 3), (4,), 3)), 2.5, (0.0, 0.6)))
     t, x, context = points(field, (5,), own_time)
     v, div = field.with_divergence(t, x, context)
     torch.testing.assert_close(field(t, x, context), v)
@@ -309,9 +309,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_density_of_a_guided_flow_is_the_change_of_variables(case, randomised, data):
+def test_density_of_a_guided_flow_is_the_change_of_variables(case, randomized, data):
     transform = Continuous(CASES[case](), Solver("rk4", steps=24, gradient="backprop"))
-    flow = randomised(Flow(None, transform, Standardise((2,)), event_shape=(2,)))
+    flow = randomized(Flow(None, transform, Standardize((2,)), event_shape=(2,)))
     guide, (x, context) = guided(flow, 2.2), data
     x, context = x[:2], context[:2]
     found = guide.log_prob(x, context)
@@ -337,7 +337,7 @@ def test_density_of_a_guided_flow_is_the_change_of_variables(case, randomised, d
 @pytest.mark.parametrize("weight", [None, 2.0])
 @pytest.mark.parametrize("case", CASES)
 def test_every_gradient_mode_reaches_the_vector_and_the_weights(
-    case, weight, mode, randomised, data
+    case, weight, mode, randomized, data
 ):
     field, (x, context) = CASES[case](), data
     mixed = torch.cat([context[:3], torch.full_like(context[3:], NAN)])
@@ -346,7 +346,7 @@ def test_every_gradient_mode_reaches_the_vector_and_the_weights(
         solver = Solver("rk4", steps=16, gradient=gradient, segments=3)
         flow = Flow(None, Continuous(field, solver), event_shape=(2,)).double()
         if not gradients:
-            randomised(flow)
+            randomized(flow)
         flow = flow if weight is None else guided(flow, weight)
         leaf = mixed.clone().requires_grad_()
         leaves = [*flow.field.parameters(), leaf]

@@ -16,8 +16,8 @@ KINDS = ["input", *LAYERS]
 
 
 @pytest.fixture
-def build(randomised):
-    return lambda *args, **options: randomised(MLPField(*args, **options))
+def build(randomized):
+    return lambda *args, **options: randomized(MLPField(*args, **options))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

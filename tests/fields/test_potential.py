@@ -12,8 +12,8 @@ F64 = torch.float64
 
 
 @pytest.fixture
-def build(randomised):
-    return lambda *args, **options: randomised(PotentialField(*args, **options))
+def build(randomized):
+    return lambda *args, **options: randomized(PotentialField(*args, **options))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])

@@ -73,17 +73,17 @@ class Gauss:
     def mean(self, target, t, x):
         """E[target | xt = x]; the velocity of a Gaussian that moves and widens is affine."""
         t = t.reshape(*t.shape, *[1] * (x.dim() - t.dim()))
-        (centre, spread), (d_centre, d_spread) = self.law_and_slope(t)
+        (center, spread), (d_center, d_spread) = self.law_and_slope(t)
         alpha, sigma, gamma = self.coefficients(t)
         if target == "velocity":
-            return d_centre + d_spread / spread * (x - centre)
+            return d_center + d_spread / spread * (x - center)
         if target == "x1":
-            return M + alpha * S**2 / spread**2 * (x - centre)
+            return M + alpha * S**2 / spread**2 * (x - center)
         if target == "noise":
-            return (sigma**2 + gamma**2).sqrt() / spread**2 * (x - centre)
+            return (sigma**2 + gamma**2).sqrt() / spread**2 * (x - center)
         if target == "z":
-            return gamma / spread**2 * (x - centre)
-        return -(x - centre) / spread**2
+            return gamma / spread**2 * (x - center)
+        return -(x - center) / spread**2
 
     def field(self, target, event=(2,)):
         return Mean(self, target, event)
@@ -125,16 +125,16 @@ def test_the_closed_forms_are_those_of_the_joint_gaussian(generator):
     for name in PATHS:
         gauss = Gauss(name)
         coefficients, slopes = torch.func.jvp(gauss.coefficients, (t,), (torch.ones_like(t),))
-        centre, spread = gauss.law(t)
+        center, spread = gauss.law(t)
         prior = (S**2, 1.0, 1.0)
         means = [
-            mu + c * v / spread**2 * (x - centre)
+            mu + c * v / spread**2 * (x - center)
             for mu, c, v in zip((M, 0, 0), coefficients, prior, strict=True)
         ]
         velocity = sum(d * mean for d, mean in zip(slopes, means, strict=True))
         torch.testing.assert_close(gauss.mean("velocity", t, x), velocity)
         y = x.clone().requires_grad_()
-        log_density = torch.distributions.Normal(centre, spread).log_prob(y).sum()
+        log_density = torch.distributions.Normal(center, spread).log_prob(y).sum()
         (slope,) = torch.autograd.grad(log_density, y)
         torch.testing.assert_close(gauss.mean("score", t, x), slope)
 
@@ -200,9 +200,9 @@ def with_frozen_ends(gauss):
             (a, b), (c, d) = gauss.law(low), gauss.law(high)
             factor, push = d / b, c - d / b * a
         else:  # dx/dt = rate·x + offset for 0.01
-            (centre, spread), slope = gauss.law_and_slope(low if stage == "start" else high)
+            (center, spread), slope = gauss.law_and_slope(low if stage == "start" else high)
             rate = slope[1] / spread
-            offset = slope[0] - rate * centre
+            offset = slope[0] - rate * center
             factor = torch.exp(0.01 * rate)
             push = offset * torch.expm1(0.01 * rate) / rate
         shift, scale = factor * shift + push, factor * scale
@@ -275,8 +275,8 @@ def test_unknown_targets_are_refused(name):
         Predicts(MLPField(2), "x1", "straight")
 
 
-def test_stacked_blocks_stay_blocks_under_a_prediction(randomised):
-    blocks = randomised(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
+def test_stacked_blocks_stay_blocks_under_a_prediction(randomized):
+    blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = Predicts(blocks, "x1", "trigonometric")
     assert [stretch[:2] for stretch in pieces_of(field)] == [(0.0, 0.5), (0.5, 1.0)]
     x = torch.ones(3, 2, dtype=F64)
@@ -286,8 +286,8 @@ def test_stacked_blocks_stay_blocks_under_a_prediction(randomised):
         torch.testing.assert_close(exact_divergence(piece, time, x), expected)
 
 
-def test_stacked_blocks_stay_blocks_beside_a_head(randomised):
-    blocks = randomised(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
+def test_stacked_blocks_stay_blocks_beside_a_head(randomized):
+    blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = WithScore(blocks, MLPField(2, (5,)).double())
     assert [stretch[:2] for stretch in pieces_of(field)] == [(0.0, 0.5), (0.5, 1.0)]
 
@@ -372,10 +372,10 @@ def test_a_head_of_another_shape_or_context_is_refused(head):
         WithScore(NullContext(MLPField(2, context_dim=2)), head())
 
 
-def test_score_finds_the_path_below_other_wrappers(randomised, generator):
+def test_score_finds_the_path_below_other_wrappers(randomized, generator):
     x, t = torch.randn(4, 2, generator=generator, dtype=F64), torch.tensor(0.4, dtype=F64)
     c = torch.randn(4, 2, generator=generator, dtype=F64)
-    inner = randomised(MLPField(2, (5,), 2))
+    inner = randomized(MLPField(2, (5,), 2))
     field = Predicts(NullContext(inner), "x1", "vp")
     torch.testing.assert_close(
         score(NullContext(Predicts(inner, "x1", "vp")), t, x, c), score(field, t, x, c)

@@ -17,21 +17,21 @@ WIDTHS = (6, 4, 9, 5)  # unequal, so that a transposed product cannot fit
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("own_time", [False, True])
 def test_divergence_is_the_trace_of_the_jacobian(
-    depth, dim, context_dim, own_time, randomised, assert_divergence
+    depth, dim, context_dim, own_time, randomized, assert_divergence
 ):
-    field = randomised(ResidualField(dim, WIDTHS[:depth], context_dim))
+    field = randomized(ResidualField(dim, WIDTHS[:depth], context_dim))
     assert_divergence(field, own_time=own_time)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_divergence_for_every_activation(activation, randomised, assert_divergence):
+def test_divergence_for_every_activation(activation, randomized, assert_divergence):
     field = ResidualField(3, WIDTHS[:3], activation=activation, frequencies=0)
-    assert_divergence(randomised(field), batch=(2, 3))
+    assert_divergence(randomized(field), batch=(2, 3))
 
 
 @pytest.mark.parametrize("frequencies", [0, 2])
-def test_field_is_its_formula(frequencies, randomised, points):
-    field = randomised(ResidualField(3, (6, 4), 2, "tanh", frequencies))
+def test_field_is_its_formula(frequencies, randomized, points):
+    field = randomized(ResidualField(3, (6, 4), 2, "tanh", frequencies))
     t, x, context = points(field, own_time=True)
     angle = t[:, None] * field.condition.time.multiples
     u = torch.cat([t[:, None], angle.sin(), angle.cos(), context], -1)
@@ -66,8 +66,8 @@ def test_one_block_of_one_unit_has_closed_form():
     assert div.item() == pytest.approx(6 * (1 + 1 / math.cosh(0.5) ** 2), rel=1e-12)
 
 
-def test_blocks_without_an_effect_leave_a_linear_field(randomised, points):
-    field = randomised(ResidualField(3, (6, 4)))
+def test_blocks_without_an_effect_leave_a_linear_field(randomized, points):
+    field = randomized(ResidualField(3, (6, 4)))
     for outward in field.outward:
         torch.nn.init.zeros_(outward.weight)
     t, x, _ = points(field)
@@ -78,8 +78,8 @@ def test_blocks_without_an_effect_leave_a_linear_field(randomised, points):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_gradients_of_the_divergence_are_autograds(depth, randomised, assert_gradients):
-    assert_gradients(randomised(ResidualField(2, WIDTHS[:depth], context_dim=2)))
+def test_gradients_of_the_divergence_are_autograds(depth, randomized, assert_gradients):
+    assert_gradients(randomized(ResidualField(2, WIDTHS[:depth], context_dim=2)))
 
 
 def test_zero_last_is_the_identity_flow():

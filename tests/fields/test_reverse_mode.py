@@ -67,10 +67,10 @@ NETS = {
 
 
 @pytest.fixture
-def field_and_x(randomised, generator):
+def field_and_x(randomized, generator):
     def build(name):
         x = torch.randn(4, 3, generator=generator, dtype=F64)
-        return randomised(Adapter(NETS[name](), (3,))), x
+        return randomized(Adapter(NETS[name](), (3,))), x
 
     return build
 

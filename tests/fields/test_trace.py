@@ -25,16 +25,16 @@ class Timeless(nn.Module):
 
 
 @pytest.fixture
-def net(randomised):
+def net(randomized):
     """A smooth map from R³ to R³."""
-    return randomised(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)))
+    return randomized(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)))
 
 
 @pytest.fixture
-def conv(randomised):
+def conv(randomized):
     """A smooth map of images of shape (2, 3, 2)."""
     first, last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
-    return randomised(nn.Sequential(first, nn.Tanh(), last))
+    return randomized(nn.Sequential(first, nn.Tanh(), last))
 
 
 @pytest.fixture
@@ -181,9 +181,9 @@ def test_trace_of_chain_has_numerical_gradients(gates, per_row, scaled, generato
 
 
 def test_exact_divergence_takes_the_fields_own_form_and_agrees_without(
-    randomised, points, monkeypatch
+    randomized, points, monkeypatch
 ):
-    closed = randomised(MLPField(3, (6, 5)))
+    closed = randomized(MLPField(3, (6, 5)))
     t, x, _ = points(closed)
     expected = closed.with_divergence(t, x)
     without = exact_divergence(Adapter(closed, (3,)), t, x)

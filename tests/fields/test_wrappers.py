@@ -68,8 +68,8 @@ def test_a_piece_runs_its_block_over_its_own_unit_of_time(count):
             torch.testing.assert_close(piece(t, x), v)
 
 
-def test_pieces_together_are_the_piecewise_field(randomised, points):
-    field = randomised(Piecewise([MLPField(2, (5,), 2), ResidualField(2, (4,), 2)]))
+def test_pieces_together_are_the_piecewise_field(randomized, points):
+    field = randomized(Piecewise([MLPField(2, (5,), 2), ResidualField(2, (4,), 2)]))
     t, x, context = points(field, (6,), own_time=True)
     v, div = exact_divergence(field, t, x, context)
     stretches = pieces_of(field)
@@ -147,8 +147,8 @@ def euler(field, x, steps=16):
     return x, ladj
 
 
-def test_gradient_to_the_end_time_is_that_of_finite_differences(randomised, points):
-    field = randomised(EndTime(MLPField(2, (6, 5)), 2.0))
+def test_gradient_to_the_end_time_is_that_of_finite_differences(randomized, points):
+    field = randomized(EndTime(MLPField(2, (6, 5)), 2.0))
     _, x, _ = points(field)
 
     def loss():

@@ -484,8 +484,8 @@ def test_a_coupling_is_had_by_name_and_options(draw):
 
 
 def test_a_misspelt_option_is_refused_before_training():
-    with pytest.raises((TypeError, ValueError), match="regularisation"):
-        cnf.FlowMatching(coupling={"name": "sinkhorn", "regularisation": 0.1})
+    with pytest.raises((TypeError, ValueError), match="regularization"):
+        cnf.FlowMatching(coupling={"name": "sinkhorn", "regularization": 0.1})
 
 
 def test_flow_matching_keeps_the_base_and_sends_data_and_context_along(small_flow, draw):

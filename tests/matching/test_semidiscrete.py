@@ -120,7 +120,7 @@ def test_rows_in_an_order_are_taken_from_all_of_it():
 
 
 def test_cells_that_are_not_in_balance_are_seen(generator):
-    """Nearest neighbours, potentials all zero, fail what the test above asks."""
+    """Nearest neighbors, potentials all zero, fail what the test above asks."""
     x1 = torch.randn(400, 2, generator=generator) * torch.linspace(0.5, 2, 400)[:, None] + 3
     nearest = torch.cdist(normal(2)(100_000, seeded(9)), x1).argmin(1)
     share = torch.bincount(nearest, minlength=400) / 250

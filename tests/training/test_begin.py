@@ -135,7 +135,7 @@ def test_the_bar_tells_the_share_of_pairing():
 
 def test_a_composed_preprocessing_is_fitted_part_by_part_and_keeps_the_digits_of_data(config):
     x = 1e8 + torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    parts = [cnf.transforms.Standardise((2,)), cnf.transforms.Standardise((2,))]
+    parts = [cnf.transforms.Standardize((2,)), cnf.transforms.Standardize((2,))]
     flow = cnf.Flow(
         None,
         cnf.models.build("realnvp", dim=2).transform,

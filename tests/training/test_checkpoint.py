@@ -73,7 +73,7 @@ def test_conditional_flow_is_built_again(name, small, points, tmp_path):
     assert torch.equal(read.log_prob(points, context), flow.log_prob(points, context))
 
 
-def test_flow_saved_when_its_model_did_not_standardise_loads_as_it_was(points, tmp_path):
+def test_flow_saved_when_its_model_did_not_standardize_loads_as_it_was(points, tmp_path):
     flow = cnf.models.build("ffjord", dim=2, hidden=(8,), preprocess=None)
     del flow.spec["options"]["preprocess"]  # what the default was
     read = load(save(flow, tmp_path / "old.safetensors"))

@@ -97,11 +97,11 @@ def test_few_rows_with_a_constant_or_a_copied_column_are_told():
 
 
 @pytest.mark.parametrize("levels", [1, 255, 256])
-def test_images_of_whole_grey_levels_are_told(levels, generator):
-    grey = torch.randint(0, 256, (60, 1, 4, 4), generator=generator) / levels
-    with pytest.warns(UserWarning, match="whole grey levels.*; add noise as wide as the steps"):
-        warn_of_degenerate(grey, None)
-    warn_of_degenerate(grey + torch.rand(grey.shape, generator=generator) / levels, None)
+def test_images_of_whole_gray_levels_are_told(levels, generator):
+    gray = torch.randint(0, 256, (60, 1, 4, 4), generator=generator) / levels
+    with pytest.warns(UserWarning, match="whole gray levels.*; add noise as wide as the steps"):
+        warn_of_degenerate(gray, None)
+    warn_of_degenerate(gray + torch.rand(gray.shape, generator=generator) / levels, None)
 
 
 def test_an_outlying_row_is_told_and_makes_no_column_follow_from_another():

@@ -271,7 +271,7 @@ def test_each_round_has_pairs_and_a_seed_of_its_own(small, config):
     for k, start in enumerate(starts):
         drawn = pairs(small(), 64, seed=5 + k).x0
         assert all((row == drawn).all(1).any() for row in start)
-    assert flow.preprocess.loc.tolist() == [2.0, 2.0]  # pairs are no reason to standardise anew
+    assert flow.preprocess.loc.tolist() == [2.0, 2.0]  # pairs are no reason to standardize anew
 
 
 def test_a_tenth_of_the_pairs_is_held_out_or_what_is_given(small, config, points):

@@ -19,9 +19,9 @@ class Rounded:
         return y.floor()
 
 
-def test_a_dequantised_flow_is_validated_with_the_same_noise_each_time():
+def test_a_dequantized_flow_is_validated_with_the_same_noise_each_time():
     base = cnf.distributions.StandardNormal((2,))
-    flow = Flow(base, cnf.models.build("realnvp", dim=2).transform, dequantisation=Rounded())
+    flow = Flow(base, cnf.models.build("realnvp", dim=2).transform, dequantization=Rounded())
     rows = Batch(torch.arange(8.0).reshape(4, 2))
     validation = Validation(MaximumLikelihood(), TrainConfig(progress=False), rows)
     torch.manual_seed(0)

@@ -13,9 +13,9 @@ F64 = torch.float64
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_output_i_sees_the_inputs_before_it_and_the_context(
-    dim, context_dim, hidden, randomised, generator
+    dim, context_dim, hidden, randomized, generator
 ):
-    net = randomised(MADE(dim, 3, hidden, context_dim))
+    net = randomized(MADE(dim, 3, hidden, context_dim))
     x = torch.randn(4, dim, generator=generator, dtype=F64)
     context = torch.randn(4, context_dim, generator=generator, dtype=F64) if context_dim else None
     seen = torch.autograd.functional.jacobian(lambda x: net(x, context).sum(-1), x)
@@ -31,8 +31,8 @@ def test_output_i_sees_the_inputs_before_it_and_the_context(
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_one_by_one_is_the_whole_at_once(context_dim, randomised, generator):
-    net = randomised(MADE(4, 3, (7, 6), context_dim))
+def test_one_by_one_is_the_whole_at_once(context_dim, randomized, generator):
+    net = randomized(MADE(4, 3, (7, 6), context_dim))
     x = torch.randn(5, 4, generator=generator, dtype=F64)
     context = torch.randn(5, context_dim, generator=generator, dtype=F64) if context_dim else None
     after, whole = net.one_by_one(context), net(x, context)
@@ -41,8 +41,8 @@ def test_one_by_one_is_the_whole_at_once(context_dim, randomised, generator):
 
 
 @pytest.mark.parametrize("map", [None, RationalQuadratic(3)], ids=["affine", "spline"])
-def test_jacobian_is_lower_triangular(map, randomised, generator):
-    layer = randomised(Autoregressive(5, map, hidden=(9, 9)))
+def test_jacobian_is_lower_triangular(map, randomized, generator):
+    layer = randomized(Autoregressive(5, map, hidden=(9, 9)))
     z = torch.randn(5, generator=generator, dtype=F64)
     for apply in (layer, layer.inverse):
         jacobian = torch.autograd.functional.jacobian(lambda v, apply=apply: apply(v)[0], z)
@@ -50,8 +50,8 @@ def test_jacobian_is_lower_triangular(map, randomised, generator):
         assert (jacobian.tril(-1).abs() > 1e-8).sum() >= 8
 
 
-def test_one_direction_takes_a_pass_and_the_other_one_for_each_variable(randomised, monkeypatch):
-    layer, calls = randomised(Autoregressive(4, hidden=(6,))), []
+def test_one_direction_takes_a_pass_and_the_other_one_for_each_variable(randomized, monkeypatch):
+    layer, calls = randomized(Autoregressive(4, hidden=(6,))), []
     columns = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *a: (calls.append(a[1].shape), columns(*a))[1])
     z = torch.randn(3, 4, dtype=F64)
@@ -79,8 +79,8 @@ def test_affine_layer_without_hidden_units_has_closed_form():
     torch.testing.assert_close(ladj, a[None])
 
 
-def test_gradients_go_through_all_passes(randomised, generator):
-    layer = randomised(Autoregressive(3, RationalQuadratic(3), hidden=(5,)))
+def test_gradients_go_through_all_passes(randomized, generator):
+    layer = randomized(Autoregressive(3, RationalQuadratic(3), hidden=(5,)))
     z = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: layer(z), z)
     assert torch.autograd.gradcheck(lambda z: Inverse(layer)(z), z)

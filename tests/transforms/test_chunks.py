@@ -5,7 +5,7 @@ import torch
 
 import cnf
 from cnf.fields import Adapter, MLPField
-from cnf.transforms import BatchNorm, Continuous, Coupling, Standardise, chunks
+from cnf.transforms import BatchNorm, Continuous, Coupling, Standardize, chunks
 
 
 @pytest.mark.parametrize("batch", [(50,), (3, 20), (2, 3, 9)])
@@ -66,7 +66,7 @@ def test_probes_that_are_given_are_for_all_rows_at_once(small_flow, generator, m
     ("transform", "numbers"),
     [
         (Coupling(4, hidden=(500, 20)), 500),
-        (Standardise((700,)), 700),
+        (Standardize((700,)), 700),
         (Continuous(MLPField(3, (64, 500))), 3 * 500),  # D tangents of an exact divergence
         (Continuous(Adapter(torch.nn.Conv2d(1, 7, 3), (1, 4, 4))), 7 * 16),
     ],

@@ -8,7 +8,7 @@ from torch import nn
 
 from cnf.dynamics import REGULARIZERS, Hutchinson, Solver, record
 from cnf.fields import Adapter, MLPField, Piecewise
-from cnf.transforms import Compose, Continuous, Coupling, Inverse, Standardise
+from cnf.transforms import Compose, Continuous, Coupling, Inverse, Standardize
 from cnf.transforms.continuous import is_continuous, reconfigured
 
 F64 = torch.float64
@@ -95,8 +95,8 @@ def test_integrals_leave_value_and_ladj_as_they_are(linear, z):
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("closed", [True, False])
-def test_adjoint_matches_backprop(divergence, direction, closed, randomised, generator, z):
-    field = randomised(MLPField(2, (8, 7), context_dim=3))
+def test_adjoint_matches_backprop(divergence, direction, closed, randomized, generator, z):
+    field = randomized(MLPField(2, (8, 7), context_dim=3))
     field = field if closed else Adapter(field, (2,), context_dim=3)
     leaf = torch.randn(3, generator=generator, dtype=F64, requires_grad=True)
     value = z.clone().requires_grad_()
@@ -127,8 +127,8 @@ def test_trajectory_passes_through_the_closed_form_and_ends_at_forward(solver, z
     assert transform.field.net.matrix.grad.abs().max() > 0.1
 
 
-def test_trajectory_gives_the_context_its_gradient_by_the_adjoint_too(randomised, generator, z):
-    field = randomised(MLPField(2, (8,), context_dim=3))
+def test_trajectory_gives_the_context_its_gradient_by_the_adjoint_too(randomized, generator, z):
+    field = randomized(MLPField(2, (8,), context_dim=3))
     leaf = torch.randn(3, generator=generator, dtype=F64, requires_grad=True)
     gradients = []
     for mode in ("adjoint", "backprop"):
@@ -170,9 +170,9 @@ def test_state_keeps_its_dtype_over_a_bfloat16_field():
     torch.testing.assert_close(y, x * math.exp(0.5), rtol=2e-2, atol=0)  # bfloat16: 8 bits
 
 
-def test_reconfigured_shares_weights_through_every_nesting(randomised, z):
+def test_reconfigured_shares_weights_through_every_nesting(randomized, z):
     inner = Continuous(MLPField(2, (6, 5)))
-    whole = randomised(Inverse(Compose([Coupling(2), Inverse(Compose([inner]))])))
+    whole = randomized(Inverse(Compose([Coupling(2), Inverse(Compose([inner]))])))
     fast = reconfigured(whole, solver=Solver("rk4", steps=4), divergence=None)
     with record() as stats:
         _, ladj = fast(z)
@@ -190,7 +190,7 @@ def test_reconfigured_shares_weights_through_every_nesting(randomised, z):
 def test_is_continuous_looks_inside():
     field = MLPField(2, (4,))
     assert is_continuous(Inverse(Compose([Coupling(2), Continuous(field)])))
-    assert not is_continuous(Compose([Coupling(2), Standardise((2,))]))
+    assert not is_continuous(Compose([Coupling(2), Standardize((2,))]))
 
 
 def test_unknown_direction_and_divergence_are_refused(linear, z):

@@ -32,9 +32,9 @@ CASES = {
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_ladj_is_autograds_and_both_directions_meet(
-    name, context, batch, direction, randomised, generator
+    name, context, batch, direction, randomized, generator
 ):
-    transform = randomised(CASES[name](context), gain=0.3).eval()
+    transform = randomized(CASES[name](context), gain=0.3).eval()
     value = torch.randn(*batch, 4, 2, 4, generator=generator, dtype=F64)
     condition = None
     if transform.context_dim:
@@ -66,8 +66,8 @@ def test_squeeze_makes_four_channels_of_a_square():
     assert torch.equal(z, F.pixel_unshuffle(images, 2))
 
 
-def test_linear_map_at_pixels_is_a_convolution(randomised, generator):
-    inner = randomised(LU(3, rotated=True))
+def test_linear_map_at_pixels_is_a_convolution(randomized, generator):
+    inner = randomized(LU(3, rotated=True))
     x = torch.randn(2, 3, 4, 5, generator=generator, dtype=F64)
     z, ladj = PerPixel(inner).inverse(x)
     weight = inner.inverse(torch.eye(3, dtype=F64))[0].T - inner.bias[:, None]
@@ -86,11 +86,11 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("context", [0, 3])
-def test_glow_is_a_bijection_onto_noise_of_the_images_shape(context, randomised, generator):
+def test_glow_is_a_bijection_onto_noise_of_the_images_shape(context, randomized, generator):
     flow = cnf.models.build(
         "glow", shape=(2, 4, 4), levels=2, layers=1, hidden=(4, 5), context=context
     )
-    flow = randomised(flow, gain=0.5).eval()
+    flow = randomized(flow, gain=0.5).eval()
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=F64)
     c = torch.randn(3, context, generator=generator, dtype=F64) if context else None
     z = flow.encode(x, c)

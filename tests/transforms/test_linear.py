@@ -37,8 +37,8 @@ def test_lu_starts_at_the_identity_or_at_a_rotation(dim):
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_lu_is_the_product_of_its_factors(rotated, randomised):
-    transform = randomised(LU(4, rotated))
+def test_lu_is_the_product_of_its_factors(rotated, randomized):
+    transform = randomized(LU(4, rotated))
     lower = transform.lower.tril(-1) + torch.eye(4, dtype=F64)
     upper = transform.upper.triu(1) + torch.diag(transform.signs * transform.log_diagonal.exp())
     whole = torch.eye(4, dtype=F64)[transform.order] @ lower @ upper
@@ -49,8 +49,8 @@ def test_lu_is_the_product_of_its_factors(rotated, randomised):
 
 
 @pytest.mark.parametrize("transform", [Householder(5, 3), Householder(5, 5), Rotation(5)])
-def test_orthogonal_matrices_are_orthogonal(transform, randomised):
-    q = matrix(randomised(transform), 5)
+def test_orthogonal_matrices_are_orthogonal(transform, randomized):
+    q = matrix(randomized(transform), 5)
     torch.testing.assert_close(q @ q.T, torch.eye(5, dtype=F64), rtol=0, atol=1e-12)
     assert (q - torch.eye(5, dtype=F64)).abs().max() > 0.1
 
@@ -67,8 +67,8 @@ def test_one_reflection_and_one_rotation_by_hand():
 
 
 @pytest.mark.parametrize("layer", [LU(6, rotated=True), Householder(6, 3), Rotation(6)])
-def test_autocast_leaves_linear_maps_in_their_own_precision(layer, randomised, generator):
-    layer = randomised(layer).float()
+def test_autocast_leaves_linear_maps_in_their_own_precision(layer, randomized, generator):
+    layer = randomized(layer).float()
     x = torch.randn(50, 6, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         z, _ = layer.inverse(x)

@@ -54,11 +54,11 @@ def rearranged(variables, size):
 
 
 def autoregressive(flow, kind):
-    make, parametrise, _ = MAPS[kind]
+    make, parametrize, _ = MAPS[kind]
     parts = []
     for layer in flow.transform.transforms:
         order = layer.order.argsort().tolist()
-        ours = Autoregressive(DIM, make(), parametrise, HIDDEN, CONTEXT, "relu")
+        ours = Autoregressive(DIM, make(), parametrize, HIDDEN, CONTEXT, "relu")
         columns = [DIM + k for k in range(CONTEXT)] + order
         carry(layer.hyper, ours.net.layers, columns, rearranged(order, ours.map.size))
         # zuko's variables in the order in which they are seen: x[order] is what our layer takes
@@ -67,11 +67,11 @@ def autoregressive(flow, kind):
 
 
 def coupling(flow, kind):
-    make, parametrise, _ = MAPS[kind]
+    make, parametrize, _ = MAPS[kind]
     parts = []
     for layer in flow.transform.transforms:
         keep = layer.mask.nonzero().flatten().tolist()
-        ours = Coupling(DIM, keep, make(), parametrise, HIDDEN, CONTEXT, "relu")
+        ours = Coupling(DIM, keep, make(), parametrize, HIDDEN, CONTEXT, "relu")
         rows = rearranged(range(DIM - len(keep)), ours.map.size)
         carry(layer.hyper, ours.net.layers, range(len(keep) + CONTEXT), rows)
         parts = [ours, *parts]

@@ -27,8 +27,8 @@ class Linear(VectorField):
 
 
 @pytest.fixture
-def blocks(randomised):
-    return [randomised(MLPField(2, (8,), context_dim=3, frequencies=1)) for _ in range(3)]
+def blocks(randomized):
+    return [randomized(MLPField(2, (8,), context_dim=3, frequencies=1)) for _ in range(3)]
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def test_with_solver_shares_its_steps_too(small_flow, points):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("mode", GRADIENTS)
-def test_the_end_time_is_trained(mode, layers, randomised, points):
-    blocks = [randomised(EndTime(MLPField(2, (8,), layer="concatsquash"), 0.7)) for _ in range(2)]
+def test_the_end_time_is_trained(mode, layers, randomized, points):
+    blocks = [randomized(EndTime(MLPField(2, (8,), layer="concatsquash"), 0.7)) for _ in range(2)]
     solver = Solver("rk4", steps=96, gradient=mode)
     field = blocks[0] if layers == 1 else Piecewise(blocks)
     flow = cnf.Flow(None, Continuous(field, solver), event_shape=(2,)).double()

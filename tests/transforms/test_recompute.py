@@ -20,7 +20,7 @@ from cnf.transforms import (
     Inverse,
     RationalQuadratic,
 )
-from cnf.transforms.normalisation import initializing
+from cnf.transforms.normalization import initializing
 
 F64 = torch.float64
 
@@ -40,9 +40,9 @@ def stack(context):
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("context", [0, 2])
 def test_values_and_gradients_are_those_of_plain_backward(
-    context, direction, randomised, generator
+    context, direction, randomized, generator
 ):
-    kept = randomised(Compose(stack(context)))
+    kept = randomized(Compose(stack(context)))
     small = Compose(list(kept.transforms), recompute=True)
     value = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     condition = torch.randn(5, 2, generator=generator, dtype=F64, requires_grad=True)
@@ -67,8 +67,8 @@ def agree(kept, small, direction, value, condition, leaves):
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS.examples if name != "batchnorm"])
-def test_every_layer_can_be_recomputed(name, direction, randomised, generator):
-    layer = randomised(TRANSFORMS.examples[name](3))
+def test_every_layer_can_be_recomputed(name, direction, randomized, generator):
+    layer = randomized(TRANSFORMS.examples[name](3))
     value = torch.randn(5, 3, generator=generator, dtype=F64)
     if direction == "inverse":
         value = layer(value)[0].detach()
@@ -120,8 +120,8 @@ def test_autocast_of_the_way_there_is_that_of_the_way_back(generator):
     assert dtypes == 9 * [torch.bfloat16]  # there, undone, and there again
 
 
-def test_a_shared_layer_gets_the_sum_of_its_gradients(randomised, generator):
-    layer = randomised(Coupling(2, hidden=(5,)))
+def test_a_shared_layer_gets_the_sum_of_its_gradients(randomized, generator):
+    layer = randomized(Coupling(2, hidden=(5,)))
     value = torch.randn(4, 2, generator=generator, dtype=F64)
     grads = []
     for recompute in (False, True):

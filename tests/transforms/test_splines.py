@@ -16,7 +16,7 @@ F64 = torch.float64
 def drawn(bins, count, generator, scale=1.0, dtype=F64, bound=5.0):
     spline = RationalQuadratic(bins, bound)
     raw = scale * torch.randn(spline.size, count, generator=generator, dtype=dtype)
-    return spline, spline.parametrise(raw)
+    return spline, spline.parametrize(raw)
 
 
 def by_the_paper(z, widths, heights, slopes, bound):
@@ -58,7 +58,7 @@ def test_one_bin_by_hand():
 def test_zeros_are_the_identity():
     spline = RationalQuadratic(7)
     z = torch.linspace(-9, 9, 50, dtype=F64)
-    x, log_slope = spline.forward(z, *spline.parametrise(torch.zeros(spline.size, 50, dtype=F64)))
+    x, log_slope = spline.forward(z, *spline.parametrize(torch.zeros(spline.size, 50, dtype=F64)))
     torch.testing.assert_close(x, z, rtol=0, atol=1e-12)
     torch.testing.assert_close(log_slope, torch.zeros_like(z), rtol=0, atol=1e-12)
 
@@ -105,7 +105,7 @@ def test_nothing_is_nan_in_float32(direction, bins, scale, generator):
     value = torch.cat([value, -value])
     spline = RationalQuadratic(bins)
     raw = (scale * torch.randn(spline.size, len(value), generator=generator)).requires_grad_()
-    parameters = spline.parametrise(raw)
+    parameters = spline.parametrize(raw)
     sides = parameters[0].cumsum(1).flatten(0, 1) - 5  # at the knots, too
     for values in (value, *sides.detach()):
         values = values.clone().requires_grad_()
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_finite_differences(direction, generator):
     value = torch.linspace(-6, 6, 6, dtype=F64).requires_grad_()
 
     def applied(value, raw):
-        return getattr(spline, direction)(value, *spline.parametrise(raw))
+        return getattr(spline, direction)(value, *spline.parametrize(raw))
 
     assert torch.autograd.gradcheck(applied, (value, raw))
     assert torch.autograd.gradgradcheck(applied, (value, raw))
@@ -149,7 +149,7 @@ def test_inverted_exchanges_the_directions(generator):
 def test_circular_spline_is_smooth_over_the_seam_and_blind_to_whole_turns(direction, generator):
     spline = CircularSpline(6, bound=2.0)
     raw = torch.randn(spline.size, 1, generator=generator, dtype=F64)
-    parameters = [p.expand(*p.shape[:-1], 4) for p in spline.parametrise(raw)]
+    parameters = [p.expand(*p.shape[:-1], 4) for p in spline.parametrize(raw)]
     turn = parameters[0] if direction == "forward" else 0.0
     seam = 2.0 - turn + torch.tensor([-1e-9, 1e-9, 4 - 1e-9, -4 + 1e-9], dtype=F64)
     y, log_slope = getattr(spline, direction)(seam, *parameters)
@@ -162,7 +162,7 @@ def test_circular_spline_goes_round_once_and_comes_back(generator):
     spline = CircularSpline(5)
     raw = torch.randn(spline.size, 1, generator=generator, dtype=F64)
     z = torch.linspace(-math.pi, math.pi, 4001, dtype=F64)[:-1]
-    parameters = [p.expand(*p.shape[:-1], 4000) for p in spline.parametrise(raw)]
+    parameters = [p.expand(*p.shape[:-1], 4000) for p in spline.parametrize(raw)]
     x, log_slope = spline.forward(z, *parameters)
     assert (log_slope.exp().mean() - 1).abs() < 1e-4  # the slope's mean over the circle
     again, back = spline.inverse(x, *parameters)
@@ -172,8 +172,8 @@ def test_circular_spline_goes_round_once_and_comes_back(generator):
 
 
 @pytest.mark.parametrize("scheme", [Coupling, Autoregressive])
-def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomised, generator):
-    layer = randomised(scheme(3, map=CircularSpline(4), hidden=(9,), period=2 * math.pi))
+def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomized, generator):
+    layer = randomized(scheme(3, map=CircularSpline(4), hidden=(9,), period=2 * math.pi))
     z = torch.randn(5, 3, generator=generator, dtype=F64)
     x, ladj = layer(z)
     turned, same = layer(z + 2 * math.pi)
@@ -189,7 +189,7 @@ def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomised, generato
 def test_the_root_in_float32_is_as_exact_as_the_steepness_allows(scale, generator):
     spline = RationalQuadratic(8)
     raw = scale * torch.randn(spline.size, 1, generator=generator, dtype=F64)
-    parameters = [p.expand(*p.shape[:-1], 20_001) for p in spline.parametrise(raw)]
+    parameters = [p.expand(*p.shape[:-1], 20_001) for p in spline.parametrize(raw)]
     z = torch.linspace(-4.999, 4.999, 20_001, dtype=F64)
     x, log_slope = spline.forward(z, *parameters)
     found, _ = spline.inverse(x.float(), *(p.float() for p in parameters))
@@ -201,7 +201,7 @@ def test_the_root_in_float32_is_as_exact_as_the_steepness_allows(scale, generato
 def test_rounding_puts_no_angle_beyond_the_circle_in_float32(bins, generator):
     spline = CircularSpline(bins, 1.0)
     raw = 3 * torch.randn(spline.size, 20_000, generator=generator)
-    turn, *rest = spline.parametrise(raw)
+    turn, *rest = spline.parametrize(raw)
     last = torch.full((20_000,), 1 - 2**-23)  # of what is not wrapped to the circle's other end
     x, _ = spline.forward(last, torch.zeros_like(turn), *rest)
     assert x.abs().max() <= 1

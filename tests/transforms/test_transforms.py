@@ -20,7 +20,7 @@ from cnf.transforms import (
     Elementwise,
     Inverse,
     RationalQuadratic,
-    Standardise,
+    Standardize,
 )
 
 F64 = torch.float64
@@ -51,10 +51,10 @@ CASES = {
     "coupling, a net of one's own": lambda context: Coupling(
         DIM, context_dim=context, map=RationalQuadratic(3), net=lambda i, o: Residual(i, o)
     ),
-    "standardise": lambda context: Standardise((DIM,)),
+    "standardize": lambda context: Standardize((DIM,)),
     "continuous": continuous,
     "compose": lambda context: Compose(
-        [Coupling(DIM, context_dim=context), Standardise((DIM,)), Coupling(DIM, [1])]
+        [Coupling(DIM, context_dim=context), Standardize((DIM,)), Coupling(DIM, [1])]
     ),
     "inverse": lambda context: Inverse(Coupling(DIM, context_dim=context)),
     "nested": lambda context: Inverse(
@@ -85,10 +85,10 @@ KEEPS_VOLUME = ("permutation", "householder", "rotation", "additive")
 
 
 @pytest.fixture
-def case(randomised, generator):
+def case(randomized, generator):
     def make(name, context=2, batch=(5,), direction="forward"):
         """A transform in evaluation mode, what its direction takes, and a context."""
-        transform = randomised(CASES[name](context)).eval()
+        transform = randomized(CASES[name](context)).eval()
         value = torch.randn(*batch, DIM, generator=generator, dtype=F64)
         condition = None
         if transform.context_dim:
@@ -216,8 +216,8 @@ def test_coupling_keeps_what_it_is_told(case):
     assert torch.equal(x[:, 1:], value[:, 1:]) and not torch.isclose(x[:, 0], value[:, 0]).any()
 
 
-def test_one_dimension_couples_to_its_context_alone(randomised, generator):
-    transform = randomised(Coupling(1, context_dim=2))
+def test_one_dimension_couples_to_its_context_alone(randomized, generator):
+    transform = randomized(Coupling(1, context_dim=2))
     z = torch.randn(4, 1, generator=generator, dtype=F64)
     c = torch.randn(4, 2, generator=generator, dtype=F64)
     x, ladj = transform(z, c)
@@ -241,7 +241,7 @@ def test_coupling_that_keeps_nonsense_is_refused(keep):
 
 
 def test_compose_applies_the_first_transform_first():
-    shift, scale = Standardise((1,)).double(), Standardise((1,)).double()
+    shift, scale = Standardize((1,)).double(), Standardize((1,)).double()
     shift.loc.fill_(1.0)
     scale.scale.fill_(10.0)
     z = torch.tensor([2.0], dtype=F64)
@@ -254,15 +254,15 @@ def test_compose_refuses_what_does_not_fit_together():
     with pytest.raises(ValueError, match="at least one transform"):
         Compose([])
     with pytest.raises(ValueError, match=r"one event_dims for all, got \[1, 3\]"):
-        Compose([Standardise((2,)), Standardise((1, 4, 4))])
+        Compose([Standardize((2,)), Standardize((1, 4, 4))])
     with pytest.raises(ValueError, match=r"for all, got Coupling of \(2,\) and LU of \(3,\)"):
         Compose([Coupling(2), LU(3)])
     with pytest.raises(ValueError, match=r"one context_dim for all, got \[1, 2\]"):
         Compose([Coupling(2, context_dim=1), LU(2), Coupling(2, context_dim=2)])
     with pytest.raises(ValueError, match=r"transform of \(2,\), got Inverse of \(3,\)"):
         Flow(None, Inverse(Coupling(3)), event_shape=(2,))
-    with pytest.raises(ValueError, match=r"transform of \(2,\), got Standardise of \(3,\)"):
-        Flow(None, Coupling(2), Standardise((3,)), event_shape=(2,))
+    with pytest.raises(ValueError, match=r"transform of \(2,\), got Standardize of \(3,\)"):
+        Flow(None, Coupling(2), Standardize((3,)), event_shape=(2,))
 
 
 @pytest.mark.parametrize("name", CASES)

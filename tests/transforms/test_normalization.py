@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from cnf.transforms import ActNorm, BatchNorm, Standardise
-from cnf.transforms.normalisation import initializing
+from cnf.transforms import ActNorm, BatchNorm, Standardize
+from cnf.transforms.normalization import initializing
 
 F64 = torch.float64
 
@@ -16,10 +16,10 @@ def initialized(transform, x):
         return transform.inverse(x)
 
 
-def test_standardise_fits_once_and_gives_zero_mean_unit_variance(generator):
+def test_standardize_fits_once_and_gives_zero_mean_unit_variance(generator):
     x = torch.randn(500, 3, generator=generator, dtype=F64) * torch.tensor([1.0, 4, 0.1]) + 7
     x[:, 2] = 5.0  # constant: left as it is, not divided by zero
-    transform = Standardise((3,)).double()
+    transform = Standardize((3,)).double()
     assert torch.equal(transform.inverse(x)[0], x)
     transform.fit(x)
     z, ladj = transform.inverse(x)
@@ -32,11 +32,11 @@ def test_standardise_fits_once_and_gives_zero_mean_unit_variance(generator):
     assert torch.equal(transform.loc, loc) and list(transform.parameters()) == []
 
 
-def test_standardise_is_by_channel_on_images(generator):
+def test_standardize_is_by_channel_on_images(generator):
     x = torch.randn(50, 2, 4, 4, generator=generator, dtype=F64) * 3 + 1
     x[:, 1] *= 5
     x[:, :, 0] = 0.0  # a border that does not vary
-    transform = Standardise((2, 4, 4)).double()
+    transform = Standardize((2, 4, 4)).double()
     transform.fit(x)
     z, ladj = transform.inverse(x)
     spread = torch.stack([x[:, 0].std(), x[:, 1].std()])
@@ -49,7 +49,7 @@ def test_standardise_is_by_channel_on_images(generator):
 @pytest.mark.parametrize("cast", [lambda m: m.float(), lambda m: m.half(), lambda m: m.to(F64)])
 def test_statistics_of_large_numbers_survive_every_cast(cast, generator):
     noise = torch.randn(500, 2, generator=generator, dtype=F64)
-    transform = Standardise((2,))
+    transform = Standardize((2,))
     transform.fit(1e8 + noise)
     transform = cast(torch.nn.Sequential(copy.deepcopy(transform)))[0]
     z, ladj = transform.inverse(1e8 + noise)
@@ -66,14 +66,14 @@ def test_unresolved_is_what_float32_moves_by_more_than_a_hundredth_of_its_spread
     x = torch.tensor([2e5, 6e5]) + torch.randn(1_000, 2, generator=generator, dtype=F64)
     error = (x.float() - x).abs().mean(0) / x.std(0)
     assert error[0] < 0.01 < error[1]
-    transform = Standardise((2,))
+    transform = Standardize((2,))
     transform.fit(x)
     assert transform.unresolved == (1,)
 
 
 def test_dtype_of_the_data_is_kept_in_the_state(generator):
     x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64)
-    fitted, loaded, old = (torch.nn.Sequential(Standardise((2,))).float() for _ in range(3))
+    fitted, loaded, old = (torch.nn.Sequential(Standardize((2,))).float() for _ in range(3))
     fitted[0].fit(x)
     loaded.load_state_dict(fitted.state_dict())
     assert loaded[0].dtype == F64 and loaded[0].unresolved == (0, 1)
@@ -86,30 +86,30 @@ def test_dtype_of_the_data_is_kept_in_the_state(generator):
 
 
 def test_statistics_follow_to_another_device_empty_ones_too():
-    transform = Standardise((2,)).to("meta")
+    transform = Standardize((2,)).to("meta")
     assert transform.loc.device.type == transform.fitted.device.type == "meta"
     assert transform.to_empty(device="cpu").scale.dtype == F64
 
 
 def test_device_without_float64_takes_what_float32_resolves_only(monkeypatch, generator):
     noise = torch.randn(500, 2, generator=generator, dtype=F64)
-    near, far = Standardise((2,)), Standardise((2,))
+    near, far = Standardize((2,)), Standardize((2,))
     near.fit(10 + noise)
     far.fit(torch.tensor([10, 1e8]) + noise)
-    monkeypatch.setattr("cnf.transforms.normalisation.widest", lambda device: torch.float32)
+    monkeypatch.setattr("cnf.transforms.normalization.widest", lambda device: torch.float32)
     z, _ = near.to("cpu").inverse((10 + noise).float())
     assert z.dtype == near.loc.dtype == torch.float32
     torch.testing.assert_close(
         z, ((noise - noise.mean(0)) / noise.std(0)).float(), atol=1e-5, rtol=0
     )
     with pytest.raises(
-        ValueError, match=r"Standardise: columns \[1\] need float64, which cpu does"
+        ValueError, match=r"Standardize: columns \[1\] need float64, which cpu does"
     ):
         far.to("cpu")
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((3,), 3), ((3, 4, 5), 3)])
-def test_actnorm_normalises_its_first_batch_and_is_then_trained(shape, channels, generator):
+def test_actnorm_normalizes_its_first_batch_and_is_then_trained(shape, channels, generator):
     x = 3 * torch.randn(50, *shape, generator=generator, dtype=F64) + 7
     x[:, 2] = 5.0  # constant: moved, not divided by zero
     transform = ActNorm(shape).double()
@@ -177,19 +177,19 @@ def test_actnorm_trained_by_samples_is_not_set_anew_by_data(generator):
     assert transform.loc.tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("make", [Standardise, ActNorm])
+@pytest.mark.parametrize("make", [Standardize, ActNorm])
 def test_a_constant_that_rounds_is_still_a_constant(make):
     x = torch.full((10_000, 2), 1e4 + 1 / 3)
     x[:, 1] = torch.linspace(-1, 1, 10_000)
     transform = make((2,))
-    transform.fit(x) if make is Standardise else initialized(transform, x)
+    transform.fit(x) if make is Standardize else initialized(transform, x)
     z, ladj = transform.inverse(x)
     assert z[:, 0].abs().max() < 0.01 and ladj.abs().max() < 1
 
 
-@pytest.mark.parametrize("make", [Standardise, ActNorm])
+@pytest.mark.parametrize("make", [Standardize, ActNorm])
 def test_what_varies_little_beside_its_size_is_no_constant(make, generator):
     x = 1.7e9 + 1e3 * torch.randn(10_000, 1, generator=generator)  # seconds since 1970
     transform = make((1,))
-    transform.fit(x) if make is Standardise else initialized(transform, x)
+    transform.fit(x) if make is Standardize else initialized(transform, x)
     assert transform.inverse(x)[0].std().item() == pytest.approx(1, abs=0.02)

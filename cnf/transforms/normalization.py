@@ -11,8 +11,8 @@ from cnf.precision import COARSE, widest
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
-@TRANSFORMS.register("standardise", example=lambda dim: Standardise((dim,)))
-class Standardise(Transform):
+@TRANSFORMS.register("standardize", example=lambda dim: Standardize((dim,)))
+class Standardize(Transform):
     """x = z·scale + loc: the inverse gives data zero mean and unit variance; not trained.
 
     Each variable has its own location and scale, of images each channel: pixels at the border,
@@ -70,7 +70,7 @@ class Standardise(Transform):
         lost = (loc.isinf() | scale.isinf() | (scale == 0)).flatten()
         if lost.any():
             raise ValueError(
-                f"Standardise: columns {lost.nonzero().flatten().tolist()} are too large or too "
+                f"Standardize: columns {lost.nonzero().flatten().tolist()} are too large or too "
                 f"small for their squares to be held in {loc.dtype}; rescale them"
             )
         self.loc.copy_(loc.view_as(self.loc))
@@ -94,13 +94,13 @@ class Standardise(Transform):
     def set_extra_state(self, state: Tensor) -> None:
         self.dtype = state.dtype
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardise":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardize":
         self.fitted = fn(self.fitted)
         device = self.fitted.device
         dtype = widest(device)
         if dtype == torch.float32 and self.unresolved:
             raise ValueError(
-                f"Standardise: columns {list(self.unresolved)} need float64, which {device.type} "
+                f"Standardize: columns {list(self.unresolved)} need float64, which {device.type} "
                 "does not have; subtract a constant from them, or stay on the CPU"
             )
         for name in ("loc", "scale"):
@@ -122,7 +122,7 @@ def _default_dtype(module: nn.Module, state: dict[str, Tensor], prefix: str, *_:
 
 def _resolve(module: nn.Module, _: object = None) -> None:
     """Once, so that no call has to ask a GPU."""
-    assert isinstance(module, Standardise)
+    assert isinstance(module, Standardize)
     rounding = torch.finfo(torch.float32).eps / 4 * module.loc.abs()  # on average
     coarse = (rounding > COARSE * module.scale).flatten()
     module.unresolved = tuple(coarse.nonzero().flatten().tolist())

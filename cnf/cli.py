@@ -25,11 +25,12 @@ from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.objectives import OBJECTIVES
+from cnf.random import seeded
 from cnf.training import TrainConfig, fit, load
-from cnf.training.fingerprint import of_rows
+from cnf.training.batches import in_memory
+from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
 from cnf.training.run import free_folder, read_manifest, recorded, scored_rows
-from cnf.training.stream import in_memory, seeded
 
 RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
 
@@ -142,7 +143,7 @@ def _test_points(source: Points, share: float, run: Path | None) -> tuple[Points
 def _expect_trained_on(run: Path, rest: Points) -> bool:
     """Whether the run tells which rows it was trained on; raise if they are others than these."""
     before = read_manifest(run).get("rows")
-    if before is not None and before != of_rows(in_memory(rest)):
+    if before is not None and before != hash_of_rows(in_memory(rest)):
         raise ValueError(
             f"{rest.name} holds other rows than those that the run was trained on, so which of "
             "them training has seen is not known; give held-out rows by --data"

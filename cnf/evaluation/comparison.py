@@ -23,14 +23,12 @@ from cnf.evaluation.contestants import Contestant, entrants
 from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.random import reseed, untouched
+from cnf.random import reseed, seeded, untouched
 from cnf.training import History, TrainConfig, checkpoint, fit
-from cnf.training.describe import machine
-from cnf.training.drawn import Drawn
-from cnf.training.fingerprint import DRAWS, of_rows
 from cnf.training.interrupt import Interrupted
+from cnf.training.origin import DRAWS, environment, hash_of_rows
 from cnf.training.progress import status
-from cnf.training.stream import seeded
+from cnf.training.stream import Drawn
 
 TEST_POINTS = 10_000
 VALIDATION_POINTS = 4_000
@@ -216,7 +214,7 @@ def compare(
             "test_points": len(judge.test.x), "w2_points": w2_points,
             "evaluation_solver": str(TIGHT), "failed": failed,
         },
-        machine=machine(),
+        machine=environment(),
     )  # fmt: skip
     if folder:
         results.save(folder)
@@ -231,7 +229,7 @@ def _source(data: Any) -> Any:
 def _fingerprint(density: Any) -> Any:
     """What tells data of one name from others; None where the name tells all."""
     if isinstance(density, Points):
-        return of_rows(Batch(density.x, density.context, weight=density.weight))
+        return hash_of_rows(Batch(density.x, density.context, weight=density.weight))
     if isinstance(density, Drawn):
         drawn = density.sample(DRAWS, seeded(0, -15)).flatten().tolist()
         return [f"{number:.4g}" for number in drawn]
@@ -325,7 +323,7 @@ def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, floa
     entry = Entry(title, title, 0, judge.scores(flow), curve, judge.few_steps(flow), flow)
     return Results(
         density.name, density, [entry], judge.floor, density.entropy,
-        {"test_points": len(judge.test.x)}, machine(),
+        {"test_points": len(judge.test.x)}, environment(),
     )  # fmt: skip
 
 

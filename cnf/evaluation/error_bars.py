@@ -11,7 +11,7 @@ from cnf.dynamics import ode
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
 from cnf.errors import optional
 from cnf.flow import Flow, evaluating
-from cnf.training.solver_error import warn_of_difference
+from cnf.training.diagnosis import warn_of_difference
 from cnf.transforms.continuous import Continuous, has_fixed_steps, is_continuous
 
 

@@ -10,7 +10,7 @@ from cnf.dynamics import record
 from cnf.dynamics.solver import Solver
 from cnf.evaluation import metrics
 from cnf.flow import Flow, evaluating
-from cnf.training.stream import seeded
+from cnf.random import seeded
 from cnf.transforms.continuous import is_continuous
 
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -14,8 +14,8 @@ from cnf.evaluation import metrics
 from cnf.evaluation.few_steps import Curve, nfe_curve, sliced
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch
-from cnf.training.solver_error import warn_of_few_steps
-from cnf.training.stream import seeded
+from cnf.random import seeded
+from cnf.training.diagnosis import warn_of_few_steps
 from cnf.transforms.continuous import Continuous, is_continuous
 
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # solver error far below the gaps

@@ -14,7 +14,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
-from cnf.training.outside import outside_of_base
+from cnf.training.diagnosis import outside_of_base
 from cnf.transforms.continuous import Continuous
 
 BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up

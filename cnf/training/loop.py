@@ -16,8 +16,9 @@ from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.precision import widest
-from cnf.random import reseed, untouched
+from cnf.random import mixed, reseed, seeded, untouched
 from cnf.training import checkpoint
+from cnf.training.batches import check_event_shape
 from cnf.training.budget import Budget
 from cnf.training.columns import (
     expect_resolved,
@@ -26,22 +27,13 @@ from cnf.training.columns import (
     warn_of_outliers,
 )
 from cnf.training.config import TrainConfig, as_config
-from cnf.training.describe import Origin, configuration, machine, objective_name
-from cnf.training.history import History
+from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
-from cnf.training.listeners import Callback, Listeners
+from cnf.training.origin import Origin, configuration, environment, objective_name
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
-from cnf.training.stream import (
-    DensityStream,
-    IterableStream,
-    as_stream,
-    mixed,
-    refuse_misfit,
-    seeded,
-    shared,
-)
+from cnf.training.stream import DensityStream, IterableStream, as_stream, shared
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -149,9 +141,9 @@ class _Trainer:
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
         head = self.stream.head
-        refuse_misfit(module, None if head is None else head.x)
+        check_event_shape(module, None if head is None else head.x)
         held_out = self.stream.validation
-        refuse_misfit(module, None if held_out is None else held_out.x, "validation")
+        check_event_shape(module, None if held_out is None else held_out.x, "validation")
         self.fabric = launched(config, self.dtype)
         self.listeners = listeners if self.fabric.is_global_zero else Listeners((), ())
         names = data.columns if isinstance(data, Points) else column_names(data)
@@ -420,7 +412,7 @@ class _Trainer:
         self.folder.describe(
             description,
             {
-                **machine(),
+                **environment(),
                 "device": str(self.fabric.device),
                 "processes": self.fabric.world_size,
                 "seed": config.seed,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnf.errors import some
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.training.stream import seeded
+from cnf.random import seeded
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that

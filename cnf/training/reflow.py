@@ -9,9 +9,10 @@ from cnf.errors import expect_counts
 from cnf.fields import Piecewise, Predicts, WithScore
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
+from cnf.random import seeded
+from cnf.training.batches import as_context
 from cnf.training.config import TrainConfig
 from cnf.training.loop import History, fit
-from cnf.training.stream import as_context, seeded
 
 CHUNK = 10_000
 

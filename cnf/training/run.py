@@ -12,7 +12,7 @@ from torch import nn
 
 from cnf.errors import CheckpointError, optional
 from cnf.training import checkpoint
-from cnf.training.listeners import naming, surviving
+from cnf.training.history import naming, surviving
 
 LOCK = ".lock"
 FILES = {"checkpoints", "figures", "tensorboard", "config.yaml", "manifest.json", "metrics.csv"}

@@ -3,31 +3,30 @@
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import chain
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.data import Points, load
-from cnf.data.arrays import as_numbers, is_rows
-from cnf.distributions import Base
-from cnf.errors import expect_finite, expect_weights
+from cnf.data.arrays import is_rows
+from cnf.distributions import Base, FromTorch, as_base
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.random import reseed, untouched
-from cnf.training import fingerprint
+from cnf.random import mixed, reseed, seeded, untouched
+from cnf.training.batches import as_batch, in_memory, is_batch, joined, weighty
 from cnf.training.config import BATCH_SIZE, TrainConfig
-from cnf.training.drawn import Drawn
+from cnf.training.origin import draws_of, hash_of_rows
 
 HEAD_BYTES = 500_000_000  # of a dataset, before training begins
 CPU = torch.device("cpu")
-NULL = ("context", True)  # what may be NaN: a context that may be missing
+ENTROPY_DRAWS = 100_000  # where it has no formula
 
 
 class Stream(ABC):
@@ -54,6 +53,65 @@ class Stream(ABC):
         """What tells these data from others, as plain data or a tensor; None if nothing does."""
 
 
+class Drawn:
+    """A torch distribution, a base or a flow as a density to learn: the interface of a `Toy`.
+
+    Args:
+        source: The distribution; what it draws must be of shape (D,) for `dim` and the like.
+
+    Attributes:
+        name: The name of its class.
+    """
+
+    source: str | None = None  # no file
+    columns: tuple[str, ...] | None = None
+
+    def __init__(self, source: Distribution | Base | Flow) -> None:
+        self.name = type(source).__name__
+        self.inner = as_base(source, ()) if isinstance(source, Distribution) else source
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws."""
+        return self.inner.sample((n,), generator=generator)
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density in nats, of the distribution's batch."""
+        return self.inner.log_prob(x)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        shape = self.inner.event_shape
+        if len(shape) != 1:
+            raise ValueError(
+                f"{self.name}: expected a distribution of vectors, shape (D,), got {shape}; one "
+                "number is a vector of one: Normal(torch.zeros(1), torch.ones(1))"
+            )
+        return shape[0]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The options of a model of it."""
+        return {"dim": self.dim}
+
+    @cached_property
+    def support(self) -> Tensor:
+        """A box with nearly all draws, low and high corner, shape (2, D)."""
+        return Points(self.sample(10_000, torch.Generator().manual_seed(0))).support
+
+    @cached_property
+    def entropy(self) -> float:
+        """In nats: torch's formula, else the mean of -log p over 100,000 draws."""
+        if isinstance(self.inner, FromTorch):
+            try:
+                return float(self.inner.distribution.entropy())
+            except NotImplementedError:
+                pass
+        drawn = self.sample(ENTROPY_DRAWS, torch.Generator().manual_seed(0))
+        return -float(self.log_prob(drawn).double().mean())
+
+
 class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
 
@@ -72,7 +130,7 @@ class DensityStream(Stream):
         return Batch(self.density.sample(n, seeded(self.seed, -6)))
 
     def fingerprint(self) -> Any:
-        return fingerprint.of_density(self.density, mixed(-11))
+        return draws_of(self.density, mixed(-11))
 
 
 class RowStream(Stream):
@@ -124,7 +182,7 @@ class RowStream(Stream):
         """Of rows in memory, else of those that preprocessing is fitted to."""
         rows = self.data.data
         assert self.head is not None
-        return fingerprint.of_rows(rows if isinstance(rows, Batch) else self.head)
+        return hash_of_rows(rows if isinstance(rows, Batch) else self.head)
 
 
 class IterableStream(Stream):
@@ -177,10 +235,10 @@ class IterableStream(Stream):
 
     def fingerprint(self) -> str:
         assert self.head is not None
-        return fingerprint.of_rows(self.head)
+        return hash_of_rows(self.head)
 
     def rows(self, n: int) -> Batch:
-        return _joined((self._checked(item, k) for k, item in enumerate(self._begin(0))), n)
+        return joined((self._checked(item, k) for k, item in enumerate(self._begin(0))), n)
 
 
 class NoData(Stream):
@@ -256,7 +314,7 @@ def as_stream(
     if data is None:
         return NoData(config)
     if isinstance(data, Batch):
-        return RowStream(Rows(_weighty(as_batch(data, missing=missing))), config, held_out)
+        return RowStream(Rows(weighty(as_batch(data, missing=missing))), config, held_out)
     if isinstance(data, Distribution | Base | Flow):
         data = Drawn(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
@@ -278,81 +336,6 @@ def as_stream(
     )
 
 
-def as_batch(
-    item: Any,
-    name: str = "x",
-    missing: bool = False,
-    who: str = "fit",
-    numbers: Tensor | None = None,
-) -> Batch:
-    """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch.
-
-    Args:
-        item: One of these.
-        name: What errors call x.
-        missing: Whether a context may be missing, NaN.
-        who: What errors begin with.
-        numbers: The rows' numbers in the data that they were drawn from, for errors.
-    """
-    if isinstance(item, Batch):
-        for key, value in vars(item).items():
-            if value is not None:
-                _expect_numbers(who, name if key == "x" else key, value, missing, numbers)
-        return item
-    if isinstance(item, Mapping):
-        known = [field.name for field in fields(Batch)]
-        if "x" not in item or not set(item) <= set(known):
-            raise ValueError(
-                f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
-                f"{', '.join(map(str, item))}; rename them"
-            )
-        parts = dict(item)
-    else:
-        pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
-        given = item if pair else [item]
-        if not 1 <= len(given) <= 2:
-            raise ValueError(
-                f"{who}: expected a batch to be x or (x, context), got {len(given)} parts; name "
-                'them: {"x": …, "context": …, "weight": …}'
-            )
-        parts = dict(zip(("x", "context"), given, strict=False))
-    told = {"x": name}
-    tensors = {
-        k: _checked(who, told.get(k, k), v, missing, numbers)
-        for k, v in parts.items()
-        if v is not None
-    }
-    rows = len(tensors["x"])
-    for key, value in tensors.items():
-        if not value.dim():
-            raise ValueError(f"{who}: expected {rows} rows of {key}, got the one number {value:g}")
-        if len(value) != rows:
-            raise ValueError(f"{who}: expected {rows} rows of {key}, got {len(value)}")
-    weight = tensors.pop("weight", None)
-    batch = Batch(**tensors)  # without the weight: chance may draw weights of 0
-    return batch if weight is None else batch.but(weight=_weights(who, weight, rows, numbers))
-
-
-def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:
-    """Rows in memory, with their contexts and weights, less those of weight 0; see `fit`."""
-    own = {"x": data}
-    if isinstance(data, Mapping):
-        own = dict(data)
-    elif isinstance(data, Points):
-        own = {"x": data.x, "context": data.context, "weight": data.weight}
-    for name, value in (("context", context), ("weight", weight)):
-        if value is not None and own.get(name) is not None:
-            raise ValueError(f"fit: the data hold their own {name}, got {name}=… beside it")
-        if value is not None:
-            own[name] = value
-    if "x" in own:
-        own["x"] = _checked("fit", "data", own["x"])
-        if len(own["x"]) < 2:
-            shape = tuple(own["x"].shape)
-            raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
-    return _weighty(as_batch(own, missing=missing))
-
-
 def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
     """Rows to score: all of those in memory; of a dataset and of batches the first `limit`."""
     if isinstance(validation, str | PathLike):
@@ -368,41 +351,15 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
         validation = Rows(validation, missing)[torch.arange(rows)]
     elif inspect.isgeneratorfunction(validation):
         validation = validation()
-    if isinstance(validation, Iterable) and not _is_batch(validation):
-        validation = _joined(
+    if isinstance(validation, Iterable) and not is_batch(validation):
+        validation = joined(
             (
                 as_batch(item, missing=missing, who=f"fit: batch {place} of validation")
                 for place, item in enumerate(validation)
             ),
             limit,
         )
-    return _weighty(as_batch(validation, "validation", missing))
-
-
-def _is_batch(value: Any) -> bool:
-    """Whether this is one batch, a pair (x, context) too, rather than an iterable of them."""
-    if isinstance(value, tuple | list) and not is_rows(value):
-        return 0 < len(value) <= 2 and all(map(is_rows, value))
-    return isinstance(value, Batch | Mapping) or is_rows(value)
-
-
-def _joined(batches: Iterable[Batch], n: int) -> Batch:
-    """The first n rows of some batches."""
-    found: list[Batch] = []
-    for batch in batches:
-        found.append(batch)
-        if sum(len(part.x) for part in found) >= n:
-            break
-    if not found:
-        raise ValueError("fit: expected batches to validate on, got an empty iterable")
-    parts = [vars(batch) for batch in found]
-    return Batch(
-        **{
-            name: torch.cat([part[name] for part in parts])[:n]
-            for name, value in parts[0].items()
-            if value is not None
-        }
-    )
+    return weighty(as_batch(validation, "validation", missing))
 
 
 class _Generated:
@@ -438,95 +395,3 @@ def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
         return own, (last - first) * processes / size
     whole = batch.weight.sum()
     return own, (own.weight.sum() * processes / whole).item() if whole > 0 else 1.0
-
-
-def refuse_misfit(module: nn.Module, head: Tensor | None, name: str = "data") -> None:
-    """Raise where the data cannot be what the module models."""
-    expected = getattr(module, "event_shape", None)
-    discrete = getattr(module, "dequantization", None) is not None
-    if head is not None and not head.is_floating_point() and not discrete:
-        raise ValueError(
-            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.double(), or "
-            f"{name}.astype(float) of an array or a table"
-        )
-    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
-        raise ValueError(
-            f"fit: the flow models points of shape {expected}, those of {name} are of shape "
-            f"{tuple(head.shape[1:])}"
-        )
-
-
-def _weights(who: str, weight: Tensor, n: int, numbers: Tensor | None) -> Tensor:
-    if weight.shape != (n,):
-        raise ValueError(f"{who}: expected weight of shape ({n},), got {tuple(weight.shape)}")
-    if weight.any():  # of a table all must not be 0, see `_weighty`; of a batch chance may have it
-        expect_weights(who, weight, numbers)
-    return weight
-
-
-def _weighty(rows: Batch) -> Batch:
-    """The rows less those of weight 0, which say nothing."""
-    if rows.weight is None:
-        return rows
-    expect_weights("fit", rows.weight)
-    heavy = rows.weight > 0
-    return rows if heavy.all() else rows.map(lambda value: value[heavy])
-
-
-def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
-    """A context for each row, shape (N, C), from a tensor, an array, a table or lists of numbers;
-    of labels an error says how to code them. With `missing` it may hold NaN."""
-    return _checked(who, "context", context, missing)
-
-
-def _checked(
-    who: str, name: str, value: Any, missing: bool = False, numbers: Tensor | None = None
-) -> Tensor:
-    value = as_numbers(who, name, value)
-    if name in ("weight", "t", "stop"):
-        return value
-    if name == "context" and value.dim() == 1:
-        value = _column(who, value)
-    if value.dim() < 2 or not len(value):
-        hint = "; one feature is x[:, None]" if value.dim() == 1 and name != "x" else ""
-        if value.dim() == 1 and name == "x":
-            hint = "; of single rows make batches: DataLoader(rows, batch_size=256)"
-        raise ValueError(f"{who}: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
-    if name == "context" and not value.is_floating_point():
-        value = value.double()  # times, or one-hot columns
-    _expect_numbers(who, name, value, missing, numbers)
-    return value
-
-
-def _expect_numbers(
-    who: str, name: str, value: Tensor, missing: bool, numbers: Tensor | None
-) -> None:
-    if value.is_floating_point() and (name, missing) != NULL:
-        expect_finite(who, name, value, numbers)
-
-
-def _column(who: str, context: Tensor) -> Tensor:
-    """A context of one number for each row as a column; integers may be labels."""
-    if not context.is_floating_point():
-        raise ValueError(
-            f"{who}: expected context of shape (N, C), got {context.dtype} of shape "
-            f"{tuple(context.shape)}; of labels make torch.nn.functional.one_hot(torch.as_tensor("
-            "labels), classes).float(), of numbers numbers.float()[:, None]"
-        )
-    return context[:, None]
-
-
-def mixed(*numbers: int) -> int:
-    """One well-spread 32-bit seed (all that torch's CPU generator uses) from integers."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state & 0xFFFFFFFF
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by several integers."""
-    return torch.Generator().manual_seed(mixed(*numbers))

@@ -11,10 +11,9 @@ from torch import nn
 from cnf.errors import DivergedError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
+from cnf.random import seeded
 from cnf.training.config import BATCH_SIZE, TrainConfig
-from cnf.training.outside import outside_of_base
-from cnf.training.solver_error import warn_of_few_steps
-from cnf.training.stream import seeded
+from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
 
 CHUNK = 10_000  # rows scored at once
 WORSE = 0.5  # nats: more is no noise of an optimizer

@@ -34,7 +34,7 @@ import seminorm
 import torch
 from measure import Options
 
-from cnf.training.describe import machine
+from cnf.training.origin import environment
 
 HERE = Path(__file__).parent
 PEERS = ("zuko", "torchcfm", "nflows", "normflows")
@@ -101,7 +101,7 @@ def main() -> None:
 
 def _about(options: Options, seconds: float) -> dict:
     peers = {name: metadata.version(name) for name in PEERS}
-    return {"machine": machine(), **peers, **asdict(options), "seconds": round(seconds, 1)}
+    return {"machine": environment(), **peers, **asdict(options), "seconds": round(seconds, 1)}
 
 
 def _tables(results: dict) -> str:

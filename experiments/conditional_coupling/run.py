@@ -22,8 +22,8 @@ import cnf
 from cnf.evaluation.distances import wasserstein2
 from cnf.fields import ResidualField
 from cnf.matching import COUPLINGS
-from cnf.training.describe import machine
-from cnf.training.stream import seeded
+from cnf.random import seeded
+from cnf.training.origin import environment
 from cnf.transforms import Continuous
 
 HERE = Path(__file__).parent
@@ -118,7 +118,7 @@ def run(coupling: str, seed: int, config: dict) -> None:
     row = {
         "coupling": coupling, "seed": seed, "euler_1": f"{wasserstein2(one, x1) ** 2:.4f}",
         "adaptive": f"{wasserstein2(adaptive, x1) ** 2:.4f}", "nfe": stats.forward,
-        "train_seconds": f"{history.seconds:.1f}", "revision": machine()["revision"],
+        "train_seconds": f"{history.seconds:.1f}", "revision": environment()["revision"],
     }  # fmt: skip
     write(row)
 
@@ -136,7 +136,7 @@ def floor(seed: int, config: dict) -> None:
             "adaptive": squared,
             "nfe": 0,
             "train_seconds": 0,
-            "revision": machine()["revision"],
+            "revision": environment()["revision"],
         }  # fmt: skip
     )
 

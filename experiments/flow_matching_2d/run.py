@@ -25,8 +25,8 @@ from cnf.evaluation.few_steps import nfe_curve
 from cnf.evaluation.metrics import path_energy
 from cnf.fields import MLPField, VectorField, WithScore
 from cnf.matching import COUPLINGS, Pairing
-from cnf.training.describe import machine
-from cnf.training.stream import seeded
+from cnf.random import seeded
+from cnf.training.origin import environment
 from cnf.transforms import Continuous
 
 HERE = Path(__file__).parent
@@ -166,7 +166,7 @@ def results(name: str, seed: int, methods: list[str], config: dict) -> Iterator[
 
 def run(name: str, seed: int, methods: list[str], config: dict) -> None:
     torch.set_num_threads(1)
-    revision = machine()["revision"]
+    revision = environment()["revision"]
     for row in results(name, seed, methods, config):
         with PATH.open("a", newline="") as file:  # one short write: processes do not mix
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(

@@ -17,7 +17,7 @@ import yaml
 import cnf
 from cnf.evaluation.metrics import Estimate, log_prob_chunked
 from cnf.fields import MLPField, Preconditioned
-from cnf.training.describe import machine
+from cnf.training.origin import environment
 from cnf.transforms import Continuous, Standardize
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def run(variant: str, density: str, config: dict) -> dict:
     return {
         "variant": variant, "density": density, "gap": f"{gap.value:.4f}",
         "gap_error": f"{gap.error:.4f}", "nfe": round(stats.forward / stats.solves),
-        "ms_per_step": f"{1e3 * seconds / steps:.2f}", "revision": machine()["revision"],
+        "ms_per_step": f"{1e3 * seconds / steps:.2f}", "revision": environment()["revision"],
     }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import cnf
-from cnf.training import checkpoint, fingerprint
-from cnf.training.fingerprint import of_rows
+from cnf.training import checkpoint, origin
+from cnf.training.origin import hash_of_rows
 
 KINDS = ["toy", "rows", "batches"]
 
@@ -243,17 +243,17 @@ def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
         cnf.Batch(points, weight=w),
         cnf.Batch(points, t=w),
     ]
-    assert len({of_rows(batch) for batch in batches}) == len(batches)
-    assert of_rows(cnf.Batch(points.clone())) == of_rows(batches[0])
+    assert len({hash_of_rows(batch) for batch in batches}) == len(batches)
+    assert hash_of_rows(cnf.Batch(points.clone())) == hash_of_rows(batches[0])
 
 
 def test_last_rows_of_large_tensors_tell_them_from_others(points, monkeypatch):
-    monkeypatch.setattr(fingerprint, "WHOLE", 500)
-    monkeypatch.setattr(fingerprint, "ROWS", 5)
+    monkeypatch.setattr(origin, "WHOLE", 500)
+    monkeypatch.setattr(origin, "ENDS", 5)
     batches = [cnf.Batch(points.clone()) for _ in range(3)]
     batches[1].x[0] += 1
     batches[2].x[-1] += 1
-    assert len({of_rows(batch) for batch in batches}) == 3
+    assert len({hash_of_rows(batch) for batch in batches}) == 3
 
 
 def test_resume_refuses_another_density_dataset_and_iterable(small, config, points, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import cnf
-from cnf.training.describe import configuration
+from cnf.training.origin import configuration
 
 
 @pytest.fixture

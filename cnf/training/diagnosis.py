@@ -1,4 +1,5 @@
-"""Fixed steps that are too few for the log-densities that they give."""
+"""Why a log-likelihood is infinite, or not the flow's own: rows outside of the base's support, and
+fixed steps that are too few."""
 
 import math
 import warnings
@@ -13,6 +14,20 @@ from cnf.transforms.continuous import Continuous, has_fixed_steps, refined
 
 ROWS = 256  # with which fixed steps are compared with twice as many
 NATS = 0.05  # of mean log-likelihood that they may differ by
+
+
+def outside_of_base(flow: Flow, rows: Batch) -> str | None:
+    """How many of the rows have z outside of the base's support, in words; None if none has."""
+    with evaluating(flow), torch.no_grad():
+        z = flow.encode(rows.x, rows.context)
+        count = int((flow.base.log_prob(z) == -torch.inf).sum())
+    if not count:
+        return None
+    return (
+        f"{count} of {len(rows.x)} rows are mapped to z outside of the base's support "
+        f"({flow.base.support}), where their log-density is -inf; take a base without bounds, "
+        "such as the standard normal (base=None)"
+    )
 
 
 @torch.no_grad()

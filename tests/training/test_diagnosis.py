@@ -9,8 +9,8 @@ import cnf
 from cnf import MaximumLikelihood
 from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.evaluation.judge import Judge
-from cnf.training import solver_error
-from cnf.training.solver_error import warn_of_few_steps
+from cnf.training import diagnosis
+from cnf.training.diagnosis import warn_of_few_steps
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -52,7 +52,7 @@ def test_steps_that_are_enough_are_not_warned_about(small, config, points):
 def test_a_twentieth_of_a_nat_is_warned_about(off, warns, small):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = solver_error.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
+        told = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
     assert told == warns
 
 
@@ -66,11 +66,11 @@ def test_comparison_is_at_some_validations_and_at_the_last(small, config, points
 
 
 def test_rows_of_the_comparison_are_taken_evenly(small, points, monkeypatch):
-    monkeypatch.setattr(solver_error, "ROWS", 10)
+    monkeypatch.setattr(diagnosis, "ROWS", 10)
     flow = steep(small, solver=COARSE)
     nll = -flow.log_prob(points[::10]).mean().item()
     with pytest.warns(UserWarning, match=f"NLL of 10 own rows is {nll:.4g} nats"):
-        solver_error.warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="own")
+        diagnosis.warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="own")
 
 
 def test_statistics_of_a_batch_are_no_error_of_the_solver(small, points):

@@ -1,0 +1,192 @@
+"""Rows as they come from a user, read and checked: tensors, arrays, tables, pairs, mappings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnf.data import Points
+from cnf.data.arrays import as_numbers, is_rows
+from cnf.errors import expect_finite, expect_weights
+from cnf.objectives import Batch
+
+NULL = ("context", True)  # what may be NaN: a context that may be missing
+
+
+def as_batch(
+    item: Any,
+    name: str = "x",
+    missing: bool = False,
+    who: str = "fit",
+    numbers: Tensor | None = None,
+) -> Batch:
+    """A Batch from x, a pair (x, context), a mapping with the names of a Batch, or a Batch.
+
+    Args:
+        item: One of these.
+        name: What errors call x.
+        missing: Whether a context may be missing, NaN.
+        who: What errors begin with.
+        numbers: The rows' numbers in the data that they were drawn from, for errors.
+    """
+    if isinstance(item, Batch):
+        for key, value in vars(item).items():
+            if value is not None:
+                _expect_numbers(who, name if key == "x" else key, value, missing, numbers)
+        return item
+    if isinstance(item, Mapping):
+        known = [field.name for field in fields(Batch)]
+        if "x" not in item or not set(item) <= set(known):
+            raise ValueError(
+                f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
+                f"{', '.join(map(str, item))}; rename them"
+            )
+        parts = dict(item)
+    else:
+        pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
+        given = item if pair else [item]
+        if not 1 <= len(given) <= 2:
+            raise ValueError(
+                f"{who}: expected a batch to be x or (x, context), got {len(given)} parts; name "
+                'them: {"x": …, "context": …, "weight": …}'
+            )
+        parts = dict(zip(("x", "context"), given, strict=False))
+    told = {"x": name}
+    tensors = {
+        k: _checked(who, told.get(k, k), v, missing, numbers)
+        for k, v in parts.items()
+        if v is not None
+    }
+    rows = len(tensors["x"])
+    for key, value in tensors.items():
+        if not value.dim():
+            raise ValueError(f"{who}: expected {rows} rows of {key}, got the one number {value:g}")
+        if len(value) != rows:
+            raise ValueError(f"{who}: expected {rows} rows of {key}, got {len(value)}")
+    weight = tensors.pop("weight", None)
+    batch = Batch(**tensors)  # without the weight: chance may draw weights of 0
+    return batch if weight is None else batch.but(weight=_weights(who, weight, rows, numbers))
+
+
+def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:
+    """Rows in memory, with their contexts and weights, less those of weight 0; see `fit`."""
+    own = {"x": data}
+    if isinstance(data, Mapping):
+        own = dict(data)
+    elif isinstance(data, Points):
+        own = {"x": data.x, "context": data.context, "weight": data.weight}
+    for name, value in (("context", context), ("weight", weight)):
+        if value is not None and own.get(name) is not None:
+            raise ValueError(f"fit: the data hold their own {name}, got {name}=… beside it")
+        if value is not None:
+            own[name] = value
+    if "x" in own:
+        own["x"] = _checked("fit", "data", own["x"])
+        if len(own["x"]) < 2:
+            shape = tuple(own["x"].shape)
+            raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
+    return weighty(as_batch(own, missing=missing))
+
+
+def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
+    """A context for each row, shape (N, C), from a tensor, an array, a table or lists of numbers;
+    of labels an error says how to code them. With `missing` it may hold NaN."""
+    return _checked(who, "context", context, missing)
+
+
+def check_event_shape(module: nn.Module, head: Tensor | None, name: str = "data") -> None:
+    """Raise where the data cannot be what the module models."""
+    expected = getattr(module, "event_shape", None)
+    discrete = getattr(module, "dequantization", None) is not None
+    if head is not None and not head.is_floating_point() and not discrete:
+        raise ValueError(
+            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.double(), or "
+            f"{name}.astype(float) of an array or a table"
+        )
+    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
+        raise ValueError(
+            f"fit: the flow models points of shape {expected}, those of {name} are of shape "
+            f"{tuple(head.shape[1:])}"
+        )
+
+
+def is_batch(value: Any) -> bool:
+    """Whether this is one batch, a pair (x, context) too, rather than an iterable of them."""
+    if isinstance(value, tuple | list) and not is_rows(value):
+        return 0 < len(value) <= 2 and all(map(is_rows, value))
+    return isinstance(value, Batch | Mapping) or is_rows(value)
+
+
+def joined(batches: Iterable[Batch], n: int) -> Batch:
+    """The first n rows of some batches."""
+    found: list[Batch] = []
+    for batch in batches:
+        found.append(batch)
+        if sum(len(part.x) for part in found) >= n:
+            break
+    if not found:
+        raise ValueError("fit: expected batches to validate on, got an empty iterable")
+    parts = [vars(batch) for batch in found]
+    return Batch(
+        **{
+            name: torch.cat([part[name] for part in parts])[:n]
+            for name, value in parts[0].items()
+            if value is not None
+        }
+    )
+
+
+def weighty(rows: Batch) -> Batch:
+    """The rows less those of weight 0, which say nothing."""
+    if rows.weight is None:
+        return rows
+    expect_weights("fit", rows.weight)
+    heavy = rows.weight > 0
+    return rows if heavy.all() else rows.map(lambda value: value[heavy])
+
+
+def _weights(who: str, weight: Tensor, n: int, numbers: Tensor | None) -> Tensor:
+    if weight.shape != (n,):
+        raise ValueError(f"{who}: expected weight of shape ({n},), got {tuple(weight.shape)}")
+    if weight.any():  # of a table all must not be 0, see `weighty`; of a batch chance may have it
+        expect_weights(who, weight, numbers)
+    return weight
+
+
+def _checked(
+    who: str, name: str, value: Any, missing: bool = False, numbers: Tensor | None = None
+) -> Tensor:
+    value = as_numbers(who, name, value)
+    if name in ("weight", "t", "stop"):
+        return value
+    if name == "context" and value.dim() == 1:
+        value = _column(who, value)
+    if value.dim() < 2 or not len(value):
+        hint = "; one feature is x[:, None]" if value.dim() == 1 and name != "x" else ""
+        if value.dim() == 1 and name == "x":
+            hint = "; of single rows make batches: DataLoader(rows, batch_size=256)"
+        raise ValueError(f"{who}: expected {name} of shape (N, D), got {tuple(value.shape)}{hint}")
+    if name == "context" and not value.is_floating_point():
+        value = value.double()  # times, or one-hot columns
+    _expect_numbers(who, name, value, missing, numbers)
+    return value
+
+
+def _expect_numbers(
+    who: str, name: str, value: Tensor, missing: bool, numbers: Tensor | None
+) -> None:
+    if value.is_floating_point() and (name, missing) != NULL:
+        expect_finite(who, name, value, numbers)
+
+
+def _column(who: str, context: Tensor) -> Tensor:
+    """A context of one number for each row as a column; integers may be labels."""
+    if not context.is_floating_point():
+        raise ValueError(
+            f"{who}: expected context of shape (N, C), got {context.dtype} of shape "
+            f"{tuple(context.shape)}; of labels make torch.nn.functional.one_hot(torch.as_tensor("
+            "labels), classes).float(), of numbers numbers.float()[:, None]"
+        )
+    return context[:, None]

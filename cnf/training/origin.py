@@ -160,7 +160,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.environment()
+        return platform.processor() or platform.machine()
 
 
 def hash_of_rows(batch: Batch) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_counts, expect_positive, unedited
 from cnf.fields import Guided, WithScore, score
-from cnf.fields.predicts import made_for
+from cnf.fields.predicts import path_of
+from cnf.fields.wrappers import wrapped
 from cnf.flow import Flow
 from cnf.matching.paths import PATHS, Path
 from cnf.transforms.continuous import Continuous
@@ -150,8 +151,8 @@ def sde(
         Samples, as `Flow.sample` gives them.
     """
     field = _continuous("sde", flow).field
-    made = made_for(field)
-    path, head = PATHS.build(path) if made is None else made.path, isinstance(made, WithScore)
+    path = path_of(field) or PATHS.build(path)
+    head = any(isinstance(part, WithScore) for part in wrapped(field))
     if noise < 0:
         raise ValueError(f"sde: expected noise >= 0, got {noise}")
     expect_counts("sde", steps=steps)

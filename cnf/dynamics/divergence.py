@@ -14,7 +14,7 @@ from cnf.dynamics.fixed import transformed
 from cnf.errors import expect_choice
 from cnf.fields.base import HasDivergence, VectorField, exact_divergence
 from cnf.fields.trace import has_forward_mode
-from cnf.fields.wrappers import innermost, pieces_of
+from cnf.fields.wrappers import Wrapper
 from cnf.registry import Registry
 
 Velocity = Callable[[Tensor], Tensor]
@@ -253,7 +253,7 @@ def _without(probe: Tensor, span: Tensor, start: int) -> Tensor:
 
 
 def explain(field: VectorField, rows: int = 256) -> str:
-    """How the exact divergence of a field is had, and what it costs.
+    """How the exact divergence of a field is computed, and what it costs.
 
     >>> from cnf.fields import Adapter, MLPField
     >>> field = MLPField(2, (128, 128))
@@ -268,7 +268,9 @@ def explain(field: VectorField, rows: int = 256) -> str:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    outer, field = pieces_of(field)[0][2], innermost(field)
+    outer = field = field.block(0)
+    while isinstance(field, Wrapper):
+        field = field.field.block(0)
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None

@@ -33,6 +33,15 @@ class VectorField(nn.Module, ABC):
         self.event_shape = tuple(event_shape)
         self.context_dim = context_dim
 
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """Times, from 0 to 1, between which the velocity is smooth: a solver restarts at each."""
+        return (0.0, 1.0)
+
+    def block(self, k: int) -> "VectorField":
+        """The field between knots k and k + 1, both ends included."""
+        return self
+
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at (t, x).

@@ -27,9 +27,6 @@ class NullContext(Wrapper):
         self.null = nn.Parameter(torch.zeros(field.context_dim)) if null is None else null
         self.optional_context = True
 
-    def around(self, field: VectorField) -> "NullContext":
-        return NullContext(field, self.null)
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.field(t, x, self.filled(context))
 
@@ -74,9 +71,6 @@ class Guided(Wrapper):
                 f"{weight} and {interval}"
             )
         self.weight, self.interval = weight, interval
-
-    def around(self, field: VectorField) -> "Guided":
-        return Guided(field, self.weight, self.interval)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         conditional = self.field(t, x, context)

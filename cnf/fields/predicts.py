@@ -9,7 +9,7 @@ from torch import Tensor
 from cnf.errors import expect_choice
 from cnf.fields.base import VectorField, exact_divergence
 from cnf.fields.guidance import Guided, NullContext
-from cnf.fields.wrappers import Wrapper
+from cnf.fields.wrappers import Wrapper, wrapped
 from cnf.matching.paths import PATHS, Path, Schedule
 
 TARGETS = ("velocity", "x1", "noise", "score")
@@ -77,9 +77,6 @@ class Predicts(Wrapper):
         expect_choice("Predicts", "target", target, TARGETS)
         self.target, self.path = target, PATHS.build(path)
 
-    def around(self, field: VectorField) -> "Predicts":
-        return Predicts(field, self.target, self.path)
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         t = _inside(t, self.path)
         return converted(self.field(t, x, context), self.target, "velocity", x, t, self.path)
@@ -125,9 +122,6 @@ class WithScore(Wrapper):
                 "the score follows from the velocity: cnf.fields.converted"
             )
 
-    def around(self, field: VectorField) -> "WithScore":
-        return WithScore(field, self.head, self.path)
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.field(t, x, context)
 
@@ -144,13 +138,10 @@ class WithScore(Wrapper):
         return -self.head(t, x, context) / gamma
 
 
-def made_for(field: VectorField) -> Predicts | WithScore | None:
-    """The part of a field that was made for one path, inside whatever wrappers."""
-    while isinstance(field, Wrapper):
-        if isinstance(field, Predicts | WithScore):
-            return field
-        field = field.field
-    return None
+def path_of(field: VectorField) -> Path | None:
+    """The path that a field, or what its wrappers hold, was made for; None where any path fits."""
+    parts = (part for part in wrapped(field) if isinstance(part, Predicts | WithScore))
+    return next((part.path for part in parts), None)
 
 
 def score(

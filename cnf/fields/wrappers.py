@@ -1,14 +1,14 @@
 """Fields made of fields: stacked blocks, a trainable end time, preconditioning."""
 
+import copy
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cnf.fields.base import VectorField, exact_divergence
-
-Stretch = tuple[float, float, VectorField]  # start, end, and the field in between
 
 
 class Wrapper(VectorField):
@@ -24,30 +24,56 @@ class Wrapper(VectorField):
         super().__init__(field.event_shape, field.context_dim)
         self.field = field
         self.optional_context = field.optional_context
-
-    def around(self, field: VectorField) -> "Wrapper | None":
-        """The same wrapper, with the same weights, around a block of `field`; None for a wrapper
-        that has a clock of its own."""
-        return None
+        self._blocks: dict[int, Wrapper] = {}
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """The wrapped pieces of a `Piecewise` inside, if there is one; made once for the same
-        weights, since the field that a compiled solve knows must not change. Tuples, so that the
-        weights are not counted twice."""
-        pieces = pieces_of(self.field)
-        made_of = (*(piece for _, _, piece in pieces), *self._parameters.values())
-        kept, found = self.__dict__.get("_stretches", ((), ()))
-        if len(kept) == len(made_of) and all(a is b for a, b in zip(kept, made_of, strict=True)):
-            return found
-        wrapped = [self.around(piece) for _, _, piece in pieces] if len(pieces) > 1 else [None]
-        pairs = [] if None in wrapped else zip(pieces, wrapped, strict=True)
-        found = tuple((a, b, w) for (a, b, _), w in pairs if w)
-        object.__setattr__(self, "_stretches", (made_of, found))  # nn.Module would register them
-        return found
+    def knots(self) -> tuple[float, ...]:
+        return self.field.knots
+
+    def block(self, k: int) -> VectorField:
+        """The same wrapper, with the same weights, around the k-th block of what is inside; the
+        same one each time, as what is compiled for a field is kept under it."""
+        inner = self.field.block(k)
+        if inner is self.field:
+            return self
+        parts = {**self._modules, "field": inner}
+        if k not in self._blocks or self._blocks[k]._modules != parts:
+            self._blocks[k] = block = copy.copy(self)
+            block._modules, block._blocks = parts, {}
+        return self._blocks[k]
 
 
-class Piece(Wrapper):
+class Retimed(Wrapper):
+    """v(t, x) = r · field(s, x) with a clock s of rate r = ds/dt, solved in one go.
+
+    The clock may be trained, so that knots inside have no fixed time outside.
+    """
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        return (0.0, 1.0)
+
+    def block(self, k: int) -> VectorField:
+        return self
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        rate, local = self._clock(t)
+        return rate * self.field(local, x, context)
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and exact divergence, the field's own where it has one."""
+        rate, local = self._clock(t)
+        v, div = exact_divergence(self.field, local, x, context)
+        return rate * v, rate * div
+
+    @abstractmethod
+    def _clock(self, t: Tensor) -> tuple[Tensor | int, Tensor]:
+        """The rate r, and the time s inside at the time t outside."""
+
+
+class Piece(Retimed):
     """Block k of K: v(t, x) = K · block(K t - k, x) on [k/K, (k+1)/K].
 
     Args:
@@ -59,20 +85,9 @@ class Piece(Wrapper):
     def __init__(self, block: VectorField, index: int, count: int) -> None:
         super().__init__(block)
         self.index, self.count = index, count
-        self.start, self.end = index / count, (index + 1) / count
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.count * self.field(self._local(t), x, context)
-
-    def with_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the block's own where it has one."""
-        v, div = exact_divergence(self.field, self._local(t), x, context)
-        return self.count * v, self.count * div
-
-    def _local(self, t: Tensor) -> Tensor:
-        return self.count * t - self.index
+    def _clock(self, t: Tensor) -> tuple[int, Tensor]:
+        return self.count, self.count * t - self.index
 
 
 class Piecewise(VectorField):
@@ -95,6 +110,14 @@ class Piecewise(VectorField):
         self.optional_context = all(block.optional_context for block in blocks)
         self.pieces = nn.ModuleList(Piece(block, k, len(blocks)) for k, block in enumerate(blocks))
 
+    @property
+    def knots(self) -> tuple[float, ...]:
+        count = len(self.pieces)
+        return tuple(k / count for k in range(count + 1))
+
+    def block(self, k: int) -> VectorField:
+        return self.pieces[k]  # pyright: ignore
+
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         count = len(self.pieces)
         batch = x.shape[: x.dim() - len(self.event_shape)]
@@ -110,7 +133,7 @@ class Piecewise(VectorField):
         return v
 
 
-class EndTime(Wrapper):
+class EndTime(Retimed):
     """v(t, x) = T · field(T t, x) on [0, 1]: a solve to a trainable end time T > 0.
 
     The gradient reaches T as it reaches any weight, in every gradient mode.
@@ -126,17 +149,9 @@ class EndTime(Wrapper):
             raise ValueError(f"EndTime: expected an initial end time > 0, got {initial}")
         self.log_end = nn.Parameter(torch.tensor(math.log(initial)))
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _clock(self, t: Tensor) -> tuple[Tensor, Tensor]:
         end = self.log_end.exp()
-        return end * self.field(end * t, x, context)
-
-    def with_divergence(
-        self, t: Tensor, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
-        end = self.log_end.exp()
-        v, div = exact_divergence(self.field, end * t, x, context)
-        return end * v, end * div
+        return end, end * t
 
 
 class Preconditioned(Wrapper):
@@ -149,9 +164,6 @@ class Preconditioned(Wrapper):
     Args:
         field: What is learned, on [0, 1].
     """
-
-    def around(self, field: VectorField) -> "Preconditioned":
-        return Preconditioned(field)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         growth, shrink = self._coefficients(t.to(x.dtype))
@@ -176,18 +188,9 @@ class Preconditioned(Wrapper):
         return u * twice, twice.sqrt()
 
 
-def innermost(field: VectorField) -> VectorField:
-    """The field inside all wrappers; of stacked blocks the first one's."""
-    while isinstance(field, Piecewise | Wrapper):
-        field = field.pieces[0] if isinstance(field, Piecewise) else field.field  # pyright: ignore
-    return field
-
-
-def pieces_of(field: VectorField) -> Sequence[Stretch]:
-    """(start, end, field) in the order of time; one over [0, 1] unless there is a `Piecewise`,
-    bare or wrapped."""
-    if isinstance(field, Wrapper) and field.stretches:
-        return field.stretches
-    if not isinstance(field, Piecewise):
-        return [(0.0, 1.0, field)]
-    return [(piece.start, piece.end, piece) for piece in field.pieces]  # pyright: ignore
+def wrapped(field: VectorField) -> Iterator[VectorField]:
+    """The field, and what its wrappers hold, from the outside to the inside."""
+    yield field
+    while isinstance(field, Wrapper):
+        field = field.field
+        yield field

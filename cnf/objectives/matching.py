@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cnf.errors import expect_choice, unedited
 from cnf.fields import VectorField
-from cnf.fields.predicts import Predicts, WithScore, made_for
+from cnf.fields.predicts import Predicts, WithScore, path_of
+from cnf.fields.wrappers import wrapped
 from cnf.flow import Flow
 from cnf.matching.couplings import COUPLINGS, independent
 from cnf.matching.paths import PATHS, Linear, Path, PathSample
@@ -197,20 +198,21 @@ class FlowMatching(Objective):
         return (predicted, noise) if field.target == "noise" else (sigma * predicted, -noise)
 
     def _path(self, field: VectorField) -> Path:
-        made = made_for(field)
-        if made is not None and made is not field:
-            if isinstance(made, WithScore) or self.weighting == "target":
-                kind = type(made).__name__
-                raise TypeError(
-                    f"FlowMatching: expected {kind} to be the outermost field, as in "
-                    f"{kind}(NullContext(net), …), got it inside {type(field).__name__}"
-                )
+        outermost = (WithScore, Predicts) if self.weighting == "target" else WithScore
+        inner = (part for part in wrapped(field) if isinstance(part, outermost))
+        if (part := next(inner, field)) is not field:
+            kind = type(part).__name__
+            raise TypeError(
+                f"FlowMatching: expected {kind} to be the outermost field, as in "
+                f"{kind}(NullContext(net), …), got it inside {type(field).__name__}"
+            )
+        own = path_of(field)
         if self.path is None:
-            return Linear() if made is None else made.path
+            return own or Linear()
         path = PATHS.build(self.path, "FlowMatching")
-        if made is not None and made.path != path:
+        if own not in (None, path):
             raise ValueError(
-                f"FlowMatching: the field was made for {made.path}, got path={path}; leave it out"
+                f"FlowMatching: the field was made for {own}, got path={path}; leave it out"
             )
         return path
 

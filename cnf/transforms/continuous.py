@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,7 +20,6 @@ from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_choice, explain_edit, unedited
 from cnf.fields.base import VectorField
-from cnf.fields.wrappers import pieces_of
 from cnf.precision import with_current_autocast
 from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
 
@@ -180,7 +180,7 @@ class Continuous(Transform):
         if not all(0 <= t <= 1 for t in times):
             raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
         # A time that float32 has rounded off a knot is the knot: no solve is that short.
-        knots = [end for _, end, _ in pieces_of(self.field)]
+        knots = self.field.knots[1:]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
         path, stamps = [value.unsqueeze(0)], [times[0]]
         rates = _leaving_inputs(partial(_rates, None, (), None))
@@ -202,8 +202,8 @@ class Continuous(Transform):
         """(t0, t1, field) of each stretch from start to stop, in the order of the solve."""
         low, high = min(start, stop), max(start, stop)
         found = [
-            (max(a, low), min(b, high), piece)
-            for a, b, piece in pieces_of(self.field)
+            (max(a, low), min(b, high), self.field.block(k))
+            for k, (a, b) in enumerate(pairwise(self.field.knots))
             if a < high and b > low
         ]
         return found if start < stop else [(b, a, piece) for a, b, piece in reversed(found)]

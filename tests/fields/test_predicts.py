@@ -17,7 +17,6 @@ from cnf.fields import (
     exact_divergence,
     score,
 )
-from cnf.fields.wrappers import pieces_of
 from cnf.transforms import Continuous
 
 F64 = torch.float64
@@ -278,10 +277,10 @@ def test_unknown_targets_are_refused(name):
 def test_stacked_blocks_stay_blocks_under_a_prediction(randomized):
     blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = Predicts(blocks, "x1", "trigonometric")
-    assert [stretch[:2] for stretch in pieces_of(field)] == [(0.0, 0.5), (0.5, 1.0)]
+    assert field.knots == (0.0, 0.5, 1.0)
     x = torch.ones(3, 2, dtype=F64)
-    for t, (_, _, piece) in zip((0.2, 0.8), pieces_of(field), strict=True):
-        time = torch.tensor(t, dtype=F64)
+    for k, t in enumerate((0.2, 0.8)):
+        piece, time = field.block(k), torch.tensor(t, dtype=F64)
         expected = exact_divergence(field, time, x)
         torch.testing.assert_close(exact_divergence(piece, time, x), expected)
 
@@ -289,7 +288,7 @@ def test_stacked_blocks_stay_blocks_under_a_prediction(randomized):
 def test_stacked_blocks_stay_blocks_beside_a_head(randomized):
     blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = WithScore(blocks, MLPField(2, (5,)).double())
-    assert [stretch[:2] for stretch in pieces_of(field)] == [(0.0, 0.5), (0.5, 1.0)]
+    assert field.knots == (0.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("event", [(2,), (1, 3, 2)])

@@ -7,13 +7,14 @@ from cnf.fields import (
     ConvField,
     EndTime,
     MLPField,
+    NullContext,
     Piecewise,
     Preconditioned,
     ResidualField,
     VectorField,
     exact_divergence,
 )
-from cnf.fields.wrappers import Piece, pieces_of
+from cnf.fields.wrappers import Piece
 
 F64 = torch.float64
 
@@ -59,7 +60,6 @@ def test_a_piece_runs_its_block_over_its_own_unit_of_time(count):
     x = torch.tensor([1.0, -2.0], dtype=F64)
     for k in range(count):
         piece = Piece(block, k, count)
-        assert (piece.start, piece.end) == (k / count, (k + 1) / count)
         for local in (0.0, 0.25, 1.0):
             t = torch.tensor((k + local) / count, dtype=F64)
             v, div = piece.with_divergence(t, x)
@@ -72,17 +72,31 @@ def test_pieces_together_are_the_piecewise_field(randomized, points):
     field = randomized(Piecewise([MLPField(2, (5,), 2), ResidualField(2, (4,), 2)]))
     t, x, context = points(field, (6,), own_time=True)
     v, div = exact_divergence(field, t, x, context)
-    stretches = pieces_of(field)
-    assert [stretch[:2] for stretch in stretches] == [(0.0, 0.5), (0.5, 1.0)]
+    assert field.knots == (0.0, 0.5, 1.0)
     for k in range(6):
-        piece = stretches[int(t[k] >= 0.5)][2]
+        piece = field.block(int(t[k] >= 0.5))
         alone = piece.with_divergence(t[k], x[k], context[k])
         torch.testing.assert_close(alone, (v[k], div[k]), rtol=1e-11, atol=1e-11)
 
 
-def test_a_field_is_one_piece_of_itself():
+def test_a_field_is_one_block_of_itself():
     field = MLPField(2)
-    assert pieces_of(field) == [(0.0, 1.0, field)]
+    assert field.knots == (0.0, 1.0) and field.block(0) is field
+    timed = EndTime(Piecewise([field, field]))  # its knots move with the end time
+    assert timed.knots == (0.0, 1.0) and timed.block(0) is timed
+
+
+def test_a_wrapped_block_is_one_module_with_the_wrappers_own_weights_and_parts():
+    field = MLPField(2, (5,), 3)
+    field = NullContext(Preconditioned(Piecewise([field, MLPField(2, (5,), 3)])))
+    block = field.block(1)
+    assert block is field.block(1) and block is not field.block(0)
+    field.null = torch.nn.Parameter(torch.ones(3))
+    assert field.block(1) is block and block.null is field.null
+    assert set(block.parameters()) < set(field.parameters())
+    field.field.field.pieces[1] = Piece(MLPField(2, (4,), 3), 1, 2)
+    assert field.block(1) is not block
+    assert field.block(1).field.field is field.field.field.pieces[1]
 
 
 def test_stacked_halves_of_one_constant_field_are_that_field_twice(points):

@@ -27,17 +27,18 @@ from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood
 
 if TYPE_CHECKING:  # at run time they are imported when they are first used, see `__getattr__`
-    from cnf import evaluation, training
-    from cnf.evaluation import check, compare
+    from cnf import checks, metrics, plotting, race, training
+    from cnf.checks import check
+    from cnf.race import compare
     from cnf.training import TrainConfig, fit, load, save
 
 __version__ = "0.1.0"
 
-_MODULES = ("evaluation", "training")
+_MODULES = ("checks", "metrics", "plotting", "race", "training")
 _LAZY = {
     "TrainConfig": "cnf.training",
-    "check": "cnf.evaluation",
-    "compare": "cnf.evaluation",
+    "check": "cnf.checks",
+    "compare": "cnf.race",
     "fit": "cnf.training",
     "load": "cnf.training",
     "save": "cnf.training",
@@ -57,18 +58,21 @@ __all__ = [
     "SolverError",
     "TrainConfig",
     "check",
+    "checks",
     "compare",
     "data",
     "distributions",
     "dynamics",
-    "evaluation",
     "fields",
     "fit",
     "load",
     "matching",
+    "metrics",
     "models",
     "nets",
     "objectives",
+    "plotting",
+    "race",
     "sampling",
     "save",
     "training",

@@ -93,8 +93,8 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
             training put aside.
         points: Test points at most.
     """
-    from cnf.evaluation.judge import Judge
-    from cnf.evaluation.tables import scores_table
+    from cnf.race.judge import Judge
+    from cnf.race.tables import scores_table
 
     flow = load(run)
     source, share = _data(run, data)
@@ -196,8 +196,8 @@ def plot(run: Path, data: str | None = None) -> None:
         data: Density, picture or file of points to draw beside it; what it was trained on if not
             given.
     """
-    from cnf.evaluation.comparison import measured
-    from cnf.evaluation.plotting import save_figures
+    from cnf.race.compare import measured
+    from cnf.race.figures import save_figures
 
     flow, (source, _) = load(run), _data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
@@ -238,9 +238,9 @@ def compare(
         resume: Go on with the race in `folder`: who has finished is not raced again.
         progress: Show progress bars.
     """
-    from cnf.evaluation import comparison
-    from cnf.evaluation.report import write_report
-    from cnf.evaluation.tables import results_table
+    from cnf.race import compare as race
+    from cnf.race.report import write_report
+    from cnf.race.tables import results_table
 
     escape = optional("rich.markup", "cli").escape
     if resume and folder is None:
@@ -248,7 +248,7 @@ def compare(
     source = densities.load(data, table)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds
-    results = comparison.compare(
+    results = race(
         source, contestants, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
         device=device, w2_points=w2_points, resume=resume, progress=progress,
         say=lambda line: _console().rule(escape(line), align="left"),
@@ -270,7 +270,7 @@ def check(run: Path, data: str | None = None) -> None:
             If not given, the flow's own samples, or where it has a context the table that the run
             was trained on, if it is still there.
     """
-    from cnf.evaluation import check as check_flow
+    from cnf.checks import check as check_flow
 
     flow, x, context = load(run), None, None
     where = "its own samples"
@@ -296,7 +296,8 @@ def list_names(kind: str | None = None) -> None:
     Args:
         kind: One kind only, such as models or densities.
     """
-    from cnf.evaluation import CONTESTANTS, METRICS
+    from cnf.metrics import METRICS
+    from cnf.race import CONTESTANTS
 
     escape = optional("rich.markup", "cli").escape
     kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}

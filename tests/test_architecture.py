@@ -13,10 +13,13 @@ import cnf
 ROOT = Path(cnf.__file__).parent
 
 FLOORS = {
-    "cli": 9,
+    "cli": 10,
     "arguments": 1,
     "catalog": 7,
-    "evaluation": 8,
+    "race": 9,
+    "plotting": 8,
+    "checks": 8,
+    "metrics": 7,
     "training": 7,
     "models": 6,
     "objectives": 6,

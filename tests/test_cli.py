@@ -15,8 +15,7 @@ import torch
 
 import cnf
 from cnf import cli
-from cnf.evaluation import CONTESTANTS
-from cnf.evaluation.contestants import RACE
+from cnf.race.contestants import CONTESTANTS, RACE
 
 SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
 SMALL += ["--batch_size", "32", "--validation_rows", "100"]
@@ -204,7 +203,7 @@ def test_check_without_the_runs_table_says_which_context_it_took(own, call, tmp_
 def test_training_leaves_out_the_rows_that_evaluate_scores(own, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "cnf.evaluation.judge.Judge.scores",
+        "cnf.race.judge.Judge.scores",
         lambda self, flow, **_: seen.update(test=self.test.x, floor=self.floor) or {"nll": 0.0},
     )
     cli.main(["evaluate", str(own / "run")])
@@ -386,9 +385,9 @@ def test_pipe_gets_no_bar_and_warnings_are_a_line_of_their_words(tmp_path):
 
 def test_compare_without_progress_shows_no_bar(monkeypatch, call, tmp_path):
     shown = []
-    monkeypatch.setattr("cnf.evaluation.comparison.compare", lambda *_, **told: shown.append(told))
-    monkeypatch.setattr("cnf.evaluation.tables.results_table", lambda _: "")
-    monkeypatch.setattr("cnf.evaluation.report.write_report", lambda *_: tmp_path)
+    monkeypatch.setattr("cnf.race.compare", lambda *_, **told: shown.append(told))
+    monkeypatch.setattr("cnf.race.tables.results_table", lambda _: "")
+    monkeypatch.setattr("cnf.race.report.write_report", lambda *_: tmp_path)
     for words in ([], ["--no-progress"]):
         assert call("compare", "moons", *words, "--folder", tmp_path / "race")[0] == 0
     assert [told["progress"] for told in shown] == [True, False]

@@ -77,7 +77,7 @@ def test_every_call_standardizes_the_context_once(name, small_flow, generator):
             lambda f, c: sde(f, (), c, steps=3, generator=drawn()),
             lambda f, c: cnf.FlowMatching()(f, cnf.Batch(x, c), drawn()).value,
             lambda f, c: cnf.MaximumLikelihood()(f, cnf.Batch(x, c)).value,
-            lambda f, c: torch.tensor(cnf.evaluation.metrics.straightness(f, 5, drawn(), c).value),
+            lambda f, c: torch.tensor(cnf.metrics.straightness(f, 5, drawn(), c).value),
         ]
     for call in calls:
         torch.testing.assert_close(call(flow, context), call(bare, inner), rtol=1e-9, atol=1e-9)

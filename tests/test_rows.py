@@ -8,8 +8,8 @@ from torch import nn
 
 import cnf
 from cnf import Flow, Hutchinson, Solver, SolverError
-from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import Adapter, MLPField
+from cnf.metrics.error_bars import log_prob_with_error
 from cnf.models import MODELS
 from cnf.transforms import Compose, Continuous, Coupling, Standardize
 

@@ -12,8 +12,8 @@ from tables import markdown, number, spread, times
 from torch import Tensor, nn
 
 import cnf
-from cnf.evaluation.metrics import log_prob_chunked
 from cnf.fields import MLPField
+from cnf.metrics.flows import log_prob_chunked
 
 POINTS, CHUNK, HIDDEN, TOLERANCE = 100_000, 10_000, (128, 128), 1e-5
 MEMORY_BOUND = 1_000  # MB

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import cnf
 from cnf.dynamics.solver import Solver
-from cnf.evaluation.distances import wasserstein2
-from cnf.evaluation.few_steps import nfe_curve
-from cnf.evaluation.metrics import path_energy
 from cnf.fields import MLPField, VectorField, WithScore
 from cnf.matching import COUPLINGS, Pairing
+from cnf.metrics.flows import path_energy
+from cnf.metrics.nfe_curves import nfe_curve
+from cnf.metrics.samples import wasserstein2
 from cnf.random import seeded
 from cnf.training.origin import environment
 from cnf.transforms import Continuous

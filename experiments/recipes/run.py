@@ -15,8 +15,8 @@ import torch
 import yaml
 
 import cnf
-from cnf.evaluation.metrics import Estimate, log_prob_chunked
 from cnf.fields import MLPField, Preconditioned
+from cnf.metrics.flows import Estimate, log_prob_chunked
 from cnf.training.origin import environment
 from cnf.transforms import Continuous, Standardize
 

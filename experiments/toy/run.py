@@ -15,9 +15,9 @@ import torch
 import yaml
 
 import cnf
-from cnf.evaluation import CONTESTANTS, compare
-from cnf.evaluation.plotting import plot_density
-from cnf.evaluation.report import write_report
+from cnf.plotting.densities import plot_density
+from cnf.race import CONTESTANTS, compare
+from cnf.race.report import write_report
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/toy")

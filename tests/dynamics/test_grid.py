@@ -14,8 +14,8 @@ from cnf import Flow, Solver
 from cnf.dynamics import fixed, record, solve
 from cnf.dynamics.ode import solve_path
 from cnf.dynamics.solver import STAGES
-from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import Adapter, MLPField, NullContext, Piecewise, Preconditioned
+from cnf.metrics.error_bars import log_prob_with_error
 from cnf.training import checkpoint
 from cnf.transforms import Continuous
 

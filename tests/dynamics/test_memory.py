@@ -11,8 +11,8 @@ import cnf
 from cnf.dynamics import Solver, record
 from cnf.dynamics.ode import GIB
 from cnf.errors import SolverError
-from cnf.evaluation.error_bars import log_prob_with_error
 from cnf.fields import MLPField
+from cnf.metrics.error_bars import log_prob_with_error
 from cnf.transforms import Compose, Continuous, Planar, Sylvester
 
 F64 = torch.float64

@@ -5,9 +5,9 @@ import torch
 from scipy.stats import norm
 
 import cnf
-from cnf.evaluation.distances import wasserstein2
 from cnf.matching import COUPLINGS, SemiDiscrete, semidiscrete
 from cnf.matching.semidiscrete import _exact, _near, _spread_out
+from cnf.metrics.samples import wasserstein2
 
 F64 = torch.float64
 

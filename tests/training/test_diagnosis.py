@@ -7,8 +7,8 @@ import torch
 
 import cnf
 from cnf import MaximumLikelihood
-from cnf.evaluation.error_bars import log_prob_with_error
-from cnf.evaluation.judge import Judge
+from cnf.metrics.error_bars import log_prob_with_error
+from cnf.race.judge import Judge
 from cnf.training import diagnosis
 from cnf.training.diagnosis import warn_of_few_steps
 from cnf.training.validation import Validation

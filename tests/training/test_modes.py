@@ -55,8 +55,8 @@ def test_a_solve_of_noise_names_dropout_and_train_mode():
 
 
 def test_evaluation_leaves_train_mode_for_a_moment(small, points):
-    from cnf.evaluation import metrics
-    from cnf.evaluation.error_bars import log_prob_with_error
+    from cnf import metrics
+    from cnf.metrics.error_bars import log_prob_with_error
 
     class Watched(torch.nn.Linear):
         def forward(self, x):

@@ -10,29 +10,21 @@ import torch
 from torch import Tensor
 
 from cnf.errors import expect_counts, optional
-from cnf.evaluation.comparison import Results
-from cnf.evaluation.style import (
+from cnf.flow import Flow
+from cnf.plotting.style import (
     FAINT,
     INK,
-    attempt,
-    axis_names,
-    colors,
     device_of,
     frame,
-    panels,
-    say_failed,
-    scatter,
     styled,
-    titles,
     unlike,
     window_of,
 )
-from cnf.flow import Flow
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 @torch.no_grad()
@@ -75,45 +67,6 @@ def particle_path(flow: Flow, z: Tensor, times: Tensor) -> Tensor:
     index = where.floor().long().clamp(max=len(path) - 2)
     share = (where - index)[:, None, None]
     return path[index] * (1 - share) + path[index + 1] * share
-
-
-def plot_trajectories(results: Results, particles: int = 120, points: int = 60) -> "Figure":
-    """The way of particles from noise to data: along the ODE of a continuous flow, from layer to
-    layer of a discrete one, whose title says so. Every contestant gets the same noise.
-
-    Args:
-        results: Of a race on data of two dimensions or more, of which the first two are shown.
-        particles: How many paths.
-        points: Times along each.
-    Raises:
-        ValueError: The data have one dimension.
-    """
-    if results.density.dim < 2:
-        raise ValueError("plot_trajectories: expected data of dim 2 or more, got 1")
-    ways = {
-        name: attempt(_way, results.of(name)[0].flow, particles, points)
-        for name in results.contestants
-    }
-    edges = torch.tensor([0.02, 0.98], dtype=torch.float64)
-    seen = [way.quantile(edges, 1) for way in ways.values() if _finite(way)]
-    window, names, color = window_of(results.density, *seen), titles(results), colors(results)
-    collection = optional("matplotlib.collections", "evaluation").LineCollection
-    with styled():
-        figure, axes = panels(len(ways), window, 2.05 if len(ways) > 2 else 2.9, below=0.3)
-        for ax, (name, way) in zip(axes, ways.items(), strict=True):
-            said = _way_said(results.of(name)[0].flow, way)
-            frame(ax, window, names[name], said, axis_names(results.density))
-            if isinstance(way, str):
-                say_failed(ax, way)
-                continue
-            lines = way.transpose(0, 1).numpy()
-            ax.add_collection(
-                collection(lines, colors=color[name], linewidths=0.8, alpha=0.35), autolim=False
-            )
-            scatter(ax, way[0], "#9aa1ad", size=9, alpha=0.9)
-            scatter(ax, way[-1], color[name], size=9, alpha=0.95)
-        figure.supxlabel("gray dots: noise    colored dots: data", color=FAINT, fontsize=11)
-    return figure
 
 
 def animate(
@@ -229,7 +182,7 @@ def _shades(color: str) -> list[int]:
     return shades
 
 
-def _way(flow: Flow, particles: int, points: int) -> Tensor:
+def way_of(flow: Flow, particles: int, points: int) -> Tensor:
     """Paths of the first two coordinates, shape (T, N, 2): at even times, or after each layer."""
     z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
     z = z.to(device_of(flow))
@@ -238,11 +191,11 @@ def _way(flow: Flow, particles: int, points: int) -> Tensor:
     return layer_path(flow, z)[..., :2].cpu().double()
 
 
-def _finite(way: Tensor | str) -> bool:
+def finite(way: Tensor | str) -> bool:
     return isinstance(way, Tensor) and bool(torch.isfinite(way).all())
 
 
-def _way_said(flow: Flow, way: Tensor | str) -> str:
+def way_said(flow: Flow, way: Tensor | str) -> str:
     """Whether lines are paths of an ODE, or have the layers of a discrete flow for corners."""
     if isinstance(flow.transform, Continuous):
         return "along its ODE"

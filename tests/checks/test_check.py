@@ -9,9 +9,9 @@ from torch import nn
 from torch.func import functional_call
 
 import cnf
+from cnf.checks.check import CHECKS, CheckReport, Finding, check
 from cnf.dynamics.divergence import Divergence, Hutchinson, Rates
 from cnf.dynamics.solver import Solver
-from cnf.evaluation.diagnostics import CHECKS, CheckReport, Finding, check
 from cnf.fields import MLPField, VectorField
 from cnf.fields.trace import trace_of_jacobian
 from cnf.flow import Flow

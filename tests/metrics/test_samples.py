@@ -9,8 +9,8 @@ import sklearn.neural_network
 import torch
 from torch import Generator
 
-from cnf.evaluation import distances
-from cnf.evaluation.distances import (
+from cnf.metrics import samples as distances
+from cnf.metrics.samples import (
     METRICS,
     Estimate,
     c2st,

@@ -7,10 +7,10 @@ import torch
 
 import cnf
 from cnf import Flow, Solver
-from cnf.evaluation import nfe_curve, nfe_table
-from cnf.evaluation.curves import plot_nfe_curves
-from cnf.evaluation.judge import Judge
 from cnf.fields import VectorField
+from cnf.metrics import nfe_curve, nfe_table
+from cnf.plotting.curves import plot_nfe_curves
+from cnf.race.judge import Judge
 from cnf.transforms import Continuous
 
 F64 = torch.float64

@@ -15,20 +15,20 @@ from PIL import Image
 import cnf
 from cnf.data import Points, load
 from cnf.errors import SolverError
-from cnf.evaluation import plotting, style
-from cnf.evaluation.comparison import Entry, Results
-from cnf.evaluation.plotting import (
-    animate,
-    layer_path,
+from cnf.plotting import densities, style
+from cnf.plotting.animation import animate, layer_path
+from cnf.plotting.densities import plot_density
+from cnf.plotting.style import number, window_of
+from cnf.race import figures
+from cnf.race.figures import (
     plot_densities,
-    plot_density,
     plot_gap_over_time,
     plot_quality_against_nfe,
     plot_samples,
     plot_trajectories,
     save_figures,
 )
-from cnf.evaluation.style import colors, mean_and_error, number, window_of
+from cnf.race.results import Entry, Results, colors, mean_and_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
@@ -305,12 +305,12 @@ def test_animation_of_own_columns_has_their_names_at_its_axes(names, tmp_path, m
         seen, whole = ax.get_tightbbox(), ax.get_figure().bbox
         corners.extend((seen.x0, seen.y0, whole.x1 - seen.x1, whole.y1 - seen.y1))
 
-    monkeypatch.setattr("cnf.evaluation.animation.frame", watched)
+    monkeypatch.setattr("cnf.plotting.animation.frame", watched)
     points = Points(torch.randn(80, 2) * torch.tensor([3e4, 1.0]), columns=names or None)
     results = race(points, ("realnvp",), (0,))
-    monkeypatch.setattr(plotting, "animate", partial(animate, points=9, frames=2))
-    monkeypatch.setattr(plotting, "attempt", lambda make, *given, **named: make(*given, **named))
-    plotting._save_animations(results, tmp_path)
+    monkeypatch.setattr(figures, "animate", partial(animate, points=9, frames=2))
+    monkeypatch.setattr(figures, "attempt", lambda make, *given, **named: make(*given, **named))
+    figures._save_animations(results, tmp_path)
     assert tuple(labels) == (names or ("", ""))
     assert min(corners) >= 0  # ticks and names are inside of the picture
 
@@ -335,7 +335,7 @@ def test_pictures_change_no_global_style_and_load_no_pyplot(tmp_path):
     before = dict(rcParams)
     plot_gap_over_time(race(seeds=(0,)))
     assert dict(rcParams) == before
-    code = "import sys, cnf.evaluation.plotting; print('matplotlib' in sys.modules)"
+    code = "import sys, cnf.race.figures; print('matplotlib' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 
@@ -386,6 +386,6 @@ def test_density_far_from_zero_is_drawn_like_one_near_it():
     for shift in (0.0, 1e8):
         flow = cnf.models.build("realnvp", dim=2)
         flow.preprocess.fit(shift + noise)
-        grids.append(plotting._on_grid(flow, shift + window, 10).double())
+        grids.append(densities.on_grid(flow, shift + window, 10).double())
     torch.testing.assert_close(grids[1], grids[0], rtol=1e-4, atol=0)
     assert grids[0].max() > 2 * grids[0].min()

@@ -1,7 +1,7 @@
 """How good a flow is: its likelihood, its gap to the truth, the length and cost of its paths.
 
 `METRICS` maps the public name of every metric to its function. There are two kinds: distances
-between two sets of samples, `(x, y, …) -> float`, from `cnf.evaluation.distances`, and what is
+between two sets of samples, `(x, y, …) -> float`, from `cnf.metrics.samples`, and what is
 asked of a flow, `(flow, …)`, below. Nothing here takes gradients.
 """
 
@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from cnf.dynamics import ode
 from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
-from cnf.evaluation.distances import (
+from cnf.flow import Flow, evaluating, require_field
+from cnf.metrics.samples import (
     METRICS,
     Estimate,
     c2st,
@@ -26,7 +27,6 @@ from cnf.evaluation.distances import (
     wasserstein2,
     wasserstein2_floor,
 )
-from cnf.flow import Flow, evaluating, require_field
 from cnf.transforms.continuous import Continuous
 
 __all__ = [

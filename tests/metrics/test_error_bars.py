@@ -8,8 +8,8 @@ import torch
 import cnf
 from cnf import Flow, Hutchinson, Solver
 from cnf.dynamics import record
-from cnf.evaluation import log_prob_with_error
 from cnf.fields import MLPField, VectorField
+from cnf.metrics import log_prob_with_error
 from cnf.transforms import Compose, Continuous, Coupling
 from cnf.transforms.continuous import is_continuous
 

@@ -1,13 +1,10 @@
 """The race: contestants on one density, same budget, same data stream, same evaluation."""
 
 import copy
-import csv
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +16,11 @@ from cnf import models
 from cnf.data import Points, Toy, load
 from cnf.distributions import Base
 from cnf.errors import CheckpointError
-from cnf.evaluation.contestants import Contestant, entrants
-from cnf.evaluation.judge import TIGHT, Judge
 from cnf.flow import Flow
 from cnf.objectives import Batch
+from cnf.race.contestants import Contestant, entrants
+from cnf.race.judge import TIGHT, Judge
+from cnf.race.results import Entry, Results
 from cnf.random import reseed, seeded, untouched
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.interrupt import Interrupted
@@ -33,101 +31,6 @@ from cnf.training.stream import Drawn
 TEST_POINTS = 10_000
 VALIDATION_POINTS = 4_000
 ENTRY = "entry.json"
-
-
-@dataclass
-class Entry:
-    """One contestant's run with one seed.
-
-    Attributes:
-        contestant: Its name in `CONTESTANTS`, or the one given.
-        title: Its title.
-        seed: The seed.
-        scores: Metric → number; NaN where it does not apply.
-        curve: (seconds of training, gap or held-out NLL in nats), as training went on.
-        few_steps: (evaluations of the field, sliced W2 of samples), from one Euler step to the
-            adaptive solver.
-        flow: The trained flow.
-    """
-
-    contestant: str
-    title: str
-    seed: int
-    scores: dict[str, float]
-    curve: list[tuple[float, float]]
-    few_steps: list[tuple[int, float]]
-    flow: Flow
-
-
-@dataclass
-class Results:
-    """What `compare` returns.
-
-    Attributes:
-        data: Name of the density or file.
-        density: The density or points themselves.
-        entries: One per contestant and seed.
-        floor: W2, sliced W2, … between two independent sets of true samples: what a perfect model
-            scores.
-        entropy: Of the density, in nats; None for one's own points.
-        settings: Budget, seeds, evaluation.
-        machine: Versions, processor, threads, revision.
-    """
-
-    data: str
-    density: Any
-    entries: list[Entry]
-    floor: dict[str, float]
-    entropy: float | None
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-
-    @property
-    def contestants(self) -> list[str]:
-        """Names in the order in which they ran."""
-        return list(dict.fromkeys(entry.contestant for entry in self.entries))
-
-    @property
-    def score(self) -> str:
-        """The score that decides: the gap to a known density, else the NLL."""
-        return "nll" if self.entropy is None else "gap"
-
-    def of(self, contestant: str) -> list[Entry]:
-        """A contestant's entries, one per seed."""
-        return [entry for entry in self.entries if entry.contestant == contestant]
-
-    def mean(self, contestant: str, metric: str) -> tuple[float, float]:
-        """Mean over seeds, and their standard deviation (NaN with one seed)."""
-        values = [entry.scores[metric] for entry in self.of(contestant)]
-        if len(values) < 2 or not all(map(math.isfinite, values)):
-            return sum(values) / len(values), math.nan
-        return statistics.fmean(values), statistics.stdev(values)
-
-    def ranking(self) -> list[str]:
-        """Contestants, best first by the deciding score; a NaN comes last."""
-
-        def key(name: str) -> tuple[bool, float]:
-            value = self.mean(name, self.score)[0]
-            return value != value, value
-
-        return sorted(self.contestants, key=key)
-
-    def save(self, folder: Path) -> None:
-        """Write results.csv (a row per contestant and seed) and results.json (no flows)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            names = list(self.entries[0].scores)
-            writer.writerow(["data", "contestant", "seed", *names])
-            for entry in self.entries:
-                numbers = (f"{entry.scores[name]:.6g}" for name in names)
-                writer.writerow([self.data, entry.contestant, entry.seed, *numbers])
-        entries = [
-            {k: v for k, v in vars(entry).items() if k not in ("flow",)} for entry in self.entries
-        ]
-        whole = {k: v for k, v in vars(self).items() if k not in ("density", "entries")}
-        text = json.dumps({**whole, "entries": entries}, indent=1, default=str)
-        (folder / "results.json").write_text(text + "\n")
 
 
 def compare(

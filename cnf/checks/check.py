@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from cnf.checks import density, parts
+from cnf.checks.gradients import gradients
+from cnf.checks.parts import Case, NotApplicable, Outcome, reference
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.errors import expect_counts, expect_event, expect_finite, some
-from cnf.evaluation import checks, density_checks
-from cnf.evaluation.checks import Case, NotApplicable, Outcome, reference
-from cnf.evaluation.gradient_checks import gradients
 from cnf.flow import Flow
 from cnf.random import reseed, untouched
 from cnf.transforms.continuous import Continuous
@@ -23,15 +23,15 @@ __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
 
 # What a flow is asked, in this order: nothing else can be measured where log_prob is noise.
 CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
-    "determinism": checks.determinism,  # the same x gives the same log_prob
-    "finite": checks.finite,  # no NaN or infinity
-    "dtype": checks.dtype,  # float64 in, float64 out
-    "mass": density_checks.mass,  # ∫p = 1
-    "log-determinant": density_checks.log_determinant,  # ladj = log|det Jacobian|, both ways
-    "round trip": checks.round_trip,  # decode(encode(x)) = x
-    "consistency": checks.consistency,  # sample_and_log_prob = log_prob of the samples
-    "batch independence": checks.batch_independence,  # a row does not see its neighbors
-    "solver": checks.solver,  # a tighter solver gives the same
+    "determinism": parts.determinism,  # the same x gives the same log_prob
+    "finite": parts.finite,  # no NaN or infinity
+    "dtype": parts.dtype,  # float64 in, float64 out
+    "mass": density.mass,  # ∫p = 1
+    "log-determinant": density.log_determinant,  # ladj = log|det Jacobian|, both ways
+    "round trip": parts.round_trip,  # decode(encode(x)) = x
+    "consistency": parts.consistency,  # sample_and_log_prob = log_prob of the samples
+    "batch independence": parts.batch_independence,  # a row does not see its neighbors
+    "solver": parts.solver,  # a tighter solver gives the same
     "gradients": gradients,  # reach every parameter, the same in train and in eval mode
 }
 

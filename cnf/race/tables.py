@@ -3,7 +3,7 @@
 from typing import Any
 
 from cnf.errors import optional
-from cnf.evaluation.comparison import Results
+from cnf.race.results import Results
 
 COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
     "gap\n(nats)": "gap",

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.evaluation.checks import NATS, Case, NotApplicable, Outcome, reference
-from cnf.evaluation.metrics import log_prob_chunked
+from cnf.checks.parts import NATS, Case, NotApplicable, Outcome, reference
 from cnf.flow import Flow
+from cnf.metrics.flows import log_prob_chunked
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous
 

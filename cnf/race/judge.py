@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf import metrics
 from cnf.data import Points
 from cnf.dynamics.solver import Solver
-from cnf.evaluation import metrics
-from cnf.evaluation.few_steps import Curve, nfe_curve, sliced
 from cnf.flow import Flow, evaluating
+from cnf.metrics.nfe_curves import Curve, nfe_curve, sliced
 from cnf.objectives import Batch
 from cnf.random import seeded
 from cnf.training.diagnosis import warn_of_few_steps

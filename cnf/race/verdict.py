@@ -7,9 +7,8 @@ hold commas.
 import math
 from dataclasses import dataclass
 
-from cnf.evaluation import style
-from cnf.evaluation.comparison import Entry, Results
-from cnf.evaluation.style import joined, mean_and_error, number
+from cnf.plotting.style import joined, number
+from cnf.race.results import Entry, Results, mean_and_error, titles
 
 FEW = 4  # Euler steps at which few-step quality is judged
 
@@ -249,7 +248,7 @@ def _times(ratio: float) -> str:
 
 
 def _names(results: Results) -> dict[str, str]:
-    return {name: f"**{title}**" for name, title in style.titles(results).items()}
+    return {name: f"**{title}**" for name, title in titles(results).items()}
 
 
 def _name_value(results: Results, decided: Outcome) -> str:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cnf.dynamics import record
 from cnf.dynamics.solver import Solver
-from cnf.evaluation import metrics
 from cnf.flow import Flow, evaluating
+from cnf.metrics.samples import sliced_wasserstein2
 from cnf.random import seeded
 from cnf.transforms.continuous import is_continuous
 
@@ -54,7 +54,7 @@ def nfe_curve(
 
 def sliced(target: Tensor, drawn: Tensor) -> float:
     """Sliced W2 over 200 directions, always the same, so that few of them compare flows well."""
-    return float(metrics.sliced_wasserstein2(drawn, target, 200, generator=seeded(0, -7)))
+    return float(sliced_wasserstein2(drawn, target, 200, generator=seeded(0, -7)))
 
 
 def nfe_table(curves: Mapping[str, Curve]) -> str:

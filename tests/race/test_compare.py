@@ -1,6 +1,7 @@
 """The race: same start, same data, same evaluation; what it returns and writes."""
 
 import csv
+import importlib
 import json
 import math
 import shutil
@@ -20,20 +21,21 @@ from torch.distributions import (
 )
 
 import cnf
-from cnf.evaluation import CONTESTANTS, Contestant, Stage, comparison, metrics
-from cnf.evaluation.contestants import RACE
-from cnf.evaluation.judge import TIGHT, Judge
-from cnf.evaluation.report import write_report
-from cnf.evaluation.tables import results_table
+from cnf import metrics
+from cnf.race.contestants import CONTESTANTS, RACE, Contestant, Stage
+from cnf.race.judge import TIGHT, Judge
+from cnf.race.report import write_report
+from cnf.race.tables import results_table
 from cnf.training import checkpoint
 from cnf.training.stream import as_stream
 
+racing = importlib.import_module("cnf.race.compare")  # the name is the function's too
 DRAW = torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(comparison, "VALIDATION_POINTS", 300)
+    monkeypatch.setattr(racing, "VALIDATION_POINTS", 300)
     monkeypatch.setattr(metrics, "c2st", lambda x, y: 0.5)  # seconds of scikit-learn
 
 
@@ -67,7 +69,7 @@ def test_results_json_holds_what_made_the_numbers(tmp_path):
 def test_gap_is_the_mean_difference_to_the_truth_at_the_test_points():
     results = race(["realnvp"], "circles")
     flow, toy = results.of("realnvp")[0].flow, cnf.data.toy("circles")
-    test, _ = (toy.sample(400, comparison.seeded(number, -9)) for number in (1, 2))
+    test, _ = (toy.sample(400, racing.seeded(number, -9)) for number in (1, 2))
     expected = (toy.log_prob(test).double() - flow.log_prob(test).double()).mean().item()
     assert results.mean("realnvp", "gap")[0] == pytest.approx(expected, abs=1e-6)
 
@@ -79,7 +81,7 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
         seen.append([p.clone() for p in flow.parameters()])
         return cnf.training.History(steps=1, seconds=1.0)
 
-    monkeypatch.setattr(comparison, "fit", remember)
+    monkeypatch.setattr(racing, "fit", remember)
     race(["cnf-likelihood", "cnf-flow-matching"], "moons")
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
@@ -87,9 +89,7 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
 def test_each_seed_starts_from_weights_of_its_own():
     toy = cnf.data.toy("moons")
     first, again, other = (
-        torch.cat(
-            [p.flatten() for p in comparison._built(CONTESTANTS["maf"], toy, k).parameters()]
-        )
+        torch.cat([p.flatten() for p in racing._built(CONTESTANTS["maf"], toy, k).parameters()])
         for k in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -107,21 +107,21 @@ def test_stages_share_the_budget_and_the_largest_memory_counts(budget, monkeypat
     def peak():
         yield lambda: next(peaks)
 
-    monkeypatch.setattr(comparison, "fit", remember)
-    monkeypatch.setattr(comparison, "_peak_memory", peak)
+    monkeypatch.setattr(racing, "fit", remember)
+    monkeypatch.setattr(racing, "_peak_memory", peak)
     toy = cnf.data.toy("moons")
-    _, histories, memory = comparison._train(
+    _, histories, memory = racing._train(
         CONTESTANTS["cnf-both"], toy, toy, cnf.TrainConfig(**budget)
     )
     assert shares == [75, 25] and memory == 5
-    costs = comparison._training_costs(histories, memory)
+    costs = racing._training_costs(histories, memory)
     assert costs["train_seconds"] == 2 and costs["ms_per_step"] == 250
 
 
 def test_curve_is_the_gap_on_the_validation_points_over_the_seconds_of_all_stages():
     toy, seed = cnf.data.toy("moons"), 3
     settings = cnf.TrainConfig(
-        steps=1, seed=seed, validation_rows=comparison.VALIDATION_POINTS, progress=False
+        steps=1, seed=seed, validation_rows=racing.VALIDATION_POINTS, progress=False
     )
     held_out = as_stream(toy, settings).validation.x
     entropy = -toy.log_prob(held_out).mean().item()
@@ -130,7 +130,7 @@ def test_curve_is_the_gap_on_the_validation_points_over_the_seconds_of_all_stage
         cnf.training.History([{"seconds": 2.0, "val_nll": entropy + 0.25}]),
     ]
     stages[0].seconds = 10.0
-    (first, gap), (second, less) = comparison._curve(stages, toy, seed)
+    (first, gap), (second, less) = racing._curve(stages, toy, seed)
     assert (first, second) == (1, 12)
     assert (gap, less) == (pytest.approx(0.5, abs=1e-6), pytest.approx(0.25, abs=1e-6))
 
@@ -156,13 +156,13 @@ def test_seeds_have_a_mean_and_a_spread():
 def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypatch):
     points = torch.randn(300, 3, generator=DRAW)
     trained_on = []
-    real = comparison.fit
+    real = racing.fit
 
     def watch(flow, objective, data, config):
         trained_on.append(data)
         return real(flow, objective, data, config)
 
-    monkeypatch.setattr(comparison, "fit", watch)
+    monkeypatch.setattr(racing, "fit", watch)
     results = race(["realnvp"], points)
     assert results.score == "nll" and results.entropy is None
     assert len(trained_on[0].x) == 240 and results.settings["test_points"] == 60
@@ -173,7 +173,7 @@ def test_published_settings_are_for_toys_and_ones_own_points_are_standardized(na
     def trained(data):
         source, config = cnf.data.load(data), cnf.TrainConfig(steps=1, progress=False)
         rows = source if source.entropy else source.x
-        return comparison._train(CONTESTANTS[name], rows, source, config)[0]
+        return racing._train(CONTESTANTS[name], rows, source, config)[0]
 
     assert trained("moons").preprocess is None
     points = torch.tensor([4e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(300, 2)
@@ -183,14 +183,14 @@ def test_published_settings_are_for_toys_and_ones_own_points_are_standardized(na
 
 
 def test_a_contestant_that_fails_does_not_stop_the_race(monkeypatch):
-    real = comparison._train
+    real = racing._train
 
     def fails(contestant, *rest):
         if contestant.model == "ffjord":
             raise cnf.SolverError("stiff", "loosen", t=0.5, nfe=3, settings="dopri5")
         return real(contestant, *rest)
 
-    monkeypatch.setattr(comparison, "_train", fails)
+    monkeypatch.setattr(racing, "_train", fails)
     results = race(["ffjord", "realnvp"], "moons")
     assert results.contestants == ["realnvp"]
     assert "stiff" in results.settings["failed"]["FFJORD, as published, seed 0"]
@@ -264,14 +264,14 @@ def test_own_points_are_judged_in_their_spread_and_by_their_weights(monkeypatch)
 
 
 def test_nobody_named_means_the_race(tmp_path, monkeypatch):
-    monkeypatch.setattr("cnf.evaluation.contestants.RACE", ("realnvp",))
+    monkeypatch.setattr("cnf.race.contestants.RACE", ("realnvp",))
     assert race(None, "moons", steps=2).contestants == ["realnvp"]
     assert set(RACE) <= set(CONTESTANTS)
 
 
 def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, tmp_path):
     whole = race(["realnvp", "maf"], "moons")
-    real, ran = comparison._train, []
+    real, ran = racing._train, []
 
     def stops(contestant, *rest):
         ran.append(contestant.model)
@@ -279,7 +279,7 @@ def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, t
             raise KeyboardInterrupt
         return real(contestant, *rest)
 
-    monkeypatch.setattr(comparison, "_train", stops)
+    monkeypatch.setattr(racing, "_train", stops)
     with pytest.raises(KeyboardInterrupt):
         race(["realnvp", "maf"], "moons", tmp_path)
     resumed = race(["realnvp", "maf"], "moons", tmp_path, resume=True)
@@ -294,7 +294,7 @@ def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, t
 
 def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monkeypatch, tmp_path):
     """What lies on the disk is all that SIGKILL leaves: here a copy, made while the MAF trains."""
-    fit, train, trained = comparison.fit, comparison._train, []
+    fit, train, trained = racing.fit, racing._train, []
 
     def copying(flow, objective, data, config):
         def copy(record):
@@ -305,13 +305,13 @@ def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monke
             flow, objective, data, replace(config, checkpoint_seconds=1e-9), callbacks=[copy]
         )
 
-    monkeypatch.setattr(comparison, "fit", copying)
+    monkeypatch.setattr(racing, "fit", copying)
     whole = race(["realnvp", "maf"], "moons", tmp_path)
     state = checkpoint.load_state(tmp_path / "left/race/runs/maf-seed-0/stage-1")
     assert state["budget"]["step"] == 9
-    monkeypatch.setattr(comparison, "fit", fit)
+    monkeypatch.setattr(racing, "fit", fit)
     monkeypatch.setattr(
-        comparison, "_train", lambda c, *rest: (trained.append(c.model), train(c, *rest))[1]
+        racing, "_train", lambda c, *rest: (trained.append(c.model), train(c, *rest))[1]
     )
     resumed = race(["realnvp", "maf"], "moons", tmp_path / "left", resume=True)
     assert trained == ["maf"]
@@ -322,14 +322,14 @@ def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monke
 
 
 def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):
-    real = comparison._train
+    real = racing._train
 
     def fails(contestant, *rest):
         if contestant.model == "maf":
             raise MemoryError("no room for $x$ [/b]")
         return real(contestant, *rest)
 
-    monkeypatch.setattr(comparison, "_train", fails)
+    monkeypatch.setattr(racing, "_train", fails)
     results = race(["maf", "realnvp"], "moons", steps=2)
     console = Console(width=200)
     with console.capture() as capture:
@@ -341,9 +341,9 @@ def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):
 
 def test_couplings_on_one_dimension_are_left_out_before_training(monkeypatch):
     trained = []
-    real = comparison._train
+    real = racing._train
     monkeypatch.setattr(
-        comparison, "_train", lambda c, *rest: (trained.append(c.model), real(c, *rest))[1]
+        racing, "_train", lambda c, *rest: (trained.append(c.model), real(c, *rest))[1]
     )
     results = race(["realnvp", "nsf-ar"], torch.randn(200, 1, generator=DRAW), steps=2)
     assert trained == ["nsf-ar"] and results.contestants == ["nsf-ar"]
@@ -370,7 +370,7 @@ def test_torch_distribution_races_by_its_gap_and_is_standardized(tmp_path):
     assert results.entropy == pytest.approx(GAUSSIAN.entropy().item())
     flow = results.of("rnode")[0].flow
     assert flow.preprocess is not None  # a toy needs none
-    test = comparison.Drawn(GAUSSIAN).sample(400, comparison.seeded(1, -9))
+    test = racing.Drawn(GAUSSIAN).sample(400, racing.seeded(1, -9))
     tight = flow.with_solver(TIGHT)
     expected = (GAUSSIAN.log_prob(test) - tight.log_prob(test)).double().mean().item()
     assert results.mean("rnode", "gap")[0] == pytest.approx(expected, abs=1e-4)
@@ -382,7 +382,7 @@ def test_torch_distribution_races_by_its_gap_and_is_standardized(tmp_path):
 
 def test_entropy_without_a_formula_is_a_mean_over_draws():
     parts = Independent(Normal(torch.tensor([[-50.0, 0.0], [50.0, 0.0]]), torch.ones(2, 2)), 1)
-    mixture = comparison.Drawn(MixtureSameFamily(Categorical(torch.ones(2)), parts))
+    mixture = racing.Drawn(MixtureSameFamily(Categorical(torch.ones(2)), parts))
     exact = math.log(2) + 1 + math.log(2 * math.pi)  # of two Gaussians that never meet
     assert mixture.entropy == pytest.approx(exact, abs=0.02)  # 1/√100,000 = 0.003 a draw
     assert mixture.support[0, 0] < -50 and mixture.support[1, 0] > 50

@@ -1,7 +1,6 @@
 """How the pictures and the page look: one palette, one set of fonts, one way to write numbers."""
 
 import math
-import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cnf.errors import SolverError, optional
-from cnf.evaluation.comparison import Results
 from cnf.flow import Flow
 
 if TYPE_CHECKING:
@@ -147,22 +145,6 @@ def scatter(
     ax.scatter(x.numpy(), y.numpy(), s=size, c=color, alpha=alpha, linewidths=0, zorder=2)
 
 
-def colors(results: Results) -> dict[str, str]:
-    """Contestant → its color, the same in every picture and in the page."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.contestants)}
-
-
-def dashes(results: Results) -> dict[str, Any]:
-    """Contestant → line style; solid until the colors repeat."""
-    names = results.contestants
-    return {name: DASHES[i // len(PALETTE) % len(DASHES)] for i, name in enumerate(names)}
-
-
-def titles(results: Results) -> dict[str, str]:
-    """Contestant → its title."""
-    return {name: results.of(name)[0].title for name in results.contestants}
-
-
 def axis_names(density: Any) -> tuple[str, ...]:
     """The columns of one's own points, where they have names."""
     return getattr(density, "columns", None) or ()
@@ -233,26 +215,6 @@ def _signed(value: float, places: int) -> str:
 
 def _superscript(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def mean_and_error(results: Results, contestant: str, metric: str) -> tuple[float, float]:
-    """A score's mean over seeds and what stands behind its ±: the standard deviation over seeds or
-    the standard error over test points, whichever is larger; NaN where there is neither."""
-    entries = results.of(contestant)
-    values = [entry.scores.get(metric, math.nan) for entry in entries]
-    errors = [entry.scores.get(f"{metric}_error", math.nan) for entry in entries]
-    if not all(map(math.isfinite, values)):
-        bad = next(value for value in values if not math.isfinite(value))
-        return bad, math.nan
-    known = [*errors, statistics.stdev(values) if len(values) > 1 else math.nan]
-    return statistics.fmean(values), max(filter(math.isfinite, known), default=math.nan)
-
-
-def score_text(results: Results, contestant: str) -> str:
-    """The deciding score in words: "gap 0.012 ± 0.003 nats"."""
-    value, error = mean_and_error(results, contestant, results.score)
-    name = "gap" if results.score == "gap" else "NLL"
-    return f"{name} {number(value, error)} nats" if math.isfinite(value) else "failed"
 
 
 def joined(names: Sequence[str]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cnf.errors import optional
-from cnf.evaluation import verdict
-from cnf.evaluation.comparison import Results
-from cnf.evaluation.plotting import save_figures
-from cnf.evaluation.style import colors, mean_and_error, number, titles
+from cnf.plotting.style import number
+from cnf.race import verdict
+from cnf.race.figures import save_figures
+from cnf.race.results import Results, colors, mean_and_error, titles
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
 def _render(results: Results, figures: dict[str, Path]) -> str:
     jinja = optional("jinja2", "evaluation")
     environment = jinja.Environment(
-        loader=jinja.PackageLoader("cnf.evaluation"), autoescape=True, trim_blocks=True,
+        loader=jinja.PackageLoader("cnf.race"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja.StrictUndefined,
     )  # fmt: skip
     environment.filters["emphasized"] = _emphasized

@@ -7,7 +7,9 @@ from torch import Generator
 from torch.distributions import Independent, Normal
 
 from cnf.dynamics.solver import Solver
-from cnf.evaluation.metrics import (
+from cnf.fields.base import VectorField
+from cnf.flow import Flow
+from cnf.metrics.flows import (
     METRICS,
     Estimate,
     gap,
@@ -20,8 +22,6 @@ from cnf.evaluation.metrics import (
     straightness,
     wasserstein2,
 )
-from cnf.fields.base import VectorField
-from cnf.flow import Flow
 from cnf.transforms import Continuous, Standardize
 
 # torch itself calls its deprecated torch.jit.script in the first forward-mode derivative

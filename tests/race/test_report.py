@@ -1,6 +1,7 @@
 """The page of a tiny race: complete, self-contained, honest about ties, and alive in a browser."""
 
 import copy
+import importlib
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from cnf.evaluation import comparison, metrics, verdict
-from cnf.evaluation.report import write_report
+from cnf import metrics
+from cnf.race import verdict
+from cnf.race.report import write_report
 
+racing = importlib.import_module("cnf.race.compare")  # the name is the function's too
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 CHROMIUM = next(
@@ -58,9 +61,9 @@ class Page(HTMLParser):
 def quick_race(contestants, data, **options):
     """A real race, a few steps long, judged on few points and without the slow classifier."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "VALIDATION_POINTS", 100)
+        patch.setattr(racing, "VALIDATION_POINTS", 100)
         patch.setattr(metrics, "c2st", lambda *_, **__: 0.6)
-        return comparison.compare(
+        return racing.compare(
             data, contestants, steps=4, progress=False, test_points=300, **options
         )
 
@@ -79,7 +82,7 @@ def page(results, tmp_path_factory):
 @pytest.fixture
 def edited(results, tmp_path, monkeypatch):
     """Results that a test may change, and their page without the pictures' cost."""
-    monkeypatch.setattr("cnf.evaluation.report.save_figures", lambda *_: {})
+    monkeypatch.setattr("cnf.race.report.save_figures", lambda *_: {})
     mine = copy.copy(results)
     mine.entries = [copy.copy(entry) for entry in results.entries]
     for entry in mine.entries:

@@ -1,0 +1,49 @@
+"""What is measured: of samples, of flows, with error bars, against evaluations of the field."""
+
+from cnf.metrics.error_bars import LogProb, log_prob_with_error
+from cnf.metrics.flows import (
+    Evaluations,
+    gap,
+    log_prob_chunked,
+    nfe,
+    nll,
+    normalized_path_energy,
+    path_energy,
+    round_trip_error,
+    straightness,
+)
+from cnf.metrics.nfe_curves import nfe_curve, nfe_table
+from cnf.metrics.samples import (
+    METRICS,
+    Estimate,
+    c2st,
+    energy_distance,
+    mmd,
+    sliced_wasserstein2,
+    wasserstein2,
+    wasserstein2_floor,
+)
+
+__all__ = [
+    "METRICS",
+    "Estimate",
+    "Evaluations",
+    "LogProb",
+    "c2st",
+    "energy_distance",
+    "gap",
+    "log_prob_chunked",
+    "log_prob_with_error",
+    "mmd",
+    "nfe",
+    "nfe_curve",
+    "nfe_table",
+    "nll",
+    "normalized_path_energy",
+    "path_energy",
+    "round_trip_error",
+    "sliced_wasserstein2",
+    "straightness",
+    "wasserstein2",
+    "wasserstein2_floor",
+]

@@ -19,7 +19,7 @@ from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
-from cnf.rows import Rows
+from cnf.rows import FiniteRows
 from cnf.transforms.base import Transform, transforms_in
 from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
@@ -205,7 +205,7 @@ class Flow(nn.Module):
         way = inner.inverse  # probes that are given are for all rows at once
         z, ladj = way(y, context) if given else by_chunks(inner, way, y, context)
         log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
-        return rows.give(log_prob, rows.log_density)
+        return rows.restore(log_prob, rows.log_density)
 
     def log_prob_and_integral(
         self,
@@ -229,12 +229,12 @@ class Flow(nn.Module):
         )  # fmt: skip
         log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(x.dtype)
         estimates = solved.estimates
-        return rows.give(log_prob, rows.log_density), Integral(
-            rows.give(solved.value),
-            rows.give(solved.ladj),
-            tuple(rows.give(integral) for integral in solved.integrals),
+        return rows.restore(log_prob, rows.log_density), Integral(
+            rows.restore(solved.value),
+            rows.restore(solved.ladj),
+            tuple(rows.restore(integral) for integral in solved.integrals),
             solved.nfe,
-            None if estimates is None else rows.give(estimates, axis=1),
+            None if estimates is None else rows.restore(estimates, axis=1),
         )
 
     def sample(
@@ -275,13 +275,13 @@ class Flow(nn.Module):
         rows, z, context = self._start(z, context)
         y, ladj = by_chunks(self.transform, self.transform, z, context)
         x, outer = self.outside(y)
-        return rows.give(x), rows.give(self.base.log_prob(z) - (ladj + outer))
+        return rows.restore(x), rows.restore(self.base.log_prob(z) - (ladj + outer))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
         rows, y, context, _ = self._enter(x, context, "encode", None)
         inner = self._inner("off")
-        return rows.give(by_chunks(inner, inner.inverse, y, context)[0])
+        return rows.restore(by_chunks(inner, inner.inverse, y, context)[0])
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data; NaN in rows that are not finite."""
@@ -301,7 +301,7 @@ class Flow(nn.Module):
         context = self.inner_context("Flow.trajectory", context, z.shape[: self._batch(z)])
         rows, z, context = self._start(z, context)
         path = transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
-        return rows.give(self.outside(path)[0], axis=1)
+        return rows.restore(self.outside(path)[0], axis=1)
 
     def inside(
         self, x: Tensor, generator: torch.Generator | None = None
@@ -363,7 +363,7 @@ class Flow(nn.Module):
     def _decoded(self, z: Tensor, context: Tensor | None) -> Tensor:
         rows, z, context = self._start(z, context)
         inner = self._inner("off")
-        x = rows.give(self.outside(by_chunks(inner, inner, z, context)[0])[0])
+        x = rows.restore(self.outside(by_chunks(inner, inner, z, context)[0])[0])
         return x if self.dequantization is None else self.dequantization.decode(x)
 
     def _inner(self, divergence: str | Divergence | None) -> Transform:
@@ -375,7 +375,7 @@ class Flow(nn.Module):
 
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
-    ) -> tuple[Rows, Tensor, Tensor | None, Tensor | float]:
+    ) -> tuple[FiniteRows, Tensor, Tensor | None, Tensor | float]:
         """x `inside`, checked, its context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_device(who, "x", x)
@@ -387,7 +387,7 @@ class Flow(nn.Module):
         context = self.inner_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
         y, outer = self.inside(x, generator)
         rows = self._rows([x] if y is x else [x, y], context)
-        return rows, rows.take(y), rows.take(context), rows.take(outer)
+        return rows, rows.select(y), rows.select(context), rows.select(outer)
 
     def warn_once(self, of: str, text: str) -> None:
         """Warn, if this flow has not warned `of` this before."""
@@ -412,20 +412,22 @@ class Flow(nn.Module):
                 self.warn_once(
                     name,
                     f"Flow.log_prob: {name} is up to {scales:.3g} scales from the mean of what "
-                    "the flow was fitted to: its density there is made up. Is it in the units of "
-                    "the training data?",
+                    "the flow was fitted to: its density there means nothing. Is it in the units "
+                    "of the training data?",
                 )
 
-    def _start(self, z: Tensor, context: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
+    def _start(
+        self, z: Tensor, context: Tensor | None
+    ) -> tuple[FiniteRows, Tensor, Tensor | None]:
         """What a map towards the data begins with."""
         rows = self._rows([z], context)
-        return rows, rows.take(z), rows.take(context)
+        return rows, rows.select(z), rows.select(context)
 
-    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
+    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> FiniteRows:
         missing = self.transform.optional_context
         drop = is_adaptive(self.transform)
         look = (drop or values[0].is_cpu) and not transformed()
-        return Rows(values, len(self.event_shape), context, missing, look, drop)
+        return FiniteRows(values, len(self.event_shape), context, missing, look, drop)
 
     def _expect_device(self, who: str, name: str, value: Tensor) -> None:
         device = self.base._like.device
@@ -505,11 +507,11 @@ def _no_field(who: str, flow: Flow) -> str:
     )
 
 
-def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence | None:
+def _taken(divergence: str | Divergence | None, rows: FiniteRows) -> str | Divergence | None:
     """The divergence for the rows that are computed with."""
     if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
         return divergence
-    return replace(divergence, probe=rows.take(divergence.probe, axis=1))
+    return replace(divergence, probe=rows.select(divergence.probe, axis=1))
 
 
 def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Which rows of a batch have an answer: NaN and infinity stay in the rows that they came in."""
+"""Which rows of a batch are finite: NaN and infinity stay in the rows that they came in."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 
-class Rows:
-    """The rows of a batch, told apart by whether all their numbers are finite.
+class FiniteRows:
+    """The rows of a batch whose numbers are all finite, and those that are not.
 
-    A row that is not must reach no net, whose gradients it would make NaN, and take no part in an
-    adaptive solve, whose steps it would shorten. So `take` puts zeros in its place, or leaves it
-    out, and `give` puts back what is known of it beforehand. Where one may look and finds no bad
-    row, which is the rule, both change nothing.
+    A row that is not finite must reach no net, whose gradients it would make NaN, and no adaptive
+    solve, whose steps it would shorten. So `select` puts zeros in its place, or leaves it out, and
+    `restore` puts back what is known of it beforehand. Where one may look and finds no bad row,
+    which is the usual case, both change nothing.
 
     Args:
         values: The same rows, before and after a map, shape (*batch, *event).
@@ -24,7 +24,7 @@ class Rows:
         drop: Whether bad rows are left out, which needs a look.
 
     Attributes:
-        sound: Whether a row is finite, shape (*batch,).
+        finite: Whether a row is finite, shape (*batch,).
         whole: Whether all are known to be.
         dropped: Whether rows were left out.
         log_density: Of a bad row: NaN where it holds NaN, -inf where it lies at infinity.
@@ -46,14 +46,14 @@ class Rows:
             context = context.detach()
             context = torch.where(context.isnan(), 0.0, context) if missing else context
             size = size + (0 * context).sum(-1)  # NaN where it is not finite
-        self.sound, self.log_density = size.isfinite(), -size
-        self.whole = look and bool(self.sound.all())
+        self.finite, self.log_density = size.isfinite(), -size
+        self.whole = look and bool(self.finite.all())
         self.dropped = look and drop and not self.whole
 
-    def take(self, value: Any, axis: int = 0) -> Any:
-        """What is to be computed with of `value`, whose batch begins at `axis`.
+    def select(self, value: Any, axis: int = 0) -> Any:
+        """The rows of `value` to compute with; its batch begins at `axis`.
 
-        What is no tensor, None or one number for all rows, stays as it is.
+        None, or one number for all rows, stays as it is.
         """
         if self.whole or not isinstance(value, Tensor):
             return value
@@ -61,26 +61,26 @@ class Rows:
             return value[self._at(axis)]
         return torch.where(self._over(value, axis), value, 0.0)
 
-    def give(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
-        """`value`, computed of what was taken, with `bad` in the bad rows."""
+    def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
+        """`value`, computed for the selected rows, with `bad` in the others."""
         if self.whole:
             return value
         bad = bad.to(value.dtype) if isinstance(bad, Tensor) else bad
         if not self.dropped:
             return torch.where(self._over(value, axis), value, bad)
-        shape = (*value.shape[:axis], *self.sound.shape, *value.shape[axis + 1 :])
+        shape = (*value.shape[:axis], *self.finite.shape, *value.shape[axis + 1 :])
         result = value.new_empty(shape)
         result[...] = bad
         result[self._at(axis)] = value
         return result
 
     def _at(self, axis: int) -> tuple[Any, ...]:
-        return (*[slice(None)] * axis, self.sound)
+        return (*[slice(None)] * axis, self.finite)
 
     def _over(self, value: Tensor, axis: int) -> Tensor:
-        """`sound`, with an axis of one for each of the event's."""
-        inner = value.dim() - axis - self.sound.dim()
-        return self.sound.reshape([*self.sound.shape, *[1] * inner])
+        """`finite`, with an axis of one for each of the event's."""
+        inner = value.dim() - axis - self.finite.dim()
+        return self.finite.reshape([*self.finite.shape, *[1] * inner])
 
 
 def _size(value: Tensor, event_dims: int) -> Tensor:

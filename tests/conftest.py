@@ -46,8 +46,8 @@ def randomized(generator):
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64)
                 spread = 1 + torch.arange(part.loc.numel()).reshape(part.loc.shape) / 4
                 part.fit(draw * spread + 0.5)
-            if hasattr(part, "seen"):  # actnorm: its numbers are drawn, as all parameters are
-                part.seen.fill_(True)
+            if hasattr(part, "initialized"):  # actnorm: its parameters are drawn above
+                part.initialized.fill_(True)
         return module
 
     return randomize

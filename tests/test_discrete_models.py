@@ -155,7 +155,7 @@ def test_glow_begins_training_with_the_data_it_is_fitted_to(generator):
     flow = build("glow", dim=2, layers=3)
     flow.preprocess.fit(x)
     flow.train().log_prob(x).mean().backward()  # a look sets nothing
-    assert not flow.transform.transforms[2].seen
+    assert not flow.transform.transforms[2].initialized
     flow.initialize(x)
     assert flow.training
     z = flow.encode(x)

@@ -157,5 +157,5 @@ def test_dropout_has_no_part_in_what_the_first_rows_set(generator):
     for actnorm in actnorms:
         flow = Flow(None, Compose([actnorm, coupling]), event_shape=(2,)).train()
         flow.initialize(x)
-        assert flow.training and actnorm.seen
+        assert flow.training and actnorm.initialized
     assert torch.equal(actnorms[0].log_scale, actnorms[1].log_scale)

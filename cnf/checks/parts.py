@@ -97,7 +97,7 @@ def in_mode(flow: Flow, training: bool) -> Flow:
     flow = copy.deepcopy(flow).train(training)
     for part in flow.modules():
         if isinstance(part, ActNorm):
-            part.seen.fill_(True)
+            part.initialized.fill_(True)
     return flow
 
 

@@ -89,7 +89,7 @@ def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor
 
 
 class Divergence(ABC):
-    """A way to have ∇·v along a solve.
+    """How ∇·v is computed along a solve.
 
     Attributes:
         channels: Shape of one row's divergence: () for one value, (k,) for k estimates.

@@ -71,7 +71,7 @@ class TooMuchMemory(Exception):
     """The graph of a solve has outgrown what `gradient="auto"` may take."""
 
 
-class Watched:
+class InstrumentedDynamics:
     """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
 
     def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnf.dynamics import fixed
 from cnf.dynamics.checkpoint import checkpointed
-from cnf.dynamics.monitor import Dynamics, State, TooMuchMemory, Watched, record
+from cnf.dynamics.monitor import Dynamics, InstrumentedDynamics, State, TooMuchMemory, record
 from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 
@@ -76,7 +76,10 @@ def solve_path(
             "Keep the state in float32 or float64 and put autocast inside the field.",
             t=times[0], nfe=0, settings=str(solver),
         )  # fmt: skip
-    if not solver.unchecked and max(solver.rtol, solver.atol) < FINEST * torch.finfo(dtype).eps:
+    if (
+        solver.has_error_control
+        and max(solver.rtol, solver.atol) < FINEST * torch.finfo(dtype).eps
+    ):
         raise SolverError(
             f"the tolerances are below the resolution of {dtype}",
             "Raise rtol and atol, or solve in float64: flow.double().log_prob(x.double()).",
@@ -84,7 +87,7 @@ def solve_path(
         )  # fmt: skip
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
         return tuple(part.expand(len(times), *part.shape) for part in state), 0
-    watched = Watched(dynamics, solver, times[0])
+    watched = InstrumentedDynamics(dynamics, solver, times[0])
     try:
         path = _differentiable(watched, state, times, params)
     except AssertionError as error:
@@ -92,7 +95,9 @@ def solve_path(
             raise  # the field's own
         raise watched.explain() from error
     nfe = watched.nfe
-    if solver.unchecked and not all(torch.isfinite(values[-1]).all() for values in path):
+    if not solver.has_error_control and not all(
+        torch.isfinite(values[-1]).all() for values in path
+    ):
         raise watched.explain()
     watched.forward_is_over(times[-1])
     return path, nfe
@@ -131,7 +136,7 @@ def _within(stops: Sequence[float], t0: float, t1: float) -> list[float]:
 
 
 def _differentiable(
-    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     """The path with the graph that `Solver.gradient` asks for, if one is wanted at all."""
     solver = watched.solver
@@ -155,7 +160,7 @@ def _differentiable(
     return _odeint_adjoint(watched, state, times, params)
 
 
-def _odeint(watched: Watched, state: State, times: Sequence[float]) -> State:
+def _odeint(watched: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
     arguments = _arguments(watched.solver, times)
     if watched.solver.method in MULTISTEP and len(times) > 2:
         # They assume the steps behind them to be equal: start anew at each time.
@@ -164,7 +169,7 @@ def _odeint(watched: Watched, state: State, times: Sequence[float]) -> State:
 
 
 def _odeint_adjoint(
-    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     solver = watched.solver
     arguments = _arguments(solver, times)
@@ -176,7 +181,7 @@ def _odeint_adjoint(
     if solver.grid is not None and times[0] > times[-1]:
         turned = backward["grid_constructor"]
         backward["grid_constructor"] = lambda func, y0, t: -turned(func, y0, -t)
-    if solver.adjoint_norm == "seminorm" and not solver.unchecked:
+    if solver.adjoint_norm == "seminorm" and solver.has_error_control:
         backward["norm"] = "seminorm"
 
     def run(state: State, *times: float) -> State:
@@ -194,7 +199,7 @@ def _odeint_adjoint(
 
 
 def _checkpointed(
-    watched: Watched, state: State, times: Sequence[float], params: Sequence[Tensor]
+    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     """Backprop that keeps the state at the knots only, and computes each segment again."""
     arguments = _arguments(watched.solver, times)
@@ -224,7 +229,7 @@ def _stitched(
 
 
 def _segment(
-    watched: Watched, state: State, t0: float, t1: float, arguments: dict[str, Any]
+    watched: InstrumentedDynamics, state: State, t0: float, t1: float, arguments: dict[str, Any]
 ) -> State:
     if "step_t" in arguments["options"]:
         options = {**arguments["options"], "step_t": torch.tensor([t0, t1], dtype=torch.float64)}

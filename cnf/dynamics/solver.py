@@ -45,8 +45,8 @@ class Solver:
         adjoint_norm: What controls the backward solve's error: "seminorm" leaves out the
             parameters' gradients, which nothing feeds back (Kidger et al. 2021,
             https://arxiv.org/abs/2009.09457); "full" does not.
-        norm: Which error the tolerances bound: "rms" over all rows, so that a row's answer
-            hangs, within the tolerance, on its neighbors; "rows", the worst row's.
+        norm: Which error the tolerances bound: "rms" over all rows, so that a row's result
+            depends, within the tolerance, on the other rows; "rows", the worst row's.
         memory: GiB that "auto" may keep for one solve's graph.
         segments: Segments of "checkpoint".
         compile: Run the dynamics (velocity, divergence and integrands together) through
@@ -125,9 +125,9 @@ class Solver:
         return self.method in FIXED
 
     @property
-    def unchecked(self) -> bool:
-        """Whether torchdiffeq controls no error, and so sees no NaN."""
-        return self.fixed or self.method == "scipy_solver"
+    def has_error_control(self) -> bool:
+        """Whether torchdiffeq controls the error of each step, and so notices NaN."""
+        return not self.fixed and self.method != "scipy_solver"
 
     @property
     def evaluations(self) -> int | None:

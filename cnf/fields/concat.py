@@ -17,7 +17,7 @@ from cnf.registry import Registry
 LAYERS = Registry("layer")
 
 
-class Affine(NamedTuple):
+class AffineLayer(NamedTuple):
     """h → scale ∘ (weight h) + bias.
 
     Attributes:
@@ -78,7 +78,7 @@ for _name, _scale, _shift in (
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer that does not look at u, and is its own `Affine`; arguments as below."""
+    """A linear layer that does not look at u, and is its own `AffineLayer`; arguments as below."""
 
     scale = None
 
@@ -105,19 +105,19 @@ class ModulatedLinear(nn.Module):
         self.linear = nn.Linear(inputs, outputs)
         self.modulation = MODULATIONS[kind](features, outputs)
 
-    def affine(self, u: Tensor) -> Affine:
+    def affine(self, u: Tensor) -> AffineLayer:
         """The layer at u, shape (features,) or (*batch, features)."""
         weight, bias, modulation = self.linear.weight, self.linear.bias, self.modulation
         if modulation.scale is None:  # in fewer operations than the general case
             shift = modulation.shift.weight
             if u.dim() > 1:
-                return Affine(weight, bias, joined=(u, shift))
-            return Affine(weight, F.linear(u, shift, bias))
+                return AffineLayer(weight, bias, joined=(u, shift))
+            return AffineLayer(weight, F.linear(u, shift, bias))
         scale, shift = modulation(u)
         bias = bias * scale if shift is None else bias * scale + shift
         if scale.dim() == 1:
-            return Affine(weight * scale.unsqueeze(-1), bias)
-        return Affine(weight, bias, scale)
+            return AffineLayer(weight * scale.unsqueeze(-1), bias)
+        return AffineLayer(weight, bias, scale)
 
 
 class HyperLinear(nn.Module):
@@ -132,10 +132,10 @@ class HyperLinear(nn.Module):
             self.hyper.bias.copy_(torch.cat([start.weight.flatten(), start.bias]))
             self.hyper.weight.mul_(inputs**-0.5)
 
-    def affine(self, u: Tensor) -> Affine:
+    def affine(self, u: Tensor) -> AffineLayer:
         outputs, inputs = self.shape
         weight, bias = self.hyper(u).split([outputs * inputs, outputs], -1)
-        return Affine(weight.unflatten(-1, (outputs, inputs)), bias)
+        return AffineLayer(weight.unflatten(-1, (outputs, inputs)), bias)
 
 
 class BlendLinear(nn.Module):
@@ -147,11 +147,11 @@ class BlendLinear(nn.Module):
         self.start, self.end = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
         self.shift = nn.Linear(features - 1, outputs, bias=False) if features > 1 else None
 
-    def affine(self, u: Tensor) -> Affine:
+    def affine(self, u: Tensor) -> AffineLayer:
         t, rest = u.split([1, u.shape[-1] - 1], -1)
         weight = torch.lerp(self.start.weight, self.end.weight, t.unsqueeze(-1))
         bias = torch.lerp(self.start.bias, self.end.bias, t)
-        return Affine(weight, bias if self.shift is None else bias + self.shift(rest))
+        return AffineLayer(weight, bias if self.shift is None else bias + self.shift(rest))
 
 
 LAYERS.register("ignore")(PlainLinear)

@@ -19,8 +19,8 @@ class MLPField(VectorField):
     r"""v(t, x, c) = W_L σ(… σ(W_1 x + b_1) …) + b_L, with its exact trace.
 
     Time and context enter as `layer` says. With g_l = σ'(a_l) the gates of one row, the Jacobian
-    is W_L diag(g_{L-1}) … diag(g_1) W_1, whose trace `cnf.fields.trace.trace_of_chain` has in a
-    few products: one more than the forward's own for two hidden layers, whatever D is. No
+    is W_L diag(g_{L-1}) … diag(g_1) W_1, whose trace `cnf.fields.trace.trace_of_chain` takes
+    in a few products: one more than the forward's own for two hidden layers, whatever D is. No
     autograd graph is built inside, and it is differentiable.
 
     >>> field = MLPField(dim=3, hidden=(32, 32))

@@ -16,7 +16,7 @@ TIMES = Registry("time law")
 
 @TIMES.register("uniform")
 @dataclass(frozen=True)
-class Uniform:
+class UniformTime:
     """t ~ U(0, 1)."""
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Uniform:
 
 @TIMES.register("start")
 @dataclass(frozen=True)
-class Start:
+class StartTime:
     """t = 0 always: what one Euler step uses, for distillation of straightened flows."""
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Start:
 
 @TIMES.register("skewed")
 @dataclass(frozen=True)
-class Skewed:
+class SkewedTime:
     """t = 1 - (1 - u)^exponent: more times near the data, where a sharp density is made.
 
     Args:
@@ -44,7 +44,7 @@ class Skewed:
     exponent: float = 1.5
 
     def __post_init__(self) -> None:
-        expect_positive("Skewed", exponent=self.exponent)
+        expect_positive("SkewedTime", exponent=self.exponent)
 
     def __call__(self, u: Tensor) -> Tensor:
         return 1 - (1 - u) ** self.exponent
@@ -52,7 +52,7 @@ class Skewed:
 
 @TIMES.register("logit-normal")
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormalTime:
     """logit(t) ~ N(mean, std²): more times in the middle.
 
     Source: Esser et al. (2024), https://arxiv.org/abs/2403.03206.
@@ -66,7 +66,7 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        expect_positive("LogitNormal", std=self.std)
+        expect_positive("LogitNormalTime", std=self.std)
 
     def __call__(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))

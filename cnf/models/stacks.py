@@ -42,8 +42,8 @@ def layered(
         layers: How many.
         dim: D.
         between: "shuffle", "lu", None, or, for layers that are not of halves, "reverse".
-        halves: Whether layers keep one half of the variables and then the other: those of the
-            same order belong together, or a shuffle could keep a variable in all of them.
+        halves: Whether layers come in pairs with complementary masks, which a shuffle must not
+            part: it could keep the same variable in all layers.
     """
     expect_choice("models", "between", between, HALVES if halves else ORDERS)
     if layers < 1:

@@ -18,7 +18,7 @@ class Autoregressive(Scheme):
     """x_i = m(z_i; θ_i(x_1, …, x_{i-1}, c)): triangular Jacobian, log|det| = Σ_i log m'.
 
     Data → base is one pass of the net (MAF); base → data takes one pass for each variable, each
-    computing that variable's parameters only. Its `Inverse` has it the other way round (IAF).
+    computing that variable's parameters only. Its `Inverse` exchanges the two costs (IAF).
     Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057; Kingma et al. (2016),
     https://arxiv.org/abs/1606.04934.
 

@@ -147,8 +147,8 @@ class Inverse(Transform):
 
 
 def transforms_in(transform: Transform) -> Iterator[nn.Module]:
-    """The transform and all that it is made of, without what is inside of their nets, which takes
-    a twentieth of the time of `modules`; what stands there twice comes twice."""
+    """The transform and the modules that it is made of, without what is inside of their nets:
+    20 times faster than `modules`. A module that is used twice comes twice."""
     found: list[nn.Module] = [transform]
     while found:
         part = found.pop()

@@ -73,7 +73,7 @@ class Continuous(Transform):
     Args:
         field: The velocity.
         solver: Method, tolerances and gradient mode; dopri5 at 1e-5 by default.
-        divergence: How ∇·v is had: "exact" (default), a `Divergence`, or None for no
+        divergence: How ∇·v is computed: "exact" (default), a `Divergence`, or None for no
             log-determinant (it is NaN then).
         recipe: How likelihood trains it.
     """

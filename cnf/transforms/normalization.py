@@ -116,7 +116,7 @@ class Standardize(Transform):
 
 
 def _default_dtype(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Checkpoints were without the dtype, and all of float32 data."""
+    """Files of version 0.1 lack the dtype, as their data were float32."""
     state.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.float32))
 
 
@@ -140,7 +140,7 @@ class ActNorm(Transform):
         event_shape: (D,), or (C, H, W) with one s and m for each of C channels.
     """
 
-    seen: Tensor
+    initialized: Tensor
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
@@ -148,8 +148,9 @@ class ActNorm(Transform):
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.places = math.prod(event_shape[1:])
-        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(False))
         self.initializing = False
+        self.register_load_state_dict_pre_hook(_read_seen)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
@@ -157,12 +158,12 @@ class ActNorm(Transform):
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        if self.initializing and not (self.seen | self.loc.any() | self.log_scale.any()):
-            self._see(x.detach())
+        if self.initializing and not (self.initialized | self.loc.any() | self.log_scale.any()):
+            self._initialize(x.detach())
         return (x - self.loc) * (-self.log_scale).exp(), -self._ladj(x)
 
     @torch.no_grad()
-    def _see(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         channels = x.reshape(-1, self.loc.shape[0], self.places).transpose(0, 1).flatten(1)
         if channels.shape[1] < 2:
             return
@@ -170,11 +171,17 @@ class ActNorm(Transform):
         scale = channels.std(1, correction=0)
         varies = channels.amax(1) > channels.amin(1)
         self.log_scale.copy_(torch.where(varies, scale, 1.0).log().view_as(self.loc))
-        self.seen.fill_(True)
+        self.initialized.fill_(True)
 
     def _ladj(self, value: Tensor) -> Tensor:
         batch = value.shape[: value.dim() - self.event_dims]
         return (self.places * self.log_scale.sum()).expand(batch)
+
+
+def _read_seen(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """In files of version 0.1 `initialized` is called `seen`."""
+    if f"{prefix}seen" in state:
+        state[f"{prefix}initialized"] = state.pop(f"{prefix}seen")
 
 
 @TRANSFORMS.register("batchnorm", example=lambda dim: BatchNorm(dim).eval())
@@ -233,9 +240,10 @@ def _by_channel(event_shape: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def initializing(module: nn.Module) -> Iterator[bool]:
-    """Inside, data that go through `inverse` set each `ActNorm` that nothing has set;
+    """Inside, data that pass through `inverse` set each `ActNorm` that is not initialized;
     gives whether there is any."""
-    fresh = [part for part in module.modules() if isinstance(part, ActNorm) and not part.seen]
+    actnorms = (part for part in module.modules() if isinstance(part, ActNorm))
+    fresh = [part for part in actnorms if not part.initialized]
     for part in fresh:
         part.initializing = True
     try:

@@ -152,7 +152,7 @@ class Radial(Transform):
     """x = z + β (z - c)/(α + r) with r = ‖z - c‖, α > 0 and β > -α; log|det| =
     (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r).
 
-    The inverse has r as the root of a quadratic.
+    In the inverse r is the root of a quadratic.
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:

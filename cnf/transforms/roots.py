@@ -11,9 +11,9 @@ def tanh_root(s: Tensor, k: Tensor) -> Tensor:
 
     For u > 0 the left side is concave where k > 0 and convex where k < 0: Newton's method is on
     one side of the root after its first step, and stays there. The start is so close that a fixed
-    number of steps is enough, with no look at the numbers in between. Two last steps are taken
-    with gradients: the first has the first derivative of the implicit function theorem, the
-    second the second, too.
+    number of steps is enough, and no test of convergence makes a GPU wait. Two last steps are
+    taken with gradients: the first gives the first derivative of the implicit function theorem,
+    both together the second derivative.
     """
     with torch.no_grad():
         fixed_s, fixed_k = s.detach(), k.detach()  # no_grad does not stop forward mode

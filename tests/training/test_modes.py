@@ -38,7 +38,7 @@ def test_the_average_holds_what_the_first_rows_set(small, config, points):
     flow = small("glow", layers=2, preprocess=None)
     settings = config(steps=1, lr=1e-9, batch_size=100, validations=0)
     cnf.fit(flow, MaximumLikelihood(), points * 1e3, settings, validation=9e9 + points[:20])
-    assert all(part.seen for part in flow.modules() if isinstance(part, ActNorm))
+    assert all(part.initialized for part in flow.modules() if isinstance(part, ActNorm))
     z = flow.encode(points * 1e3)
     torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=0.1)
     torch.testing.assert_close(z.std(0), torch.ones(2), rtol=0, atol=0.1)

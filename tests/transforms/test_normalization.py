@@ -130,12 +130,21 @@ def test_actnorm_normalizes_its_first_batch_and_is_then_trained(shape, channels,
     assert torch.equal(again.inverse(x)[0], z)
 
 
+def test_actnorm_reads_the_former_name_of_its_flag():
+    state = ActNorm((2,)).state_dict()
+    state["seen"] = torch.tensor(True)
+    del state["initialized"]
+    transform = ActNorm((2,))
+    transform.load_state_dict(state)
+    assert transform.initialized and "seen" in state
+
+
 def test_a_look_sets_nothing_and_one_point_is_too_few(generator):
     x = torch.randn(4, 2, generator=generator, dtype=F64) + 9
     transform, batchnorm = ActNorm((2,)).double(), BatchNorm(2).double()
     assert torch.equal(transform.inverse(x)[0], x)  # in train mode, with gradients
     initialized(transform, x[:1])
-    assert not transform.seen and not transform.initializing
+    assert not transform.initialized and not transform.initializing
     with torch.no_grad():
         batchnorm.inverse(x)
     assert batchnorm.mean.tolist() == [0, 0]

@@ -99,7 +99,7 @@ def test_a_first_batch_sets_actnorm_as_it_does_without(generator):
     for one, other in zip(kept.parameters(), small.parameters(), strict=True):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(one.grad, other.grad)
-    assert small.transforms[1].seen and small.transforms[3].seen
+    assert small.transforms[1].initialized and small.transforms[3].initialized
 
 
 def test_autocast_of_the_way_there_is_that_of_the_way_back(generator):

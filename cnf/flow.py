@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
 from cnf.dynamics.divergence import Divergence, Hutchinson, as_divergence
@@ -401,6 +402,12 @@ class Flow(nn.Module):
         if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
         self._noticed += 1
+        if self.training and "dropout" not in self._warned and _drops_out(self):
+            self.warn_once(
+                "dropout",
+                "Flow.log_prob: the flow is in train mode and holds a Dropout, so that each call "
+                "gives another density; call flow.eval() first",
+            )
         if y.is_meta or not (y.is_cpu or self._noticed.bit_count() == 1):
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
@@ -424,7 +431,8 @@ class Flow(nn.Module):
     def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
         missing = self.transform.optional_context
         drop = is_adaptive(self.transform)
-        look = (drop or values[0].is_cpu) and not transformed()
+        plain = type(values[0]) is Tensor and values[0].is_cpu  # no fake tensor of a tracer
+        look = (drop or plain) and not transformed()
         return Rows(values, len(self.event_shape), context, missing, look, drop)
 
     def _expect_device(self, who: str, name: str, value: Tensor) -> None:
@@ -489,6 +497,10 @@ class Flow(nn.Module):
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
         return self.base.sample(shape, generator).to(self.dtype), context
+
+
+def _drops_out(module: nn.Module) -> bool:
+    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in module.modules())
 
 
 def require_field(who: str, flow: Flow) -> Continuous:

@@ -244,6 +244,8 @@ def as_stream(
     held_out = None
     if validation is not None:
         held_out = _held_out(validation, config.validation_rows, missing)
+    if isinstance(data, tuple) and not is_rows(data):  # of batches make a list
+        data = _pair(data)
     if isinstance(data, Mapping | Points) or is_rows(data):
         data = in_memory(data, context, weight, missing)
         context = weight = None
@@ -353,6 +355,16 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
     return _weighty(as_batch(own, missing=missing))
 
 
+def _pair(data: tuple[Any, ...]) -> dict[str, Any]:
+    """(x, context) in memory by name."""
+    if not 1 <= len(data) <= 2 or not all(map(is_rows, data)):
+        raise ValueError(
+            f"fit: expected a tuple to be (x, context), got {len(data)} parts; name them, "
+            '{"x": …, "context": …, "weight": …}, or make a list of batches'
+        )
+    return dict(zip(("x", "context"), data, strict=False))
+
+
 def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
     """Rows to score: all of those in memory; of a dataset and of batches the first `limit`."""
     if isinstance(validation, str | PathLike):
@@ -381,7 +393,7 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
 
 def _is_batch(value: Any) -> bool:
     """Whether this is one batch, a pair (x, context) too, rather than an iterable of them."""
-    if isinstance(value, tuple | list) and not is_rows(value):
+    if isinstance(value, tuple) and not is_rows(value):
         return 0 < len(value) <= 2 and all(map(is_rows, value))
     return isinstance(value, Batch | Mapping) or is_rows(value)
 

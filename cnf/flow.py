@@ -20,7 +20,7 @@ from cnf.dynamics.solver import Solver, as_solver
 from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
-from cnf.rows import Rows
+from cnf.rows import AllFinite, Rows, all_finite
 from cnf.transforms.base import Transform, transforms_in
 from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
@@ -376,7 +376,7 @@ class Flow(nn.Module):
 
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
-    ) -> tuple[Rows, Tensor, Tensor | None, Tensor | float]:
+    ) -> tuple[Rows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """x `inside`, checked, its context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_device(who, "x", x)
@@ -423,17 +423,21 @@ class Flow(nn.Module):
                     "the training data?",
                 )
 
-    def _start(self, z: Tensor, context: Tensor | None) -> tuple[Rows, Tensor, Tensor | None]:
+    def _start(
+        self, z: Tensor, context: Tensor | None
+    ) -> tuple[Rows | AllFinite, Tensor, Tensor | None]:
         """What a map towards the data begins with."""
         rows = self._rows([z], context)
         return rows, rows.take(z), rows.take(context)
 
-    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows:
-        missing = self.transform.optional_context
-        drop = is_adaptive(self.transform)
-        plain = type(values[0]) is Tensor and values[0].is_cpu  # no fake tensor of a tracer
-        look = (drop or plain) and not transformed()
-        return Rows(values, len(self.event_shape), context, missing, look, drop)
+    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> Rows | AllFinite:
+        eager = not transformed()
+        # A GPU would have to be waited for, and a tracer's tensor holds no numbers.
+        if eager and type(values[0]) is Tensor and values[0].is_cpu:
+            if all_finite(*values, context):
+                return AllFinite()
+        missing, drop = self.transform.optional_context, eager and is_adaptive(self.transform)
+        return Rows(values, len(self.event_shape), context, missing, drop)
 
     def _expect_device(self, who: str, name: str, value: Tensor) -> None:
         device = self.base._like.device
@@ -517,7 +521,7 @@ def _no_field(who: str, flow: Flow) -> str:
     )
 
 
-def _taken(divergence: str | Divergence | None, rows: Rows) -> str | Divergence | None:
+def _taken(divergence: str | Divergence | None, rows: Rows | AllFinite) -> str | Divergence | None:
     """The divergence for the rows that are computed with."""
     if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
         return divergence

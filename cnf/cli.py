@@ -9,7 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -89,8 +89,8 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     Args:
         run: A run's folder or a flow file.
         data: Density, picture or file of held-out points, whose columns are read as the run's
-            were. If not given, what the run was trained on: of one's own points those that
-            training put aside.
+            were (weights may be missing), and of which all are scored. If not given, what the run
+            was trained on: of one's own points those that training put aside.
         points: Test points at most.
     """
     from cnf.race.judge import Judge
@@ -99,14 +99,23 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     flow = load(run)
     source, share = _data(run, data)
     density = None if isinstance(source, Points) else source
-    if isinstance(source, Points):
-        test, other, which = _test_points(source, share, run if data is None else None)
+    target = None
+    if isinstance(source, Points) and data is None:
+        test, other, which = _test_points(source, share, run)
         test, other = (part.take(torch.arange(min(points, len(part.x)))) for part in (test, other))
+    elif isinstance(source, Points):
+        rows = torch.randperm(len(source.x), generator=seeded(0, -16))[:points]
+        test, middle = source.take(rows), len(rows) // 2
+        target, other = (source.take(half) for half in (rows[:middle], rows[middle:]))
+        which = (
+            f"{len(rows):,} of {len(source.x):,} rows of {source.name}, samples against half of "
+            "them"
+        )
     else:
         test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
         which = f"{points:,} draws from {source.name}"
     with status("scoring") as say:
-        judge = Judge(test, other, density)
+        judge = Judge(test, other, density, target=target)
         scores = judge.scores(flow, say=say)
         judge.warn_of_few_steps("evaluate", flow)
     if run.is_dir():
@@ -116,17 +125,17 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     _console().print(scores_table(scores, judge.floor))
 
 
-def _test_points(source: Points, share: float, run: Path | None) -> tuple[Points, Points, str]:
+def _test_points(source: Points, share: float, run: Path) -> tuple[Points, Points, str]:
     """Points to score, others for the floor, and in words which they are.
 
     Args:
         source: All of them.
         share: Part of them that training put aside.
-        run: The folder of the run that was trained on them, if it was.
+        run: The folder of the run that was trained on them.
     """
     rest, test = source.split(share)
-    known = run is not None and _expect_trained_on(run, rest)
-    if run is not None and len(test.x) > 1:
+    known = _expect_trained_on(run, rest)
+    if len(test.x) > 1:
         if known:
             return test, rest, f"{len(test.x):,} rows that training never saw"
         doubt = f"as {source.name} is now; this run does not tell whether the file has changed"
@@ -135,9 +144,7 @@ def _test_points(source: Points, share: float, run: Path | None) -> tuple[Points
         source.take(torch.arange(0, len(source.x), 2)),
         source.take(torch.arange(1, len(source.x), 2)),
     )
-    if run is not None:
-        return test, rest, f"{len(test.x):,} rows that training has seen; give others by --data"
-    return test, rest, f"{len(test.x):,} of the rows of {source.name}, every other one"
+    return test, rest, f"{len(test.x):,} rows that training has seen; give others by --data"
 
 
 def _expect_trained_on(run: Path, rest: Points) -> bool:
@@ -439,8 +446,19 @@ def _data(run: Path, data: str | None) -> tuple[Any, float]:
     settings = recorded(run)
     name = data or settings["data"]
     columns = _columns(settings) if densities.table_kind(Path(name)) else None
-    found = _kept(name, columns) if data is None else densities.load(name, columns)
+    found = _kept(name, columns) if data is None else _others(name, columns)
     return found, settings.get("test", 0.0)
+
+
+def _others(name: str, columns: Columns | None) -> Any:
+    """Data that the run was not trained on, which may be without weights."""
+    try:
+        return densities.load(name, columns)
+    except ValueError as error:
+        if columns is None or f"unknown column {columns.weight!r}" not in str(error):
+            raise
+        print(f"{name} has no column {columns.weight}: every row counts the same.")
+        return densities.load(name, replace(columns, weight=None))
 
 
 def _kept(name: str, columns: Columns | None) -> Any:

@@ -150,10 +150,14 @@ def _innermost(support: Any) -> Any:
     return support
 
 
-def expect_volume(distribution: Distribution) -> None:
+def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "base") -> None:
     """Raise unless a torch distribution is continuous, and fills the space that its draws are of:
     of any other a flow has no density.
 
+    Args:
+        distribution: The distribution.
+        who: Whose argument it is.
+        what: What it is there: the "base", or the "data".
     Raises:
         ValueError: It is discrete, or on a surface, as a Dirichlet is.
     """
@@ -168,13 +172,15 @@ def expect_volume(distribution: Distribution) -> None:
             continue
         if getattr(support, "is_discrete", False):
             raise ValueError(
-                f"Flow: expected a continuous base, got a {name}, which is discrete; take None, "
-                "the standard normal, and a dequantization where it is the data that are discrete"
+                f"{who}: expected {what} to be continuous, got a {name}, which is discrete; "
+                + ("take None, the standard normal" if what == "base" else "add noise")
+                + ", or a dequantization of discrete data"
             )
         if isinstance(support, SURFACES):
             raise ValueError(
-                f"Flow: expected a base that fills its space, got a {name} on {support}, which "
-                "has fewer dimensions than its draws have numbers; take None, the standard normal"
+                f"{who}: expected {what} to fill the space, got a {name} on {support}, which has "
+                "fewer dimensions than its draws have numbers; "
+                + ("take None, the standard normal" if what == "base" else "leave one out")
             )
 
 

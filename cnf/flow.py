@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
@@ -19,7 +20,7 @@ from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
-from cnf.rows import FiniteRows
+from cnf.rows import AllFinite, FiniteRows, all_finite
 from cnf.transforms.base import Transform, transforms_in
 from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
@@ -375,7 +376,7 @@ class Flow(nn.Module):
 
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
-    ) -> tuple[FiniteRows, Tensor, Tensor | None, Tensor | float]:
+    ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """x `inside`, checked, its context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_device(who, "x", x)
@@ -401,6 +402,12 @@ class Flow(nn.Module):
         if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
         self._noticed += 1
+        if self.training and "dropout" not in self._warned and _drops_out(self):
+            self.warn_once(
+                "dropout",
+                "Flow.log_prob: the flow is in train mode and holds a Dropout, so that each call "
+                "gives another density; call flow.eval() first",
+            )
         if y.is_meta or not (y.is_cpu or self._noticed.bit_count() == 1):
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
@@ -418,16 +425,19 @@ class Flow(nn.Module):
 
     def _start(
         self, z: Tensor, context: Tensor | None
-    ) -> tuple[FiniteRows, Tensor, Tensor | None]:
+    ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None]:
         """What a map towards the data begins with."""
         rows = self._rows([z], context)
         return rows, rows.select(z), rows.select(context)
 
-    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> FiniteRows:
-        missing = self.transform.optional_context
-        drop = is_adaptive(self.transform)
-        look = (drop or values[0].is_cpu) and not transformed()
-        return FiniteRows(values, len(self.event_shape), context, missing, look, drop)
+    def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> FiniteRows | AllFinite:
+        eager = not transformed()
+        # A GPU would have to be waited for, and a tracer's tensor holds no numbers.
+        if eager and type(values[0]) is Tensor and values[0].is_cpu:
+            if all_finite(*values, context):
+                return AllFinite()
+        missing, drop = self.transform.optional_context, eager and is_adaptive(self.transform)
+        return FiniteRows(values, len(self.event_shape), context, missing, drop)
 
     def _expect_device(self, who: str, name: str, value: Tensor) -> None:
         device = self.base._like.device
@@ -493,6 +503,10 @@ class Flow(nn.Module):
         return self.base.sample(shape, generator).to(self.dtype), context
 
 
+def _drops_out(module: nn.Module) -> bool:
+    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in module.modules())
+
+
 def require_field(who: str, flow: Flow) -> Continuous:
     """The flow's `Continuous`, or a TypeError that says that it has no vector field."""
     if not isinstance(flow.transform, Continuous):
@@ -507,7 +521,9 @@ def _no_field(who: str, flow: Flow) -> str:
     )
 
 
-def _taken(divergence: str | Divergence | None, rows: FiniteRows) -> str | Divergence | None:
+def _taken(
+    divergence: str | Divergence | None, rows: FiniteRows | AllFinite
+) -> str | Divergence | None:
     """The divergence for the rows that are computed with."""
     if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
         return divergence

@@ -1,5 +1,6 @@
 """Which rows of a batch are finite: NaN and infinity stay in the rows that they came in."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,20 +13,17 @@ class FiniteRows:
 
     A row that is not finite must reach no net, whose gradients it would make NaN, and no adaptive
     solve, whose steps it would shorten. So `select` puts zeros in its place, or leaves it out, and
-    `restore` puts back what is known of it beforehand. Where one may look and finds no bad row,
-    which is the usual case, both change nothing.
+    `restore` puts back what is known of it beforehand.
 
     Args:
         values: The same rows, before and after a map, shape (*batch, *event).
         event_dims: How many trailing axes form the event.
         context: Condition, shape (*batch, C), or None.
         missing: Whether NaN in the context is meant.
-        look: Whether one may look: nothing is traced, and waiting for the device costs little.
-        drop: Whether bad rows are left out, which needs a look.
+        drop: Whether bad rows are left out, which waits for the device.
 
     Attributes:
         finite: Whether a row is finite, shape (*batch,).
-        whole: Whether all are known to be.
         dropped: Whether rows were left out.
         log_density: Of a bad row: NaN where it holds NaN, -inf where it lies at infinity.
     """
@@ -36,7 +34,6 @@ class FiniteRows:
         event_dims: int,
         context: Tensor | None,
         missing: bool = False,
-        look: bool = False,
         drop: bool = False,
     ) -> None:
         size, *others = (_size(value, event_dims) for value in values)
@@ -47,15 +44,14 @@ class FiniteRows:
             context = torch.where(context.isnan(), 0.0, context) if missing else context
             size = size + (0 * context).sum(-1)  # NaN where it is not finite
         self.finite, self.log_density = size.isfinite(), -size
-        self.whole = look and bool(self.finite.all())
-        self.dropped = look and drop and not self.whole
+        self.dropped = drop and not self.finite.all()
 
     def select(self, value: Any, axis: int = 0) -> Any:
         """The rows of `value` to compute with; its batch begins at `axis`.
 
         None, or one number for all rows, stays as it is.
         """
-        if self.whole or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):
             return value
         if self.dropped:
             return value[self._at(axis)]
@@ -63,8 +59,6 @@ class FiniteRows:
 
     def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
         """`value`, computed for the selected rows, with `bad` in the others."""
-        if self.whole:
-            return value
         bad = bad.to(value.dtype) if isinstance(bad, Tensor) else bad
         if not self.dropped:
             return torch.where(self._over(value, axis), value, bad)
@@ -81,6 +75,23 @@ class FiniteRows:
         """`finite`, with an axis of one for each of the event's."""
         inner = value.dim() - axis - self.finite.dim()
         return self.finite.reshape([*self.finite.shape, *[1] * inner])
+
+
+class AllFinite:
+    """The rows of a batch that are all finite: nothing is selected, and nothing restored."""
+
+    dropped, log_density = False, 0.0
+
+    def select(self, value: Any, axis: int = 0) -> Any:
+        return value
+
+    def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
+        return value
+
+
+def all_finite(*values: Tensor | None) -> bool:
+    """Whether all numbers are finite, by their sums: False, too, where these overflow."""
+    return all(value is None or math.isfinite(value.detach().sum()) for value in values)
 
 
 def _size(value: Tensor, event_dims: int) -> Tensor:

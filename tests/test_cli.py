@@ -1,6 +1,7 @@
 """The command line: every command on one run, repeats from config.yaml, refusals in a line."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -143,7 +144,33 @@ def test_columns_context_and_test_part_are_kept_with_the_run(own, call):
     assert code == 0, errors
     assert "20 rows that training never saw" in said and "standardized columns" in said
     code, said, errors = call("evaluate", own / "run", "--data", own / "own.csv")
-    assert "100 of the rows of own" in said, errors
+    assert "200 of 200 rows of own, samples against half of them" in said, errors
+
+
+def test_other_rows_are_all_scored_few_of_them_too_and_without_weights(own, call, tmp_path):
+    flow = cnf.load(own / "run")
+    for count in (2, 3, 40):
+        x = torch.randn(count, 2, dtype=torch.float64)
+        x[1::2] += 5  # alternating, so that half of the rows would be a biased part
+        lines = [f"{a!r},{b!r},a" for a, b in x.tolist()]
+        (tmp_path / "other.csv").write_text("\n".join(["income,rate,kind", *lines]))
+        code, _, errors = call("evaluate", own / "run", "--data", tmp_path / "other.csv")
+        assert code == 0, errors
+        scores = json.loads((own / "run" / "evaluation.json").read_text())
+        nll = -float(flow.log_prob(x, torch.tensor([1.0, 0.0])).mean().detach())
+        assert scores["nll"] == pytest.approx(nll, abs=1e-4)
+        assert math.isnan(scores["w2"]) == (count < 10)
+
+
+def test_weights_may_be_missing_in_rows_to_score(call, tmp_path):
+    rows = [f"{a:.5f},{b:.5f},1" for a, b in torch.randn(60, 2).tolist()]
+    (tmp_path / "own.csv").write_text("\n".join(["a,b,w", *rows]))
+    (tmp_path / "new.csv").write_text("\n".join(["a,b", *(row[:-2] for row in rows)]))
+    budget = ["--model", "realnvp", "--options.layers", "2", "--steps", "2", "--no-progress"]
+    run = tmp_path / "run"
+    assert call("train", tmp_path / "own.csv", "--weight", "w", *budget, "--folder", run)[0] == 0
+    code, said, errors = call("evaluate", run, "--data", tmp_path / "new.csv")
+    assert code == 0 and "has no column w: every row counts the same" in said, errors
 
 
 def test_another_test_part_is_named_when_a_run_goes_on(own, refused, tmp_path):

@@ -1,6 +1,7 @@
 """What the columns of a table are for: those that are modeled, a context, weights."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -189,7 +190,7 @@ class Columns:
         for row, cell in enumerate(cells):
             if cell not in known:
                 place = f" in {table.place(row)}" if len(cells) > 1 else ""
-                raise ValueError(f"{who}: {UnknownNameError(name, str(cell), labels)}{place}")
+                raise ValueError(f"{who}{place}: {UnknownNameError(name, str(cell), labels)}")
         equal = cells.astype(object)[:, None] == np.array(known, dtype=object)
         return equal.astype(np.float64)
 
@@ -234,7 +235,7 @@ def _missing(column: np.ndarray) -> np.ndarray:
 
 
 def _expect_numbers(who: str, table: Table, names: Sequence[str]) -> None:
-    wrong = []
+    wrong, cell = [], ""
     for name in names:
         if table.columns[name].dtype == object:
             cells = enumerate(table.columns[name])
@@ -243,8 +244,15 @@ def _expect_numbers(who: str, table: Table, names: Sequence[str]) -> None:
     if wrong:
         raise ValueError(
             f"{who}: expected numbers in every column, got others in {', '.join(wrong)}; "
-            "leave them out by naming the columns to model, or make labels a context"
+            f"{_remedy(cell)}leave them out by naming the columns to model, or make labels a "
+            "context"
         )
+
+
+def _remedy(cell: str) -> str:
+    if re.match(r"\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{2,4}", cell):
+        return "write dates as numbers, such as days or Unix seconds, or "
+    return "write decimals with a point, or " if re.fullmatch(r"-?\d+,\d+", cell) else ""
 
 
 def is_number(cell: str) -> bool:

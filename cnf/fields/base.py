@@ -124,13 +124,26 @@ class Adapter(VectorField):
             context = context.expand(*batch, self.context_dim)
         if self.call == "concat":
             parts = [x, t.unsqueeze(-1)] + ([] if context is None else [context])
-            v = self.net(torch.cat(parts, -1))
+            v = self._of_joined(torch.cat(parts, -1))
         else:
             first, second = (t, x) if self.call == "t, x" else (x, t)
             v = self.net(first, second, *([] if context is None else [context]))
-        if v.shape != x.shape:
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            got = tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
             raise ValueError(
                 f"Adapter: expected {type(self.net).__name__} to give a velocity of x's shape "
-                f"{tuple(x.shape)}, got {tuple(v.shape)}"
+                f"{tuple(x.shape)}, got {got}"
             )
         return v
+
+    def _of_joined(self, joined: Tensor) -> Tensor:
+        try:
+            return self.net(joined)
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" not in str(error):
+                raise
+            parts = "x, t and the context" if self.context_dim else "x and t"
+            raise ValueError(
+                f"Adapter: {type(self.net).__name__} is called with {parts} in one tensor, "
+                f"{joined.shape[-1]} numbers a row, and does not fit ({error})"
+            ) from error

@@ -19,6 +19,7 @@ from cnf.training.diagnosis import warn_of_few_steps
 from cnf.transforms.continuous import Continuous, is_continuous
 
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # solver error far below the gaps
+FEWEST = 10  # points whose distances mean something
 SLOW = 1_000  # milliseconds
 PATHS = 2_000  # trajectories for path energy and straightness
 
@@ -36,6 +37,7 @@ class Judge:
         reference: Other points of it, for the floor: what a perfect model would score.
         density: The true density, if it is known.
         w2_points: Points for the exact W2, whose cost grows with their cube.
+        target: Those of the test points that samples are compared with; all of them if None.
     """
 
     def __init__(
@@ -44,15 +46,16 @@ class Judge:
         reference: Tensor | Points,
         density: Any = None,
         w2_points: int = 2_000,
+        target: Points | None = None,
     ) -> None:
         self.test, self.w2_points = _as_points(test), w2_points
         self.log_density = None if density is None else density.log_prob(self.test.x)
-        self.target = _unweighted(self.test)
+        self.target = _unweighted(self.test if target is None else target)
         self.center, self.scale = torch.zeros(()), torch.ones(())
-        if density is None:
+        if density is None and len(self.target.x) > 1:
             self.center, spread = self.target.x.double().mean(0), self.target.x.double().std(0)
             self.scale = torch.where(spread > 0, spread, 1.0)
-        self.floor = self.distances(_unweighted(_as_points(reference)).x[: len(self.test.x)])
+        self.floor = self.distances(_unweighted(_as_points(reference)).x[: len(self.target.x)])
 
     def scores(
         self, flow: Flow, seed: int = 0, say: Callable[[str], None] = lambda _: None
@@ -97,7 +100,10 @@ class Judge:
         return scores
 
     def distances(self, drawn: Tensor) -> dict[str, float]:
-        """Distances between samples and the test points."""
+        """Distances between samples and the test points; NaN where these are too few."""
+        if min(len(drawn), len(self.target.x)) < FEWEST:
+            names = ("w2", "sliced_w2", "mmd", "energy_distance", "c2st")
+            return dict.fromkeys(names, float("nan"))
         few, some = slice(self.w2_points), slice(2 * self.w2_points)
         x, y = self.standardized(drawn), self.standardized(self.target.x)
         return {

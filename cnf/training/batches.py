@@ -114,7 +114,7 @@ def check_event_shape(module: nn.Module, head: Tensor | None, name: str = "data"
 
 def is_batch(value: Any) -> bool:
     """Whether this is one batch, a pair (x, context) too, rather than an iterable of them."""
-    if isinstance(value, tuple | list) and not is_rows(value):
+    if isinstance(value, tuple) and not is_rows(value):
         return 0 < len(value) <= 2 and all(map(is_rows, value))
     return isinstance(value, Batch | Mapping) or is_rows(value)
 

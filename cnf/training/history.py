@@ -39,6 +39,13 @@ class History:
     skipped: int = 0
     ticks: list[int] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        told = f"{self.steps:,} steps in {self.seconds:.3g} s, ended by {self.reason}"
+        scores = [
+            (name, r[name]) for r in self.records for name in ("val_nll", "val_loss") if name in r
+        ]
+        return f"History({told}{''.join(f', {n} {v:.4g}' for n, v in scores[-1:])})"
+
     def column(self, name: str) -> list[float]:
         """The values of one metric, where it was logged."""
         return [record[name] for record in self.records if name in record]

@@ -11,6 +11,7 @@ from torch import nn
 
 from cnf.data import Points, load
 from cnf.data.arrays import column_names
+from cnf.distributions import FromTorch, expect_volume
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.flow import Flow
@@ -153,6 +154,9 @@ class _Trainer:
             warn_of_degenerate(head.x, names)
             warn_of_numbering(head.x, names)
             warn_of_outliers(head.x, names)
+        source = getattr(getattr(self.stream, "density", None), "inner", None)
+        if continuous and isinstance(source, FromTorch):
+            expect_volume(source.distribution, "fit", "data")
         wide = widest(self.fabric.device) == torch.float64
         self.keeps_digits = {
             name

@@ -302,6 +302,8 @@ def as_stream(
     held_out = None
     if validation is not None:
         held_out = _held_out(validation, config.validation_rows, missing)
+    if isinstance(data, tuple) and not is_rows(data):  # of batches make a list
+        data = _pair(data)
     if isinstance(data, Mapping | Points) or is_rows(data):
         data = in_memory(data, context, weight, missing)
         context = weight = None
@@ -334,6 +336,16 @@ def as_stream(
         "fit: expected data to be a density or its name, a file, an array or a table, a Batch, a "
         f"dataset, or batches, got {type(data).__name__}"
     )
+
+
+def _pair(data: tuple[Any, ...]) -> dict[str, Any]:
+    """(x, context) in memory by name."""
+    if not 1 <= len(data) <= 2 or not all(map(is_rows, data)):
+        raise ValueError(
+            f"fit: expected a tuple to be (x, context), got {len(data)} parts; name them, "
+            '{"x": …, "context": …, "weight": …}, or make a list of batches'
+        )
+    return dict(zip(("x", "context"), data, strict=False))
 
 
 def _held_out(validation: Any, limit: int, missing: bool) -> Batch:

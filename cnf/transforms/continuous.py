@@ -85,6 +85,11 @@ class Continuous(Transform):
         divergence: str | Divergence | None = "exact",
         recipe: Recipe | None = None,
     ) -> None:
+        if not isinstance(field, VectorField):
+            raise TypeError(
+                f"Continuous: expected field to be a VectorField, got a {type(field).__name__}; "
+                "wrap a net of one's own: cnf.fields.Adapter(net, event_shape=(D,))"
+            )
         super().__init__(context_dim=field.context_dim, event_shape=field.event_shape)
         self.optional_context = field.optional_context
         self.field = field

@@ -40,7 +40,7 @@ def test_labels_keep_their_code_in_another_file(pets, tmp_path):
     reading = load(pets, Columns(["age"], ["pet"], drop_missing=True)).reading
     assert load(tmp_path / "new.csv", reading).context.tolist() == [[0, 0, 1]] * 2
     (tmp_path / "new.csv").write_text("pet,age\ndog,1\ncow,2\n")
-    with pytest.raises(ValueError, match="unknown pet 'cow'; known: ape, cat, dog.* in line 3"):
+    with pytest.raises(ValueError, match="in line 3: unknown pet 'cow'; known: ape, cat, dog"):
         load(tmp_path / "new.csv", reading)
 
 
@@ -220,3 +220,18 @@ def test_weighted_points_are_drawn_by_their_weights():
 def test_contexts_and_weights_fit_their_points(parts, message):
     with pytest.raises(ValueError, match=message):
         Points(torch.zeros(3), **{name: np.array(value) for name, value in parts.items()})
+
+
+@pytest.mark.parametrize(
+    ("cell", "remedy"),
+    [
+        ("2024-03-01", "write dates as numbers"),
+        ("1.3.2024", "write dates as numbers"),
+        ('"1,5"', "write decimals with a point"),
+        ("red", "got others in b \\('red' in line 3\\); leave them out"),
+    ],
+)
+def test_what_is_no_number_is_told_with_its_remedy(cell, remedy, tmp_path):
+    (tmp_path / "t.csv").write_text(f"a,b\n1.5,2.5\n2.5,{cell}\n3.5,{cell}\n")
+    with pytest.raises(ValueError, match=remedy):
+        load(str(tmp_path / "t.csv"))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import cnf
 from cnf.fields import Adapter, HasDivergence
 
 F64 = torch.float64
@@ -72,3 +73,18 @@ def test_it_claims_no_divergence():
 def test_unknown_call_is_refused():
     with pytest.raises(ValueError, match="expected call to be one of 't, x'"):
         Adapter(nn.Identity(), (2,), call="t,x")
+
+
+def test_a_net_that_does_not_fit_is_explained():
+    x, t = torch.zeros(4, 2), torch.tensor(0.5)
+    with pytest.raises(ValueError, match="Linear is called with x and t in one tensor, 3 numbers"):
+        Adapter(nn.Linear(2, 2), (2,), call="concat")(t, x)
+    with pytest.raises(ValueError, match=r"velocity of x's shape \(4, 2\), got a tuple"):
+        Adapter(Twice(), (2,), call="concat")(t, x)
+    with pytest.raises(TypeError, match="field to be a VectorField, got a Linear; wrap a net"):
+        cnf.transforms.Continuous(nn.Linear(3, 2))
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x, x

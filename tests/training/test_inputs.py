@@ -186,3 +186,28 @@ def test_log_prob_of_an_array_says_what_to_write(small):
 def test_points_of_a_frame_are_a_base(small):
     flow = cnf.Flow(FRAME, small().transform)
     assert (ROWS == flow.base.sample(())).all(1).any()
+
+
+def test_a_tuple_is_x_and_context_and_a_list_is_batches(small, config, same):
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    c = x.sum(1, keepdim=True)
+    flows = [small("realnvp", context=1) for _ in range(2)]
+    cnf.fit(flows[0], MaximumLikelihood(), (x, c), config())
+    cnf.fit(flows[1], MaximumLikelihood(), x, config(), context=c)
+    assert same(*flows)
+    with pytest.raises(ValueError, match="unconditional, got a context"):
+        cnf.fit(small("realnvp"), MaximumLikelihood(), (x, x + 50), config())
+    with pytest.raises(ValueError, match="expected 64 rows of context, got 10"):
+        cnf.fit(small("realnvp"), MaximumLikelihood(), (x, x[:10]), config())
+    with pytest.raises(ValueError, match=r"a tuple to be \(x, context\), got 3 parts"):
+        cnf.fit(small("realnvp"), MaximumLikelihood(), (x, x, x), config())
+    history = cnf.fit(small("realnvp"), MaximumLikelihood(), x, config(), validation=[x, x])
+    assert "val_nll" in repr(history) and len(repr(history)) < 80
+
+
+@pytest.mark.parametrize("name", ["Poisson", "Dirichlet"])
+def test_distributions_without_a_density_are_no_data(name, small, config):
+    made = getattr(torch.distributions, name)(torch.ones(2))
+    made = torch.distributions.Independent(made, 1) if name == "Poisson" else made
+    with pytest.raises(ValueError, match=f"fit: expected data to .*, got a {name}"):
+        cnf.fit(small("realnvp"), MaximumLikelihood(), made, config())

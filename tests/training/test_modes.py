@@ -107,3 +107,14 @@ def test_fit_by_likelihood_warns_of_dropout_at_its_start(config, points):
     cnf.fit(flow, cnf.FlowMatching(), points, config(validations=0))
     with pytest.warns(UserWarning, match="fit: likelihood.*a Dropout with p=0.1"):
         cnf.fit(flow, MaximumLikelihood(), points, config(validations=0))
+
+
+def test_log_prob_in_train_mode_with_dropout_warns():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    solver = cnf.Solver("rk4", steps=2)
+    field = Adapter(net, (2,), call="concat")
+    flow = cnf.Flow(None, Continuous(field, solver), event_shape=(2,))
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="in train mode and holds a Dropout"):
+            flow.log_prob(torch.zeros(3, 2))
+        flow.eval().log_prob(torch.zeros(3, 2))

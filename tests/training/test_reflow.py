@@ -195,7 +195,7 @@ def test_fit_trains_on_these_pairs_and_each_keeps_its_partner(small, config, poi
 
 
 def test_every_part_of_a_batch_follows_its_row(small, config, points):
-    mark = torch.arange(100.0)
+    mark = torch.arange(100.0) / 8
     data = Batch(
         torch.stack([mark, mark.square()], 1), mark[:, None] + 0.5, x0=mark[:, None].repeat(1, 2),
         weight=mark + 1, t=mark / 100, noise=-mark[:, None].repeat(1, 2),

@@ -21,6 +21,7 @@ from torch.distributions import (
 
 from cnf.data.arrays import as_numbers, is_rows
 from cnf.errors import expect_event, expect_finite, expect_generator, expect_shape
+from cnf.printing import named, shaped
 from cnf.random import reseed, untouched
 
 LOG_2PI = math.log(2 * math.pi)
@@ -64,6 +65,13 @@ class Base(nn.Module, ABC):
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device."""
+
+    def extra_repr(self) -> str:
+        """What `repr` says of it."""
+        return shaped(self.event_shape)
+
+    def __repr__(self) -> str:
+        return named(self, self.extra_repr())
 
     def _drawn(
         self,
@@ -135,6 +143,9 @@ class FromTorch(Base):
         with untouched(device):
             reseed(int(seed), device)
             return self.distribution.sample(shape)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.distribution}"
 
     def _device(self) -> torch.device:
         """Where it draws: a distribution does not tell, an empty sample does."""
@@ -249,6 +260,9 @@ class FromDensity(Base):
     def support(self) -> str:
         return f"that of {self.density!r}"
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.density}"
+
     def log_prob(self, z: Tensor) -> Tensor:
         return self.density.log_prob(z)
 
@@ -300,6 +314,9 @@ class GaussianMixture(Base):
         rows = rows[:count].reshape(shape).to(self.means.device)
         noise = self._drawn(torch.randn, (*shape, *self.event_shape), generator)
         return self.means[rows] + self.scales[rows] * noise
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {len(self.means)} components"
 
 
 class Uniform(Base):
@@ -366,6 +383,9 @@ class UniformAngles(Base):
         )
         return self.period * (draw - 0.5)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, period {self.period:g}"
+
 
 class Empirical(Base):
     """Points as a source: samples are rows drawn with replacement; there is no density.
@@ -398,6 +418,9 @@ class Empirical(Base):
         shape = expect_shape("sample", sample_shape)
         rows = torch.randint(len(self.points), shape, generator=generator, device=device)
         return self.points[rows.to(self.points.device)]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {len(self.points):,} points"
 
 
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:

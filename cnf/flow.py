@@ -20,6 +20,7 @@ from cnf.dynamics.solver import Solver
 from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
+from cnf.printing import shaped, weights_of, wrapped
 from cnf.rows import AllFinite, FiniteRows, all_finite
 from cnf.transforms.base import Transform, transforms_in
 from cnf.transforms.chunks import by_chunks
@@ -128,6 +129,15 @@ class Flow(nn.Module):
         self._warned: set[str] = set()  # shared by copies with another solver
         self._noticed = 0  # calls that could have warned
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
+
+    def __repr__(self) -> str:
+        kind = repr(self.spec["model"]) if self.spec else f"of a {type(self.transform).__name__}"
+        shape = shaped(self.event_shape, self.context_dim)
+        lines = [f"{type(self).__name__} {kind}: points of {shape}; {weights_of(self)}"]
+        for name in ("base", "transform", "preprocess", "dequantization", "context_preprocess"):
+            if (part := getattr(self, name)) is not None:
+                lines.append(wrapped(f"{name}: {part}", "    "))
+        return "\n".join(lines)
 
     @property
     def dtype(self) -> torch.dtype:

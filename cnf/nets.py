@@ -109,6 +109,11 @@ class MLP(nn.Module):
             x = self.activation.function(layer(x))
         return last(x)
 
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return tuple(layer.out_features for layer in self._linears()[:-1])
+
     def columns(self, x: Tensor) -> Tensor:
         """(N, inputs) → (outputs, N): each output, and each hidden unit on the way, in one piece
         of memory."""
@@ -192,6 +197,11 @@ class MADE(nn.Module):
             return _linear(h, rows[0][:, i, : len(h)], rows[1][:, i])
 
         return following
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return tuple(layer.out_features for layer in self._masked_layers()[:-1])
 
     def _masked_layers(self) -> list["MaskedLinear"]:
         return list(self.layers)  # pyright: ignore

@@ -32,6 +32,7 @@ FLOORS = {
     "distributions": 2,
     "errors": 1,
     "precision": 1,
+    "printing": 1,
     "random": 1,
     "registry": 1,
     "rows": 1,

@@ -1,11 +1,12 @@
 """How an ODE is solved: the settings of a solve."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from cnf.errors import UnknownNameError, expect_choice, expect_counts, expect_positive
+from cnf.printing import named
 from cnf.registry import expect_options, options_of
 
 ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
@@ -165,6 +166,12 @@ class Solver:
         if self.steps is not None:
             return replace(self, steps=2 * self.steps)
         return replace(self, rtol=self.rtol / 100, atol=self.atol / 100)
+
+    def __repr__(self) -> str:
+        """The call that makes it, without what is at its default."""
+        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        told = [f"{name}={value!r}" for name, value, default in given if value != default]
+        return named(self, *told)
 
     def __str__(self) -> str:
         if self.fixed:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnf.errors import expect_choice
 from cnf.fields.trace import trace_of_jacobian
+from cnf.printing import named, shaped
 from cnf.registry import Registry
 
 FIELDS = Registry("field")
@@ -53,6 +54,13 @@ class VectorField(nn.Module, ABC):
         Returns:
             dx/dt, of x's shape.
         """
+
+    def extra_repr(self) -> str:
+        """What `repr` says; `torch.nn.Module.__repr__(field)` shows the nets inside, too."""
+        return shaped(self.event_shape, self.context_dim)
+
+    def __repr__(self) -> str:
+        return named(self, self.extra_repr())
 
 
 @runtime_checkable
@@ -116,6 +124,9 @@ class Adapter(VectorField):
         expect_choice("Adapter", "call", call, ("t, x", "x, t", "concat"))
         self.net = net
         self.call = call
+
+    def extra_repr(self) -> str:
+        return f"{type(self.net).__name__}, {super().extra_repr()}"
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         batch = x.shape[: x.dim() - len(self.event_shape)]

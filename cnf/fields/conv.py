@@ -62,6 +62,10 @@ class ConvField(VectorField):
             zero_(self.layers[-1])
             zero_(self.modulations[-1])
 
+    def extra_repr(self) -> str:
+        hidden = tuple(layer.out_channels for layer in self.layers[:-1])  # pyright: ignore
+        return f"{super().extra_repr()}, hidden {hidden}"
+
     @staticmethod
     def _check(strides: Sequence[int], layers: int, height: int, width: int) -> None:
         for stride in strides:

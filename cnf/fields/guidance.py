@@ -88,6 +88,9 @@ class Guided(Wrapper):
         v0, div0 = exact_divergence(self.field, t, x, None)
         return self.mixed(t, v, v0), self.mixed(t, div, div0)
 
+    def extra_repr(self) -> str:
+        return f"{self.field}, weight {self.weight:g}"
+
     def mixed(self, t: Tensor, conditional: Tensor, without: Tensor) -> Tensor:
         """What is guided, from what it is with and without the context."""
         start, end = self.interval

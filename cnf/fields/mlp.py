@@ -67,7 +67,7 @@ class MLPField(VectorField):
             raise ValueError(f"MLPField: expected fourier >= 0, got {fourier}")
         if layer == "ignore" and context_dim:
             raise ValueError("MLPField: layer='ignore' has no place for a context")
-        self.dim = dim
+        self.dim, self.hidden = dim, tuple(hidden)
         self.condition = Condition(frequencies, context_dim)
         self.activation = ACTIVATIONS[activation]
         self.waves = _frequencies(fourier, dim, fourier_scale) if fourier else None
@@ -112,6 +112,9 @@ class MLPField(VectorField):
         if self.skip is None:
             return v, div
         return v + F.linear(x, self.skip), div + self.skip.trace()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, hidden {self.hidden}"
 
     def _affines(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
         u = self.condition(t, x, context)

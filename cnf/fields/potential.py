@@ -102,6 +102,10 @@ class PotentialField(VectorField):
         div = div + self.quadratic[:, : self.dim].square().sum()
         return gradient[..., : self.dim], div
 
+    def extra_repr(self) -> str:
+        width, layers = self.first.out_features, 1 + len(self.layers)
+        return f"{super().extra_repr()}, width {width}, {layers} layer{'s' * (layers > 1)}"
+
     def _joined(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         batch = x.shape[:-1]
         parts = [x, t.to(x.dtype).expand(batch).unsqueeze(-1)]

@@ -92,6 +92,9 @@ class Predicts(Wrapper):
         a, b = _velocity_from(self.target, at)
         return v, a * math.prod(self.event_shape) + b * div
 
+    def extra_repr(self) -> str:
+        return f"{self.field}, {self.target}, {self.path}"
+
 
 class WithScore(Wrapper):
     """A velocity beside a head for a noisy path's noise, hence the score, for sampling by SDE.
@@ -130,6 +133,9 @@ class WithScore(Wrapper):
     ) -> tuple[Tensor, Tensor]:
         """Velocity and exact divergence, the field's own where it has one."""
         return exact_divergence(self.field, t, x, context)
+
+    def extra_repr(self) -> str:
+        return f"{self.field}, {self.head}, {self.path}"
 
     def score(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """∇ log p_t(x), of x's shape; within 0.01 of the ends, that of 0.01."""

@@ -82,6 +82,10 @@ class ResidualField(VectorField):
             weights.append((affine.weight, outward.weight))
         return self.last(h), self._trace(gates, weights)
 
+    def extra_repr(self) -> str:
+        hidden = tuple(layer.in_features for layer in self.outward)  # pyright: ignore
+        return f"{super().extra_repr()}, hidden {hidden}"
+
     def _trace(self, gates: list[Tensor], weights: list[tuple[Tensor, Tensor]]) -> Tensor:
         tangents = self.first.weight.T  # (D, H), and from the first block on (*batch, D, H)
         trace = (self.last.weight * tangents).sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.fields.base import VectorField, exact_divergence
+from cnf.printing import grouped
 
 
 class Wrapper(VectorField):
@@ -25,6 +26,9 @@ class Wrapper(VectorField):
         self.field = field
         self.optional_context = field.optional_context
         self._blocks: dict[int, Wrapper] = {}
+
+    def extra_repr(self) -> str:
+        return repr(self.field)
 
     @property
     def knots(self) -> tuple[float, ...]:
@@ -117,6 +121,9 @@ class Piecewise(VectorField):
 
     def block(self, k: int) -> VectorField:
         return self.pieces[k]  # pyright: ignore
+
+    def extra_repr(self) -> str:
+        return grouped([piece.field for piece in self.pieces])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         count = len(self.pieces)

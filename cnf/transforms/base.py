@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_context, expect_event
+from cnf.printing import grouped, named, shaped
 from cnf.registry import Registry
 from cnf.transforms.recompute import Step, recomputed
 
@@ -55,6 +56,13 @@ class Transform(nn.Module, ABC):
             return
         if context is None or context.shape[-1:] != (size,):
             expect_context(self._who(name), context, size)
+
+    def extra_repr(self) -> str:
+        """What `repr` says; `torch.nn.Module.__repr__(transform)` shows the nets inside, too."""
+        return shaped(self.event_shape, self.context_dim)
+
+    def __repr__(self) -> str:
+        return named(self, self.extra_repr())
 
     def _who(self, name: str) -> str:
         return f"{type(self).__name__}.{'forward' if name == 'z' else 'inverse'}"
@@ -114,6 +122,9 @@ class Compose(Transform):
         """Whether anything in it has been fitted."""
         return any(getattr(part, "fitted", False) for part in self._parts())
 
+    def extra_repr(self) -> str:
+        return grouped(self._parts())
+
     def _through(
         self, steps: list[Step], value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -144,6 +155,9 @@ class Inverse(Transform):
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform(x, context)
+
+    def extra_repr(self) -> str:
+        return repr(self.transform)
 
 
 def transforms_in(transform: Transform) -> Iterator[nn.Module]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_context
+from cnf.printing import named
 from cnf.transforms.normalization import Standardize
 
 
@@ -57,6 +58,9 @@ class StandardizeContext(nn.Module):
     def unresolved(self) -> tuple[int, ...]:
         """The columns whose values float32 would merge."""
         return self.columns.unresolved
+
+    def __repr__(self) -> str:
+        return named(self, self.columns.extra_repr())
 
     def forward(self, context: Tensor) -> Tensor:
         return (context - self.columns.loc) / self.columns.scale

@@ -105,6 +105,9 @@ class Continuous(Transform):
         self._expect("x", x, context)
         return self.integrate(x, context, towards="base", divergence=self.divergence)[:2]
 
+    def extra_repr(self) -> str:
+        return f"{self.field}, {self.solver}"
+
     def integrate(
         self,
         value: Tensor,

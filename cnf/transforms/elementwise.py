@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.nets import MLP
+from cnf.nets import MADE, MLP
+from cnf.printing import joined, shaped
 from cnf.registry import Registry
 from cnf.transforms.base import TRANSFORMS, Transform
 
@@ -26,6 +27,9 @@ class ElementwiseMap(ABC):
     """
 
     size: int
+
+    def __repr__(self) -> str:
+        return MAPS.name_of(self) or type(self).__name__
 
     @abstractmethod
     def parametrize(self, raw: Tensor) -> Parameters:
@@ -110,6 +114,9 @@ class Inverted(ElementwiseMap):
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         return self.map.forward(x, *parameters)
 
+    def __repr__(self) -> str:
+        return f"inverse {self.map}"
+
 
 class Scheme(Transform):
     """A transform that sends variables through an elementwise map; a base of those that differ in
@@ -137,6 +144,11 @@ class Scheme(Transform):
         self.dim = dim
         self.map = map or Affine()
         self.parametrize = parametrize or self.map.parametrize
+
+    def extra_repr(self) -> str:
+        net = getattr(self, "net", None)
+        hidden = f"hidden {net.hidden}" if isinstance(net, MLP | MADE) else ""
+        return joined(shaped((self.dim,), self.context_dim), repr(self.map), hidden)
 
     def _map_parameters(self, raw: Tensor, value: Tensor) -> Parameters:
         """The map's parameters in the value's dtype: a net may compute in bfloat16, a map not."""

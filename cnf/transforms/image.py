@@ -56,6 +56,9 @@ class PerPixel(Transform):
         value, ladj = way(value.movedim(-3, -1))
         return value.movedim(-1, -3), ladj.sum((-2, -1))
 
+    def extra_repr(self) -> str:
+        return repr(self.transform)
+
 
 class OnChannels(Transform):
     """A transform of the first channels; the others pass.
@@ -83,6 +86,9 @@ class OnChannels(Transform):
         first, rest = value.tensor_split([self.channels], -3)
         first, ladj = way(first, context)
         return torch.cat([first, rest], -3), ladj
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} channels, {self.transform}"
 
 
 class ConvCoupling(TwoWayScheme):
@@ -143,6 +149,10 @@ class ConvCoupling(TwoWayScheme):
         moved, ladj = move(moved, *self._map_parameters(raw, value))
         images = torch.cat([kept, moved], 1)
         return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
+
+    def extra_repr(self) -> str:
+        hidden = tuple(layer.out_channels for layer in self.layers[:-1])  # pyright: ignore
+        return f"{super().extra_repr()}, hidden {hidden}"
 
     def _net(self, x: Tensor) -> Tensor:
         *inner, last = self.layers

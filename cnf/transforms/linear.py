@@ -128,6 +128,9 @@ class Householder(Orthogonal):
     def matrix(self) -> Tensor:
         return householder_product(self.vectors)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {len(self.vectors)} reflections"
+
 
 @TRANSFORMS.register("rotation", example=lambda dim: Rotation(dim))
 class Rotation(Orthogonal):

@@ -87,6 +87,9 @@ class Standardize(Transform):
         self._expect("x", x)
         return ((x - self.loc) / self.scale).to(x.dtype), -self._ladj(x)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {'' if self.fitted else 'not '}fitted"
+
     def get_extra_state(self) -> Tensor:
         """An empty tensor, whose dtype is what is kept."""
         return torch.empty(0, dtype=self.dtype)

@@ -126,6 +126,9 @@ class Sylvester(Transform):
             tanh = self._solved(_times(q.mT, x), r, s, b)
             return x - _times(q, _times(r, tanh)), -_sylvester_ladj(r, s, tanh)
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank {self.rank}"
+
     def _solved(self, target: Tensor, r: Tensor, s: Tensor, b: Tensor) -> Tensor:
         """tanh(S y + b) of the y with y + R tanh(S y + b) = target, from y's last on."""
         found: dict[int, tuple[Tensor, Tensor]] = {}  # y_i and its tanh

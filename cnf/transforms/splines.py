@@ -36,6 +36,9 @@ class RationalQuadratic(ElementwiseMap):
         self.curve = _Curve(bins, bound, least)
         self.size = 3 * bins - 1
 
+    def __repr__(self) -> str:
+        return f"spline of {self.curve.bins} bins"
+
     def parametrize(self, raw: Tensor) -> Parameters:
         """Widths and heights by a softmax, (2, K, *); slopes by a softplus, (K + 1, *), 1 at the
         ends."""
@@ -73,6 +76,9 @@ class CircularSpline(ElementwiseMap):
     def __init__(self, bins: int = 8, bound: float = math.pi, least: float = 1e-3) -> None:
         self.curve = _Curve(bins, bound, least)
         self.size = 3 * bins + 1
+
+    def __repr__(self) -> str:
+        return f"circular spline of {self.curve.bins} bins"
 
     def parametrize(self, raw: Tensor) -> Parameters:
         """The turn, (*), widths and heights, (2, K, *), and slopes, (K + 1, *)."""

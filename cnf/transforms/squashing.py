@@ -55,6 +55,9 @@ class Sigmoid(_Squashing):
         super().__init__(event_dims)
         self.support, self.low, self.range = (low, high), low, high - low
 
+    def extra_repr(self) -> str:
+        return "from {:g} to {:g}".format(*self.support)
+
     def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]:
         log_slope = math.log(self.range) + F.logsigmoid(z) + F.logsigmoid(-z)
         return self.low + self.range * torch.sigmoid(z), log_slope

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # at run time they are imported when they are first used, see
     from cnf.race import compare
     from cnf.training import TrainConfig, fit, load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = ("checks", "metrics", "plotting", "race", "training")
 _LAZY = {

@@ -8,9 +8,10 @@ BASE := $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell
 	$(p) -c 'import sys; sys.version_info >= (3, 11) or exit(1)' 2>/dev/null && echo $(p))))
 RUN := .venv/bin/python
 READY := .venv/.ready
+READY_FOR_DOCS := .venv/.ready-for-docs
 endif
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: $(READY)
 	$(RUN) -m cnf compare pinwheel --seconds 15
@@ -22,6 +23,11 @@ check: $(READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
 	$(RUN) -m basedpyright
+
+# Warnings are errors: every link between pages and to the API has to be there.
+docs: $(READY_FOR_DOCS)
+	$(RUN) -m sphinx -W --keep-going --quiet docs docs/_build/html
+	@echo "The site: docs/_build/html/index.html"
 
 # Not as extras: they ask for torchvision, Lightning and a tensorboard of their own, unused here.
 bench: $(READY)
@@ -37,5 +43,9 @@ endif
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[all,test]'
 	@touch $@
 
+.venv/.ready-for-docs: .venv/.ready
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis dist build
+	rm -rf docs/_build docs/experiments docs/notebooks .venv .pytest_cache .ruff_cache .hypothesis dist build

@@ -10,6 +10,7 @@ from cnf.transforms.elementwise import (
     Additive,
     Affine,
     Elementwise,
+    ElementwiseMap,
     Inverted,
     Scheme,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ConvCoupling",
     "Coupling",
     "Elementwise",
+    "ElementwiseMap",
     "Householder",
     "Integral",
     "Inverse",

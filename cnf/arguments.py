@@ -48,6 +48,7 @@ def spelled(words: Sequence[str], kinds: Mapping[str, Any], bare: Iterable[str])
         words: What stands behind the command.
         kinds: Flag → its type.
         bare: The flags that may be left out, in the order of their values.
+
     Raises:
         ValueError: A flag that is not known, one without its value, or a word too many.
     """

@@ -440,7 +440,8 @@ def _parser() -> Any:
 
 def _data(run: Path, data: str | None) -> tuple[Any, float]:
     """The data named, or what the run was trained on, read as they were; and the part of them that
-    training put aside."""
+    training put aside.
+    """
     if data is not None and not (run / "config.yaml").is_file():
         return densities.load(data), 0.0
     settings = recorded(run)

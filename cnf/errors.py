@@ -296,7 +296,8 @@ def _is_positive(value: Any) -> bool:
 
 def expect_counts(who: str, least: int = 1, **values: Any) -> None:
     """Raise for the first value that is given (not None) and is not a whole number of at least
-    `least`."""
+    `least`.
+    """
     for name, value in values.items():
         if value is None:
             continue

@@ -24,7 +24,8 @@ def current_autocast(value: Tensor) -> torch.autocast:
 
 def with_current_autocast(function: Callable[P, R], value: Tensor) -> Callable[P, R]:
     """The function, under autocast as it is now whenever it is called: a backward pass that calls
-    it would else evaluate in another precision than the forward pass did."""
+    it would else evaluate in another precision than the forward pass did.
+    """
     if not torch.is_autocast_enabled(value.device.type):
         return function
     autocast = current_autocast(value)
@@ -39,7 +40,8 @@ def with_current_autocast(function: Callable[P, R], value: Tensor) -> Callable[P
 
 def no_autocast(value: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on value's device: rounding in bfloat16 breaks invertibility, and
-    the log-determinant would not be that of the map that is computed."""
+    the log-determinant would not be that of the map that is computed.
+    """
     device = value.device.type
     if not torch.is_autocast_enabled(device):
         return nullcontext()  # 20 times faster

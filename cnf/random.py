@@ -1,5 +1,6 @@
 """Seeds and generators: one's own, seeded by several integers, and torch's, which dropout and
-torch.distributions draw from and which are left as they were."""
+torch.distributions draw from and which are left as they were.
+"""
 
 from contextlib import AbstractContextManager
 

@@ -61,8 +61,10 @@ class Registry(Mapping[str, Any]):
             spec: An instance, which is returned as it is; a name, or the class of that name; or a
                 mapping of "name" and the options of the class or function of that name.
             who: Whose argument it is, for errors.
+
         Returns:
             An instance, or, where functions are what is listed, the function with its options.
+
         Raises:
             UnknownNameError: No entry has the name.
             ValueError: A mapping without "name", or with an option that the entry does not have.

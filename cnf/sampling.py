@@ -147,6 +147,7 @@ def sde(
         diffusion: g as a function of t.
         grid: Times of the steps, instead of equal ones.
         generator: Source of all draws.
+
     Returns:
         Samples, as `Flow.sample` gives them.
     """

@@ -20,6 +20,7 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         name: What the argument is called.
         values: A tensor, an array in any byte order or layout, a table or column of pandas, polars
             or pyarrow, or nested lists of numbers.
+
     Raises:
         ValueError: It holds something else than real numbers, or different integers that float64
             merges; the message names columns.

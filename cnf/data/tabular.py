@@ -97,7 +97,8 @@ class Points:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n rows drawn with replacement, by their weights where they have any, shape (n, D), on
-        the generator's device."""
+        the generator's device.
+        """
         return self.take(self.draw(n, generator)).x
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -192,6 +193,7 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
     Args:
         path: The file.
         columns: What its columns are for; all are modeled if None.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The kind of file is unknown, or what it holds is not a table of at least two

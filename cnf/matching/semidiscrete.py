@@ -75,6 +75,7 @@ class SemiDiscrete:
             draw: Base samples: (n, generator) → (n, *event).
             context: Labels, shape (M, C): rows that have one in common are a group.
             generator: Source of draws.
+
         Raises:
             ValueError: Contexts that vary continuously, which make no groups; no rows.
         """
@@ -165,7 +166,6 @@ def _solved(x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | Non
     It maximizes ⟨x, y_j⟩ + p_j, with p = (ψ - ‖y‖²)/2, of points that are moved and scaled so that
     base and data have the origin and the spread in common: trees then prune well.
     """
-
     x1 = x1.double() if x1.shape[1] <= TREE_DIMS[1] else x1  # few dimensions have narrow cells
 
     def sample(n: int) -> Tensor:

@@ -37,8 +37,10 @@ def maf(
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -74,8 +76,10 @@ def iaf(
             "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -121,8 +125,10 @@ def nsf_ar(
         context_preprocess: The same for the context.
         period: Of the data, where all of them are angles: circular splines on
             [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -166,8 +172,10 @@ def autoregressive_flow(
         base: What is mapped to the data; N(0, I) if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """

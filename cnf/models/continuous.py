@@ -55,8 +55,10 @@ def cnf(
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
             needs it.
+
     Returns:
         A `Flow` whose `field` is the vector field.
+
     Raises:
         ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
@@ -109,8 +111,10 @@ def ffjord(
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
             needs it.
+
     Returns:
         A `Flow` whose `field` is the vector field.
+
     Raises:
         ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
@@ -162,8 +166,10 @@ def rnode(
         shape: (C, H, W) instead of dim: a convolutional field.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
             needs it.
+
     Returns:
         A `Flow` whose `field` is the vector field.
+
     Raises:
         ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
     """
@@ -211,8 +217,10 @@ def otflow(
         context_preprocess: The same for the context.
         null_context: Whether a learned vector stands in for a context that is missing, as guidance
             needs it.
+
     Returns:
         A `Flow` whose `field` is the vector field.
+
     Raises:
         ValueError: Hidden layers of different widths, a size below 1, or a name that is not known.
     """

@@ -34,8 +34,10 @@ def nice(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -78,8 +80,10 @@ def realnvp(
             random) or "lu" (a trained linear map).
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -124,8 +128,10 @@ def nsf(
         context_preprocess: The same for the context.
         period: Of the data, where all of them are angles: circular splines on
             [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -170,8 +176,10 @@ def coupling_flow(
         base: What is mapped to the data; N(0, I) if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """

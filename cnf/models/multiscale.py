@@ -41,8 +41,10 @@ def glow(
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
         shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
+
     Returns:
         A `Flow` of points of shape (dim,), or of images.
+
     Raises:
         ValueError: Neither dim nor shape, or both; a size that does not fit.
     """

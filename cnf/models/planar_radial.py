@@ -25,8 +25,10 @@ def planar(
         layers: Number of layers.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -53,8 +55,10 @@ def radial(
         layers: Number of layers.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """
@@ -83,8 +87,10 @@ def sylvester(
         rank: Directions of a layer; all of D, but 8 at most, if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
+
     Returns:
         A `Flow` of points of shape (dim,).
+
     Raises:
         ValueError: A size below 1, or a name that is not known.
     """

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
@@ -178,7 +178,7 @@ class Flow(nn.Module):
         with evaluating(self), initializing(self.transform) as fresh:
             if fresh:
                 _, y, context, _ = self._enter(x, context, "initialize", generator)
-                self._inner("off").inverse(y, context)
+                self._without_ladj.inverse(y, context)
 
     def log_prob(
         self,
@@ -208,13 +208,16 @@ class Flow(nn.Module):
                 expected.
             SolverError: An ODE solve failed.
         """
-        divergence = None if divergence is None else DIVERGENCES.build(divergence)
+        estimator = None if divergence is None else DIVERGENCES.build(divergence)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
         self._notice(y, context)
-        inner = self._inner(_taken(divergence, rows))
-        given = isinstance(divergence, Hutchinson) and divergence.probe is not None
-        way = inner.inverse  # probes that are given are for all rows at once
-        z, ladj = way(y, context) if given else by_chunks(inner, way, y, context)
+        transform = self.transform
+        if estimator is not None:
+            transform = reconfigured(transform, divergence=_for_rows(estimator, rows))
+        if probes_of(estimator) is None:
+            z, ladj = by_chunks(transform, transform.inverse, y, context)
+        else:  # probes that are given are for all rows at once
+            z, ladj = transform.inverse(y, context)
         log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
         return rows.restore(log_prob, rows.log_density)
 
@@ -235,7 +238,7 @@ class Flow(nn.Module):
         transform = require_field("Flow.log_prob_and_integral", self)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
         solved = transform.integrate(
-            y, context, towards="base", divergence=_taken(divergence, rows),
+            y, context, towards="base", divergence=_for_rows(divergence, rows),
             integrands=integrands, stop=stop,
         )  # fmt: skip
         log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(x.dtype)
@@ -291,8 +294,8 @@ class Flow(nn.Module):
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
         rows, y, context, _ = self._enter(x, context, "encode", None)
-        inner = self._inner("off")
-        return rows.restore(by_chunks(inner, inner.inverse, y, context)[0])
+        z, _ = by_chunks(self.transform, self._without_ladj.inverse, y, context)
+        return rows.restore(z)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Base sample → data; NaN in rows that are not finite."""
@@ -373,16 +376,14 @@ class Flow(nn.Module):
 
     def _decoded(self, z: Tensor, context: Tensor | None) -> Tensor:
         rows, z, context = self._start(z, context)
-        inner = self._inner("off")
-        x = rows.restore(self.outside(by_chunks(inner, inner, z, context)[0])[0])
+        y, _ = by_chunks(self.transform, self._without_ladj, z, context)
+        x = rows.restore(self.outside(y)[0])
         return x if self.dequantization is None else self.dequantization.decode(x)
 
-    def _inner(self, divergence: str | Divergence | None) -> Transform:
-        """The transform; "off" leaves out log-determinants, None changes nothing."""
-        if divergence is None or not is_continuous(self.transform):
-            return self.transform
-        setting = None if divergence == "off" else divergence
-        return reconfigured(self.transform, divergence=setting)
+    @property
+    def _without_ladj(self) -> Transform:
+        """The transform, whose ODEs are solved without their divergence."""
+        return reconfigured(self.transform, divergence=None)
 
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
@@ -531,13 +532,12 @@ def _no_field(who: str, flow: Flow) -> str:
     )
 
 
-def _taken(
-    divergence: str | Divergence | None, rows: FiniteRows | AllFinite
-) -> str | Divergence | None:
-    """The divergence for the rows that are computed with."""
-    if not isinstance(divergence, Hutchinson) or divergence.probe is None or not rows.dropped:
+def _for_rows(divergence: str | Divergence, rows: FiniteRows | AllFinite) -> str | Divergence:
+    """The divergence, whose probes, where they are given, are those of the selected rows."""
+    probes = probes_of(divergence)
+    if probes is None or not rows.dropped:
         return divergence
-    return replace(divergence, probe=rows.select(divergence.probe, axis=1))
+    return replace(divergence, probe=rows.select(probes, axis=1))  # pyright: ignore
 
 
 def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torch.dtype) -> None:

@@ -225,6 +225,11 @@ class Hutchinson(Divergence):
         return Rates(v, each.movedim(0, -1), None if sketched else products)
 
 
+def probes_of(divergence: str | Divergence | None) -> Tensor | None:
+    """The probes that were given for all rows at once; None where each solve draws its own."""
+    return divergence.probe if isinstance(divergence, Hutchinson) else None
+
+
 @DIVERGENCES.register("hutch++")
 def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchinson:
     """Hutch++: Hutchinson's estimate of what a sketch's exact trace leaves, see `Hutchinson`."""

@@ -24,7 +24,6 @@ UNFINISHED = (
     "cnf.errors",
     "cnf.fields",
     "cnf.flow",
-    "cnf.matching",
     "cnf.metrics",
     "cnf.nets",
     "cnf.objectives",

@@ -1,4 +1,4 @@
-"""Flow matching's choices: the path between two points, who is paired with whom, which times."""
+"""The choices of flow matching: the path, the coupling, and the distribution of times."""
 
 from cnf.matching.couplings import COUPLINGS, Pairing
 from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule

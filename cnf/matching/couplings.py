@@ -1,7 +1,7 @@
 """Couplings: which base sample is paired with which data point.
 
-The functions here pair the rows of one batch; `cnf.matching.semidiscrete` pairs with a whole data
-set.
+The functions here pair the rows of one batch; `cnf.matching.semidiscrete` pairs base samples with
+the rows of a whole data set.
 """
 
 import math
@@ -20,7 +20,7 @@ COUPLINGS = Registry("coupling")
 
 
 class Pairing(NamedTuple):
-    """Rows that belong together; indices, so that a context follows its data point.
+    """Which rows of x0 and x1 form pairs, as indices, so that a context follows its data point.
 
     Attributes:
         i: Rows of x0, shape (P,); None for all of them in order.
@@ -43,16 +43,22 @@ def independent(
     context: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Pairing:
-    """Row k of x0 with row k of x1: independent draws, so pairs are independent too.
+    """Pair row k of x0 with row k of x1, which are independent draws.
 
     Args:
         x0: Base samples, shape (N, *event).
         x1: Data, shape (N, *event).
-        context: Condition of each row of x1, shape (N, C); not looked at.
-        generator: Not used.
+        context: Condition of each row of x1, shape (N, C); it has no influence.
+        generator: Not used: the pairing is deterministic.
+
+    Returns:
+        All rows in order, with equal weights.
+
+    Raises:
+        ValueError: There are no rows, or x0 and x1 differ in shape.
     """
     _expect_rows("independent", x0, x1)
-    _expect_as_many("independent", len(x0), len(x1))
+    _expect_equal_sizes("independent", len(x0), len(x1))
     return Pairing()
 
 
@@ -63,17 +69,28 @@ def minibatch_ot(
     context: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Pairing:
-    """The permutation that makes Σ‖x0 - x1‖² least: every row is used once.
+    """Pair rows by the permutation that minimizes Σ‖x0 - x1‖², so that each is used once.
 
-    Takes about N² log N time, 100 ms for 1,024 rows. It does not look at the context, so that
-    pairs of one context no longer start from the base distribution: see "conditional-ot"; nor,
-    in large numbers, at little cost: see "semidiscrete".
+    The cost grows as about N² log N, 100 ms for 1,024 rows; "semidiscrete" pairs large numbers at
+    a lower cost. The context has no influence, so given one context, the paired base samples no
+    longer follow the base distribution: with a context use "conditional-ot".
+
     Source: Tong et al. (2024), https://arxiv.org/abs/2302.00482; Pooladian et al. (2023),
     https://arxiv.org/abs/2304.14772.
 
-    Args: as for `independent`.
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (N, *event).
+        context: Condition of each row of x1, shape (N, C); ignored, with a warning.
+        generator: Not used: the pairing is deterministic.
+
+    Returns:
+        For each row of x0 a row of x1, with equal weights.
+
+    Raises:
+        ValueError: There are no rows, x0 and x1 differ in shape, or a distance is not finite.
     """
-    _warn_of_context("minibatch-ot", context)
+    _warn_context_ignored("minibatch-ot", context)
     _expect_rows("minibatch-ot", x0, x1)
     return Pairing(j=_permutation("minibatch-ot", squared_distances(x0, x1)))
 
@@ -88,21 +105,35 @@ def conditional_ot(
     weight: float | None = None,
     candidates: float = 0.01,
 ) -> Pairing:
-    """The permutation that makes Σ‖x0 - x1‖² + w·‖c0 - c1‖² least (C2OT).
+    """Pair rows by the permutation that minimizes Σ‖x0 - x1‖² + w·‖c0 - c1‖² (C2OT).
 
-    Row k of x0 goes with the context of row k of x1 before the rows are exchanged, so what is far
-    apart in context is not exchanged. Where most contexts occur again (labels), rows are exchanged
-    only among equals. Columns of the context count by their scale: `FlowMatching` gives contexts
-    as the field sees them, standardized where the flow does so.
+    Row k of x0 is assigned the context c0 of row k of x1 before the permutation, which penalizes
+    pairs whose contexts differ. If more than half of the contexts occur more than once (labels),
+    only rows with equal contexts are permuted. The scale of a context column determines its
+    influence: `FlowMatching` gives contexts as the field sees them, standardized if the flow
+    standardizes them. A missing value (NaN) is a value of its own.
+
     Source: Cheng & Schwing (2025), https://arxiv.org/abs/2503.10636.
 
-    Args: as for `independent`, and
-        weight: w; None takes the one for which a row would rather have `candidates` of all rows
-            than its own.
-        candidates: Part of the batch, for contexts that vary continuously.
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (N, *event).
+        context: Condition of each row of x1, shape (N, C); None is the same as minibatch-ot.
+        generator: Not used: the pairing is deterministic.
+        weight: The weight w of the contexts' squared distance. If None, labels are never mixed,
+            and for continuous contexts w is such that a share `candidates` of all pairs has a
+            lower cost than the row's own pair.
+        candidates: That share, in [0, 1].
+
+    Returns:
+        For each row of x0 a row of x1, with equal weights.
+
+    Raises:
+        ValueError: There are no rows, x0 and x1 differ in shape, a distance is not finite, or
+            there is not one context for each row.
     """
     _expect_rows("conditional-ot", x0, x1)
-    _expect_as_many("conditional-ot", len(x0), len(x1))
+    _expect_equal_sizes("conditional-ot", len(x0), len(x1))
     cost = squared_distances(x0, x1)
     if context is None:
         return Pairing(j=_permutation("conditional-ot", cost))
@@ -111,12 +142,12 @@ def conditional_ot(
             f"conditional-ot: expected a context for each of {len(x1)} rows, got {len(context)}"
         )
     exact = "donot_use_mm_for_euclid_dist"  # equal contexts are at distance 0, to the bit
-    context = _with_missing(context.double())
+    context = _with_missing_flags(context.double())
     apart = torch.cdist(context, context, compute_mode=exact).square()
     if weight is None:
         equal = apart == 0
         labels = bool((equal.sum(1) > 1).float().mean() > 0.5)
-        weight = _beyond(cost) if labels else _weight_for(cost, apart, candidates)
+        weight = _prohibitive(cost) if labels else _context_weight(cost, apart, candidates)
         apart = (~equal).to(cost) if labels else apart
     return Pairing(j=_permutation("conditional-ot", cost + weight * apart))
 
@@ -131,24 +162,37 @@ def sinkhorn(
     reg: float = 0.05,
     relative: bool = True,
 ) -> Pairing:
-    """Entropic optimal transport: each x0 with an x1 drawn from its row of the plan.
+    """Pair each x0 with an x1 drawn from its row of the entropic optimal transport plan.
 
-    Takes 0.2 s for 1,024 rows, and seconds where reg is below 1/500 of the largest distance.
+    The plan P minimizes Σ P_ij‖x0_i - x1_j‖² - reg·H(P) with uniform marginals. It takes 0.2 s for
+    1,024 rows, and seconds if reg is below 1/500 of the largest squared distance.
+
     Source: Cuturi (2013), https://arxiv.org/abs/1306.0895.
 
-    Args: as for `independent`, and
-        reg: Weight of the entropy.
-        relative: Count it in the mean squared distance of the batch.
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (M, *event).
+        context: Condition of each row of x1, shape (M, C); ignored, with a warning.
+        generator: Source of the draws; None for torch's global generator.
+        reg: Weight of the entropy, above 0.
+        relative: Whether reg is in units of the batch's mean squared distance.
+
+    Returns:
+        For each row of x0 a row of x1, with equal weights.
+
+    Raises:
+        ValueError: There are no rows, events differ in shape, reg is not positive, or it is too
+            small for a finite plan.
     """
     expect_positive("sinkhorn", reg=reg)
-    _warn_of_context("sinkhorn", context)
+    _warn_context_ignored("sinkhorn", context)
     _expect_rows("sinkhorn", x0, x1)
     cost = _numpy(squared_distances(x0, x1))
     reg = reg * cost.mean() if relative else reg
-    # Scaling takes a twentieth of the time, as long as exp(-cost / reg) stays in float64's range.
+    # Without logarithms it is 20× faster, but needs exp(-cost / reg) in the range of float64.
     method = "sinkhorn" if cost.max() < 500 * reg else "sinkhorn_log"
     plan = optional("ot", "matching").sinkhorn([], [], cost, reg, method=method)
-    return _drawn(plan, x1, generator)._replace(weight=None)  # all rows weigh the same
+    return _sample_pairs(plan, x1, generator)._replace(weight=None)  # the marginals are uniform
 
 
 @COUPLINGS.register("unbalanced")
@@ -161,16 +205,30 @@ def unbalanced(
     reg: float = 0.05,
     marginal: float = 1.0,
 ) -> Pairing:
-    """Entropic transport that may leave the marginals, as outliers ask for.
+    """Pair by entropic transport with relaxed marginals, which is robust to outliers.
+
+    The plan minimizes the transport cost, minus the entropy, plus the Kullback-Leibler divergences
+    of its marginals from uniform ones. Each x0 is paired with an x1 drawn from its row.
 
     Source: Chizat et al. (2018), https://arxiv.org/abs/1607.05816.
 
-    Args: as for `independent`, and
-        reg: Weight of the entropy, in the mean squared distance of the batch.
-        marginal: Weight of the marginals' Kullback-Leibler divergences, counted likewise.
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (M, *event).
+        context: Condition of each row of x1, shape (M, C); ignored, with a warning.
+        generator: Source of the draws; None for torch's global generator.
+        reg: Weight of the entropy, in units of the batch's mean squared distance.
+        marginal: Weight of the marginals' divergences, in the same units.
+
+    Returns:
+        For each row of x0 a row of x1, and weights: the mass of the plan's rows, of mean 1.
+
+    Raises:
+        ValueError: There are no rows, events differ in shape, a weight is not positive, or the
+            plan is not finite.
     """
     expect_positive("unbalanced", reg=reg, marginal=marginal)
-    _warn_of_context("unbalanced", context)
+    _warn_context_ignored("unbalanced", context)
     _expect_rows("unbalanced", x0, x1)
     cost = squared_distances(x0, x1)
     uniform = np.full(len(x0), 1 / len(x0))
@@ -178,7 +236,7 @@ def unbalanced(
         uniform, np.full(len(x1), 1 / len(x1)), _numpy(cost / cost.mean()), reg, marginal,
         method="sinkhorn_stabilized",
     )  # fmt: skip
-    return _drawn(plan, x1, generator)
+    return _sample_pairs(plan, x1, generator)
 
 
 @COUPLINGS.register("partial")
@@ -190,53 +248,79 @@ def partial(
     *,
     mass: float = 0.9,
 ) -> Pairing:
-    """Exact transport of the cheapest part of the mass; the other rows get weight 0.
+    """Pair by exact partial transport: a part of the mass at minimal cost, the rest at weight 0.
 
     Source: Chapel et al. (2020), https://arxiv.org/abs/2002.08276.
 
-    Args: as for `independent`, and
-        mass: The part, in (0, 1].
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (M, *event).
+        context: Condition of each row of x1, shape (M, C); ignored, with a warning.
+        generator: Source of the draws; None for torch's global generator.
+        mass: The part of the mass that is transported, in (0, 1].
+
+    Returns:
+        For each row of x0 a row of x1, and weights: the mass of the plan's rows, of mean 1.
+
+    Raises:
+        ValueError: There are no rows, events differ in shape, or mass is not in (0, 1].
     """
     if not 0 < mass <= 1:
         raise ValueError(f"partial: expected 0 < mass <= 1, got {mass}")
-    _warn_of_context("partial", context)
+    _warn_context_ignored("partial", context)
     _expect_rows("partial", x0, x1)
     cost = squared_distances(x0, x1)
     sides = [np.full(n, 1 / n) for n in cost.shape]
     plan = optional("ot", "matching").partial.partial_wasserstein(
         *sides, _numpy(cost), m=min(mass, *(side.sum() for side in sides)), numItermax=10_000_000
     )
-    return _drawn(plan, x1, generator)
+    return _sample_pairs(plan, x1, generator)
 
 
 def optimal_duals(cost: Tensor) -> Tensor:
-    """Of the cheapest plan between equal weights: u with u_i + v_j <= cost_ij, shape (N,)."""
+    """Optimal dual potentials u, shape (N,), of transport between uniform weights.
+
+    They satisfy u_i + v_j <= cost_ij, with equality where the optimal plan has mass.
+    """
     low, high = cost.min(), cost.max()
     cost = (cost - low) / (high - low).clamp(min=1e-300)
-    duals = _exact("optimal_duals", cost)[1]["u"]
+    duals = _optimal_plan("optimal_duals", cost)[1]["u"]
     return torch.from_numpy(duals).to(cost) * (high - low) + low
 
 
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
-    """‖x0_i - x1_j‖² between rows, whatever their shape: (N, M), in float64."""
+    """Squared distances ‖x0_i - x1_j‖², shape (N, M), in float64.
+
+    Args:
+        x0: Base samples, shape (N, *event).
+        x1: Data, shape (M, *event).
+    """
     a, b = x0.detach().flatten(1).double(), x1.detach().flatten(1).double()
-    center = b.mean(0)  # far from the origin the products would cancel
+    center = b.mean(0)  # products of vectors far from the origin would lose digits
     a, b = a - center, b - center
     squares = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
 
 
 def _permutation(who: str, cost: Tensor) -> Tensor:
-    """The column of each row in the cheapest permutation."""
-    plan, _ = _exact(who, cost / cost.abs().max().clamp(min=1e-300))
+    """The column of each row in the permutation of least cost."""
+    plan, _ = _optimal_plan(who, cost / cost.abs().max().clamp(min=1e-300))
     return torch.from_numpy(plan.argmax(1)).to(cost.device)
 
 
 def optimal(who: str, solve: Callable[..., Any], cost: np.ndarray) -> tuple[Any, dict[str, Any]]:
-    """What POT's `emd` or `emd2` finds between equal weights, and its log.
+    """Solve exact optimal transport between uniform weights by POT.
+
+    Args:
+        who: Who asks, for the message.
+        solve: POT's `emd` or `emd2`.
+        cost: Costs, shape (N, M).
+
+    Returns:
+        What `solve` returns, and its log.
 
     Raises:
-        ValueError: It is not known to be the optimum.
+        ValueError: POT does not certify that the plan is optimal.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the log says the same
@@ -249,27 +333,27 @@ def optimal(who: str, solve: Callable[..., Any], cost: np.ndarray) -> tuple[Any,
     return found, log
 
 
-def _exact(who: str, cost: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
-    """The plan between equal weights, of costs within ±1: POT's tolerance is absolute."""
-    _expect_as_many(who, *cost.shape)
+def _optimal_plan(who: str, cost: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+    """The optimal plan and POT's log, for costs within ±1, as POT's tolerance is absolute."""
+    _expect_equal_sizes(who, *cost.shape)
     return optimal(who, optional("ot", "matching").emd, _numpy(cost.double()))
 
 
-def _drawn(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> Pairing:
-    """Each x0 with an x1 drawn from its row of the plan, weighted by the row's mass."""
+def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> Pairing:
+    """Pair each x0 with an x1 drawn from its row of the plan, weighted by the row's mass."""
     device = x1.device if generator is None else generator.device
     masses = torch.from_numpy(plan).to(device)
     rows = masses.sum(1)
     if not torch.isfinite(rows).all() or rows.sum() <= 0:
         raise ValueError("coupling: the plan came out empty or NaN; raise reg")
-    # A row without mass has no partner: any will do, for its weight is 0.
+    # multinomial needs a positive mass in each row; the pair of a row without mass has weight 0.
     masses = torch.where(rows[:, None] > 0, masses, torch.ones_like(masses))
     j = torch.multinomial(masses, 1, generator=generator).squeeze(1)
     weight = rows * len(rows) / rows.sum()
     return Pairing(j=j.to(x1.device), weight=weight.to(x1))
 
 
-def _warn_of_context(name: str, context: Tensor | None) -> None:
+def _warn_context_ignored(name: str, context: Tensor | None) -> None:
     if context is not None:
         warnings.warn(
             f"{name} pairs without looking at the context, so a conditional model starts "
@@ -278,21 +362,21 @@ def _warn_of_context(name: str, context: Tensor | None) -> None:
         )
 
 
-def _weight_for(cost: Tensor, apart: Tensor, candidates: float) -> float:
-    """The weight at which rows prefer `candidates` of all columns to their own."""
-    preferred_below = (cost.diagonal()[:, None] - cost) / apart
-    # Equal contexts, such as a row's own, are as near at any weight: 0/0 or x/0.
-    found = torch.where(apart > 0, preferred_below, -torch.inf).flatten().sort().values
+def _context_weight(cost: Tensor, apart: Tensor, candidates: float) -> float:
+    """The weight at which a share `candidates` of all pairs costs less than the row's own pair."""
+    cheaper_below = (cost.diagonal()[:, None] - cost) / apart
+    # Pairs of equal contexts, such as a row's own, are the same at every weight: 0/0 or x/0.
+    found = torch.where(apart > 0, cheaper_below, -torch.inf).flatten().sort().values
     return max(0.0, found[math.ceil((1 - candidates) * (len(found) - 1))].item())
 
 
-def _beyond(cost: Tensor) -> float:
-    """More than any exchange of rows can save."""
+def _prohibitive(cost: Tensor) -> float:
+    """A weight above the cost of any permutation, so that unequal contexts are never paired."""
     return len(cost) * cost.max().item() + 1.0
 
 
-def _with_missing(context: Tensor) -> Tensor:
-    """Contexts in which a missing value, NaN, is one like any other: a place and a flag."""
+def _with_missing_flags(context: Tensor) -> Tensor:
+    """Contexts with 0 for each NaN and a flag beside it, so that distances are finite."""
     missing = context.isnan()
     return torch.cat([context.nan_to_num(0.0), missing.to(context)], 1)
 
@@ -302,7 +386,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _expect_rows(who: str, x0: Tensor, x1: Tensor) -> None:
-    """Raise unless both have rows, of events of one shape."""
+    """Raise ValueError unless both have rows, and their events have one shape."""
     if not len(x0) or not len(x1):
         raise ValueError(
             f"{who}: expected one row of x0 and of x1 or more, got {len(x0)} and {len(x1)}"
@@ -314,6 +398,6 @@ def _expect_rows(who: str, x0: Tensor, x1: Tensor) -> None:
         )
 
 
-def _expect_as_many(who: str, base: int, data: int) -> None:
+def _expect_equal_sizes(who: str, base: int, data: int) -> None:
     if base != data:
         raise ValueError(f"{who}: expected as many x0 as x1, got {base} and {data}")

@@ -1,4 +1,4 @@
-"""Probability paths: how noise and data are joined, and the velocity along the way."""
+"""Probability paths: interpolations x_t between noise and data, and their velocities u_t."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from cnf.registry import Registry
 
 
 class PathSample(NamedTuple):
-    """A point of a conditional path.
+    """A position and velocity on a conditional path.
 
     Attributes:
         t: Time, shape (*batch,).
@@ -27,9 +27,17 @@ class PathSample(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """xt = alpha·x1 + sigma·x0 + gamma·z with z ~ N(0, I), and each one's derivative in t.
+    """The coefficients of xt = alpha·x1 + sigma·x0 + gamma·z, z ~ N(0, I), at a time t.
 
-    Tensors of t's shape, or numbers where they are constant.
+    Each is a tensor of t's shape, or a number if it does not depend on t.
+
+    Attributes:
+        alpha: Coefficient of the data.
+        sigma: Coefficient of the base sample.
+        d_alpha: Derivative of alpha with respect to t.
+        d_sigma: Derivative of sigma.
+        gamma: Coefficient of the path's own noise.
+        d_gamma: Derivative of gamma.
     """
 
     alpha: Any
@@ -40,9 +48,10 @@ class Schedule(NamedTuple):
     d_gamma: Any = 0.0
 
     def gaussian(self) -> "Schedule":
-        """Of a standard normal x0: one sigma for it and the noise together, no gamma.
+        """The equivalent schedule without gamma, for a standard normal x0.
 
-        Given x1, xt is N(alpha·x1, sigma²) whichever of the two its spread comes from.
+        The sum of sigma·x0 and gamma·z is normal with variance sigma² + gamma², so given x1 both
+        schedules have the same marginals N(alpha·x1, sigma² + gamma²).
         """
         if isinstance(self.gamma, float) and self.gamma == 0.0:
             return self
@@ -55,9 +64,10 @@ class Path(ABC):
     """A family of curves from x0 (t = 0) to x1 (t = 1).
 
     Attributes:
-        noisy: Whether xt has noise of its own, so that a curve is random between its ends.
-        margin: How near t may come to (0, 1), where derivatives are infinite; nearer times are
-            moved to it.
+        noisy: Whether xt has noise of its own (gamma is not zero), so that a curve is random
+            between its ends.
+        margin: The least distances of t from 0 and from 1, where a derivative is infinite; closer
+            times are clamped.
     """
 
     noisy: bool = False
@@ -65,25 +75,33 @@ class Path(ABC):
 
     @abstractmethod
     def schedule(self, t: Tensor) -> Schedule:
-        """Coefficients at t, inside the margin."""
+        """Coefficients at times t, of any shape, at least the margin away from 0 and 1."""
 
     def over(self, t: Tensor, event_dims: int) -> Schedule:
-        """The same, broadcasting over so many event dimensions."""
+        """Coefficients in a shape that broadcasts with the points.
+
+        Args:
+            t: Times at least the margin away from 0 and 1, shape (*batch,).
+            event_dims: Number of dimensions of an event, 1 for vectors and 3 for images.
+        """
         return self.schedule(t.reshape(*t.shape, *[1] * event_dims) if t.dim() else t)
 
     def clipped(self, t: Tensor) -> Tensor:
-        """The nearest times inside the margin."""
+        """Times t, clamped to at least the margin away from 0 and 1."""
         low, high = self.margin
         return t if low == high == 0.0 else t.clamp(low, 1 - high)
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> PathSample:
-        """Position and velocity at time t.
+        """Position xt and velocity ut = dxt/dt at time t.
 
         Args:
             x0: Base samples, shape (*batch, *event).
             x1: Data, of the same shape.
             t: Times in [0, 1], shape (*batch,).
             noise: z ~ N(0, I), of x0's shape, for a noisy path; drawn if None.
+
+        Returns:
+            The clamped times, positions and velocities.
         """
         t = self.clipped(t)
         at = self.over(t, x0.dim() - t.dim())
@@ -101,15 +119,18 @@ PATHS = Registry("path", Path)
 @PATHS.register("linear")
 @dataclass(frozen=True)
 class Linear(Path):
-    """xt = t·x1 + (1 - (1 - σ)t)·x0: the conditional OT path, and rectified flow's.
+    """The conditional OT path of rectified flow, xt = t·x1 + (1 - (1 - σ)t)·x0.
 
     Source: Lipman et al. (2023), https://arxiv.org/abs/2210.02747; Liu et al. (2023),
     https://arxiv.org/abs/2209.03003; with noise, Tong et al. (2024),
     https://arxiv.org/abs/2302.00482.
 
     Args:
-        sigma_min: σ, the part of x0 left around x1 at t = 1.
-        noise: Standard deviation of noise added all along the path, which ut does not see.
+        sigma_min: σ in [0, 1), the coefficient of x0 at t = 1.
+        noise: Standard deviation of noise that is added to xt at all times, and not to ut.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     sigma_min: float = 0.0
@@ -124,10 +145,11 @@ class Linear(Path):
 
     @property
     def noisy(self) -> bool:
+        """Whether there is noise."""
         return self.noise > 0
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> PathSample:
-        """As of every path, in the few operations that a straight line takes."""
+        """Position and velocity, as `Path.sample`, in fewer operations for a straight line."""
         end = torch.add(x1, x0, alpha=self.sigma_min) if self.sigma_min else x1
         at = t.reshape(*t.shape, *[1] * (x0.dim() - t.dim()))
         xt = torch.lerp(x0, end, at.to(x0.dtype))
@@ -144,10 +166,13 @@ class Linear(Path):
 @PATHS.register("polynomial")
 @dataclass(frozen=True)
 class Polynomial(Path):
-    """xt = tⁿ·x1 + (1 - tⁿ)·x0.
+    """The polynomial path xt = tⁿ·x1 + (1 - tⁿ)·x0.
 
     Args:
-        degree: n; above 1 the path stays longer with the noise.
+        degree: The power n, at least 1; above 1 the path stays close to x0 for longer.
+
+    Raises:
+        ValueError: The degree is below 1.
     """
 
     degree: float = 2.0
@@ -164,7 +189,9 @@ class Polynomial(Path):
 @PATHS.register("trigonometric")
 @dataclass(frozen=True)
 class Trigonometric(Path):
-    """xt = sin(πt/2)·x1 + cos(πt/2)·x0: the variance is kept where both have the same.
+    """The trigonometric path xt = sin(πt/2)·x1 + cos(πt/2)·x0.
+
+    It preserves the variance where x0 and x1 are independent and have the same one.
 
     Source: Albergo & Vanden-Eijnden (2023), https://arxiv.org/abs/2209.15571.
     """
@@ -178,15 +205,16 @@ class Trigonometric(Path):
 @PATHS.register("vp")
 @dataclass(frozen=True)
 class VariancePreserving(Path):
-    """The variance-preserving diffusion, from t = 1 backwards: α = exp(-½∫β), σ² = 1 - α².
+    """The variance-preserving diffusion in reverse time: α = exp(-½∫β), σ² = 1 - α².
 
-    β rises linearly over s = 1 - t; a little of x1 is left at t = 0, and near t = 1 the velocity
-    is infinite.
+    β increases linearly in the diffusion time s = 1 - t. At t = 0 alpha is small but not zero,
+    and the velocity is infinite at t = 1.
+
     Source: Song et al. (2021), https://arxiv.org/abs/2011.13456.
 
     Args:
-        beta_min: β at s = 0.
-        beta_max: β at s = 1.
+        beta_min: β at s = 0, above 0.
+        beta_max: β at s = 1, above 0.
     """
 
     beta_min: float = 0.1
@@ -208,12 +236,12 @@ class VariancePreserving(Path):
 @PATHS.register("cosine")
 @dataclass(frozen=True)
 class Cosine(Path):
-    """α = cos(½π(s + o)/(1 + o)) over its value at s = 0, σ² = 1 - α², with s = 1 - t.
+    """The cosine schedule α = cos(½π(s + o)/(1 + o))/cos(½πo/(1 + o)), σ² = 1 - α², s = 1 - t.
 
     Source: Nichol & Dhariwal (2021), https://arxiv.org/abs/2102.09672.
 
     Args:
-        offset: o > 0, which keeps the least noise from being too little.
+        offset: o above 0, which keeps the noise close to the data from becoming too small.
     """
 
     offset: float = 0.008
@@ -235,12 +263,12 @@ class Cosine(Path):
 @PATHS.register("interpolant")
 @dataclass(frozen=True)
 class Interpolant(Path):
-    """A stochastic interpolant: t·x1 + (1 - t)·x0 + a·sin²(πt)·z.
+    """The stochastic interpolant xt = t·x1 + (1 - t)·x0 + a·sin²(πt)·z.
 
     Source: Albergo, Boffi & Vanden-Eijnden (2023), https://arxiv.org/abs/2303.08797.
 
     Args:
-        amplitude: a, the noise's standard deviation at t = ½.
+        amplitude: a above 0, the standard deviation of the noise at t = ½.
     """
 
     amplitude: float = 1.0
@@ -258,13 +286,15 @@ class Interpolant(Path):
 @PATHS.register("bridge")
 @dataclass(frozen=True)
 class Bridge(Path):
-    """A Brownian bridge, t·x1 + (1 - t)·x0 + σ√(t(1 - t))·z: the Schrödinger bridge between
-    entropic-OT pairs (the coupling "sinkhorn" with reg=2σ², relative=False).
+    """The Brownian bridge xt = t·x1 + (1 - t)·x0 + σ√(t(1 - t))·z.
+
+    Between pairs of the coupling "sinkhorn" with reg=2σ² and relative=False it is a Schrödinger
+    bridge.
 
     Source: Tong et al. (2024), [SF]²M, https://arxiv.org/abs/2307.03672.
 
     Args:
-        sigma: σ of the Brownian motion.
+        sigma: σ above 0 of the Brownian motion.
     """
 
     sigma: float = 1.0
@@ -281,12 +311,12 @@ class Bridge(Path):
 
 
 def _combined(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
-    """a·x + b·y in as few operations as there can be: a training step has many small ones."""
+    """The sum a·x + b·y in few operations, as a training step is bound by their number."""
     return _added(x if isinstance(a, float) and a == 1.0 else a * x, b, y)
 
 
 def _added(x: Tensor, b: Any, y: Tensor) -> Tensor:
-    """x + b·y."""
+    """The sum x + b·y in one operation, or none where b is 0."""
     if not isinstance(b, float):
         return torch.addcmul(x, b, y)
     return x if b == 0.0 else torch.add(x, y, alpha=b)

@@ -1,4 +1,4 @@
-"""The semi-discrete coupling: each base sample finds its partner in the whole data set."""
+"""The semi-discrete coupling: optimal transport from the base distribution to a data set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from torch import Tensor
 from cnf.errors import expect_counts, optional
 from cnf.matching.couplings import COUPLINGS, Pairing, conditional_ot, minibatch_ot, optimal_duals
 
-Draw = Callable[[int, torch.Generator | None], Tensor]  # so many base samples, (n, *event)
-Search = Callable[[Tensor], Tensor]  # points (n, D) → the row that each belongs to, (n,)
+Draw = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) → base samples (n, *event)
+Assignment = Callable[[Tensor], Tensor]  # points (n, D) → the row that each is assigned to, (n,)
 
-START = (512, 2_000)  # sides of the exact problem whose solution the ascent starts from
+EXACT_ROWS = (512, 2_000)  # rows of the exact problem that initializes the ascent, least and most
 QUANTILES = 2**20  # base samples whose quantiles are taken in one dimension
-DRAWN = (2**12, 2**15)  # base samples of one step of the ascent, at least and at most
-TREE_DIMS = (3, 4)  # above, a tree for the exact partner, or for the near cells, does not pay
-NEAR = (5, 6, 8, 16, 32)  # cells looked at, until `AGREED` of all partners are the exact ones
-AGREED = 0.995
-FEWER = 8  # groups of one level, of which the next has one
-BLOCK = 2**24  # numbers of a block of products
+SAMPLES = (2**12, 2**15)  # base samples per step of the ascent, least and most
+TREE_DIMS = (3, 4)  # most dimensions in which a tree is faster: for rows, and for cell centers
+CANDIDATES = (5, 6, 8, 16, 32)  # cells compared, the first for which `AGREEMENT` is reached
+AGREEMENT = 0.995  # share of base samples that are assigned as by all cells
+COARSENING = 8  # groups of one level that are one group of the next
+BLOCK = 2**24  # entries of a matrix of products
 
 
 @COUPLINGS.register("semidiscrete")
@@ -29,19 +29,25 @@ BLOCK = 2**24  # numbers of a block of products
 class SemiDiscrete:
     """Optimal transport from the base distribution itself to the rows of a data set.
 
-    The partner of x0 is the x_j with the least ‖x0 - x_j‖² - ψ_j, where ψ, fitted once, makes each
-    row the partner of an equal share of the base. A training step then costs one look-up for each
-    base sample, and pairs are not biased by the size of the batch. With a context (labels), each
-    label's rows have a ψ of their own, so that samples of every label start from the base.
+    A base sample x0 is assigned to the row x_j that minimizes ‖x0 - x_j‖² - ψ_j. The potentials ψ
+    are fitted once, such that every row is assigned an equal mass of the base. A training step
+    then needs one search per base sample, and the pairs have no bias from the batch size. With a
+    context (labels), each label's rows have potentials of their own, so that the base samples of
+    every label follow the base distribution.
 
-    `cnf.fit` calls `fit` with the training data; until then a batch is paired within itself, as by
-    minibatch-ot or conditional-ot. Of a density, `rows` points are drawn, and trained on.
+    `cnf.fit` calls `fit` with the training data. Before that, a batch is paired as by
+    minibatch-ot, or conditional-ot with a context. From a density, `rows` points are drawn and
+    trained on.
+
     Source: Genevay et al. (2016), https://arxiv.org/abs/1605.08527; for flow matching
     Mousavi-Hosseini et al. (2025), https://arxiv.org/abs/2509.25519.
 
     Args:
-        steps: Of the ascent that finds ψ; more for masses that are more equal.
-        rows: Data points at most.
+        steps: Steps of the stochastic ascent that fits ψ; more for masses that are more equal.
+        rows: Largest number of data points.
+
+    Raises:
+        ValueError: A number is not a whole one of at least 1.
     """
 
     steps: int = 300
@@ -57,7 +63,14 @@ class SemiDiscrete:
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Pairing:
-        """Pairs within a batch, by optimal transport between its own rows."""
+        """Pair the rows of a batch by optimal transport between them.
+
+        Args:
+            x0: Base samples, shape (N, *event).
+            x1: Data, shape (N, *event).
+            context: Condition of each row of x1, shape (N, C).
+            generator: Not used: the pairing is deterministic.
+        """
         coupling = minibatch_ot if context is None else conditional_ot
         return coupling(x0, x1, context, generator)
 
@@ -68,16 +81,20 @@ class SemiDiscrete:
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> "Plan":
-        """The coupling of a base and these rows; takes some ten seconds for 10,000 in 2-D.
+        """Fit the coupling of a base and a data set, in about 10 s for 10,000 rows in 2-D.
 
         Args:
             x1: Data, shape (M, *event).
-            draw: Base samples: (n, generator) → (n, *event).
-            context: Labels, shape (M, C): rows that have one in common are a group.
-            generator: Source of draws.
+            draw: Function (n, generator) → base samples of shape (n, *event).
+            context: Labels, shape (M, C); rows with equal labels form a group.
+            generator: Source of the draws.
+
+        Returns:
+            The fitted coupling.
 
         Raises:
-            ValueError: Contexts that vary continuously, which make no groups; no rows.
+            ValueError: There are no rows, not one context for each, or contexts that vary
+                continuously and form no groups.
         """
         if not len(x1):
             raise ValueError("semidiscrete: expected one row of x1 or more, got 0")
@@ -86,11 +103,11 @@ class SemiDiscrete:
                 f"semidiscrete: expected a context for each of {len(x1)} rows, got {len(context)}"
             )
 
-        def solve(rows: Tensor) -> Search:
+        def solve(rows: Tensor) -> Assignment:
             flat = rows.detach().flatten(1)
             if flat.shape[1] == 1:
-                return _in_order(flat[:, 0], draw(QUANTILES, generator).flatten())
-            return _solved(flat, draw, self.steps, generator)
+                return _assignment_1d(flat[:, 0], draw(QUANTILES, generator).flatten())
+            return _fitted_assignment(flat, draw, self.steps, generator)
 
         if context is None:
             return Plan(len(x1), None, [(torch.arange(len(x1), device=x1.device), solve(x1))])
@@ -106,17 +123,17 @@ class SemiDiscrete:
 
 @dataclass(frozen=True)
 class Plan:
-    """A fitted semi-discrete coupling: x0 → rows of the data that it was fitted to.
+    """A fitted semi-discrete coupling, which assigns base samples to rows of its data set.
 
     Attributes:
-        size: M, how many rows there are.
-        labels: The contexts of the groups, shape (G, C); None for one group.
-        groups: Each group's row numbers, and the search for a partner among them.
+        size: Number of rows M.
+        labels: The contexts of the groups, shape (G, C); None for one group without a context.
+        groups: Indices of each group's rows, and the assignment of base samples to them.
     """
 
     size: int
     labels: Tensor | None
-    groups: list[tuple[Tensor, Search]]
+    groups: list[tuple[Tensor, Assignment]]
 
     def __call__(
         self,
@@ -125,13 +142,19 @@ class Plan:
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Pairing:
-        """Partners of base samples.
+        """Assign each base sample to a row.
 
         Args:
             x0: Base samples, shape (N, *event).
-            x1: The rows that it was fitted to, shape (M, *event).
-            context: The label that each x0 is to have, shape (N, C).
-            generator: Not used: a base sample has one partner.
+            x1: The rows that the coupling was fitted to, shape (M, *event).
+            context: The label whose rows each x0 is assigned to, shape (N, C).
+            generator: Not used: the assignment is deterministic.
+
+        Returns:
+            For each row of x0 a row of x1, with equal weights.
+
+        Raises:
+            ValueError: The rows or labels are not those that it was fitted to.
         """
         if len(x1) != self.size:
             raise ValueError(
@@ -141,32 +164,34 @@ class Plan:
         if (context is None) != (self.labels is None):
             raise ValueError("semidiscrete: expected a context if it was fitted with one, only")
         if context is None or self.labels is None:
-            rows, search = self.groups[0]
-            return Pairing(j=rows[search(x)])
+            rows, assign = self.groups[0]
+            return Pairing(j=rows[assign(x)])
         wanted = (context.nan_to_num(torch.inf)[:, None] == self.labels).all(-1)
         if not wanted.any(1).all():
             raise ValueError("semidiscrete: a context is none of the labels it was fitted with")
-        for (rows, search), mine in zip(self.groups, wanted.unbind(1), strict=True):
-            if mine.any():
-                j[mine] = rows[search(x[mine])]
+        for (rows, assign), members in zip(self.groups, wanted.unbind(1), strict=True):
+            if members.any():
+                j[members] = rows[assign(x[members])]
         return Pairing(j=j)
 
 
-def _in_order(x1: Tensor, x0: Tensor) -> Search:
-    """In one dimension the cells follow each other as the rows do: their ends are quantiles."""
+def _assignment_1d(x1: Tensor, x0: Tensor) -> Assignment:
+    """In one dimension the cells have the rows' order, and quantiles of the base as their ends."""
     order, m = x1.argsort(), len(x1)
     ends = x0.sort().values[torch.arange(1, m, device=x0.device) * len(x0) // m]
     return lambda x: order[torch.searchsorted(ends, x[:, 0].to(ends).contiguous())]
 
 
 @torch.no_grad()
-def _solved(x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | None) -> Search:
-    """The search for partners among (M, D) rows.
+def _fitted_assignment(
+    x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | None
+) -> Assignment:
+    """The optimal assignment of base samples to rows x1, shape (M, D).
 
-    It maximizes ⟨x, y_j⟩ + p_j, with p = (ψ - ‖y‖²)/2, of points that are moved and scaled so that
-    base and data have the origin and the spread in common: trees then prune well.
+    It maximizes ⟨x, y_j⟩ + p_j, with p = (ψ - ‖y‖²)/2, over points that are shifted and scaled to
+    a common origin and spread of base and data, which makes a search by trees faster.
     """
-    x1 = x1.double() if x1.shape[1] <= TREE_DIMS[1] else x1  # few dimensions have narrow cells
+    x1 = x1.double() if x1.shape[1] <= TREE_DIMS[1] else x1  # cells are narrow in few dimensions
 
     def sample(n: int) -> Tensor:
         return draw(n, generator).detach().flatten(1).to(x1)
@@ -180,34 +205,37 @@ def _solved(x1: Tensor, draw: Draw, steps: int, generator: torch.Generator | Non
     def standard(n: int) -> Tensor:
         return (sample(n) - origin) / scale
 
-    p, mass, sums = _ascended(y, standard, steps, float(spreads[0] * spreads[1]))
-    search = _near(y, p, mass, sums, standard)
-    return lambda x: search((x.to(origin) - origin) / scale)
+    p, mass, sums = _dual_ascent(y, standard, steps, float(spreads[0] * spreads[1]))
+    assign = _approximate_assignment(y, p, mass, sums, standard)
+    return lambda x: assign((x.to(origin) - origin) / scale)
 
 
-def _ascended(
+def _dual_ascent(
     y: Tensor, sample: Callable[[int], Tensor], steps: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Potentials p by ascent of the dual, and of each cell the samples' number and sum.
+    """Potentials p by stochastic ascent of the dual, and each cell's number and sum of samples.
 
-    The dual's gradient is 1/M less the cell's mass, estimated from ever more samples. A potential
-    is a sum over groups of rows, from coarse to fine, so that mass also moves far in few steps.
+    The gradient of the dual with respect to p_j is 1/M minus the mass of cell j, estimated from a
+    number of samples that increases over the steps. A potential is a sum over groups of rows, from
+    coarse to fine, so that few steps also move mass over long distances.
     """
     m = len(y)
-    first = _first_potentials(y, sample(min(START[1], max(START[0], m))))
+    first = _initial_potentials(y, sample(min(EXACT_ROWS[1], max(EXACT_ROWS[0], m))))
     groups = _groups(y)
     parts = [torch.zeros_like(first) for _ in groups]
     optimizer = torch.optim.Adam(
         parts, lr=0.01 * scale * (y.shape[1] / 2) ** 0.5, betas=(0.9, 0.99), maximize=True
     )
-    fall = min(0.1, 100 * m ** (-2 / y.shape[1])) ** (1 / steps)  # to the size of a cell
+    fall = min(0.1, 100 * m ** (-2 / y.shape[1])) ** (1 / steps)  # down to a cell's size
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, fall)
     mean, mass, sums = torch.zeros_like(first), torch.zeros_like(first), torch.zeros_like(y)
     last = max(1, steps // 5)
     for k in range(steps):
-        x = sample(int(min(DRAWN[1], max(DRAWN[0], m * 2 ** (6 * k / steps - 3)))))  # M/8 to 8M
+        x = sample(
+            int(min(SAMPLES[1], max(SAMPLES[0], m * 2 ** (6 * k / steps - 3))))
+        )  # M/8 to 8M
         p = first + sum(part[group] for part, group in zip(parts, groups, strict=True))
-        j = _exact(y, p)(x)
+        j = _exact_assignment(y, p)(x)
         count = torch.bincount(j, minlength=m).to(y)
         if k >= steps - last:
             mean += p / last
@@ -222,75 +250,80 @@ def _ascended(
 
 
 def _groups(y: Tensor) -> list[Tensor]:
-    """The group of each row, at levels from single rows to a few groups."""
-    groups, n = [torch.arange(len(y), device=y.device)], len(y) // FEWER
+    """The group of each row, at each level from single rows to a few groups."""
+    groups, n = [torch.arange(len(y), device=y.device)], len(y) // COARSENING
     while n > 1:
-        centers = y[_spread_out(len(y), n, y.device)]
+        centers = y[_evenly_spaced(len(y), n, y.device)]
         groups.append(torch.cat([torch.cdist(part, centers).argmin(1) for part in y.split(1024)]))
-        n //= FEWER
+        n //= COARSENING
     return groups
 
 
-def _spread_out(m: int, n: int, device: torch.device) -> Tensor:
-    """n of m row numbers, evenly, for the rows may be in an order; each several times if n > m."""
+def _evenly_spaced(m: int, n: int, device: torch.device) -> Tensor:
+    """Indices of n of m rows, evenly spaced as rows may be sorted; they repeat if n > m."""
     return torch.arange(n, device=device) * m // n
 
 
-def _first_potentials(y: Tensor, x: Tensor) -> Tensor:
-    """Exact potentials of as many rows as x has, carried over to all rows: from x's side.
+def _initial_potentials(y: Tensor, x: Tensor) -> Tensor:
+    """Potentials of all rows, by the c-transform of exact ones between x and as many rows.
 
-    Few rows are repeated, since as few base samples would say little of the base's halves.
+    If there are fewer rows than base samples, rows are repeated: fewer base samples would be a
+    poor estimate of the base.
     """
     n = len(x)
-    few = y[_spread_out(len(y), n, y.device)]
-    duals = optimal_duals(-x @ few.T).to(y)
+    subset = y[_evenly_spaced(len(y), n, y.device)]
+    duals = optimal_duals(-x @ subset.T).to(y)
     return torch.cat([(-x @ part.T - duals[:, None]).amin(0) for part in y.split(BLOCK // n)])
 
 
-def _exact(y: Tensor, p: Tensor) -> Search:
-    """argmax_j ⟨x, y_j⟩ + p_j: the nearest of (y_j, √(c - ψ_j)) to (x, 0), or by products."""
+def _exact_assignment(y: Tensor, p: Tensor) -> Assignment:
+    """The row j that maximizes ⟨x, y_j⟩ + p_j, by a tree in few dimensions, else by all products.
+
+    It is the nearest neighbor of (x, 0) among the points (y_j, √(c - ψ_j)).
+    """
     if y.shape[1] > TREE_DIMS[0] or y.device.type != "cpu":
         blocks = max(1, BLOCK // len(y))
         return lambda x: torch.cat(
             [torch.addmm(p, part, y.T).argmax(1) for part in x.split(blocks)]
         )
-    square = -2 * p - y.square().sum(1)  # c - ψ, for the least c that there may be
+    square = -2 * p - y.square().sum(1)  # c - ψ up to the least c
     height = (square - square.min()).sqrt()
     tree = optional("scipy.spatial", "matching").cKDTree(
         _numpy(torch.cat([y, height[:, None]], 1))
     )
 
-    def search(x: Tensor) -> Tensor:
+    def assign(x: Tensor) -> Tensor:
         lifted = np.concatenate([_numpy(x), np.zeros((len(x), 1))], 1)
         return torch.from_numpy(tree.query(lifted, workers=-1)[1])
 
-    return search
+    return assign
 
 
-def _near(
+def _approximate_assignment(
     y: Tensor, p: Tensor, mass: Tensor, sums: Tensor, sample: Callable[[int], Tensor]
-) -> Search:
-    """The same, of the cells whose centers are nearest only: a tenth of the time.
+) -> Assignment:
+    """The assignment among the cells with the nearest centers, which is 10× faster.
 
-    Cells are convex and of equal mass, so that x is in one of the nearest; how many must be looked
-    at is found by trying. A cell without a sample is nobody's.
+    Cells are convex and of equal mass, so x lies in one whose center is close. The number of cells
+    to compare is the least one that agrees with the exact assignment on a sample. A cell without
+    mass is never assigned.
     """
-    exact, inside = _exact(y, p), mass.nonzero()[:, 0]
+    exact, inside = _exact_assignment(y, p), mass.nonzero()[:, 0]
     if y.shape[1] > TREE_DIMS[1] or y.device.type != "cpu":
         return exact
     y, p = y[inside], p[inside]
     tree = optional("scipy.spatial", "matching").cKDTree(_numpy(sums[inside] / mass[inside, None]))
 
-    def search(x: Tensor, cells: int) -> Tensor:
+    def assign(x: Tensor, cells: int) -> Tensor:
         near = torch.from_numpy(tree.query(_numpy(x), k=np.arange(1, cells + 1))[1])
         value = torch.baddbmm(p[near][..., None], y[near], x[..., None])
         return inside[near.gather(1, value.argmax(1))[:, 0]]
 
     x = sample(4_096)
     expected = exact(x)
-    for cells in NEAR:
-        if cells <= len(inside) and (search(x, cells) == expected).float().mean() >= AGREED:
-            return lambda x: search(x, cells)
+    for cells in CANDIDATES:
+        if cells <= len(inside) and (assign(x, cells) == expected).float().mean() >= AGREEMENT:
+            return lambda x: assign(x, cells)
     return exact
 
 

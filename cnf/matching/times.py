@@ -1,6 +1,6 @@
-"""Where in time flow matching looks: the law of t, which is also a weighting of its loss.
+"""Distributions of the training times t, which also weight flow matching's loss over time.
 
-Each law is its quantile function: a uniform u in, t out.
+Each is given by its quantile function, which maps uniform u in [0, 1) to t.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TIMES = Registry("time law")
 @TIMES.register("uniform")
 @dataclass(frozen=True)
 class UniformTime:
-    """t ~ U(0, 1)."""
+    """The uniform distribution, t ~ U(0, 1)."""
 
     def __call__(self, u: Tensor) -> Tensor:
         return u
@@ -26,7 +26,7 @@ class UniformTime:
 @TIMES.register("start")
 @dataclass(frozen=True)
 class StartTime:
-    """t = 0 always: what one Euler step uses, for distillation of straightened flows."""
+    """All times t = 0, for distilling a straightened flow into one Euler step."""
 
     def __call__(self, u: Tensor) -> Tensor:
         return torch.zeros_like(u)
@@ -35,10 +35,12 @@ class StartTime:
 @TIMES.register("skewed")
 @dataclass(frozen=True)
 class SkewedTime:
-    """t = 1 - (1 - u)^exponent: more times near the data, where a sharp density is made.
+    """The distribution of t = 1 - (1 - u)^exponent, with more times close to the data.
+
+    There the field shapes the details of the density.
 
     Args:
-        exponent: Above 1 for more times near 1; 1 is uniform.
+        exponent: Above 0; above 1 for more times close to 1; 1 is uniform.
     """
 
     exponent: float = 1.5
@@ -53,13 +55,13 @@ class SkewedTime:
 @TIMES.register("logit-normal")
 @dataclass(frozen=True)
 class LogitNormalTime:
-    """logit(t) ~ N(mean, std²): more times in the middle.
+    """The logit-normal distribution, logit(t) ~ N(mean, std²), with more times in the middle.
 
     Source: Esser et al. (2024), https://arxiv.org/abs/2403.03206.
 
     Args:
-        mean: Above 0 for more times near 1.
-        std: Spread.
+        mean: Above 0 for more times close to 1.
+        std: Standard deviation, above 0; smaller for more times in the middle.
     """
 
     mean: float = 0.0

@@ -63,7 +63,7 @@ def test_independent_refuses_unequal_numbers(data):
 
 @pytest.mark.parametrize("name", COUPLINGS)
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 4), (4, 0)])
-def test_no_rows_are_refused_in_the_same_words(name, sizes):
+def test_every_coupling_refuses_no_rows_in_the_same_words(name, sizes):
     x0, x1 = (torch.zeros(n, 2) for n in sizes)
     with pytest.raises(ValueError, match="expected one row of x0 and of x1 or more, got"):
         COUPLINGS.build(name)(x0, x1)
@@ -96,7 +96,7 @@ def test_unequal_sizes_are_paired_or_refused_in_the_same_words(name, sizes, gene
     assert 0 <= pairing.j.min() and pairing.j.max() < sizes[1]
 
 
-def test_conditional_ot_wants_a_context_for_each_row(generator):
+def test_conditional_ot_requires_a_context_for_each_row(generator):
     x0, x1 = (torch.randn(4, 2, generator=generator) for _ in range(2))
     with pytest.raises(ValueError, match="a context for each of 4 rows, got 3"):
         COUPLINGS["conditional-ot"](x0, x1, torch.zeros(3, 1))

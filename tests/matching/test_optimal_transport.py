@@ -52,7 +52,7 @@ def is_permutation(j):
 
 @pytest.mark.parametrize("name", ["minibatch-ot", "conditional-ot"])
 @pytest.mark.parametrize("event", SHAPES, ids=str)
-def test_it_is_the_best_of_all_permutations(name, event, draw):
+def test_pairing_is_the_best_of_all_permutations(name, event, draw):
     for _ in range(5):
         x0, x1 = draw(6, *event)
         i, j, weight = COUPLINGS[name](x0, x1)
@@ -81,7 +81,7 @@ def test_units_and_origin_of_the_data_do_not_matter(scale, offset, draw):
 
 
 @pytest.mark.parametrize("n", [40, 256])
-def test_its_cost_is_that_of_scipy_and_pot(n, draw):
+def test_cost_equals_that_of_scipy_and_pot(n, draw):
     x0, x1 = draw(n, 2)
     cost = distances(x0, x1)
     j = minibatch(x0, x1).j
@@ -121,13 +121,13 @@ def test_a_permutation_needs_as_many_rows_on_both_sides(name, draw):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_pairs_do_not_hang_on_the_dtype(dtype, draw):
+def test_pairs_do_not_depend_on_the_dtype(dtype, draw):
     x0, x1 = (value.float() for value in draw(50, 2))
     expected = minibatch(x0.double(), x1.double()).j
     assert torch.equal(minibatch(x0.to(dtype), x1.to(dtype)).j, expected)
 
 
-def test_leaves_that_want_gradients_are_no_obstacle(draw):
+def test_tensors_that_require_gradients_are_paired(draw):
     x0, x1 = (value.requires_grad_() for value in draw(6, 2))
     for name in COUPLINGS:
         options = {"reg": 1.0} if name in ("sinkhorn", "unbalanced") else {}
@@ -150,7 +150,7 @@ def test_minibatch_ot_warns_with_a_context_and_only_then(draw):
 
 
 @pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "partial"])
-def test_other_couplings_that_do_not_see_the_context_say_so(name, draw):
+def test_other_couplings_that_ignore_the_context_warn(name, draw):
     options = {} if name == "partial" else {"reg": 1.0}  # with less POT has warnings of its own
     with pytest.warns(UserWarning, match="conditional"):
         COUPLINGS[name](*draw(6, 2), torch.ones(6, 1), **options)
@@ -158,7 +158,7 @@ def test_other_couplings_that_do_not_see_the_context_say_so(name, draw):
 
 @pytest.mark.parametrize("kind", ["number", "close numbers", "one-hot"])
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
-def test_labels_are_exchanged_with_their_equals_only_and_there_exactly(kind, scale, draw):
+def test_rows_are_permuted_optimally_within_each_label(kind, scale, draw):
     x0, x1 = (scale * value for value in draw(18, 2))
     labels = torch.arange(18) % 3
     x1 = x1 + 4 * scale * labels[:, None]  # which plain transport would love to exchange
@@ -173,7 +173,7 @@ def test_labels_are_exchanged_with_their_equals_only_and_there_exactly(kind, sca
     assert (labels[minibatch(x0, x1).j] != labels).any()
 
 
-def test_one_label_for_all_is_no_label(draw):
+def test_one_label_for_all_rows_is_minibatch_ot(draw):
     x0, x1 = draw(12, 2)
     context = torch.full((12, 2), 0.3)
     assert torch.equal(conditional(x0, x1, context).j, minibatch(x0, x1).j)
@@ -209,7 +209,9 @@ def preferred_share(cost, apart, candidates):
 
 @pytest.mark.parametrize("candidates", [0.01, 0.05])
 @pytest.mark.parametrize("dim", [1, 8])
-def test_continuous_contexts_leave_the_asked_share_of_candidates(dim, candidates, draw, generator):
+def test_weight_of_continuous_contexts_follows_the_share_of_candidates(
+    dim, candidates, draw, generator
+):
     x0, x1 = draw(128, 2)
     context = torch.rand(128, dim, generator=generator, dtype=F64)
     cost, apart = distances(x0, x1), distances(context, context)
@@ -222,7 +224,7 @@ def test_continuous_contexts_leave_the_asked_share_of_candidates(dim, candidates
     assert (more != torch.arange(128)).sum() > (j != torch.arange(128)).sum()
 
 
-def test_a_context_that_is_often_zero_is_as_continuous_as_its_other_values(draw, generator):
+def test_context_that_is_often_zero_is_treated_as_continuous(draw, generator):
     """90 of 200 rows share the value 0, and may be exchanged freely; the others by the weight."""
     x0, x1 = draw(200, 2)
     context = torch.rand(200, 1, generator=generator, dtype=F64) + 0.1
@@ -237,7 +239,7 @@ def test_a_context_that_is_often_zero_is_as_continuous_as_its_other_values(draw,
 
 
 @pytest.mark.parametrize("name", ["minibatch-ot", "conditional-ot"])
-def test_a_plan_that_is_not_the_best_names_the_coupling(name, draw):
+def test_failure_to_find_the_optimal_plan_names_the_coupling(name, draw):
     x0, x1 = draw(8, 2)
     x1[0] = torch.nan
     with pytest.raises(
@@ -258,7 +260,7 @@ def test_other_warnings_of_pot_do_not_end_a_run(draw, monkeypatch):
     assert minibatch(x0, x1).j.tolist() == expected
 
 
-def test_two_contexts_that_are_all_but_equal_change_nothing_for_the_others(draw, generator):
+def test_two_nearly_equal_contexts_do_not_change_the_other_pairs(draw, generator):
     x0, x1 = draw(128, 2)
     context = torch.randn(128, 8, generator=generator, dtype=F64)
     moved = []
@@ -270,7 +272,7 @@ def test_two_contexts_that_are_all_but_equal_change_nothing_for_the_others(draw,
     assert moved[0] > 10 and abs(moved[0] - moved[1]) <= 4
 
 
-def test_rows_whose_context_is_missing_are_equals(draw):
+def test_rows_without_a_context_are_permuted_among_each_other(draw):
     x0, x1 = draw(12, 2)
     context = torch.full((12, 1), float("nan"))
     context[:6] = 1.0
@@ -333,7 +335,7 @@ def test_pot_is_asked_for_the_entropy_of_the_mean_distance(relative, draw, monke
 
 
 @pytest.mark.parametrize(("ratio", "method"), [(490, "sinkhorn"), (510, "sinkhorn_log")])
-def test_the_fast_sinkhorn_is_that_of_the_log_domain(ratio, method, draw, monkeypatch):
+def test_fast_sinkhorn_equals_that_of_the_log_domain(ratio, method, draw, monkeypatch):
     x0, x1 = draw(40, 2)
     found, sinkhorn = [], ot.sinkhorn
     monkeypatch.setattr(
@@ -349,7 +351,7 @@ def test_the_fast_sinkhorn_is_that_of_the_log_domain(ratio, method, draw, monkey
     np.testing.assert_allclose(found[0], plan, rtol=1e-6, atol=1e-12)
 
 
-def test_much_entropy_is_independence_and_little_is_exact(draw, generator):
+def test_sinkhorn_tends_to_independent_pairs_and_to_the_exact_plan(draw, generator):
     x0, x1 = draw(5, 2)
     found, _ = counts(COUPLINGS["sinkhorn"], x0, x1, generator, 400, reg=1e4)
     assert_frequencies(found, np.full((5, 5), 0.2), 400)
@@ -359,7 +361,7 @@ def test_much_entropy_is_independence_and_little_is_exact(draw, generator):
     assert torch.equal(j, minibatch(x0, x1).j)
 
 
-def test_entropy_counts_in_the_batchs_mean_distance(draw):
+def test_relative_entropy_is_in_units_of_the_mean_squared_distance(draw):
     x0, x1 = draw(6, 2)
     small, large = (
         COUPLINGS["sinkhorn"](
@@ -445,7 +447,7 @@ def test_images_are_paired_as_the_vectors_they_hold(name, draw):
 
 
 @pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "partial"])
-def test_pairs_at_no_distance_are_pairs(name):
+def test_identical_points_are_paired_or_refused_in_words(name):
     if name == "partial":
         assert len(COUPLINGS[name](torch.ones(4, 2), torch.ones(4, 2)).j) == 4
         return
@@ -465,7 +467,7 @@ def test_pairs_at_no_distance_are_pairs(name):
         ("partial", {"mass": 1.5}, "partial: expected 0 < mass <= 1, got 1.5"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(name, options, message, draw):
+def test_options_out_of_range_are_refused(name, options, message, draw):
     with pytest.raises(ValueError, match=message):
         COUPLINGS[name](*draw(4, 2), **options)
 
@@ -473,7 +475,7 @@ def test_options_that_mean_nothing_are_refused(name, options, message, draw):
 # By name, and in flow matching
 
 
-def test_a_coupling_is_had_by_name_and_options(draw):
+def test_coupling_is_built_from_a_name_and_options(draw):
     x0, x1 = draw(20, 2)
     context = torch.linspace(0, 1, 20, dtype=F64)[:, None]
     named = COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})(x0, x1, context, None)

@@ -75,7 +75,7 @@ def test_each_row_has_its_own_time(name, ends):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_only_a_noisy_path_looks_at_noise(name, ends):
+def test_noise_changes_noisy_paths_only(name, ends):
     path, (x0, x1, z) = CASES[name], ends
     t = torch.full((len(x0),), 0.3, dtype=F64)
     one, other = path.sample(x0, x1, t, z), path.sample(x0, x1, t, -z)
@@ -100,7 +100,7 @@ def test_linear_leaves_sigma_of_x0_at_the_end(ends):
 
 
 @pytest.mark.parametrize("path", [Linear(), Linear(0.2), Linear(0.2, noise=0.3)])
-def test_linear_in_short_is_its_schedule(path, ends, generator):
+def test_sample_of_the_linear_path_agrees_with_its_schedule(path, ends, generator):
     x0, x1, z = ends
     t = times(len(x0), generator)
     short, long = path.sample(x0, x1, t.float(), z), Path.sample(path, x0, x1, t.float(), z)
@@ -124,14 +124,14 @@ def test_vp_solves_its_diffusion(generator):
     assert at.alpha[-1].item() == pytest.approx(math.exp(-0.25 * 19.9 - 0.05))
 
 
-def test_vp_follows_the_betas_that_it_is_given():
+def test_vp_has_the_given_betas():
     """At s = 1: α = exp(-½∫β) with ∫β = (β_min + β_max)/2, and dα/dt = ½β_max α."""
     at = VariancePreserving(beta_min=0.5, beta_max=5.0).schedule(torch.zeros(1, dtype=F64))
     assert at.alpha.item() == pytest.approx(math.exp(-0.25 * 5.5))
     assert at[2].item() == pytest.approx(0.5 * 5.0 * math.exp(-0.25 * 5.5))
 
 
-def test_cosine_is_the_squared_cosine_of_its_paper():
+def test_cosine_schedule_is_that_of_its_paper():
     s = torch.linspace(0.001, 0.999, 50, dtype=F64)
 
     def f(s):
@@ -140,13 +140,13 @@ def test_cosine_is_the_squared_cosine_of_its_paper():
     torch.testing.assert_close(Cosine().schedule(1 - s).alpha ** 2, f(s) / f(torch.zeros(())))
 
 
-def test_bridge_has_the_covariance_of_brownian_motion_tied_at_both_ends(generator):
+def test_bridge_has_the_covariance_of_a_brownian_bridge(generator):
     t = torch.tensor([0.1, 0.5, 0.8], dtype=F64)
     gamma = Bridge(2.0).schedule(t).gamma
     torch.testing.assert_close(gamma**2, 4.0 * t * (1 - t))
 
 
-def test_noise_of_its_own_counts_as_part_of_a_gaussian_source(generator):
+def test_noise_of_a_path_adds_to_the_variance_of_a_normal_source(generator):
     path, t = Interpolant(0.7), torch.tensor([0.2, 0.6], dtype=F64)
     at, joint = path.schedule(t), path.schedule(t).gaussian()
     torch.testing.assert_close(joint.sigma**2, at.sigma**2 + at.gamma**2)
@@ -166,7 +166,7 @@ def test_noise_is_drawn_where_none_is_given():
         assert abs(Bridge(2.0).sample(x, x, t).xt.std().item() - 1.0) < 0.02
 
 
-def test_a_path_is_had_by_name_and_fields():
+def test_path_is_built_from_a_name_and_fields():
     assert PATHS.build("bridge") == Bridge() and PATHS.build(Linear(0.2)) == Linear(0.2)
     assert PATHS.build({"name": "bridge", "sigma": 0.5}) == replace(Bridge(), sigma=0.5)
     with pytest.raises(ValueError, match="unknown path 'bridges'.*Did you mean 'bridge'"):
@@ -185,6 +185,6 @@ def test_a_path_is_had_by_name_and_fields():
         (lambda: Cosine(0.0), "Cosine: expected offset"),
     ],
 )
-def test_settings_that_make_no_path_are_refused(make, message):
+def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -6,7 +6,7 @@ from scipy.stats import norm
 
 import cnf
 from cnf.matching import COUPLINGS, SemiDiscrete, semidiscrete
-from cnf.matching.semidiscrete import _exact, _near, _spread_out
+from cnf.matching.semidiscrete import _approximate_assignment, _evenly_spaced, _exact_assignment
 from cnf.metrics.samples import wasserstein2
 
 F64 = torch.float64
@@ -22,7 +22,7 @@ def normal(*event, dtype=torch.float32):
 
 
 def masses(plan, x1, draw, n=100_000):
-    """Each row's share of the base, times M: 1 for all in a perfect plan."""
+    """Each row's mass of the base, times M: 1 for all rows of an exact plan."""
     j = plan(draw(n, seeded(9)), x1).j
     return torch.bincount(j, minlength=len(x1)) * len(x1) / n
 
@@ -36,7 +36,7 @@ def test_two_points_divide_the_plane_in_the_middle_of_the_base():
     assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 0).long())
 
 
-def test_the_base_may_lie_anywhere():
+def test_base_that_is_not_centered_is_divided_at_its_mean():
     x1, spread = torch.tensor([[1.0, 0.0], [7.0, 0.0]]), normal(2)
     plan = SemiDiscrete(steps=5).fit(x1, lambda n, g: 5 + spread(n, g), generator=seeded())
     x0 = 5 + spread(2_000, seeded(1))
@@ -44,7 +44,7 @@ def test_the_base_may_lie_anywhere():
     assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 5).long())
 
 
-def test_in_one_dimension_it_is_the_monotone_map(generator):
+def test_in_one_dimension_the_plan_is_the_monotone_map(generator):
     x1 = torch.rand(50, 1, generator=generator, dtype=F64) ** 2
     plan = SemiDiscrete().fit(x1, normal(1, dtype=F64), generator=seeded())
     x0 = normal(1, dtype=F64)(2_000, seeded(1))
@@ -55,7 +55,7 @@ def test_in_one_dimension_it_is_the_monotone_map(generator):
 
 
 @pytest.mark.parametrize(("event", "rows"), [((2,), 400), ((3,), 300), ((4,), 300), ((2, 3), 200)])
-def test_every_row_is_the_partner_of_an_equal_share_of_the_base(event, rows, generator):
+def test_every_row_is_assigned_an_equal_mass_of_the_base(event, rows, generator):
     spread = torch.linspace(0.5, 2, rows).reshape(-1, *[1] * len(event))
     x1 = torch.randn(rows, *event, generator=generator) * spread + 3
     plan = SemiDiscrete().fit(x1, normal(*event), generator=seeded())
@@ -74,7 +74,7 @@ def imbalance(plan, x1, draw, n):
 @pytest.mark.parametrize("rows", [2, 5, 20, 50])
 @pytest.mark.parametrize("seed", [3, 4, 5])
 def test_few_rows_have_equal_shares(rows, seed):
-    """As few base samples as rows say little of the base's halves: 5 rows were 0.3 to 0.5 off."""
+    """Initialized from as few base samples as rows, shares of 5 rows were 0.3 to 0.5 off."""
     x1 = torch.randn(rows, 2, generator=seeded(seed))
     plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(seed))
     assert imbalance(plan, x1, normal(2), 300_000) < 0.03
@@ -113,21 +113,20 @@ def test_few_rows_of_each_label_have_equal_shares():
         assert (share - 1).square().mean().sqrt() < 0.03
 
 
-def test_rows_in_an_order_are_taken_from_all_of_it():
+def test_subset_of_sorted_rows_is_evenly_spaced():
     cpu = torch.device("cpu")
-    assert _spread_out(40, 4, cpu).tolist() == [0, 10, 20, 30]
-    assert torch.bincount(_spread_out(3, 9, cpu)).tolist() == [3, 3, 3]
+    assert _evenly_spaced(40, 4, cpu).tolist() == [0, 10, 20, 30]
+    assert torch.bincount(_evenly_spaced(3, 9, cpu)).tolist() == [3, 3, 3]
 
 
-def test_cells_that_are_not_in_balance_are_seen(generator):
-    """Nearest neighbors, potentials all zero, fail what the test above asks."""
+def test_nearest_neighbors_fail_the_test_of_equal_masses(generator):
     x1 = torch.randn(400, 2, generator=generator) * torch.linspace(0.5, 2, 400)[:, None] + 3
     nearest = torch.cdist(normal(2)(100_000, seeded(9)), x1).argmin(1)
     share = torch.bincount(nearest, minlength=400) / 250
     assert (share - 1).square().mean().sqrt() > 1
 
 
-def test_its_cost_is_that_of_the_exact_plan_between_2000_points():
+def test_cost_equals_that_of_the_exact_plan_between_2000_points():
     toy = cnf.data.toy("8gaussians-r5")
     x1 = toy.sample(2_000, seeded())
     plan = SemiDiscrete().fit(x1, normal(2), generator=seeded())
@@ -135,42 +134,42 @@ def test_its_cost_is_that_of_the_exact_plan_between_2000_points():
     cost = (x0 - x1[plan(x0, x1).j]).square().sum(1).mean().item()
     exact = [wasserstein2(normal(2)(2_000, seeded(k)), x1) ** 2 for k in (2, 3, 4)]
     independent = (x0 - x1[torch.randint(2_000, (200_000,))]).square().sum(1).mean().item()
-    # the exact plans are between samples: dearer, by the spread of an empirical base
+    # the exact plans are between samples: slightly more, as the base is empirical
     assert cost == pytest.approx(sum(exact) / 3, rel=0.02) and independent > 1.5 * cost
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 6])
-def test_the_tree_and_the_products_find_the_best_partner(dim, generator):
+def test_exact_assignment_minimizes_the_cost_by_tree_and_by_products(dim, generator):
     y = torch.randn(200, dim, generator=generator, dtype=F64)
     p = 0.3 * torch.randn(200, generator=generator, dtype=F64)
     x = 2 * torch.randn(500, dim, generator=generator, dtype=F64)
     expected = ((x[:, None] - y).square().sum(-1) - (2 * p + y.square().sum(1))).argmin(1)
-    assert torch.equal(_exact(y, p)(x), expected)
+    assert torch.equal(_exact_assignment(y, p)(x), expected)
 
 
-def test_cells_near_by_are_as_good_as_all_and_a_cell_without_mass_is_nobodys(
+def test_approximate_assignment_agrees_with_the_exact_one_and_omits_cells_without_mass(
     generator, monkeypatch
 ):
-    monkeypatch.setattr(semidiscrete, "NEAR", (1, 8))  # one cell is right for most only
+    monkeypatch.setattr(semidiscrete, "CANDIDATES", (1, 8))  # one cell is not enough
     y = torch.randn(300, 2, generator=generator, dtype=F64)
-    p = -0.5 * y.square().sum(1)  # Voronoi's cells
+    p = -0.5 * y.square().sum(1)  # Voronoi cells
     p[0] = -100.0
 
     def sample(n):
         return torch.randn(n, 2, generator=generator, dtype=F64)
 
     x = sample(200_000)
-    j = _exact(y, p)(x)
+    j = _exact_assignment(y, p)(x)
     mass = torch.bincount(j, minlength=300).to(F64)
     sums = torch.zeros_like(y).index_add_(0, j, x)
-    near = _near(y, p, mass, sums, sample)
+    assign = _approximate_assignment(y, p, mass, sums, sample)
     x = sample(10_000)
-    agreed = near(x) == _exact(y, p)(x)
-    assert agreed.double().mean() > 0.99 and (near(x) != 0).all()
-    assert near.__qualname__.startswith("_near")  # and not the search of all, which is slower
+    agreed = assign(x) == _exact_assignment(y, p)(x)
+    assert agreed.double().mean() > 0.99 and (assign(x) != 0).all()
+    assert assign.__qualname__.startswith("_approximate")  # it did not fall back to all cells
 
 
-def test_labels_are_kept_and_each_label_starts_from_the_whole_base(generator):
+def test_pairs_keep_labels_and_every_label_gets_the_whole_base(generator):
     label = torch.arange(300) % 3
     x1 = torch.randn(300, 2, generator=generator) + 6 * label[:, None]
     context = torch.nn.functional.one_hot(label).float()
@@ -183,7 +182,7 @@ def test_labels_are_kept_and_each_label_starts_from_the_whole_base(generator):
     assert share.min() > 0.5 and share.max() < 1.6  # of 100 samples a row
 
 
-def test_missing_contexts_are_a_label(generator):
+def test_rows_without_a_context_form_a_group(generator):
     x1, context = torch.randn(40, 2, generator=generator), torch.ones(40, 1)
     context[::2] = torch.nan
     plan = SemiDiscrete(steps=20).fit(x1, normal(2), context, seeded())
@@ -191,7 +190,7 @@ def test_missing_contexts_are_a_label(generator):
     assert torch.equal(j % 2, torch.arange(40) % 2)
 
 
-def test_contexts_that_are_no_labels_are_refused(generator):
+def test_continuous_contexts_are_refused(generator):
     x1, context = torch.randn(40, 2, generator=generator), torch.rand(40, 1, generator=generator)
     with pytest.raises(ValueError, match='got 40 different ones .* coupling="conditional-ot"'):
         SemiDiscrete().fit(x1, normal(2), context)
@@ -205,7 +204,7 @@ def test_contexts_that_are_no_labels_are_refused(generator):
 
 
 @pytest.mark.parametrize("rows", [torch.ones(1, 2), torch.ones(30, 2), 1e4 + torch.rand(30, 2)])
-def test_few_equal_or_distant_rows_are_no_obstacle(rows):
+def test_few_equal_or_distant_rows_are_paired(rows):
     plan = SemiDiscrete(steps=10).fit(rows, normal(2), generator=seeded())
     j = plan(normal(2)(100, seeded()), rows).j
     assert j.min() >= 0 and j.max() < len(rows)
@@ -219,7 +218,7 @@ def test_the_same_generator_gives_the_same_plan(generator):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_before_it_is_fitted_it_is_minibatch_ot(generator):
+def test_unfitted_coupling_is_minibatch_ot(generator):
     x0, x1 = (torch.randn(20, 2, generator=generator) for _ in range(2))
     expected = COUPLINGS["minibatch-ot"](x0, x1).j
     assert torch.equal(COUPLINGS.build("semidiscrete")(x0, x1).j, expected)
@@ -235,7 +234,7 @@ def test_no_rows_and_contexts_of_another_length_are_refused():
         SemiDiscrete().fit(torch.ones(4, 2), normal(2), torch.ones(3, 1))
 
 
-def test_settings_are_checked():
+def test_numbers_below_one_are_refused():
     with pytest.raises(ValueError, match="SemiDiscrete: expected steps > 0"):
         SemiDiscrete(steps=0)
     with pytest.raises(ValueError, match="semidiscrete: unknown option 'row'; known: steps, rows"):

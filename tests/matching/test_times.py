@@ -34,13 +34,13 @@ def test_logit_normal_times_have_a_normal_logit(mean, std):
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_times_rise_with_u_inside_the_unit_interval(name):
+def test_times_increase_with_u_within_the_unit_interval(name):
     t = TIMES[name]()(U)
     assert t.min() >= 0 and t.max() <= 1 and (t.diff() >= 0).all() and t.dtype == F64
 
 
 @pytest.mark.parametrize("times", ["skewed", {"name": "skewed", "exponent": 3.0}, SkewedTime(3.0)])
-def test_flow_matching_draws_its_times_by_the_law(times, small_flow, generator):
+def test_flow_matching_draws_its_times_from_the_distribution(times, small_flow, generator):
     flow, x = small_flow("cnf"), torch.randn(4000, 2, generator=generator, dtype=F64)
     batch = FlowMatching(times=times).prepare(flow, Batch(x), generator)
     exponent = 1.5 if times == "skewed" else 3.0
@@ -48,7 +48,7 @@ def test_flow_matching_draws_its_times_by_the_law(times, small_flow, generator):
     assert batch.t.mean().item() == pytest.approx(expected, abs=0.02)  # 4 standard errors
 
 
-def test_bad_laws_are_refused():
+def test_parameters_out_of_range_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'skewed'"):
         FlowMatching(times="skewd")
     with pytest.raises(ValueError, match="exponent > 0"):

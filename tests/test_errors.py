@@ -146,7 +146,9 @@ def test_a_field_that_edits_its_input_is_refused_wherever_it_is_called(use):
 
 
 def test_a_couplings_net_that_edits_its_input_is_refused():
-    coupling = Coupling(4, net=lambda inputs, outputs: nn.Sequential(Halving(), nn.Linear(2, 4)))
+    coupling = Coupling(
+        4, conditioner=lambda inputs, outputs: nn.Sequential(Halving(), nn.Linear(2, 4))
+    )
     with torch.no_grad(), pytest.raises(ValueError, match="Sequential: edits its input x in pl"):
         coupling(torch.ones(3, 4))
     # With gradients as well: torch lets an edit of a part of x pass where x needs none.

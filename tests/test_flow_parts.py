@@ -58,9 +58,9 @@ def test_data_to_data_flow_keeps_an_exact_density(randomized, points):
 def test_splines_and_a_field_mix_into_one_flow(randomized, points):
     spline, tight = RationalQuadratic(4), cnf.Solver(rtol=1e-8, atol=1e-8)
     parts = [
-        Coupling(2, map=spline, hidden=(8,)),
+        Coupling(2, transformer=spline, hidden=(8,)),
         Continuous(MLPField(2, (8,), frequencies=1), tight),
-        Coupling(2, [1], map=spline, hidden=(8,)),
+        Coupling(2, [1], transformer=spline, hidden=(8,)),
     ]
     flow = randomized(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
     z = flow.encode(points)
@@ -153,7 +153,7 @@ def test_dropout_has_no_part_in_what_the_first_rows_set(generator):
 
     x = torch.randn(50, 2, generator=generator)
     actnorms = [ActNorm((2,)), ActNorm((2,))]
-    coupling = Coupling(2, net=net)
+    coupling = Coupling(2, conditioner=net)
     for actnorm in actnorms:
         flow = Flow(None, Compose([actnorm, coupling]), event_shape=(2,)).train()
         flow.initialize(x)

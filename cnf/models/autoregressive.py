@@ -85,7 +85,9 @@ def iaf(
     """
 
     def layer(k: int) -> Transform:
-        return Inverse(Autoregressive(dim, None, None, hidden, context, activation))
+        return Inverse(
+            Autoregressive(dim, hidden=hidden, context_dim=context, activation=activation)
+        )
 
     stack = layered(layer, layers, dim, between, halves=False)
     return stacked(stack, dim, preprocess, context_preprocess)
@@ -181,7 +183,10 @@ def autoregressive_flow(
     """
 
     def layer(k: int) -> Transform:
-        return Autoregressive(dim, transformer, None, hidden, context, activation, period)
+        return Autoregressive(
+            dim, transformer, hidden=hidden, context_dim=context, activation=activation,
+            period=period,
+        )  # fmt: skip
 
     stack = layered(layer, layers, dim, between, halves=False)
     return stacked(stack, dim, preprocess, context_preprocess, base)

@@ -43,7 +43,10 @@ def nice(
     """
 
     def layer(k: int) -> Transform:
-        coupling = Coupling(dim, half(dim, k), Additive(), None, hidden, context, activation)
+        coupling = Coupling(
+            dim, half(dim, k), Additive(), hidden=hidden, context_dim=context,
+            activation=activation,
+        )  # fmt: skip
         # Not at the identity: data with mirror symmetry give a shift no gradient to leave zero by.
         coupling.net.layers[-1].reset_parameters()  # pyright: ignore
         return coupling
@@ -186,7 +189,10 @@ def coupling_flow(
 
     def layer(k: int) -> Transform:
         kept = half(dim, k)
-        return Coupling(dim, kept, transformer, None, hidden, context, activation, period)
+        return Coupling(
+            dim, kept, transformer, hidden=hidden, context_dim=context, activation=activation,
+            period=period,
+        )  # fmt: skip
 
     stack = layered(layer, layers, dim, between)
     return stacked(stack, dim, preprocess, context_preprocess, base)

@@ -56,7 +56,9 @@ def glow(
             raise ValueError("glow: levels are those of an image: expected shape=…, got dim=…")
         steps: list[Transform] = []
         for k in range(layers):
-            coupling = Coupling(dim, half(dim, k), None, None, hidden, context, activation)
+            coupling = Coupling(
+                dim, half(dim, k), hidden=hidden, context_dim=context, activation=activation
+            )
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
         return stacked(steps, dim, preprocess, context_preprocess)
     levels = 2 if levels is None else levels
@@ -67,7 +69,10 @@ def glow(
         )
 
     def conv(channels: int) -> Transform:
-        return ConvCoupling(channels, channels // 2, None, None, hidden, context, activation)
+        keep = channels // 2
+        return ConvCoupling(
+            channels, keep, hidden=hidden, context_dim=context, activation=activation
+        )
 
     def level(shape: tuple[int, int, int], left: int) -> Transform:
         channels, height, width = 4 * shape[0], shape[1] // 2, shape[2] // 2

@@ -24,27 +24,28 @@ class Autoregressive(Scheme):
 
     Args:
         dim: D.
-        map: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from what the net gives, shape (map.size, D, N) or
-            (map.size, N); the map's own way if None.
-        hidden: Widths of the net θ.
+        transformer: The elementwise map m; affine if None.
+        parametrize: Makes the map's parameters from what the conditioner gives, shape
+            (transformer.size, D, N) or (transformer.size, N); `transformer.parametrize` if None.
+        hidden: Widths of the conditioner θ, a `MADE`.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        period: Of the variables, where they are angles: the net sees their sine and cosine.
+        period: Of the variables, where they are angles: the conditioner sees sines and cosines.
     """
 
     def __init__(
         self,
         dim: int,
-        map: ElementwiseMap | None = None,
+        transformer: ElementwiseMap | None = None,
+        *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
         period: float | None = None,
     ) -> None:
-        super().__init__(dim, map, parametrize, context_dim)
-        self.net = MADE(dim, self.map.size, hidden, context_dim, activation, True, period)
+        super().__init__(dim, transformer, parametrize, context_dim)
+        self.net = MADE(dim, self.transformer.size, hidden, context_dim, activation, True, period)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
@@ -52,7 +53,7 @@ class Autoregressive(Scheme):
         raw_after = self.net.one_by_one(context)
         x, parts = columns.T[:, :0], []
         for z_i in columns:
-            x_i, ladj = self.map.forward(z_i, *self._map_parameters(raw_after(x), z))
+            x_i, ladj = self.transformer.forward(z_i, *self._constrained(raw_after(x), z))
             x = torch.cat([x, x_i.unsqueeze(-1)], -1)
             parts.append(ladj)
         return self._rows(x.T, torch.stack(parts), z)
@@ -60,5 +61,6 @@ class Autoregressive(Scheme):
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
         columns, context = self._columns(x, context)
-        z, ladj = self.map.inverse(columns, *self._map_parameters(self.net(columns.T, context), x))
+        parameters = self._constrained(self.net(columns.T, context), x)
+        z, ladj = self.transformer.inverse(columns, *parameters)
         return self._rows(z, ladj, x)

@@ -23,16 +23,16 @@ class Coupling(TwoWayScheme):
         dim: D, two or more (with D = 1 there is no part to condition on but the context, which
             must then be there).
         keep: Indices of the part a that passes unchanged; the even ones by default.
-        map: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from what the net gives, shape (map.size, D_b, N);
-            the map's own way if None.
-        hidden: Widths of the net θ.
+        transformer: The elementwise map m; affine if None.
+        parametrize: Makes the map's parameters from what the conditioner gives, shape
+            (transformer.size, D_b, N); `transformer.parametrize` if None.
+        hidden: Widths of the conditioner θ, an MLP.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        period: Of the variables, where they are angles: the net sees their sine and cosine.
-        net: Makes θ, of one's own, from its numbers of inputs and outputs: a module that sends
-            (N, inputs) to (N, outputs), instead of the MLP of `hidden` and `activation`. Where its
-            last layer starts at zero, the coupling starts at the identity.
+        period: Of the variables, where they are angles: the conditioner sees sines and cosines.
+        conditioner: Makes a θ of one's own from its numbers of inputs and outputs: a module that
+            sends (N, inputs) to (N, outputs), instead of the MLP of `hidden` and `activation`.
+            Where its last layer starts at zero, the coupling starts at the identity.
     """
 
     order: Tensor
@@ -42,15 +42,16 @@ class Coupling(TwoWayScheme):
         self,
         dim: int,
         keep: Sequence[int] | None = None,
-        map: ElementwiseMap | None = None,
+        transformer: ElementwiseMap | None = None,
+        *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
         period: float | None = None,
-        net: Callable[[int, int], nn.Module] | None = None,
+        conditioner: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
-        super().__init__(dim, map, parametrize, context_dim)
+        super().__init__(dim, transformer, parametrize, context_dim)
         self.period = period
         kept = list(range(0, dim, 2)) if keep is None else list(keep)
         if dim == 1:
@@ -74,8 +75,11 @@ class Coupling(TwoWayScheme):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", torch.argsort(order), persistent=False)
         inputs = len(kept) * (1 if period is None else 2) + context_dim
-        outputs = len(moved) * self.map.size
-        self.net = net(inputs, outputs) if net else MLP(inputs, outputs, hidden, activation, True)
+        outputs = len(moved) * self.transformer.size
+        if conditioner is None:
+            self.net = MLP(inputs, outputs, hidden, activation, zero_last=True)
+        else:
+            self.net = conditioner(inputs, outputs)
 
     def _moved(
         self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
@@ -90,8 +94,8 @@ class Coupling(TwoWayScheme):
             raw = self.net.columns(seen)
         else:  # without context and period, what it sees is a part of x itself
             raw = unedited(self.net, lambda: self.net(seen).T, x=seen)
-        raw = raw.unflatten(0, (self.map.size, len(moved)))
-        moved, ladj = move(moved, *self._map_parameters(raw, value))
+        raw = raw.unflatten(0, (self.transformer.size, len(moved)))
+        moved, ladj = move(moved, *self._constrained(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
         return self._rows(self._sorted(parts, self.restore), ladj, value)
 

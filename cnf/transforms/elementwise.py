@@ -33,8 +33,7 @@ class ElementwiseMap(ABC):
 
     @abstractmethod
     def parametrize(self, raw: Tensor) -> Parameters:
-        """The map's own way from any numbers, shape (size, *), to parameters; zeros give the
-        identity."""
+        """Parameters from any numbers, shape (size, *); zeros give the identity."""
 
     @abstractmethod
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,34 +98,34 @@ class Inverted(ElementwiseMap):
     """A map with its two directions exchanged.
 
     Args:
-        map: The map.
+        transformer: The map.
     """
 
-    def __init__(self, map: ElementwiseMap) -> None:
-        self.map, self.size = map, map.size
+    def __init__(self, transformer: ElementwiseMap) -> None:
+        self.transformer, self.size = transformer, transformer.size
 
     def parametrize(self, raw: Tensor) -> Parameters:
-        return self.map.parametrize(raw)
+        return self.transformer.parametrize(raw)
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return self.map.inverse(z, *parameters)
+        return self.transformer.inverse(z, *parameters)
 
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return self.map.forward(x, *parameters)
+        return self.transformer.forward(x, *parameters)
 
     def __repr__(self) -> str:
-        return f"inverse {self.map}"
+        return f"inverse {self.transformer}"
 
 
 class Scheme(Transform):
-    """A transform that sends variables through an elementwise map; a base of those that differ in
-    where the map's parameters come from.
+    """A transform that sends variables through an elementwise map, the transformer; subclasses
+    differ in the conditioner, which sets the map's parameters.
 
     Args:
         dim: D, or the channels of an image.
-        map: The map; affine if None.
-        parametrize: Makes the map's parameters from raw numbers (map.size, *); the map's own way
-            if None.
+        transformer: The map; affine if None.
+        parametrize: Makes the map's parameters from raw numbers, shape (transformer.size, *);
+            `transformer.parametrize` if None.
         context_dim: Size of the context; 0 for none.
         event_dims: 1 for vectors, 3 for images.
     """
@@ -134,7 +133,7 @@ class Scheme(Transform):
     def __init__(
         self,
         dim: int,
-        map: ElementwiseMap | None = None,
+        transformer: ElementwiseMap | None = None,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         context_dim: int = 0,
         event_dims: int = 1,
@@ -142,15 +141,15 @@ class Scheme(Transform):
         shape = (dim,) if event_dims == 1 else None
         super().__init__(event_dims, context_dim, shape)
         self.dim = dim
-        self.map = map or Affine()
-        self.parametrize = parametrize or self.map.parametrize
+        self.transformer = transformer or Affine()
+        self.parametrize = parametrize or self.transformer.parametrize
 
     def extra_repr(self) -> str:
         net = getattr(self, "net", None)
         hidden = f"hidden {net.hidden}" if isinstance(net, MLP | MADE) else ""
-        return joined(shaped((self.dim,), self.context_dim), repr(self.map), hidden)
+        return joined(shaped((self.dim,), self.context_dim), repr(self.transformer), hidden)
 
-    def _map_parameters(self, raw: Tensor, value: Tensor) -> Parameters:
+    def _constrained(self, raw: Tensor, value: Tensor) -> Parameters:
         """The map's parameters in the value's dtype: a net may compute in bfloat16, a map not."""
         return self.parametrize(raw.to(value.dtype))
 
@@ -170,15 +169,15 @@ class Scheme(Transform):
 
 
 class TwoWayScheme(Scheme):
-    """A scheme whose parameters are at hand in both directions, which differ in the map's way."""
+    """A scheme whose conditioner sees the same in both directions, which differ in the map's."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
-        return self._moved(self.map.forward, z, context)
+        return self._moved(self.transformer.forward, z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
-        return self._moved(self.map.inverse, x, context)
+        return self._moved(self.transformer.inverse, x, context)
 
     @abstractmethod
     def _moved(
@@ -195,9 +194,9 @@ class Elementwise(TwoWayScheme):
 
     Args:
         dim: D.
-        map: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from raw numbers, shape (map.size, D, N), or
-            (map.size, D, 1) without a context; the map's own way if None.
+        transformer: The elementwise map m; affine if None.
+        parametrize: Makes the map's parameters from raw numbers, shape (transformer.size, D, N),
+            or (transformer.size, D, 1) without a context; `transformer.parametrize` if None.
         hidden: Widths of the net from the context.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
@@ -206,14 +205,15 @@ class Elementwise(TwoWayScheme):
     def __init__(
         self,
         dim: int,
-        map: ElementwiseMap | None = None,
+        transformer: ElementwiseMap | None = None,
+        *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "silu",
     ) -> None:
-        super().__init__(dim, map, parametrize, context_dim)
-        numbers = self.map.size * dim
+        super().__init__(dim, transformer, parametrize, context_dim)
+        numbers = self.transformer.size * dim
         self.raw = None if context_dim else nn.Parameter(torch.zeros(numbers, 1))
         self.net = None
         if context_dim:
@@ -228,6 +228,6 @@ class Elementwise(TwoWayScheme):
             assert context is not None
             raw = self.net.columns(context)
         assert raw is not None
-        parameters = self._map_parameters(raw.unflatten(0, (self.map.size, self.dim)), value)
+        parameters = self._constrained(raw.unflatten(0, (self.transformer.size, self.dim)), value)
         parameters = [p.expand(*p.shape[:-1], columns.shape[1]) for p in parameters]
         return self._rows(*move(columns, *parameters), value)

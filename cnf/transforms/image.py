@@ -94,16 +94,16 @@ class OnChannels(Transform):
 class ConvCoupling(TwoWayScheme):
     """A coupling of images: the kept channels, and the context, set the map of the others.
 
-    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the net is that of
-    Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
+    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the conditioner is that
+    of Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
     Args:
         channels: C.
         keep: How many of the first channels pass unchanged.
-        map: The elementwise map; affine if None.
-        parametrize: Makes the map's parameters from what the net gives, shape
-            (map.size, N, C - keep, H, W); the map's own way if None.
-        hidden: Channels of the net's two inner layers.
+        transformer: The elementwise map; affine if None.
+        parametrize: Makes the map's parameters from what the conditioner gives, shape
+            (transformer.size, N, C - keep, H, W); `transformer.parametrize` if None.
+        hidden: Channels of the conditioner's two inner layers.
         context_dim: Size of the context, which enters as constant channels; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
     """
@@ -112,7 +112,8 @@ class ConvCoupling(TwoWayScheme):
         self,
         channels: int,
         keep: int,
-        map: ElementwiseMap | None = None,
+        transformer: ElementwiseMap | None = None,
+        *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
@@ -122,7 +123,7 @@ class ConvCoupling(TwoWayScheme):
             raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
         if len(hidden) != 2:
             raise ValueError(f"ConvCoupling: expected two widths in hidden, got {tuple(hidden)}")
-        super().__init__(channels, map, parametrize, context_dim, event_dims=3)
+        super().__init__(channels, transformer, parametrize, context_dim, event_dims=3)
         self.sizes = [keep, channels - keep]
         self.activation = ACTIVATIONS[activation]
         first, second = hidden
@@ -130,7 +131,7 @@ class ConvCoupling(TwoWayScheme):
             [
                 nn.Conv2d(keep + context_dim, first, 3, padding=1),
                 nn.Conv2d(first, second, 1),
-                nn.Conv2d(second, self.map.size * self.sizes[1], 3, padding=1),
+                nn.Conv2d(second, self.transformer.size * self.sizes[1], 3, padding=1),
             ]
         )
         zero_(self.layers[-1])
@@ -145,8 +146,8 @@ class ConvCoupling(TwoWayScheme):
             flat = context.expand(*value.shape[:-3], -1).reshape(images.shape[0], self.context_dim)
             planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
             seen = torch.cat([kept, planes], 1)
-        raw = self._net(seen).unflatten(1, (self.map.size, -1)).movedim(1, 0)
-        moved, ladj = move(moved, *self._map_parameters(raw, value))
+        raw = self._net(seen).unflatten(1, (self.transformer.size, -1)).movedim(1, 0)
+        moved, ladj = move(moved, *self._constrained(raw, value))
         images = torch.cat([kept, moved], 1)
         return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
 

@@ -258,7 +258,7 @@ class WrongAffine(Affine):
 
 class WrongInverse(Coupling):
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, map=WrongAffine(), **kwargs)
+        super().__init__(*args, transformer=WrongAffine(), **kwargs)
 
 
 def test_an_inverse_that_is_not_one_is_found():

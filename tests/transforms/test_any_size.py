@@ -38,7 +38,7 @@ def layers(draw):
     scheme = draw(st.sampled_from(SCHEMES))
     if scheme is Coupling and dim == 1 and not context:
         context = 1  # a variable alone has nothing else to depend on
-    return scheme(dim, map=draw(maps()), hidden=hidden, context_dim=context), dim, context
+    return scheme(dim, transformer=draw(maps()), hidden=hidden, context_dim=context), dim, context
 
 
 def drawn(module, scale, generator):
@@ -76,7 +76,7 @@ def test_schemes_with_any_map_of_any_size(layer, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn(transform, scale, generator)
     z = 2 * torch.randn(3, dim, generator=generator, dtype=F64)
-    spline = getattr(transform.map, "map", transform.map)
+    spline = getattr(transform.transformer, "transformer", transform.transformer)
     if isinstance(spline, CircularSpline):  # other numbers come back less whole turns
         z = z.tanh() * spline.curve.bound
     condition = torch.randn(3, context, generator=generator, dtype=F64) if context else None
@@ -95,7 +95,7 @@ def test_layers_of_any_size(name, dim, scale, seed):
 
 EVERY = {f"example: {name}": build for name, build in TRANSFORMS.examples.items()} | {
     f"{scheme.__name__}, {name}": lambda dim, scheme=scheme, build=build: scheme(
-        dim, map=build(), hidden=(8,)
+        dim, transformer=build(), hidden=(8,)
     )
     for scheme in SCHEMES
     for name, build in MAPS.items()

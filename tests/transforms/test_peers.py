@@ -13,6 +13,7 @@ from cnf.transforms.elementwise import Affine
 from cnf.transforms.splines import RationalQuadratic
 
 DIM, CONTEXT, BINS, HIDDEN = 4, 2, 5, (16, 16)
+NET = {"hidden": HIDDEN, "context_dim": CONTEXT, "activation": "relu"}
 SOFT = math.log(1e-3)  # zuko bends raw numbers: a / (1 + |a / log 1e-3|)
 
 
@@ -58,9 +59,9 @@ def autoregressive(flow, kind):
     parts = []
     for layer in flow.transform.transforms:
         order = layer.order.argsort().tolist()
-        ours = Autoregressive(DIM, make(), parametrize, HIDDEN, CONTEXT, "relu")
+        ours = Autoregressive(DIM, make(), parametrize=parametrize, **NET)
         columns = [DIM + k for k in range(CONTEXT)] + order
-        carry(layer.hyper, ours.net.layers, columns, rearranged(order, ours.map.size))
+        carry(layer.hyper, ours.net.layers, columns, rearranged(order, ours.transformer.size))
         # zuko's variables in the order in which they are seen: x[order] is what our layer takes
         parts = [Permutation(DIM, layer.order.tolist()), ours, Permutation(DIM, order), *parts]
     return parts
@@ -71,8 +72,8 @@ def coupling(flow, kind):
     parts = []
     for layer in flow.transform.transforms:
         keep = layer.mask.nonzero().flatten().tolist()
-        ours = Coupling(DIM, keep, make(), parametrize, HIDDEN, CONTEXT, "relu")
-        rows = rearranged(range(DIM - len(keep)), ours.map.size)
+        ours = Coupling(DIM, keep, make(), parametrize=parametrize, **NET)
+        rows = rearranged(range(DIM - len(keep)), ours.transformer.size)
         carry(layer.hyper, ours.net.layers, range(len(keep) + CONTEXT), rows)
         parts = [ours, *parts]
     return parts

@@ -173,7 +173,7 @@ def test_circular_spline_goes_round_once_and_comes_back(generator):
 
 @pytest.mark.parametrize("scheme", [Coupling, Autoregressive])
 def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomized, generator):
-    layer = randomized(scheme(3, map=CircularSpline(4), hidden=(9,), period=2 * math.pi))
+    layer = randomized(scheme(3, transformer=CircularSpline(4), hidden=(9,), period=2 * math.pi))
     z = torch.randn(5, 3, generator=generator, dtype=F64)
     x, ladj = layer(z)
     turned, same = layer(z + 2 * math.pi)

@@ -49,7 +49,10 @@ CASES = {
     "coupling": lambda context: Coupling(DIM, context_dim=context),
     "coupling, others kept": lambda context: Coupling(DIM, [2, 1], context_dim=context),
     "coupling, a net of one's own": lambda context: Coupling(
-        DIM, context_dim=context, map=RationalQuadratic(3), net=lambda i, o: Residual(i, o)
+        DIM,
+        context_dim=context,
+        transformer=RationalQuadratic(3),
+        conditioner=lambda i, o: Residual(i, o),
     ),
     "standardize": lambda context: Standardize((DIM,)),
     "continuous": continuous,
@@ -64,7 +67,7 @@ CASES = {
 for scheme in (Coupling, Autoregressive, Elementwise):
     for name, build in MAPS.items():
         CASES[f"{scheme.__name__}, {name}"] = lambda context, scheme=scheme, build=build: scheme(
-            DIM, map=build(), hidden=(8, 7), context_dim=context
+            DIM, transformer=build(), hidden=(8, 7), context_dim=context
         )
 
 
@@ -229,7 +232,7 @@ def test_one_dimension_couples_to_its_context_alone(randomized, generator):
 
 def test_a_net_of_ones_own_with_the_wrong_outputs_is_refused():
     for wrong in (-1, 1, 2):
-        coupling = Coupling(4, net=lambda i, o, wrong=wrong: nn.Linear(i, o + wrong))
+        coupling = Coupling(4, conditioner=lambda i, o, wrong=wrong: nn.Linear(i, o + wrong))
         with pytest.raises(RuntimeError, match="unflatten"):
             coupling(torch.zeros(5, 4))
 

@@ -226,7 +226,7 @@ class _ZeroOutside(Distribution):
         if not found.requires_grad:
             return found
         known = found.detach()
-        smooth = known.isfinite()  # at the support's end the density may be 0, its gradient NaN
+        smooth = known.isfinite()  # at the support's end the gradient of log 0 is NaN
         return torch.where(smooth, at(smooth), known)
 
 
@@ -465,7 +465,7 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
-    # Torch has these as properties and methods that raise without a word.
+    # Torch has these as properties and methods that raise without a message.
     mean = _unknown("mean", "sample((n,)).mean(0)")
     variance = _unknown("variance", "sample((n,)).var(0)")
     stddev = _unknown("stddev", "sample((n,)).std(0)")

@@ -34,7 +34,7 @@ from cnf.transforms.continuous import (
 from cnf.transforms.normalization import initializing
 
 Shape = int | Sequence[int]
-FAR = 1_000.0  # scales; of n points none is more than √n from their mean
+FAR = 1_000.0  # scales: none of n points is further than √n from their mean
 
 
 @contextmanager
@@ -108,7 +108,7 @@ class Flow(nn.Module):
         if isinstance(self.base, FromTorch):
             expect_volume(self.base.distribution)
         weights = next((p.dtype for p in transform.parameters()), self.base._like.dtype)
-        if weights != self.base._like.dtype:  # points and means are often float64
+        if weights != self.base._like.dtype:  # points and means often come in float64
             self.base.to(weights)
         self.transform = transform
         self.preprocess = preprocess
@@ -173,8 +173,10 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Set what the first rows of training set, each `ActNorm` that nothing has set yet, from
-        data x, (*batch, *event). `fit` does it; nothing else than this call looks and changes."""
+        """Set each `ActNorm` that is not initialized yet from data x, (*batch, *event).
+
+        `fit` calls this with the first rows; no other call sets them.
+        """
         with evaluating(self), initializing(self.transform) as fresh:
             if fresh:
                 _, y, context, _ = self._enter(x, context, "initialize", generator)
@@ -353,7 +355,7 @@ class Flow(nn.Module):
             )
         solver = Solver.of(solver)
         flow = self.with_transform(reconfigured(self.transform, solver=solver))
-        if self.spec is not None:  # what is saved is what was evaluated
+        if self.spec is not None:  # a saved flow keeps the solver
             options = {**self.spec["options"], "solver": asdict(solver)}
             flow.spec = {**self.spec, "options": options}
         return flow
@@ -371,7 +373,7 @@ class Flow(nn.Module):
 
         Its batch shape is the context's; see `FlowDistribution`.
         """
-        self.inner_context("Flow.distribution", context, None)  # refuses what does not fit
+        self.inner_context("Flow.distribution", context, None)  # raises for one that does not fit
         return flow_distribution(self, context)
 
     def _decoded(self, z: Tensor, context: Tensor | None) -> Tensor:
@@ -437,7 +439,7 @@ class Flow(nn.Module):
     def _start(
         self, z: Tensor, context: Tensor | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None]:
-        """What a map towards the data begins with."""
+        """The rows of z and context to compute with."""
         rows = self._rows([z], context)
         return rows, rows.select(z), rows.select(context)
 

@@ -158,7 +158,7 @@ class MADE(nn.Module):
         self.dim, self.size, self.period = dim, size, period
         self.activation = ACTIVATIONS[activation]
         least = 0 if context_dim or dim == 1 else 1
-        # What a unit may see: inputs k < degree. The context comes before all inputs.
+        # A unit of degree d depends on inputs k < d. The context comes before all inputs.
         inputs = torch.arange(dim).repeat_interleave(1 if period is None else 2)
         before = torch.cat([torch.full((context_dim,), -1), inputs]) + 1
         self.layers = nn.ModuleList()

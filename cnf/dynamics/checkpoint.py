@@ -1,4 +1,4 @@
-"""Backprop that keeps a segment's ends and computes what lies between them again."""
+"""Backprop that keeps a segment's ends and recomputes what lies between them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ Tensors = tuple[Tensor, ...]
 def checkpointed(
     run: Callable[[Tensors], Tensors], state: Tensors, params: Sequence[Tensor]
 ) -> Tensors:
-    """run(state), whose graph is made in the backward pass; derivatives of any order.
+    """run(state), whose graph is built in the backward pass; derivatives of any order.
 
     Not `torch.utils.checkpoint`: its hooks see the products that Hutchinson's estimate takes
-    inside `run`, and compute the segment once more for each of them.
+    inside `run`, and recompute the segment for each of them.
 
     Args:
         run: From the state to the state, the same each time it is called.

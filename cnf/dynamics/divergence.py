@@ -66,7 +66,7 @@ def hutchinson(
 
 def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
     """v(x) and εᵀJ for each ε of `probe`, shape (n, *x.shape): a VJP each."""
-    if transformed():  # autograd.grad cannot be
+    if transformed():  # torch.func cannot transform autograd.grad
         value, pull = torch.func.vjp(v, x)  # pyright: ignore
         return value, torch.stack([pull(epsilon)[0] for epsilon in probe])
     graph = torch.is_grad_enabled()
@@ -237,7 +237,7 @@ def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchi
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that a graph may hold of one made in inference mode."""
+    """The tensor, or a copy of one made in inference mode, which no graph may hold."""
     if transformed() or not tensor.is_inference():
         return tensor
     return tensor.clone()

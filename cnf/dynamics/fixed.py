@@ -32,7 +32,7 @@ def transformed() -> bool:
 
 
 def captured() -> bool:
-    """Whether a solve must not look at its numbers."""
+    """Whether a solve must not branch on its numbers."""
     if transformed():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""What is watched while an ODE is solved: evaluations, memory, failures."""
+"""Instruments of an ODE solve: evaluations, memory, failures."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ class Stats:
 
     @property
     def backward(self) -> int:
-        """Evaluations in backward solves: the adjoint's, and what checkpoints compute again."""
+        """Evaluations in backward solves: the adjoint's, and those that checkpoints recompute."""
         return sum(counter.backward for counter in self._counters)
 
 
@@ -72,7 +72,7 @@ class TooMuchMemory(Exception):
 
 
 class InstrumentedDynamics:
-    """The dynamics, counted, stopped at `max_nfe`, remembered to explain a failure."""
+    """The dynamics: evaluations are counted and limited, the last one explains a failure."""
 
     def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
         self.dynamics, self.solver = dynamics, solver
@@ -105,7 +105,7 @@ class InstrumentedDynamics:
         rates = self._evaluate(t, state)
         self.at = (t.detach(), tuple(part.detach() for part in state))
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
-        # LSODA steps on over NaN, and shortens its steps before infinity until max_nfe.
+        # LSODA ignores NaN, and near infinity shortens its steps until max_nfe.
         if self.solver.method == "scipy_solver" and not _finite(rates):
             raise self.explain()
         return rates
@@ -127,19 +127,19 @@ class InstrumentedDynamics:
         return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
 
     def _noisy(self, t: Tensor, state: State) -> SolverError | None:
-        """The error, where the field answers differently at the same point."""
+        """The error, where two evaluations at the same point differ."""
         with torch.no_grad():
             one, other = (self.dynamics(t, state) for _ in range(2))
         # More than what non-deterministic sums on a GPU leave in float32.
         if all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(one, other, strict=True)):
             return None
         return self.error(
-            "the field gives two answers at the same point: dropout or other noise in train mode",
-            "Call flow.eval(), or take the noise out of the field.",
+            "two evaluations at the same point differ: dropout or other noise in train mode",
+            "Call flow.eval(), or remove the noise from the field.",
         )
 
     def _before_backward_step(self, t: Tensor, state: State, dt: Tensor) -> None:
-        """Called by torchdiffeq, ahead of its own bare assertions."""
+        """Called by torchdiffeq, ahead of its own assertions, which explain nothing."""
         self.check_gradients((dt, *state[1:3]))
         if not self.solver.fixed and t + dt == t:
             raise self.explain()
@@ -152,7 +152,7 @@ class InstrumentedDynamics:
             )
 
     def forward_is_over(self, stop: float) -> None:
-        """What is evaluated from now on belongs to the backward pass."""
+        """Count the evaluations from now on as those of the backward pass."""
         self.in_forward = False
         self.restart(stop)
 
@@ -177,7 +177,7 @@ class InstrumentedDynamics:
         node.register_hook(lambda inputs, _: self.check_gradients(inputs))
 
     def explain(self) -> SolverError:
-        """Why the solver gave up, told from the last evaluation."""
+        """Why the solver gave up, judged by the last evaluation."""
         if self.last is not None and not _finite(self.last[1]):
             return self.error(
                 "the field returned NaN or infinity",

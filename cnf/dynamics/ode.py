@@ -163,7 +163,7 @@ def _differentiable(
 def _odeint(watched: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
     arguments = _arguments(watched.solver, times)
     if watched.solver.method in MULTISTEP and len(times) > 2:
-        # They assume the steps behind them to be equal: start anew at each time.
+        # They assume that the previous steps are equal: start anew at each time.
         return _stitched(lambda y, a, b: _segment(watched, y, a, b, arguments), state, times)
     return torchdiffeq.odeint(watched, state, _tensor(times, state), **arguments)  # pyright: ignore
 
@@ -175,8 +175,8 @@ def _odeint_adjoint(
     arguments = _arguments(solver, times)
     backward = {key: value for key, value in arguments["options"].items() if key != "norm"}
     if "step_t" in backward and times[0] > times[-1]:
-        # torchdiffeq turns time around for itself, and forgets these options: it would step past
-        # the end, where there is no field, and interpolate back.
+        # torchdiffeq reverses time, but not these options: it would step past the end, where
+        # there is no field, and interpolate back.
         backward["step_t"] = -backward["step_t"]
     if solver.grid is not None and times[0] > times[-1]:
         turned = backward["grid_constructor"]
@@ -201,7 +201,7 @@ def _odeint_adjoint(
 def _checkpointed(
     watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
-    """Backprop that keeps the state at the knots only, and computes each segment again."""
+    """Backprop that keeps the state at the knots only, and recomputes each segment."""
     arguments = _arguments(watched.solver, times)
     knots = times if len(times) > 2 else _knots(watched.solver, times[0], times[1])
 
@@ -276,7 +276,7 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
             else:
                 points = t.new_tensor(_stops(solver, t0, t1))
             if len(t) > 2:
-                # One that is a time but for rounding would add a step of that width.
+                # One that differs from a time by rounding would add a step of that width.
                 apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS
                 points = torch.cat([points[apart], t]).sort(descending=t0 > t1).values
             return points
@@ -286,7 +286,7 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
             options["max_order"] = 5  # with torchdiffeq's 12 explicit_adams is unstable
     elif solver.method != "scipy_solver":
         # Land on each time: torchdiffeq steps past it and interpolates back, with an error that
-        # nothing controls, and asks the field for times that do not exist.
+        # is not controlled, and asks the field for times that do not exist.
         options["step_t"] = torch.tensor(times, dtype=torch.float64)
         if solver.norm == "rows":
             options["norm"] = _worst_row

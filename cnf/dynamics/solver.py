@@ -145,8 +145,8 @@ class Solver:
 
     @classmethod
     def of(cls, spec: "Solver | Mapping[str, Any] | str | None") -> "Solver":
-        """A solver from itself, from its arguments as a config file holds them, from the name of
-        an adaptive method, or, of None, the default."""
+        """A solver from a solver, a mapping of its arguments, the name of an adaptive method, or
+        None for the default."""
         if isinstance(spec, Solver):
             return spec
         if spec is not None and not isinstance(spec, str | Mapping):
@@ -168,7 +168,7 @@ class Solver:
         return replace(self, rtol=self.rtol / 100, atol=self.atol / 100)
 
     def __repr__(self) -> str:
-        """The call that makes it, without what is at its default."""
+        """The call that makes it, without the arguments at their defaults."""
         given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
         told = [f"{name}={value!r}" for name, value, default in given if value != default]
         return named(self, *told)

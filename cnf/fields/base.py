@@ -78,7 +78,7 @@ def exact_divergence(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """v and ∇·v: the field's own closed form where it has one, else D tangents in one pass, or D
-    products in reverse mode where torch has no forward mode for what the field does.
+    products in reverse mode where torch has no forward mode for one of the field's operations.
 
     Raises:
         ValueError: The field has no closed form and D is above `EXACT_LIMIT`.

@@ -1,4 +1,4 @@
-"""How time and context enter a layer: the kinds of FFJORD and its siblings.
+"""How time and context enter a layer: FFJORD's kinds of layers.
 
 Every kind is an affine map of its input whose scale, shift or weights depend on the condition
 u = [t, sin, cos, …, c].
@@ -47,7 +47,7 @@ class AffineLayer(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """Scale σ(G u + g) and shift B u of a layer's outputs, as far as its kind has them.
+    """Scale σ(G u + g) and shift B u of a layer's outputs, or only one of them, or none.
 
     Args:
         features: Size of u.
@@ -78,7 +78,7 @@ for _name, _scale, _shift in (
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer that does not look at u, and is its own `AffineLayer`; arguments as below."""
+    """A linear layer that ignores u, and is its own `AffineLayer`; arguments as below."""
 
     scale = None
 

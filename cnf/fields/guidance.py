@@ -1,4 +1,4 @@
-"""Conditional fields that also go without their context, and classifier-free guidance."""
+"""Conditional fields whose context may be missing, and classifier-free guidance."""
 
 import math
 
@@ -50,7 +50,7 @@ class Guided(Wrapper):
     al. (2024), https://arxiv.org/abs/2404.07724.
 
     Args:
-        field: A field that also goes without its context, see `NullContext`.
+        field: A field whose context may be missing, see `NullContext`.
         weight: w.
         interval: Times at which it holds; at others it is 1.
     """
@@ -92,7 +92,7 @@ class Guided(Wrapper):
         return f"{self.field}, weight {self.weight:g}"
 
     def mixed(self, t: Tensor, conditional: Tensor, without: Tensor) -> Tensor:
-        """What is guided, from what it is with and without the context."""
+        """Guidance of a velocity or divergence, given it with the context and without."""
         start, end = self.interval
         held = (t >= start) & (t <= end)
         weight = torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))

@@ -1,4 +1,4 @@
-"""The default field: a time-conditioned MLP that knows its own divergence."""
+"""The default field: a time-conditioned MLP with its divergence in closed form."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ from cnf.fields.trace import gated_product
 
 
 class _Pass(NamedTuple):
-    """What one pass down and up the potential's network leaves behind."""
+    """Results of one pass down and up the potential's network."""
 
     tanh: list[Tensor]  # σ' of each layer, (*batch, H)
     cotangents: list[Tensor]  # ∂φ/∂h after each layer, (*batch, H)

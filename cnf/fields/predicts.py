@@ -1,4 +1,4 @@
-"""Networks that predict data, noise or score instead of the velocity, and how each follows."""
+"""Networks that predict data, noise or score, and the velocity that follows from each."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ MARGIN = 1e-2  # of time, from the ends, where α or σ vanish and conversions a
 
 
 def converted(value: Tensor, given: str, wanted: str, x: Tensor, t: Tensor, path: Path) -> Tensor:
-    """One of velocity, x1, noise and score at (t, x) made into another.
+    """Convert one of velocity, x1, noise and score at (t, x) into another.
 
     They are conditional means given xt = α·x1 + σ·ε: of the velocity, the data, the noise ε; the
     score is -noise/σ. Between velocity, x1 and noise it holds for every coupling (ε is then x0);

@@ -31,7 +31,7 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
         at = x.clone() if x.is_inference() else x.detach()
         try:
             with torch.inference_mode(False), untouched(x.device):
-                with torch.no_grad():  # in which attention may take another kernel
+                with torch.no_grad():  # attention may take another kernel here
                     _pushed(v, at, 1)
                 with torch.enable_grad():
                     columns = _pushed(v, at.requires_grad_(), 1)[1]
@@ -39,8 +39,8 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
                     columns.sum().backward(inputs=[at])
             known[field.training] = True
         except torch.OutOfMemoryError:
-            raise  # it says nothing of the field
-        except (NotImplementedError, RuntimeError):  # an error of the field's own will come again
+            raise  # no sign of a missing forward mode
+        except (NotImplementedError, RuntimeError):  # the field's own error recurs in the solve
             known[field.training] = False
     return known[field.training]
 

@@ -35,8 +35,10 @@ class Wrapper(VectorField):
         return self.field.knots
 
     def block(self, k: int) -> VectorField:
-        """The same wrapper, with the same weights, around the k-th block of what is inside; the
-        same one each time, as what is compiled for a field is kept under it."""
+        """The same wrapper, with the same weights, around the k-th block of the field inside.
+
+        Made once for each k: compiled code is cached under the field that it was compiled for.
+        """
         inner = self.field.block(k)
         if inner is self.field:
             return self

@@ -111,7 +111,7 @@ class Compose(Transform):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Fit what can be fitted to data x, (N, *event): each to what those behind it leave."""
+        """Fit each part that has a `fit` to data x, (N, *event), as the parts after it leave them."""
         for part in reversed(self._parts()):
             if hasattr(part, "fit"):
                 part.fit(x)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Large batches, part by part, where no graph is kept."""
+"""Large batches, chunk by chunk, where no graph is kept."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,12 @@ def by_chunks(
     transform: Transform, way: Way, value: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """way(value, context), a few thousand rows at a time where gradients are off and there are
-    many; the rows of an adaptive solve share their steps with those of their chunk only."""
+    many; the rows of a chunk share the steps of an adaptive solve."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return way(value, context)
-    if transform.training and not transform.recomputable:  # the batch's statistics are the map's
+    if (
+        transform.training and not transform.recomputable
+    ):  # the map depends on the batch's statistics
         return way(value, context)
     return _chunked(way, value, context, transform.event_dims, rows_at_once(transform, value))
 
@@ -35,7 +37,7 @@ def rows_at_once(transform: Transform, value: Tensor) -> int:
     """Rows whose widest layer takes `BYTES`, from the sizes of the weights."""
     event = value.shape[value.dim() - transform.event_dims :]
     size, places = math.prod(event), math.prod(event[1:])
-    if transform not in _widest:  # a look at each weight, which takes as long as a small batch
+    if transform not in _widest:  # reading each weight's shape takes as long as a small batch
         _widest[transform] = _widest_layers(transform)
     dense, convolution = _widest[transform]
     tangents = size if is_continuous(transform) and places == 1 else 1  # of an exact divergence

@@ -41,7 +41,7 @@ class StandardizeContext(nn.Module):
             if ((known != 0) & (known != 1)).any():
                 loc[k] = known.mean()
                 if known.amax() > known.amin():
-                    scale[k] = known.std()  # of a constant it stays 1
+                    scale[k] = known.std()  # a constant keeps scale 1
         self.columns.settle(loc, scale, context.dtype)
 
     @property

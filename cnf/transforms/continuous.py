@@ -187,7 +187,7 @@ class Continuous(Transform):
         """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event)."""
         if not all(0 <= t <= 1 for t in times):
             raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
-        # A time that float32 has rounded off a knot is the knot: no solve is that short.
+        # A time within float32's rounding of a knot is that knot: no solve is that short.
         knots = self.field.knots[1:]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
         path, stamps = [value.unsqueeze(0)], [times[0]]
@@ -224,14 +224,14 @@ class Continuous(Transform):
         return replace(self.solver, steps=max(1, math.ceil(steps * abs(t1 - t0) - 1e-6)))
 
     def _params(self, context: Tensor | None) -> list[Tensor]:
-        # The context too: an adjoint that is not told of it gives it no gradient, silently.
+        # The context too: the adjoint gives no gradient to a tensor that is not listed.
         return [*self.field.parameters(), *([] if context is None else [context])]
 
 
 def _leaving_inputs(
     rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
 ) -> Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State]:
-    """`rates`, whose first evaluation of each field raises where that edits what it was given."""
+    """`rates`, which raise at a field's first evaluation if it edits its inputs in place."""
     known: set[VectorField] = set()
 
     def watched(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
@@ -242,7 +242,9 @@ def _leaving_inputs(
             return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
         try:
             return rates(field, t, x, context)
-        except RuntimeError as error:  # a product with the Jacobian reaches the evaluations before
+        except (
+            RuntimeError
+        ) as error:  # a product with the Jacobian may fail for an earlier evaluation
             explain_edit(field, error)
             raise
 

@@ -1,4 +1,4 @@
-"""Coupling layers: one part of the vector, and the context, set the map of the other part."""
+"""Coupling layers: one part of the vector and the context set the map of the other part."""
 
 from collections.abc import Callable, Sequence
 
@@ -92,7 +92,7 @@ class Coupling(TwoWayScheme):
             seen = torch.cat([seen, context], -1)
         if isinstance(self.net, MLP):
             raw = self.net.columns(seen)
-        else:  # without context and period, what it sees is a part of x itself
+        else:  # without context and period its input is a view of x
             raw = unedited(self.net, lambda: self.net(seen).T, x=seen)
         raw = raw.unflatten(0, (self.transformer.size, len(moved)))
         moved, ladj = move(moved, *self._constrained(raw, value))

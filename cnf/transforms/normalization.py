@@ -57,7 +57,7 @@ class Standardize(Transform):
         rows = x.to(self.loc.dtype)
         over = [0, *range(2, x.dim())]
         scale = self.scale
-        if x.shape[0] > 1:  # what is constant stays as it is
+        if x.shape[0] > 1:  # a constant column keeps scale 1
             scale = torch.where(rows.amax(over) > rows.amin(over), rows.std(over), 1.0)
         self.settle(rows.mean(over), scale, x.dtype)
 
@@ -133,9 +133,9 @@ def _resolve(module: nn.Module, _: object = None) -> None:
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
-    """x = z·exp(s) + m for each channel, trained; the identity until data that pass while
-    `initializing` set s and m, so that their z have mean 0 and variance 1. Where training has set
-    s and m already, they stay.
+    """x = z·exp(s) + m for each channel, trained; the identity until data that pass through it
+    while `initializing` set s and m, so that their z have mean 0 and variance 1. Once trained, s
+    and m are not set again.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
@@ -223,7 +223,7 @@ class BatchNorm(Transform):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and rows.shape[0] > 1:
             variance, mean = torch.var_mean(rows, 0, correction=0)
-            if torch.is_grad_enabled():  # without gradients it is but a look
+            if torch.is_grad_enabled():  # a call without gradients does not train
                 with torch.no_grad():
                     unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
                     self.mean.lerp_(mean, self.momentum)

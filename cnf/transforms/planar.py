@@ -16,7 +16,7 @@ from cnf.transforms.linear import householder_product
 from cnf.transforms.roots import tanh_root
 
 ONE = math.log(math.expm1(1))  # softplus of it is one
-MARGIN = 8  # roundings between a determinant that must be positive and zero
+MARGIN = 8  # units of rounding that keep a determinant above zero
 
 
 class Amortized(nn.Module):

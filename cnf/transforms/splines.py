@@ -65,7 +65,7 @@ class RationalQuadratic(ElementwiseMap):
 @MAPS.register("circular-spline")
 class CircularSpline(ElementwiseMap):
     """A turn of the circle [-bound, bound), then a rational-quadratic spline with the same slope
-    at both ends: a smooth map of angles. Any number is an angle; what comes out is on the circle.
+    at both ends: a smooth map of angles. Any number is an angle; results are on the circle.
 
     Args:
         bins: K, one or more.
@@ -119,7 +119,7 @@ class _Curve:
         return torch.add(whole * least, part, alpha=whole * (1 - least * self.bins))
 
     def slopes(self, raw: Tensor) -> Tensor:
-        # No steeper than a bin can be: a net far from data gives numbers whose squares overflow.
+        # Bounded: far from the data a net gives numbers whose squares overflow.
         return self.least + F.softplus((raw + self.unit).clamp(max=1 / self.least))
 
     def value(self, z: Tensor, sizes: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class _Curve:
     def _bin(
         self, value: Tensor, sizes: Tensor, slopes: Tensor, along: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the bin of z (along 0) or x (1): its start and size in both, (2, *), and slopes."""
+        """The bin that holds z (along 0) or x (1): start and size in both, (2, *), and slopes."""
         ends = sizes.cumsum(1)
         k = (value + self.bound >= ends[along, :-1]).sum(0, keepdim=True)
         both = k.expand(2, *k.shape)

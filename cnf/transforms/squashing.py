@@ -15,8 +15,8 @@ EPS = torch.finfo(torch.float32).eps
 class _Squashing(Transform):
     """A fixed function of each number: subclasses say which, by its value and log-slope.
 
-    What is not a value of it, nor of it but for float32's rounding, has no density: its
-    log-determinant is -inf, and so is `log_prob`. The support's ends count as numbers beside them.
+    A number outside of the support by more than float32's rounding has no density: its
+    log-determinant is -inf, and so is `log_prob`. The support's ends are moved just inside.
     """
 
     support: tuple[float, float]
@@ -101,7 +101,7 @@ class Softplus(_Squashing):
 
 
 def _smallest(like: Tensor) -> float:
-    """What a positive number counts as at least: smaller, and gradients would overflow."""
+    """The smallest positive number: below it gradients would overflow."""
     info = torch.finfo(like.dtype)
     return min(info.tiny / info.eps, info.eps)
 

@@ -9,47 +9,18 @@ of such sets scatter around zero, so they can be negative.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from cnf.errors import expect_counts, expect_finite, expect_positive, optional
 from cnf.matching.couplings import optimal
+from cnf.metrics.estimate import Estimate
 from cnf.registry import Registry
 
 METRICS = Registry("metric")
 
 _BLOCK = 4_000_000  # pairs held at once: 32 MB of float64, so large sets never need N·M memory
-
-
-class Estimate(NamedTuple):
-    """A mean over draws and its standard error, in the units of what was averaged.
-
-    >>> print(Estimate(2.34519, 0.0117))
-    2.345 ± 0.012
-    """
-
-    value: float
-    error: float
-
-    @classmethod
-    def of(cls, draws: Tensor, weight: Tensor | None = None) -> "Estimate":
-        """Mean and standard error (NaN for one draw) of independent draws, weighted where they
-        have weights; a NaN makes it NaN."""
-        draws = draws.detach().double().flatten()
-        if weight is not None:
-            shares = weight.to(draws) / weight.double().sum().to(draws.device)
-            mean = shares @ draws
-            return cls(mean.item(), (shares * (draws - mean)).norm().item())
-        error = (draws.std() / math.sqrt(len(draws))).item() if len(draws) > 1 else math.nan
-        return cls(draws.mean().item(), error)
-
-    def __str__(self) -> str:
-        if not (math.isfinite(self.value) and math.isfinite(self.error) and self.error > 0):
-            return f"{self.value:.4g} ± {self.error:.2g}"
-        decimals = max(0, 1 - math.floor(math.log10(self.error)))  # two digits of the error
-        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
 
 
 @METRICS.register("w2")

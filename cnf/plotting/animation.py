@@ -1,9 +1,9 @@
-"""The way of particles from noise to data: as paths, and as animated pictures."""
+"""Animated pictures of noise becoming data."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,62 +11,9 @@ from torch import Tensor
 
 from cnf.errors import expect_counts, optional
 from cnf.flow import Flow
-from cnf.plotting.style import (
-    FAINT,
-    INK,
-    device_of,
-    frame,
-    styled,
-    unlike,
-    window_of,
-)
-from cnf.transforms.base import Compose, Transform
-from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
-
-if TYPE_CHECKING:
-    pass
-
-
-@torch.no_grad()
-def layer_path(flow: Flow, z: Tensor) -> Tensor:
-    """Where z is before the first and after each layer of a flow, in data space.
-
-    A flow whose transform is a `Compose` has its parts for layers, any other transform is one
-    layer. Every value is pushed through the flow's preprocessing; the last is `flow.decode(z)`.
-
-    Args:
-        flow: An unconditional flow of vectors.
-        z: Base samples, shape (*batch, D).
-    Returns:
-        Positions, shape (layers + 1, *batch, D).
-    """
-    values, transform = [z], flow.transform
-    if is_continuous(transform):  # as in decode: no log-determinant is paid for
-        transform = reconfigured(transform, divergence=None)
-    for layer in _layers(transform):
-        values.append(layer(values[-1])[0])
-    return flow.outside(torch.stack(values))[0]
-
-
-@torch.no_grad()
-def particle_path(flow: Flow, z: Tensor, times: Tensor) -> Tensor:
-    """Where particles are at `times`, in data space: along the ODE of a continuous flow, on the
-    straight line from layer to layer of any other, whose layers take equal time.
-
-    Args:
-        flow: An unconditional flow of vectors.
-        z: Base samples, shape (N, D).
-        times: Ascending from 0 to 1, shape (T,).
-    Returns:
-        Positions, shape (T, N, D).
-    """
-    if isinstance(flow.transform, Continuous):
-        return flow.trajectory(z, times)
-    path = layer_path(flow, z)
-    where = times.to(path).clamp(0, 1) * (len(path) - 1)
-    index = where.floor().long().clamp(max=len(path) - 2)
-    share = (where - index)[:, None, None]
-    return path[index] * (1 - share) + path[index + 1] * share
+from cnf.plotting.axes import frame, unlike, window_of
+from cnf.plotting.style import FAINT, INK, device_of, styled
+from cnf.plotting.trajectories import particle_path
 
 
 def animate(
@@ -118,14 +65,6 @@ def animate(
         path, save_all=True, append_images=images[1:], duration=rests, loop=0, optimize=True
     )
     return path
-
-
-def _layers(transform: Transform) -> list[Transform]:
-    """The parts of a composition, and of compositions inside it, from base to data."""
-    if not isinstance(transform, Compose):
-        return [transform]
-    inner: list[Any] = list(transform.transforms)
-    return [layer for part in inner for layer in _layers(part)]
 
 
 def _frames(
@@ -180,23 +119,3 @@ def _shades(color: str) -> list[int]:
         mix = np.linspace(0, 1, count)[:, None]
         shades += (255 * ((1 - mix) + mix * np.array(end))).round().astype(int).ravel().tolist()
     return shades
-
-
-def way_of(flow: Flow, particles: int, points: int) -> Tensor:
-    """Paths of the first two coordinates, shape (T, N, 2): at even times, or after each layer."""
-    z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
-    z = z.to(device_of(flow))
-    if isinstance(flow.transform, Continuous):
-        return particle_path(flow, z, torch.linspace(0, 1, points))[..., :2].cpu().double()
-    return layer_path(flow, z)[..., :2].cpu().double()
-
-
-def finite(way: Tensor | str) -> bool:
-    return isinstance(way, Tensor) and bool(torch.isfinite(way).all())
-
-
-def way_said(flow: Flow, way: Tensor | str) -> str:
-    """Whether lines are paths of an ODE, or have the layers of a discrete flow for corners."""
-    if isinstance(flow.transform, Continuous):
-        return "along its ODE"
-    return "layer by layer" if isinstance(way, str) else f"layer by layer, {len(way) - 1} in all"

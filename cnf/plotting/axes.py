@@ -1,17 +1,134 @@
-"""Axes of curves: logarithmic ones with plain numbers, and legends below them."""
+"""Figures and axes: panels of the plane, logarithmic axes with plain numbers, legends below."""
 
 import math
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from cnf.errors import optional
+from cnf.plotting.style import FAINT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DPI = 150
 WIDTH, HEIGHT = 6.0, 4.0  # legible at a phone's width
 # Up to so many decades, ticks at these multiples of each power of ten.
 TICKS = {1: (1, 2, 3, 5, 7), 2: (1, 2, 5), 3: (1, 3)}
+
+
+def new_figure(width: float, height: float, layout: str = "constrained") -> "Figure":
+    """A figure that no global state knows of, so that it is freed with its last reference."""
+    figure = optional("matplotlib.figure", "evaluation").Figure
+    return figure(figsize=(width, height), dpi=DPI, layout=layout)
+
+
+def panels(
+    count: int, window: Tensor, side: float = 2.05, below: float = 0.0
+) -> tuple["Figure", list["Axes"]]:
+    """A grid of `count` equal panels, at most three in a row.
+
+    Args:
+        count: How many.
+        window: Low and high corner of what they show.
+        side: Width of a panel in inches.
+        below: Room under them in inches.
+    """
+    width, height = (window[1] - window[0]).tolist()
+    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    rows = math.ceil(count / columns)
+    tall = side * (1.0 if unlike(window) else min(height / width, 2.0)) + 0.75
+    figure = new_figure(side * columns, rows * tall + below, layout="compressed")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(grid)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def unlike(window: Tensor) -> bool:
+    """Whether its sides are of so different lengths that one scale for both shows nothing."""
+    width, height = (window[1] - window[0]).tolist()
+    return not 0.2 < height / width < 5
+
+
+def frame(
+    ax: "Axes", window: Tensor, title: str, note: str = "", names: Sequence[str] = ()
+) -> None:
+    """Fix what an axis shows, and write a title and a smaller note above. Both coordinates have
+    one scale, or each its own where the window's sides are unlike; ticks stand at coordinates
+    with names or scales of their own."""
+    (left, bottom), (right, top) = window.tolist()
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set(aspect="auto" if unlike(window) else "equal")
+    if names or unlike(window):
+        few_ticks(ax)
+    else:
+        ax.set(xticks=[], yticks=[])
+    for name, write in zip(names, (ax.set_xlabel, ax.set_ylabel), strict=False):
+        write(textwrap.shorten(name, 24, placeholder="…"), fontsize=9)
+    ax.set_title(textwrap.fill(title, 19), pad=22 if note else 7)
+    if note:
+        ax.annotate(
+            note, (0.5, 1.0), (0, 6), "axes fraction", "offset points", ha="center", va="bottom",
+            fontsize=10.5, color=FAINT,
+        )  # fmt: skip
+    for spine in ax.spines.values():
+        spine.set(visible=True, color="#d5d9e0")
+
+
+def few_ticks(ax: "Axes", most: int = 3) -> None:
+    """Small ticks with whole numbers: no power of ten apart from them, which would hit a title."""
+    ticker = optional("matplotlib.ticker", "evaluation")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10]))
+        plain = ticker.FuncFormatter(lambda value, _: f"{value:.10g}".replace("-", "−"))
+        axis.set_major_formatter(plain)
+    ax.tick_params(labelsize=7)
+
+
+def say_failed(ax: "Axes", why: str) -> None:
+    """Words in place of a picture that could not be made."""
+    ax.text(
+        0.5, 0.5, textwrap.fill(why, 26), ha="center", va="center", color=FAINT, fontsize=10,
+        transform=ax.transAxes, wrap=True,
+    )  # fmt: skip
+
+
+def scatter(
+    ax: "Axes", points: Tensor, color: str, size: float = 3.0, alpha: float = 0.35
+) -> None:
+    """Small translucent dots at the first two coordinates of points (N, D)."""
+    x, y = points[:, :2].cpu().double().unbind(-1)
+    ax.scatter(x.numpy(), y.numpy(), s=size, c=color, alpha=alpha, linewidths=0, zorder=2)
+
+
+def window_of(density: Any, *others: Tensor) -> Tensor:
+    """What pictures show: where nearly all samples are, low and high corner, shape (2, 2).
+
+    Args:
+        density: Anything with `sample`.
+        others: Points of shape (N, D) that should be seen too, short of far outliers.
+    """
+    drawn = density.sample(4000, generator=torch.Generator().manual_seed(0)).detach()
+    edges = torch.tensor([0.002, 0.998], dtype=torch.float64)
+    low, high = drawn[:, :2].cpu().double().quantile(edges, 0)
+    beyond = 0.08 * (high - low)  # the support itself reaches far into tails that no eye can see
+    low, high = low - beyond, high + beyond
+    reach = 1.5 * (high - low)  # a model gone astray must not shrink the rest to a dot
+    for points in others:
+        seen = points.reshape(-1, points.shape[-1])[:, :2].cpu().double()
+        seen = seen[torch.isfinite(seen).all(-1)]
+        if len(seen):
+            edge = seen[:100_000].quantile(edges, 0)
+            low = torch.maximum(torch.minimum(low, edge[0]), low - reach)
+            high = torch.minimum(torch.maximum(high, edge[1]), high + reach)
+    margin = torch.where(high > low, 0.02 * (high - low), 0.5)  # of each side: units may differ
+    return torch.stack([low - margin, high + margin])
 
 
 def sparse_log(axis: Any, limits: tuple[float, float]) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cnf.errors import optional
-from cnf.plotting.style import number
+from cnf.metrics.estimate import number
 from cnf.race import verdict
 from cnf.race.figures import save_figures
-from cnf.race.results import Results, colors, mean_and_error, titles
+from cnf.race.results import Results
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def columns(results: Results) -> list[Column]:
     ]
 
     def known(column: Column) -> bool:
-        numbers = (entry.scores.get(column.metric, math.nan) for entry in results.entries)
+        numbers = (entry.score(column.metric) for entry in results.entries)
         return column.metric == results.score or not all(map(math.isnan, numbers))
 
     return [column for column in every if known(column)]
@@ -83,18 +83,19 @@ def write_report(results: Results, folder: str | Path) -> Path:
     if not all((folder / name).exists() for name in ("results.csv", "results.json")):
         results.save(folder)
     page = folder / "report.html"
-    page.write_text(_render(verdict.with_derived(results), figures), encoding="utf-8")
+    page.write_text(page_of(results, figures), encoding="utf-8")
     return page
 
 
-def _render(results: Results, figures: dict[str, Path]) -> str:
+def page_of(results: Results, figures: dict[str, Path]) -> str:
+    """The page as HTML, with these pictures (name → file) inside."""
     jinja = optional("jinja2", "evaluation")
     environment = jinja.Environment(
         loader=jinja.PackageLoader("cnf.race"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja.StrictUndefined,
     )  # fmt: skip
     environment.filters["emphasized"] = _emphasized
-    names, color = titles(results), colors(results)
+    names, color = results.titles, results.colors
     swatches = {name: {"title": names[name], "color": color[name]} for name in names}
     shown = columns(results)
     return environment.get_template("report.html.j2").render(
@@ -117,15 +118,15 @@ def _rows(results: Results, shown: list[Column]) -> list[dict[str, Any]]:
     is the best of its column."""
     best = {column.metric: _best(results, column) for column in shown}
     rows = []
-    for name in verdict.ranking(results):
+    for name in results.ranking():
         cells = []
         for column in shown:
-            value, error = mean_and_error(results, name, column.metric)
+            score = results.mean(name, column.metric)
             cells.append(
                 {
-                    "text": number(value, error),
-                    "value": repr(float(value)),
-                    "best": value == best[column.metric],
+                    "text": str(score),
+                    "value": repr(float(score.value)),
+                    "best": score.value == best[column.metric],
                 }
             )
         rows.append({"name": name, "cells": cells})
@@ -134,7 +135,7 @@ def _rows(results: Results, shown: list[Column]) -> list[dict[str, Any]]:
 
 def _best(results: Results, column: Column) -> float:
     """The best number of a column; NaN, which nothing equals, where none is better than others."""
-    values = [mean_and_error(results, name, column.metric)[0] for name in results.contestants]
+    values = [results.mean(name, column.metric).value for name in results.contestants]
     values = [value for value in values if math.isfinite(value)]
     if column.lower is None or len(values) < 2 or len(set(values)) == 1:
         return math.nan
@@ -149,7 +150,7 @@ def _picture(results: Results, name: str, file: Path) -> dict[str, Any]:
     width, height = struct.unpack_from(layout, data, start)
     moving = kind == "gif"
     if moving:
-        title = titles(results)[name.removeprefix("flow-")]
+        title = results.titles[name.removeprefix("flow-")]
         caption = ""
     else:
         title, caption = _captions(results)[name]

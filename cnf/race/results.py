@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cnf.flow import Flow
-from cnf.plotting.style import DASHES, PALETTE, number
+from cnf.metrics.estimate import Estimate
+from cnf.plotting.style import color_of
+
+FEW = 4  # Euler steps at which the quality of samples in few steps is judged
 
 
 @dataclass
@@ -20,10 +23,10 @@ class Entry:
         contestant: Its name in `CONTESTANTS`, or the one given.
         title: Its title.
         seed: The seed.
-        scores: Metric → number; NaN where it does not apply.
+        scores: Key of a metric → number; NaN where it does not apply.
         curve: (seconds of training, gap or held-out NLL in nats), as training went on.
         few_steps: (evaluations of the field, sliced W2 of samples), from one Euler step to the
-            adaptive solver.
+            flow's own solver.
         flow: The trained flow.
     """
 
@@ -34,6 +37,21 @@ class Entry:
     curve: list[tuple[float, float]]
     few_steps: list[tuple[int, float]]
     flow: Flow
+
+    def score(self, key: str) -> float:
+        """A score, measured or derived from others; NaN where there is none.
+
+        Args:
+            key: A key of `scores`; "few_steps", the sliced W2 in 4 Euler steps (in its one pass,
+                for a flow that solves no ODE); or "steps_per_second".
+        """
+        if key == "few_steps":
+            curve = dict(self.few_steps)
+            return curve.get(FEW, curve.get(0, math.nan))
+        if key == "steps_per_second":
+            pace = self.score("ms_per_step")
+            return 1e3 / pace if pace > 0 else math.nan
+        return self.scores.get(key, math.nan)
 
 
 @dataclass
@@ -65,6 +83,26 @@ class Results:
         return list(dict.fromkeys(entry.contestant for entry in self.entries))
 
     @property
+    def titles(self) -> dict[str, str]:
+        """Contestant → its title, and its name where another has the same title."""
+        titles = {name: self.of(name)[0].title for name in self.contestants}
+        shared = [title for title in titles.values() if list(titles.values()).count(title) > 1]
+        return {
+            name: f"{title} ({name})" if title in shared else title
+            for name, title in titles.items()
+        }
+
+    @property
+    def colors(self) -> dict[str, str]:
+        """Contestant → its color, the same in every picture and on the page."""
+        return {name: color_of(place) for place, name in enumerate(self.contestants)}
+
+    @property
+    def flows(self) -> dict[str, Flow]:
+        """Title → the flow of the first seed, in the order in which they ran."""
+        return {title: self.of(name)[0].flow for name, title in self.titles.items()}
+
+    @property
     def score(self) -> str:
         """The score that decides: the gap to a known density, else the NLL."""
         return "nll" if self.entropy is None else "gap"
@@ -73,21 +111,59 @@ class Results:
         """A contestant's entries, one per seed."""
         return [entry for entry in self.entries if entry.contestant == contestant]
 
-    def mean(self, contestant: str, metric: str) -> tuple[float, float]:
-        """Mean over seeds, and their standard deviation (NaN with one seed)."""
-        values = [entry.scores[metric] for entry in self.of(contestant)]
-        if len(values) < 2 or not all(map(math.isfinite, values)):
-            return sum(values) / len(values), math.nan
-        return statistics.fmean(values), statistics.stdev(values)
+    def mean(self, contestant: str, key: str) -> Estimate:
+        """A score's mean over seeds, and what stands behind its ±.
+
+        That is the standard deviation over seeds or the standard error over test points,
+        whichever is larger; NaN where there is neither. A score that is not finite for one seed
+        is the mean.
+
+        Args:
+            contestant: Its name.
+            key: As in `Entry.score`.
+        """
+        entries = self.of(contestant)
+        values = [entry.score(key) for entry in entries]
+        for value in values:
+            if not math.isfinite(value):
+                return Estimate(value, math.nan)
+        errors = [entry.score(f"{key}_error") for entry in entries]
+        errors += [statistics.stdev(values)] if len(values) > 1 else []
+        return Estimate(
+            statistics.fmean(values), max(filter(math.isfinite, errors), default=math.nan)
+        )
+
+    def standard_error(self, contestant: str, key: str) -> float:
+        """Of the mean over seeds, from seeds and test points together.
+
+        All seeds see the same test points, so that more seeds do not shrink the error over points.
+        """
+        entries = self.of(contestant)
+        values = [entry.score(key) for entry in entries]
+        errors = [entry.score(f"{key}_error") for entry in entries]
+        points = max(filter(math.isfinite, errors), default=0.0)
+        seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return math.hypot(points, seeds)
 
     def ranking(self) -> list[str]:
-        """Contestants, best first by the deciding score; a NaN comes last."""
+        """Contestants, best first by the deciding score; those without a finite one come last."""
+        failed = self.failed()
+        finite = [name for name in self.contestants if name not in failed]
+        return sorted(finite, key=lambda name: self.mean(name, self.score).value) + failed
 
-        def key(name: str) -> tuple[bool, float]:
-            value = self.mean(name, self.score)[0]
-            return value != value, value
+    def failed(self) -> list[str]:
+        """Contestants whose deciding score is not finite for some seed."""
+        return [
+            name
+            for name in self.contestants
+            if not math.isfinite(self.mean(name, self.score).value)
+        ]
 
-        return sorted(self.contestants, key=key)
+    def score_text(self, contestant: str) -> str:
+        """The deciding score in words, such as "gap 0.012 ± 0.003 nats"."""
+        score = self.mean(contestant, self.score)
+        name = "gap" if self.score == "gap" else "NLL"
+        return f"{name} {score} nats" if math.isfinite(score.value) else "failed"
 
     def save(self, folder: Path) -> None:
         """Write results.csv (a row per contestant and seed) and results.json (no flows)."""
@@ -99,45 +175,7 @@ class Results:
             for entry in self.entries:
                 numbers = (f"{entry.scores[name]:.6g}" for name in names)
                 writer.writerow([self.data, entry.contestant, entry.seed, *numbers])
-        entries = [
-            {k: v for k, v in vars(entry).items() if k not in ("flow",)} for entry in self.entries
-        ]
+        entries = [{k: v for k, v in vars(entry).items() if k != "flow"} for entry in self.entries]
         whole = {k: v for k, v in vars(self).items() if k not in ("density", "entries")}
         text = json.dumps({**whole, "entries": entries}, indent=1, default=str)
         (folder / "results.json").write_text(text + "\n")
-
-
-def colors(results: Results) -> dict[str, str]:
-    """Contestant → its color, the same in every picture and in the page."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(results.contestants)}
-
-
-def dashes(results: Results) -> dict[str, Any]:
-    """Contestant → line style; solid until the colors repeat."""
-    names = results.contestants
-    return {name: DASHES[i // len(PALETTE) % len(DASHES)] for i, name in enumerate(names)}
-
-
-def titles(results: Results) -> dict[str, str]:
-    """Contestant → its title."""
-    return {name: results.of(name)[0].title for name in results.contestants}
-
-
-def mean_and_error(results: Results, contestant: str, metric: str) -> tuple[float, float]:
-    """A score's mean over seeds and what stands behind its ±: the standard deviation over seeds or
-    the standard error over test points, whichever is larger; NaN where there is neither."""
-    entries = results.of(contestant)
-    values = [entry.scores.get(metric, math.nan) for entry in entries]
-    errors = [entry.scores.get(f"{metric}_error", math.nan) for entry in entries]
-    if not all(map(math.isfinite, values)):
-        bad = next(value for value in values if not math.isfinite(value))
-        return bad, math.nan
-    known = [*errors, statistics.stdev(values) if len(values) > 1 else math.nan]
-    return statistics.fmean(values), max(filter(math.isfinite, known), default=math.nan)
-
-
-def score_text(results: Results, contestant: str) -> str:
-    """The deciding score in words: "gap 0.012 ± 0.003 nats"."""
-    value, error = mean_and_error(results, contestant, results.score)
-    name = "gap" if results.score == "gap" else "NLL"
-    return f"{name} {number(value, error)} nats" if math.isfinite(value) else "failed"

@@ -1,8 +1,10 @@
 """Scores as tables in a terminal."""
 
+import math
 from typing import Any
 
 from cnf.errors import optional
+from cnf.metrics.estimate import number
 from cnf.race.results import Results
 
 COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
@@ -17,12 +19,11 @@ COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
 
 
 def results_table(results: Results) -> Any:
-    """The race as a rich table, best first: mean over seeds, under it ± their standard
-    deviation, so that all fits into 80 columns."""
+    """The race as a rich table, best first, with ± under the means, so that it fits 80 columns."""
     escape = optional("rich.markup", "cli").escape
     failed = results.settings.get("failed", {})
     caption = "\n".join(f"Left out: {title}: {reason}" for title, reason in failed.items())
-    best = f"A perfect model scores W2 {results.floor['w2']:.3g}."
+    best = f"A perfect model scores W2 {number(results.floor['w2'])}."
     title = f"{escape(results.data)}, best first. {best}"
     if results.score == "nll":
         title += " W2 is measured on standardized columns."
@@ -40,8 +41,11 @@ def results_table(results: Results) -> Any:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for contestant in results.ranking():
-        cells = (_cell(*results.mean(contestant, metric)) for metric in columns.values())
-        table.add_row(escape(results.of(contestant)[0].title), *cells)
+        cells = (
+            str(results.mean(contestant, metric)).replace(" ± ", "\n± ")
+            for metric in columns.values()
+        )
+        table.add_row(escape(results.titles[contestant]), *cells)
     return table
 
 
@@ -49,12 +53,5 @@ def scores_table(scores: dict[str, float], floor: dict[str, float]) -> Any:
     """One flow's scores as a rich table, beside what two sets of true samples score."""
     table = optional("rich.table", "cli").Table("score", "value", "floor")
     for name, value in scores.items():
-        table.add_row(name.replace("_", " "), _cell(value), _cell(floor.get(name, float("nan"))))
+        table.add_row(name.replace("_", " "), number(value), number(floor.get(name, math.nan)))
     return table
-
-
-def _cell(mean: float, spread: float = float("nan")) -> str:
-    if mean != mean:
-        return "–"
-    text = f"{mean:.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
-    return text if spread != spread else f"{text}\n± {spread:.2g}"

@@ -5,12 +5,11 @@ hold commas.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cnf.plotting.style import joined, number
-from cnf.race.results import Entry, Results, mean_and_error, titles
-
-FEW = 4  # Euler steps at which few-step quality is judged
+from cnf.metrics.estimate import number
+from cnf.race.results import FEW, Results
 
 
 @dataclass(frozen=True)
@@ -80,43 +79,17 @@ def aspects(results: Results) -> list[Aspect]:
     ]
 
 
-def with_derived(results: Results) -> Results:
-    """The results with two more scores an entry: steps_per_second, and few_steps, the sliced W2 in
-    4 Euler steps (in its one pass, for a flow that solves no ODE)."""
-    entries = [
-        Entry(**{**vars(entry), "scores": {**entry.scores, **_derived(entry)}})
-        for entry in results.entries
-    ]
-    return Results(**{**vars(results), "entries": entries})
-
-
-def ranking(results: Results) -> list[str]:
-    """Contestants, best first by the deciding score; those that failed for a seed come last, in
-    the order in which they ran."""
-    means = {name: mean_and_error(results, name, results.score)[0] for name in results.contestants}
-    return sorted(means, key=lambda name: means[name] if math.isfinite(means[name]) else math.inf)
-
-
-def failed(results: Results) -> list[str]:
-    """Contestants whose deciding score is no finite number for some seed."""
-    return [
-        name
-        for name in results.contestants
-        if not math.isfinite(mean_and_error(results, name, results.score)[0])
-    ]
-
-
 def outcome(results: Results, aspect: Aspect) -> Outcome:
     """Who was best at an aspect, of those that have a number for it."""
-    values = {name: mean_and_error(results, name, aspect.metric) for name in results.contestants}
-    values = {name: value for name, value in values.items() if math.isfinite(value[0])}
-    order = sorted(values, key=lambda name: values[name][0] * (1 if aspect.lower else -1))
+    values = {name: results.mean(name, aspect.metric) for name in results.contestants}
+    values = {name: value for name, value in values.items() if math.isfinite(value.value)}
+    order = sorted(values, key=lambda name: values[name].value * (1 if aspect.lower else -1))
     if not order:
         return Outcome(aspect, [], "–", "no contestant has a number here")
     best, others = order[0], order[1:]
     winners = [best] + [name for name in others if tie(results, aspect, best, name)]
     return Outcome(
-        aspect, winners, number(*values[best]) + aspect.unit,
+        aspect, winners, f"{values[best]}{aspect.unit}",
         _note(results, aspect, order, winners),
     )  # fmt: skip
 
@@ -129,12 +102,12 @@ def tie(results: Results, aspect: Aspect, one: str, other: str) -> bool:
     samples it varies by about a third of itself); for times and memory, at least the noise of
     measuring.
     """
-    (a, _), (b, _) = (mean_and_error(results, name, aspect.metric) for name in (one, other))
+    (a, _), (b, _) = (results.mean(name, aspect.metric) for name in (one, other))
     if not (math.isfinite(a) and math.isfinite(b)):
         return False
     allowed = 2 * math.hypot(
-        _standard_error(results, one, aspect.metric),
-        _standard_error(results, other, aspect.metric),
+        results.standard_error(one, aspect.metric),
+        results.standard_error(other, aspect.metric),
     )
     floor = results.floor.get("sliced_w2" if aspect.metric == "few_steps" else aspect.metric, 0.0)
     allowed = max(allowed, floor if math.isfinite(floor) else 0.0)
@@ -144,7 +117,7 @@ def tie(results: Results, aspect: Aspect, one: str, other: str) -> bool:
 
 def lead(results: Results) -> list[str]:
     """The verdict in a few plain sentences."""
-    names, bad = _names(results), failed(results)
+    names, bad = _names(results), results.failed()
     decided = outcome(results, aspects(results)[0])
     sentences = [_winner(results, decided, names)] if decided.winners else []
     if decided.winners:
@@ -152,8 +125,9 @@ def lead(results: Results) -> list[str]:
     if bad:
         verb = "has" if len(bad) == 1 else "have"
         sentences.append(
-            f"{joined([names[name] for name in bad])} {verb} no finite {_score_name(results)} for "
-            f"at least one seed and cannot win: {'it' if len(bad) == 1 else 'they'} failed."
+            f"{_joined([names[name] for name in bad])} {verb} no finite "
+            f"{_score_name(results)} for at least one seed and cannot win: "
+            f"{'it' if len(bad) == 1 else 'they'} failed."
         )
     if len(results.settings.get("seeds", [0])) == 1:
         sentences.append(
@@ -175,11 +149,11 @@ def _winner(results: Results, decided: Outcome, names: dict[str, str]) -> str:
     tied = [names[name] for name in decided.winners]
     if len(tied) == len(results.contestants):
         return (
-            f"It is a tie: {joined(tied)} are within two standard errors of each other's best, "
+            f"It is a tie: {_joined(tied)} are within two standard errors of each other's best, "
             f"{_name_value(results, decided)}."
         )
     return (
-        f"{joined(tied)} {what}; between them it is a tie, within two standard errors of "
+        f"{_joined(tied)} {what}; between them it is a tie, within two standard errors of "
         f"{_name_value(results, decided)}."
     )
 
@@ -198,14 +172,14 @@ def _cost(results: Results, winner: str, names: dict[str, str]) -> list[str]:
         found = outcome(results, aspect)
         if not found.winners or winner in found.winners:
             continue
-        own = mean_and_error(results, winner, aspect.metric)[0]
-        best = mean_and_error(results, found.winners[0], aspect.metric)[0]
+        own = results.mean(winner, aspect.metric).value
+        best = results.mean(found.winners[0], aspect.metric).value
         if not math.isfinite(own) or own <= 0 or best <= 0:
             continue
         ratio = own / best if aspect.lower else best / own
         parts.append(words[aspect.metric].format(_times(ratio), names[found.winners[0]]))
     if parts:
-        return [f"Its cost: {names[winner]} {joined(parts)}."]
+        return [f"Its cost: {names[winner]} {_joined(parts)}."]
     if len(results.contestants) > 1:
         return [f"{names[winner]} is also among the fastest to train, to sample and to evaluate."]
     return []
@@ -223,8 +197,8 @@ def _elsewhere(results: Results, names: dict[str, str]) -> list[str]:
             ties.append(aspect.short)
     if len(names) == 1:
         return []
-    parts = [f"{names[name]} won on {joined(what)}" for name, what in won.items()]
-    parts += [f"{joined(ties)} {'are ties' if len(ties) > 1 else 'is a tie'}"] if ties else []
+    parts = [f"{names[name]} won on {_joined(what)}" for name, what in won.items()]
+    parts += [f"{_joined(ties)} {'are ties' if len(ties) > 1 else 'is a tie'}"] if ties else []
     return [f"Of the rest, {'; '.join(parts)}."] if parts else []
 
 
@@ -234,7 +208,7 @@ def _note(results: Results, aspect: Aspect, order: list[str], winners: list[str]
         return "no other contestant has a number here" if len(names) > 1 else "the only contestant"
     if len(winners) > 1:
         return "a tie: the difference is within its error"
-    best, second = (mean_and_error(results, name, aspect.metric)[0] for name in order[:2])
+    best, second = (results.mean(name, aspect.metric).value for name in order[:2])
     behind = abs(best - second)
     if aspect.metric in ("gap", "nll"):
         return f"{names[order[1]]} is next, {number(behind)} nats behind"
@@ -248,7 +222,7 @@ def _times(ratio: float) -> str:
 
 
 def _names(results: Results) -> dict[str, str]:
-    return {name: f"**{title}**" for name, title in titles(results).items()}
+    return {name: f"**{title}**" for name, title in results.titles.items()}
 
 
 def _name_value(results: Results, decided: Outcome) -> str:
@@ -259,22 +233,6 @@ def _score_name(results: Results) -> str:
     return "gap" if results.score == "gap" else "NLL"
 
 
-def _standard_error(results: Results, contestant: str, metric: str) -> float:
-    """Of the mean over seeds. All seeds see the same test points, so that more seeds do not shrink
-    the error over points."""
-    entries = results.of(contestant)
-    values = [entry.scores.get(metric, math.nan) for entry in entries]
-    errors = [entry.scores.get(f"{metric}_error", 0.0) for entry in entries]
-    points = max((error for error in errors if math.isfinite(error)), default=0.0)
-    mean = sum(values) / len(values)
-    square = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return math.hypot(points, math.sqrt(square / len(values)))
-
-
-def _derived(entry: Entry) -> dict[str, float]:
-    few = dict(entry.few_steps)
-    pace = entry.scores.get("ms_per_step", math.nan)
-    return {
-        "steps_per_second": 1e3 / pace if pace > 0 else math.nan,
-        "few_steps": few.get(FEW, few.get(0, math.nan)),
-    }
+def _joined(names: Sequence[str]) -> str:
+    """Names as a list in a sentence: "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import cnf
-from cnf.plotting.densities import plot_density
+from cnf.plotting import plot_density
 from cnf.race import CONTESTANTS, compare
 from cnf.race.report import write_report
 

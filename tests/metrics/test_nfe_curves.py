@@ -9,7 +9,6 @@ import cnf
 from cnf import Flow, Solver
 from cnf.fields import VectorField
 from cnf.metrics import nfe_curve, nfe_table
-from cnf.plotting.curves import plot_nfe_curves
 from cnf.race.judge import Judge
 from cnf.transforms import Continuous
 
@@ -97,17 +96,3 @@ def test_the_table_has_a_column_for_each_number_of_evaluations():
         "| before | 2.000 | 0.500 | 0.125 (80) |",
         "| after | 0.200 | 0.100 | 0.100 (60) |",
     ]
-
-
-def test_the_picture_shows_each_curve_and_the_floor():
-    curves = {
-        "before": [(1, 2.0), (4, 0.5), (80, 0.125)],
-        "after": [(1, 0.2), (4, 0.1), (60, 0.1)],
-    }
-    figure = plot_nfe_curves(curves, floor=0.05)
-    (ax,) = figure.axes
-    before, star = ax.lines[:2]
-    assert before.get_xydata().tolist() == [[1, 2.0], [4, 0.5]]
-    assert star.get_xydata().tolist() == [[80, 0.125]]
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["before", "after", "two sets of true samples", "a flow's own solver"]

@@ -283,9 +283,3 @@ def test_bad_settings_are_refused(call, message):
 def test_distance_takes_float32_with_gradients_and_gives_a_float(name):
     x = normal(30).float().requires_grad_()
     assert isinstance(METRICS[name](x, normal(30, seed=1)), float)
-
-
-def test_estimate_prints_two_digits_of_its_error():
-    assert str(Estimate(2.34519, 0.0117)) == "2.345 ± 0.012"
-    assert str(Estimate(1234.5, 31.4)) == "1234 ± 31"
-    assert str(Estimate(0.5, math.nan)) == "0.5 ± nan"

@@ -1,0 +1,64 @@
+"""Results of a race: one mean, one error, one ranking, and one way to write them."""
+
+import dataclasses
+import math
+
+import pytest
+from rich.console import Console
+
+from cnf.metrics.estimate import number
+from cnf.race import verdict
+from cnf.race.report import page_of
+from cnf.race.tables import results_table
+
+
+def test_error_is_the_larger_of_seeds_and_points(race):
+    assert race().mean("cnf", "gap").error == pytest.approx(0.01 / math.sqrt(2))
+    assert race(seeds=(0,)).mean("cnf", "gap") == (0.1, 0.004)
+    results = race()
+    results.entries[0].scores["gap"] = math.nan
+    assert all(map(math.isnan, results.mean("cnf", "gap")))
+
+
+def test_two_seeds_read_the_same_in_terminal_page_pictures_and_verdict(race):
+    """.010 and .020, each ± .05: the error over points is the larger, and has one digit."""
+    results = race(names=("cnf",))
+    for entry, gap in zip(results.entries, (0.010, 0.020), strict=True):
+        entry.scores |= {"gap": gap, "gap_error": 0.05}
+    written = number(*results.mean("cnf", "gap"))
+    assert written == "0.01 ± 0.05" or written == "0.02 ± 0.05"
+    console = Console(width=80)
+    with console.capture() as terminal:
+        console.print(results_table(results))
+    mean, error = written.split(" ± ")
+    assert f" {mean} " in terminal.get() and f"± {error}" in terminal.get()
+    assert f">{written}<" in page_of(results, {})
+    assert results.score_text("cnf") == f"gap {written} nats"
+    assert f"a gap of {written} nats" in verdict.lead(results)[0]
+
+
+def test_derived_scores_follow_from_the_others(race):
+    results = race()
+    assert results.mean("realnvp", "few_steps").value == 0.2  # in its one pass
+    assert results.mean("cnf", "few_steps").value == 0.9 / 4
+    assert results.mean("cnf", "steps_per_second").value == pytest.approx(1000 / 3)
+
+
+def test_colors_differ_and_do_not_depend_on_the_ranking(results):
+    assert len(set(results.colors.values())) == 2
+    assert list(results.colors) == results.contestants
+
+
+def test_contestants_of_one_title_are_told_apart_by_their_names(results):
+    entries = [dataclasses.replace(entry, title="Flow") for entry in results.entries]
+    twins = dataclasses.replace(results, entries=entries)
+    assert twins.titles == {"cnf": "Flow (cnf)", "realnvp": "Flow (realnvp)"}
+    assert len(twins.flows) == 2
+
+
+def test_ranking_puts_those_without_a_finite_score_last(race):
+    results = race(names=("cnf", "realnvp", "maf"))
+    results.of("cnf")[0].scores["gap"] = math.nan
+    results.of("realnvp")[1].scores["gap"] = math.inf
+    assert results.ranking() == ["maf", "cnf", "realnvp"]
+    assert results.failed() == ["cnf", "realnvp"]

@@ -111,7 +111,7 @@ class Compose(Transform):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Fit each part that has a `fit` to data x, (N, *event), as the parts after it leave them."""
+        """Fit each part that has a `fit` to data x, (N, *event), through the parts after it."""
         for part in reversed(self._parts()):
             if hasattr(part, "fit"):
                 part.fit(x)  # pyright: ignore

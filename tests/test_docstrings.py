@@ -18,7 +18,6 @@ UNFINISHED = (
     "cnf.arguments",
     "cnf.checks",
     "cnf.cli",
-    "cnf.data",
     "cnf.distributions",
     "cnf.dynamics",
     "cnf.errors",

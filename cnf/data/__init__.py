@@ -1,4 +1,4 @@
-"""Data to learn from: known densities, pictures as densities, and one's own points."""
+"""Data to learn from: densities with a formula, pictures as densities, and tables of points."""
 
 from cnf.data.columns import Columns
 from cnf.data.density import Toy

@@ -1,4 +1,4 @@
-"""Numbers from whatever holds them: tensors, arrays, tables of other libraries, nested lists."""
+"""Conversion of tensors, arrays, tables of other libraries and nested lists to numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,21 +9,25 @@ from torch import Tensor
 
 from cnf.errors import expect_unmasked
 
-EXACT = 2**53  # up to it float64 has every integer
+EXACT = 2**53  # float64 represents every integer up to this one
 
 
 def as_numbers(who: str, name: str, values: Any) -> Tensor:
-    """A tensor, without gradients, of the numbers that `values` holds, in its dtype and shape.
+    """The numbers in `values` as a detached tensor of the same shape and dtype.
 
     Args:
         who: Whose argument it is, for the message.
-        name: What the argument is called.
+        name: Name of the argument, for the message.
         values: A tensor, an array in any byte order or layout, a table or column of pandas, polars
             or pyarrow, or nested lists of numbers.
 
+    Returns:
+        A tensor. A dtype that torch lacks becomes a wider one: unsigned integers int64 or, of 64
+        bits, float64. A missing value becomes NaN.
+
     Raises:
-        ValueError: It holds something else than real numbers, or different integers that float64
-            merges; the message names columns.
+        ValueError: There is something other than real numbers, or float64 would round different
+            integers to the same number; the message names the columns.
     """
     expect_unmasked(who, name, values)
     if isinstance(values, Tensor):
@@ -39,7 +43,7 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
     try:
         given = array = np.asarray(values)
         if array.dtype.kind == "O" and not any(isinstance(v, str) for v in array.flat):
-            array = array.astype(np.float64)  # nullable columns, in which None is NaN
+            array = array.astype(np.float64)  # nullable columns; None becomes NaN
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{who}: expected {name} to be an array of numbers, got a {type(values).__name__} "
@@ -58,12 +62,17 @@ def as_numbers(who: str, name: str, values: Any) -> Tensor:
         native = np.float64
     elif unsigned:
         native = np.int64
-    # Torch shares the memory, of which it wants to be the owner, without gaps and reversed axes.
+    # torch.from_numpy shares memory, which must be writeable, contiguous and not reversed.
     return torch.from_numpy(np.require(array, dtype=native, requirements=("C", "W")))
 
 
 def expect_exact(who: str, columns: Mapping[Any, np.ndarray]) -> None:
-    """Raise where float64, in which data are standardized, merges different integers."""
+    """Raise ValueError if float64, in which data are standardized, merges different integers.
+
+    Args:
+        who: Whose argument it is, for the message.
+        columns: Columns by name or number.
+    """
     merged = [repr(name) for name, values in columns.items() if _merges(values)]
     if merged:
         raise ValueError(
@@ -74,7 +83,7 @@ def expect_exact(who: str, columns: Mapping[Any, np.ndarray]) -> None:
 
 
 def _merges(column: np.ndarray) -> bool:
-    if column.dtype.kind == "O":  # Python's integers, between others perhaps
+    if column.dtype.kind == "O":  # Python integers, maybe among other objects
         column = np.array([v for v in column.flat if isinstance(v, int)], dtype=object)
     if column.dtype.kind not in "iuO" or column.dtype.itemsize < 8:
         return False
@@ -83,7 +92,7 @@ def _merges(column: np.ndarray) -> bool:
 
 
 def _columns(values: Any, array: np.ndarray) -> Mapping[Any, np.ndarray]:
-    """The columns that may hold integers: of a table before they have one dtype."""
+    """Columns that may hold integers; those of a table before conversion to a common dtype."""
     if column_names(values) is not None:
         keys = getattr(values, "column_names", getattr(values, "columns", ()))
         return {key: np.asarray(values[key]) for key in keys}
@@ -102,30 +111,30 @@ def column_names(values: Any) -> tuple[str, ...] | None:
 
 
 def index_columns(table: Any) -> list[str]:
-    """The columns of an Arrow table in which pandas keeps a frame's index."""
+    """The columns of an Arrow table that hold the index of a pandas frame."""
     about = getattr(getattr(table, "schema", None), "pandas_metadata", None)
     if not isinstance(about, Mapping):
         return []
-    # A RangeIndex is told by a mapping, and has no column.
-    kept = [name for name in about.get("index_columns", ()) if isinstance(name, str)]
-    return [name for name in kept if name in table.column_names]
+    # A RangeIndex is described by a mapping, and has no column.
+    names = [name for name in about.get("index_columns", ()) if isinstance(name, str)]
+    return [name for name in names if name in table.column_names]
 
 
 def without_index(values: Any) -> Any:
-    """An Arrow table less its `index_columns`; anything else as it is."""
+    """An Arrow table without its `index_columns`; anything else unchanged."""
     index = index_columns(values)
     return values.drop_columns(index) if index else values
 
 
 def is_rows(values: Any) -> bool:
-    """Whether these are rows in memory: an array or a table, or a list of lists of numbers."""
+    """Whether `values` is an array, a table or a list of lists of numbers."""
     if isinstance(values, list | tuple) and len(values) and isinstance(values[0], list | tuple):
         return all(isinstance(cell, int | float | np.number) for cell in values[0])
     return isinstance(values, Tensor) or hasattr(values, "__array__")
 
 
 def _others(values: Any, array: np.ndarray) -> str:
-    """What is there that is no number, in words."""
+    """The description, for a message, of what is not a number."""
     names = column_names(values)
     if names is None or array.ndim != 2:
         return f"dtype {array.dtype}"

@@ -7,21 +7,22 @@ from cnf.data.density import Toy, uniform
 
 
 class Cells(Toy):
-    r"""A box cut into equal cells, the density constant on each.
+    r"""A density that is constant on each of the equal cells of a box.
 
     .. math:: p(x) = w_{ij} \,/\, (A \textstyle\sum w) \quad\text{on cell } ij \text{ of area } A
 
-    A cell holds its lower and left edge, not its upper and right one. Outside the box the
+    A cell contains its lower and left edge, not its upper and right one. Outside the box the
     log-density is -inf; its gradient is zero everywhere.
 
     Args:
-        name: What the density is called.
-        weights: Mass of each cell up to a common factor, shape (rows, columns), row 0 the lowest.
+        name: Name of the density.
+        weights: Mass of each cell up to a common factor, shape (rows, columns), row 0 at the
+            bottom.
         low: Lower corner (x, y) of the box.
         high: Upper corner (x, y) of the box.
     """
 
-    _chunk = 1 << 18  # a few numbers per point, and no table of pairs
+    _chunk = 1 << 18  # only a few numbers per point are in memory
 
     def __init__(
         self, name: str, weights: Tensor, low: tuple[float, float], high: tuple[float, float]
@@ -40,13 +41,14 @@ class Cells(Toy):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         u = uniform(n, generator=generator)
         cumulative = self._cumulative.to(u.device)
-        # right=True: never a cell without mass, whose cumulative mass is that of the cell before
+        # right=True skips cells without mass, whose cumulative mass is that of the cell before
         cell = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
         columns = len(self._edges[0]) - 1
-        jitter = uniform(n, 2, generator=generator)
+        fraction = uniform(n, 2, generator=generator)
         index = torch.stack([cell % columns, cell // columns], -1)
         return torch.stack(
-            [place(self._edges[k].to(u.device), index[:, k], jitter[:, k]) for k in (0, 1)], -1
+            [points_in(self._edges[k].to(u.device), index[:, k], fraction[:, k]) for k in (0, 1)],
+            -1,
         )
 
     def _log_density(self, x: Tensor) -> Tensor:
@@ -60,10 +62,16 @@ class Cells(Toy):
         return table.where(inside, -torch.inf)
 
 
-def place(edges: Tensor, cell: Tensor, jitter: Tensor) -> Tensor:
-    """Points at the fraction `jitter` of their cells, which float32 rounding leaves there."""
+def points_in(edges: Tensor, cell: Tensor, fraction: Tensor) -> Tensor:
+    """Points at a fraction of their cells that remain inside after rounding to float32.
+
+    Args:
+        edges: Edges of the n cells along an axis, shape (n + 1,).
+        cell: Index of each point's cell, shape (N,).
+        fraction: Position within the cell, in [0, 1), shape (N,).
+    """
     low, high = edges[cell], edges[cell + 1]
-    x = torch.lerp(low, high, jitter).float()
+    x = torch.lerp(low, high, fraction).float()
     up, down = torch.full_like(x, torch.inf), torch.full_like(x, -torch.inf)
     x = torch.where(x.double() < low, x.nextafter(up), x)
     return torch.where(x.double() >= high, x.nextafter(down), x).double()

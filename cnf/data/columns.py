@@ -1,4 +1,4 @@
-"""What the columns of a table are for: those that are modeled, a context, weights."""
+"""The roles of a table's columns: modeled variables, context and weight."""
 
 import json
 import re
@@ -16,14 +16,15 @@ MISSING = ("", "na", "n/a", "nan", "null", "none")
 
 @dataclass
 class Table:
-    """The columns of a file by name, or by number from 1 where it names none.
+    """The columns of a file, by their names or, without names, by their numbers from 1.
 
     Attributes:
-        columns: Name → numbers, NaN for a missing one, or text, "" for one; integers that floats
-            might merge stay integers, masked where missing.
-        named: Whether the file gives the names.
-        lines: The line of each row in a text file.
-        index: The columns in which pandas keeps an index: not modeled unless they are named.
+        columns: Name → an array of numbers, NaN where one is missing, or of text, "" where it is
+            missing. Integers beyond those that float64 represents stay integers, in a masked
+            array if some are missing.
+        named: Whether the names are from the file.
+        lines: Line number of each row in a text file; None for other files.
+        index: Columns that hold the index of a pandas frame: not modeled unless they are named.
     """
 
     columns: dict[str, np.ndarray]
@@ -32,18 +33,24 @@ class Table:
     index: Sequence[str] = ()
 
     def place(self, row: int) -> str:
-        """Where a row stands, for a reader of the file."""
+        """Where a row stands in the file, for messages."""
         return f"row {row}" if self.lines is None else f"line {self.lines[row]}"
 
     def take(self, rows: np.ndarray) -> "Table":
-        """The table of some rows: a mask, or their numbers."""
+        """The table of some rows, given by a mask or by their indices."""
         lines = None if self.lines is None else np.asarray(self.lines)[rows].tolist()
         columns = {name: values[rows] for name, values in self.columns.items()}
         return Table(columns, self.named, lines, self.index)
 
 
 class Picked(NamedTuple):
-    """What `Columns.pick` takes out of a table of N rows, each part with a row for each."""
+    """The parts of a table of N rows, as `Columns.pick` returns them.
+
+    Attributes:
+        x: Modeled variables, shape (N, D).
+        context: Context with one-hot labels, shape (N, C), or None.
+        weight: Weights, shape (N,), or None.
+    """
 
     x: np.ndarray
     context: np.ndarray | None
@@ -52,15 +59,15 @@ class Picked(NamedTuple):
 
 @dataclass
 class Columns:
-    """What the columns of one's own table are for.
+    """The roles of a table's columns.
 
     Args:
         columns: The columns to model, by name, or by number from 1 in a file without names; all
             that are neither context nor weight if not given.
-        context: The columns that the model is conditioned on; text is coded one-hot.
+        context: The columns that the model is conditioned on; text is encoded one-hot.
         weight: The column of the rows' weights.
         drop_missing: Leave out rows with a missing value in a column that is used.
-        labels: The texts that each context column may hold, in the order of their one-hot code,
+        labels: The labels of each context column of text, in the order of their one-hot encoding,
             such as {species: [cat, dog]}; those of the file if not given.
     """
 
@@ -72,15 +79,19 @@ class Columns:
 
     @property
     def header(self) -> list[str] | None:
-        """The names of what is modeled; None where the file had none, or nothing is chosen."""
+        """The names of the modeled columns; None if the file has none or none are chosen."""
         return None if all(map(is_number, self.columns or [])) else self.columns
 
-    def settled(self, who: str, table: Table) -> "Columns":
-        """These settings with every column and label named, so that another table can be read in
-        the same way.
+    def resolve(self, who: str, table: Table) -> "Columns":
+        """The same roles with all columns and labels of a table named, to read other tables by.
+
+        Args:
+            who: Who reads it, for messages.
+            table: The table whose columns and labels are taken.
 
         Raises:
-            ValueError: An unknown column, one with two purposes, or none to model.
+            ValueError: A column is unknown or has two roles, there is none to model, or most texts
+                of a context column occur once.
         """
         context, labels = self.context or [], dict(self.labels or {})
         apart = [*context, *([] if self.weight is None else [self.weight])]
@@ -108,10 +119,17 @@ class Columns:
         return replace(self, columns=names, labels=labels or None)
 
     def pick(self, who: str, table: Table) -> Picked:
-        """The columns' parts of a table, by what `settled` has settled.
+        """Extract modeled variables, context and weights from a table.
+
+        The roles must name all columns, as those that `resolve` returns do.
+
+        Args:
+            who: Who reads it, for messages.
+            table: The table.
 
         Raises:
-            ValueError: Text where numbers are needed, missing values, a label that is not known.
+            ValueError: There is text where numbers are needed, a missing value, or an unknown
+                label.
         """
         names, context = self.columns or [], self.context or []
         weights = [] if self.weight is None else [self.weight]
@@ -128,7 +146,17 @@ class Columns:
         )
 
     def parse(self, who: str, values: Sequence[str]) -> list[float]:
-        """One context from what a user types: a value for each column in order, or name=value.
+        """Parse one context that was typed: a value for each column in order, or name=value.
+
+        Args:
+            who: Who asks, for messages.
+            values: The texts, such as ["cat", "3"] or ["u=3", "pet=cat"].
+
+        Returns:
+            The context with one-hot labels, C numbers.
+
+        Raises:
+            ValueError: A column is missing or unknown, or a value is not a number or label.
 
         >>> columns = Columns(context=["u", "pet"], labels={"pet": ["cat", "dog"]})
         >>> columns.parse("sample", ["pet=dog", "u=3"])
@@ -185,7 +213,7 @@ class Columns:
         if labels is None:
             _expect_numbers(who, table, [name])
             return np.asarray(cells, dtype=np.float64)[:, None]
-        # Numbers, of a file that spells none, are compared by value.
+        # Numbers of a binary file have no spelling and are compared by value.
         known = labels if cells.dtype == object else [as_column([label])[0] for label in labels]
         for row, cell in enumerate(cells):
             if cell not in known:
@@ -196,7 +224,7 @@ class Columns:
 
 
 def as_column(cells: Sequence[str]) -> np.ndarray:
-    """A column of a `Table`: numbers if every cell is one or missing, else text."""
+    """A column of a `Table` from cells: numbers if all are numbers or missing, else text."""
     present = [None if is_missing(cell) else cell for cell in cells]
     if not all(cell is None or is_number(cell) for cell in present):
         return as_text(cells)
@@ -205,17 +233,17 @@ def as_column(cells: Sequence[str]) -> np.ndarray:
 
 
 def as_text(cells: Sequence[str]) -> np.ndarray:
-    """A column of a `Table`: text, "" where it is missing."""
+    """A column of a `Table` from cells as text, "" where it is missing."""
     return np.array(["" if is_missing(cell) else cell for cell in cells], dtype=object)
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell holds nothing, or a word for it."""
+    """Whether a cell is empty or holds a word for a missing value, one of `MISSING`."""
     return cell.lower() in MISSING
 
 
 def _whole(cells: Sequence[str | None], numbers: np.ndarray) -> np.ndarray:
-    """The cells' integers, if all are integers of 64 bits or missing; else the numbers."""
+    """The cells as integers if all are 64-bit integers or missing, else the given numbers."""
     try:
         whole = np.array([0 if cell is None else int(cell) for cell in cells], dtype=np.int64)
     except (ValueError, OverflowError):
@@ -224,7 +252,12 @@ def _whole(cells: Sequence[str | None], numbers: np.ndarray) -> np.ndarray:
 
 
 def integers(whole: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """A column of integers, masked where one is missing."""
+    """A column of integers, masked where they are missing.
+
+    Args:
+        whole: The integers, shape (N,), arbitrary where they are missing.
+        missing: Mask of the missing ones, shape (N,).
+    """
     return np.ma.masked_array(whole, missing) if missing.any() else whole
 
 
@@ -256,7 +289,7 @@ def _remedy(cell: str) -> str:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell holds a number; 1_2, which Python takes for 12, is a label."""
+    """Whether a cell holds a number; 1_2, which Python reads as 12, does not."""
     try:
         float(cell)
     except ValueError:

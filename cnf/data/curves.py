@@ -1,4 +1,4 @@
-"""Curves with noise around them, by quadrature along the curve, and circles, in closed form."""
+"""Densities of noisy curves, by quadrature, and of noisy circles, in closed form."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from cnf.data.density import Toy, cells, choice, grouped_logsumexp, normal, unif
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Noise: an isotropic normal of standard deviation sigma."""
+    """Isotropic normal noise of standard deviation sigma."""
 
     sigma: float
 
@@ -24,13 +24,19 @@ class Gaussian:
         return 5 * self.sigma
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """Offsets, shape (n, 2)."""
+        """Draw offsets, shape (n, 2)."""
         return self.sigma * normal(n, 2, generator=generator)
 
     def log_mixture(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
-        r""":math:`\log\sum_j w_j\,N(x; c_j, \sigma^2)`, shape (N,), x (N, 2), centers (M, 2)."""
+        r"""Log-density :math:`\log\sum_j w_j\,N(x; c_j, \sigma^2 I)`, shape (N,).
+
+        Args:
+            x: Points, shape (N, 2).
+            centers: Centers c, shape (M, 2).
+            log_weights: Logarithms of the weights w, shape (M,).
+        """
         x, centers = x / self.sigma, centers / self.sigma
-        # The square is multiplied out: all pairs cost one matrix product and one exponential.
+        # Multiplied out, the squares of all pairs take a single matrix product.
         exponents = torch.addmm(log_weights - centers.square().sum(-1) / 2, x, centers.T)
         constant = math.log(2 * math.pi * self.sigma**2)
         return exponents.logsumexp(-1) - x.square().sum(-1) / 2 - constant
@@ -38,7 +44,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class BlurredSquare:
-    """Noise: uniform on a centered square of side `width`, plus a normal of deviation sigma."""
+    """Uniform noise on a centered square of side `width` plus normal noise of deviation sigma."""
 
     width: float
     sigma: float
@@ -49,52 +55,57 @@ class BlurredSquare:
         return self.width / 2 + 5 * self.sigma
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """Offsets, shape (n, 2)."""
+        """Draw offsets, shape (n, 2)."""
         flat = self.width * (uniform(n, 2, generator=generator) - 0.5)
         return flat + self.sigma * normal(n, 2, generator=generator)
 
     def log_mixture(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
-        r"""Log-density of the noise around weighted centers, shape (N,), x (N, 2), centers (M, 2).
+        r"""Log-density of the noise around weighted centers, shape (N,).
 
         At distance d from a center, each coordinate has the density
         :math:`[\mathrm{erfc}(p) - \mathrm{erfc}(q)] / 2w`, with
         :math:`p, q = (d \mp w/2)/\sqrt2\sigma`.
+
+        Args:
+            x: Points, shape (N, 2).
+            centers: Centers, shape (M, 2).
+            log_weights: Logarithms of their weights, shape (M,).
         """
-        near = self._near(x.detach(), centers, log_weights)
-        row, center = near.nonzero(as_tuple=True)
+        relevant = self._relevant(x.detach(), centers, log_weights)
+        row, center = relevant.nonzero(as_tuple=True)
         distance = (x[row] - centers[center]).abs()
         p = (distance - self.width / 2) / (math.sqrt(2) * self.sigma)
         q = (distance + self.width / 2) / (math.sqrt(2) * self.sigma)
-        # e^{p²} is taken out, so that far tails keep their digits; where the clamp bites,
-        # erfc(q) is 0 beside it.
+        # The factor e^{-p²} is taken out, so that far tails do not underflow; where the clamp has
+        # an effect, erfc(q) is 0.
         scaled = torch.special.erfcx(p) - p.square().clamp(max=700).exp() * torch.special.erfc(q)
         exponents = scaled.prod(-1).log() - p.square().sum(-1) + log_weights[center]
         constant = 2 * math.log(2 * self.width)
         return grouped_logsumexp(exponents, row, len(x)) - constant
 
-    def _near(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
-        """Which centers count for which rows: the others add less than e^-25 of the whole."""
+    def _relevant(self, x: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+        """Mask (N, M) of the pairs that contribute; the others sum to below e^-25 of the total."""
         outside = ((x[:, None] - centers).abs() - self.width / 2).clamp(min=0)
         bound = log_weights - outside.square().sum(-1) / (2 * self.sigma**2)
         return bound >= bound.amax(-1, keepdim=True) - 40
 
 
 class Curves(Toy):
-    r"""Equally likely curves, a point on one drawn by its parameter, and noise added.
+    r"""Equally likely curves with noise, where a curve's parameter v has the density m v^(m-1).
 
     .. math:: p(x) = \frac1K \sum_k \int_0^1 m v^{m-1}\, p_\text{noise}(x - c_k(v))\, dv
 
-    The integral is by Gauss-Legendre quadrature; for the named densities it is within 1e-4 nats
-    wherever the log-density is above -100. With constant curves and one node it is a finite
-    mixture, without quadrature error.
+    The integral is computed by Gauss-Legendre quadrature. For the registered densities its error
+    is below 1e-4 nats wherever the log-density is above -100. With constant curves and one node
+    the density is a finite mixture, without quadrature error.
 
     Args:
-        name: What the density is called.
-        arms: Map from parameters v in [0, 1], shape (n,), to points on the K curves,
+        name: Name of the density.
+        arms: Function from parameters v in [0, 1], shape (n,), to points on the K curves,
             shape (K, n, 2).
-        noise: What is added to a point of the curve.
-        nodes: Quadrature nodes per curve.
-        power: m above; v is the m-th root of a uniform draw.
+        noise: Noise that is added to a point of the curve.
+        nodes: Number of quadrature nodes per curve.
+        power: The exponent m: v is the m-th root of a uniform draw.
     """
 
     def __init__(
@@ -130,7 +141,13 @@ class Curves(Toy):
 
 
 def legendre(nodes: int, power: int = 1, order: int = 16) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on [0, 1], in panels of equal share of v**power."""
+    """Composite Gauss-Legendre nodes and weights on [0, 1], each of shape (nodes,).
+
+    Args:
+        nodes: Number of nodes, a multiple of the order (or at most the order).
+        power: The panels are of equal length in v**power.
+        order: Nodes per panel.
+    """
     order = min(order, nodes)
     panels = nodes // order
     t, w = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(order))
@@ -146,8 +163,8 @@ class Rings(Toy):
               \exp\Big({-\frac{r^2+\rho_k^2}{2\sigma^2}}\Big), \quad r = |x|
 
     Args:
-        name: What the density is called.
-        radii: The circles' radii.
+        name: Name of the density.
+        radii: Radii of the circles.
         sigma: Standard deviation of the noise per coordinate.
     """
 
@@ -168,7 +185,7 @@ class Rings(Toy):
         r = torch.linalg.vector_norm(x, dim=-1)[:, None]
         radii = torch.tensor(self.radii, dtype=x.dtype, device=x.device)
         variance = self.sigma**2
-        # i0e(z) = e^{-z} I0(z) leaves the squared distance to the circle in the exponent.
+        # With i0e(z) = e^{-z} I0(z), the exponent is the squared distance to the circle.
         terms = torch.special.i0e(r * radii / variance).log() - (r - radii).square() / (
             2 * variance
         )

@@ -1,4 +1,4 @@
-"""What every two-dimensional density with a known formula has in common."""
+"""The base class of two-dimensional densities with a formula."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,27 +11,27 @@ from cnf.errors import expect_event, expect_generator, is_count
 
 
 class Toy(ABC):
-    r"""A density on the plane that is known exactly: draw from it, evaluate it, know its entropy.
+    r"""A density on the plane with exact draws, log-density and entropy.
 
-    A subclass says how to draw rows and how to evaluate rows, both in float64; shapes, dtypes and
-    memory are looked after here. `cnf.data.toy(name)` makes the ones with a name.
+    A subclass draws rows and evaluates rows, both in float64; this class handles shapes, dtypes
+    and memory. `cnf.data.toy(name)` returns a registered one.
 
     Args:
-        name: What the density is called.
-        low: Lower corner (x, y) of a box holding all but a negligible part of the mass (1e-5).
+        name: Name of the density.
+        low: Lower corner (x, y) of a box that contains all mass up to 1e-5.
         high: Upper corner (x, y) of that box.
-        shape: Cells along x and along y at which the midpoint rule over the box is accurate.
+        shape: Number of cells along x and along y for an accurate midpoint rule over the box.
 
     Attributes:
         dim: 2.
-        support: The box as a float32 tensor of shape (2, 2): row 0 its low corner, row 1 its high
-            corner.
+        support: The box as a float32 tensor of shape (2, 2): row 0 the lower corner, row 1 the
+            upper corner.
     """
 
     dim = 2
-    sizes = {"dim": 2}  # the options of a model of it
+    sizes = {"dim": 2}  # options of a model for it
     source: str | None = None  # the file it was read from
-    columns: tuple[str, ...] | None = None  # names, which only one's own points have
+    columns: tuple[str, ...] | None = None  # names, which only tables have
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Toy(ABC):
 
     @abstractmethod
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        """Independent rows, shape (n, 2), float64."""
+        """Draw independent rows, shape (n, 2), float64."""
 
     @abstractmethod
     def _log_density(self, x: Tensor) -> Tensor:
@@ -55,7 +55,12 @@ class Toy(ABC):
     _chunk = 1024  # times a few hundred quadrature nodes: float64 tables of a few megabytes
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Independent draws, shape (n, 2), float32, on the generator's device (else the CPU).
+        """Draw independent points, shape (n, 2), in float32.
+
+        Args:
+            n: Number of points.
+            generator: Source of the draws, on whose device they are; None for torch's global one
+                on the CPU.
 
         Raises:
             ValueError: n is not an integer of at least 0.
@@ -65,27 +70,27 @@ class Toy(ABC):
         return self._draw(n, generator).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats, shape (\\*batch,), at points x of shape (\\*batch, 2).
+        """Log-density in nats, shape (*batch,), at points x of shape (*batch, 2).
 
-        It is -inf where there is no mass. Computed in float64, returned in x's dtype and on its
-        device; differentiable in x.
+        It is -inf where there is no mass. It is computed in float64, returned in x's dtype and on
+        its device, and differentiable in x.
 
         Raises:
-            ValueError: x is not a floating tensor of shape (\\*batch, 2).
+            ValueError: x is not a floating tensor of shape (*batch, 2).
         """
         expect_event(f"{self.name}.log_prob", "x", x, (2,))
-        # Clamped, so that the square of a row at infinity is a number.
+        # Clamped, so that the square of an infinite coordinate is finite.
         rows = x.reshape(-1, 2).double().clamp(-1e100, 1e100)
         value = torch.cat([self._log_density(part) for part in rows.split(self._chunk)])
-        # A zero that depends on x: NaN stays NaN, and a constant density has a zero gradient.
+        # Adding a zero that depends on x keeps NaN, and gives constant densities a zero gradient.
         value = value + 0 * rows.clamp(-1, 1).sum(-1)
         return value.reshape(x.shape[:-1]).to(x)
 
     def grid(self) -> tuple[Tensor, float]:
-        """Midpoints of cells over the support, float64, shape (nx, ny, 2), and the area of a cell.
+        """Midpoints of cells over the support, shape (nx, ny, 2), float64, and the area of a cell.
 
-        Fine enough for the midpoint rule: sums of the density times the area are integrals over
-        the plane.
+        The grid is fine enough that the density's sum times the area is its integral over the
+        plane.
         """
         axes = []
         for low, high, count in zip(self._low, self._high, self._shape, strict=True):
@@ -97,7 +102,7 @@ class Toy(ABC):
 
     @cached_property
     def entropy(self) -> float:
-        r"""Entropy :math:`-\int p \log p` in nats, by the midpoint rule on `grid()`."""
+        r"""The entropy :math:`-\int p \log p` in nats, by the midpoint rule on `grid()`."""
         points, area = self.grid()
         with torch.no_grad():
             return float(torch.special.entr(self.log_prob(points).exp()).sum() * area)
@@ -107,40 +112,46 @@ class Toy(ABC):
 
 
 def expect_count(who: str, n: object) -> None:
-    """Raise unless n is an integer of at least 0."""
+    """Raise ValueError, in the name of `who`, unless n is an integer of at least 0."""
     if not is_count(n):
         raise ValueError(f"{who}: expected n to be an integer of at least 0, got {n!r}")
 
 
 def uniform(*shape: int, generator: torch.Generator | None) -> Tensor:
-    """Uniform on [0, 1), float64, on the generator's device."""
+    """Draw uniform numbers in [0, 1), in float64 and on the generator's device."""
     device = generator.device if generator is not None else None
     return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
 
 
 def normal(*shape: int, generator: torch.Generator | None) -> Tensor:
-    """Standard normal, float64, on the generator's device."""
+    """Draw standard normal numbers, in float64 and on the generator's device."""
     device = generator.device if generator is not None else None
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
 
 
 def choice(options: int, n: int, generator: torch.Generator | None) -> Tensor:
-    """n indices below `options`, equally likely."""
+    """Draw n indices from 0 to options - 1, equally likely, on the generator's device."""
     device = generator.device if generator is not None else None
     return torch.randint(options, (n,), generator=generator, device=device)
 
 
 def cells(extent: float, scale: float) -> int:
-    """Cells along an extent that resolve features of a normal's standard deviation `scale`.
+    """The number of cells along `extent` that resolves a normal of standard deviation `scale`.
 
-    Three to a standard deviation: the midpoint rule's relative error on a normal is then below
-    1e-70.
+    With three cells per standard deviation, the midpoint rule's relative error on a normal is
+    below 1e-70.
     """
     return math.ceil(3 * extent / scale)
 
 
 def grouped_logsumexp(terms: Tensor, group: Tensor, groups: int) -> Tensor:
-    """logsumexp over the terms of each group, shape (groups,)."""
+    """Log of the sum of exponentials over each group, shape (groups,).
+
+    Args:
+        terms: Exponents, shape (N,).
+        group: Index of each term's group, shape (N,).
+        groups: Number of groups; one without terms gives -inf.
+    """
     floor = torch.full((groups,), -math.inf, dtype=terms.dtype, device=terms.device)
     top = floor.scatter_reduce(0, group, terms.detach(), "amax")
     total = torch.zeros_like(top).index_add(0, group, (terms - top[group]).exp())

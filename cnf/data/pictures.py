@@ -1,4 +1,4 @@
-"""The gray level of a picture as a density."""
+"""Densities that are proportional to the darkness of a picture."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ SIDE = 8.0  # the longer side, the scale of the other densities
 
 
 class Picture(Cells):
-    """The density on the plane whose mass lies where a picture is dark.
+    """The density on the plane that is proportional to the darkness of a picture.
 
-    Each pixel is a cell of constant density, proportional to its darkness (white minus gray
-    level). The longer side spans [-4, 4], the aspect is kept, the center is the origin and y
-    points up. Transparency counts as white.
+    Each pixel is a cell of constant density, proportional to white minus its gray level. The
+    longer side spans [-4, 4], the aspect ratio is preserved, the center is the origin and y points
+    up. Transparent pixels count as white.
 
     Args:
         path: A picture file: PNG, JPEG, or another format that Pillow reads.
-        invert: Put the mass where the picture is light.
+        invert: Whether the density is proportional to lightness instead.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no readable picture, or all its pixels are alike.
+        ValueError: The file is not a readable picture, or all its pixels are equal.
         ImportError: Pillow is not installed.
     """
 
@@ -44,7 +44,12 @@ class Picture(Cells):
 
 
 def gray_levels(path: Path) -> np.ndarray:
-    """Gray levels in [0, 1], 1 for white, shape (rows, columns), float64, of a picture file."""
+    """Gray levels of a picture file, shape (rows, columns), float64, from 0 (black) to 1 (white).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Pillow cannot read it.
+    """
     image, ops = optional("PIL.Image", "data"), optional("PIL.ImageOps", "data")
     if not path.is_file():
         raise FileNotFoundError(f"Picture: expected a picture file, got {path}, which is no file")

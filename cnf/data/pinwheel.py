@@ -1,4 +1,4 @@
-"""The pinwheel: straight arms, twisted; its density by change of variables."""
+"""The pinwheel: normal arms under a twist, with the density by change of variables."""
 
 import math
 from collections.abc import Callable
@@ -14,24 +14,27 @@ TURN = 2 * math.pi / ARMS
 
 
 class Pinwheel(Toy):
-    r"""Arms :math:`(a, b) \sim N(1, 0.3^2) \times N(0, 0.1^2)`, twisted and doubled.
+    r"""Five normal arms :math:`(a, b) \sim N(1, 0.3^2) \times N(0, 0.1^2)`, twisted and doubled.
 
     .. math:: x = 2\,(a\cos\varphi + b\sin\varphi,\; -a\sin\varphi + b\cos\varphi), \qquad
               \varphi = 2\pi k/5 + e^a/4, \qquad
               p(x) = \frac15 \sum_{(a, b, k)\,\mapsto\, x} \frac{p(a)\,p(b)}{4\,|1 + e^a b/4|}
 
     In polar coordinates :math:`x/2 = r(\cos\theta, \sin\theta)` and with
-    :math:`\psi = \theta + \varphi`, a preimage is :math:`a = r\cos\psi,\; b = r\sin\psi`, and
-    the preimages on all arms at once are the angles where :math:`h(\psi) = \psi - \theta -
-    e^{r\cos\psi}/4` is a multiple of :math:`2\pi/5`. h has at most two turning points, so its
-    monotone pieces are bracketed, and no preimage is missed. The gradient is by the implicit
-    function theorem.
+    :math:`\psi = \theta + \varphi`, a preimage is :math:`a = r\cos\psi,\; b = r\sin\psi`. The
+    preimages on all arms are the angles at which :math:`h(\psi) = \psi - \theta -
+    e^{r\cos\psi}/4` is a multiple of :math:`2\pi/5`. As h has at most two turning points, the
+    roots are bracketed on its monotone pieces, and none is missed. The gradient follows from the
+    implicit function theorem.
 
     Beyond radius 10, where the log-density is below -85, the value is that of a point on the axis
-    of an arm (the number of preimages, all of them negligible, grows without bound there).
+    of an arm: the number of preimages, whose densities are negligible, increases without bound.
 
     Source: the pinwheel of Johnson et al. (2016), https://arxiv.org/abs/1603.06277, with the
     constants of Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
+
+    Args:
+        name: Name of the density.
     """
 
     def __init__(self, name: str = "pinwheel") -> None:
@@ -55,7 +58,7 @@ class Pinwheel(Toy):
         with torch.no_grad():
             point, a, turn = preimages(y[near])
         y = y[near][point]
-        # One Newton step from the root to itself: it carries the gradient of a(x).
+        # A Newton step at the root leaves its value and carries the gradient of a(x).
         angle = turn + RATE * a.exp()
         residual = a - rotate(y, angle)[0]
         slope = 1 + RATE * a.exp() * rotate(y, angle)[1]
@@ -67,26 +70,32 @@ class Pinwheel(Toy):
 
 
 def twist(a: Tensor, b: Tensor, turn: Tensor) -> Tensor:
-    """The pinwheel's map, shape (\\*batch, 2), of (a, b) on the arm that starts at `turn`."""
+    """Map (a, b) on the arm at angle `turn` to a point of the pinwheel, shape (*batch, 2).
+
+    Args:
+        a: Coordinate along the arm, shape (*batch,).
+        b: Coordinate across the arm, shape (*batch,).
+        turn: The arm's angle before the twist, shape (*batch,).
+    """
     angle = turn + RATE * a.exp()
     x = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
     return SCALE * torch.stack(x, -1)
 
 
 def rotate(y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates (a, b) of points y, shape (\\*batch, 2), along and across direction `angle`."""
+    """Coordinates (a, b) of points y, shape (*batch, 2), along and across a direction `angle`."""
     cos, sin = angle.cos(), angle.sin()
     return y[..., 0] * cos - y[..., 1] * sin, y[..., 0] * sin + y[..., 1] * cos
 
 
 def log_prior(a: Tensor, b: Tensor) -> Tensor:
-    """Log-density of an untwisted arm, in nats."""
+    """Log-density in nats of an arm before the twist, at coordinates a along and b across it."""
     exponent = ((a - MEAN) / LENGTH).square() + (b / WIDTH).square()
     return -exponent / 2 - math.log(2 * math.pi * LENGTH * WIDTH)
 
 
 def preimages(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, a and turn of every preimage of the rows of y, shape (N, 2), the twist undoubled."""
+    """The row, a and turn of every preimage of the rows of y = x/2, shape (N, 2)."""
     r, theta = torch.linalg.vector_norm(y, dim=-1), torch.atan2(y[:, 1], y[:, 0])
     knots = monotone_pieces(r)  # (N, 4)
     steps = ((knots - theta[:, None] - RATE * (r[:, None] * knots.cos()).exp()) / TURN).floor()
@@ -107,11 +116,11 @@ def preimages(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def monotone_pieces(r: Tensor) -> Tensor:
-    r"""Ends, shape (N, 4), of the pieces of [-π, π] on which h rises, falls and rises.
+    r"""Ends, shape (N, 4), of the intervals of [-π, π] on which h increases, decreases, increases.
 
     The slope of h is zero where :math:`q(\tau) = r\sin\tau\,e^{r\cos\tau} = 4`, for
-    :math:`\tau = -\psi > 0`; q rises to its maximum and falls. Where the maximum is below 4 there
-    is no turning point and the middle piece is empty.
+    :math:`\tau = -\psi > 0`; q increases to its maximum and decreases. If the maximum is below 4
+    there is no turning point, and the middle interval is empty.
     """
     top = torch.acos(2 * r / (1 + (1 + 4 * r.square()).sqrt()))
 
@@ -126,7 +135,13 @@ def monotone_pieces(r: Tensor) -> Tensor:
 
 
 def bisect(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Where f, monotone on each bracket, changes sign: halved until float64 has no digits left."""
+    """The root of f, monotone on each bracket, by bisection down to the precision of float64.
+
+    Args:
+        f: Function of a tensor, elementwise.
+        low: Lower ends of the brackets, shape (N,).
+        high: Upper ends, shape (N,).
+    """
     side = f(low) > 0
     for _ in range(54):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""From what a user has in hand, a name, a file or an array, to something to draw from."""
+"""Loading of a data source from a name, a file or an array."""
 
 from os import PathLike
 from pathlib import Path
@@ -16,22 +16,24 @@ Source = Toy | Points
 
 
 def load(source: Any, columns: Columns | None = None) -> Source:
-    """What `source` stands for, as something with `name`, `dim`, `support` and `sample`.
+    """Load a density or points by name, by path, or from an array.
+
+    The result has the attributes `name`, `dim` and `support` and a method `sample`.
 
     Args:
         source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
-            points as a tensor, an array or a table of shape (N, D), or what this function
-            returns, which comes back as it is.
-        columns: What the columns of a table are for; all are modeled if None.
+            points as a tensor, an array or a table of shape (N, D), or a `Toy` or `Points`, which
+            is returned unchanged.
+        columns: Roles of a table's columns; all are modeled if None.
 
     Returns:
         A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points.
 
     Raises:
-        ValueError: A string that is neither a name nor a file of a known kind, or points that are
-            unusable.
-        FileNotFoundError: A path of a known kind where there is no file.
-        TypeError: Something else altogether.
+        ValueError: A string is neither a name nor a file of a known kind, the points are not
+            finite numbers of shape (N, D), or columns are given without a table.
+        FileNotFoundError: There is no file at the path.
+        TypeError: The source is of another type.
 
     >>> load("moons")
     Curves('moons')

@@ -1,4 +1,4 @@
-"""One's own points: reading them from a table, and drawing from them."""
+"""Points of the user: reading them from a table, and drawing from them."""
 
 import contextlib
 import copy
@@ -25,35 +25,35 @@ from cnf.errors import expect_finite, expect_generator, expect_weights, optional
 
 YEARS = range(1800, 2200)
 DECIMAL = re.compile(r"[.eE]")  # in a line of numbers
-SPLIT = 497_831_422  # seed of the part of one's own points that is never trained on
+SPLIT = 497_831_422  # seed of the random split into training and test rows
 
 
 class Points:
-    """One's own points as a data source: the interface of a `Toy`, short of a density.
+    """Points of the user as a data source, with the interface of a `Toy` but no density.
 
     Args:
-        x: The points, one a row: floating, integer or boolean tensor or array, shape (N, D) or
-            (N,), N at least 2.
-        name: What they are called.
-        columns: The columns' names, D of them; those of a data frame if None.
+        x: The points in rows: floating, integer or boolean tensor, array or table, shape (N, D)
+            or (N,), N at least 2.
+        name: Name of the data.
+        columns: Names of the D columns; those of a data frame if None.
         context: Condition of each row, shape (N, C).
         weight: Weight of each row, at least 0, shape (N,).
 
     Attributes:
-        x: The points, shape (N, D), in float64 unless they were given in float32.
-        dim: D.
-        columns: The columns' names, or None.
-        context: As given, in float64 unless it was given in float32, or None.
-        weight: As given, likewise, or None.
-        reading: What the columns of the file that they were read from are for.
-        test_share: Part of the rows that `split` has put aside.
+        x: The points, shape (N, D), in float64 unless they were given in float32 or less.
+        dim: Number of columns D.
+        columns: Names of the columns, or None.
+        context: The context, in float64 unless it was given in float32 or less, or None.
+        weight: The weights, likewise, or None.
+        reading: Roles of the columns of the file that the points were read from, or None.
+        test_share: Part of the rows that `split` has set aside.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
-            column, and a tenth of their distance beyond.
-        entropy: None: it is not known.
+            column, extended by 10 % of their distance.
+        entropy: None, as it is unknown.
 
     Raises:
-        ValueError: The shape is another, there are fewer than 2 rows, or a value is NaN, infinite
-            or no number.
+        ValueError: The shape is another, there are fewer than 2 rows, a value is not a finite
+            number, or the columns, context or weight do not match the points.
 
     >>> mine = Points(torch.randn(100, 3), "mine")
     >>> mine.dim, mine.sample(7).shape
@@ -96,13 +96,27 @@ class Points:
         self.support = torch.from_numpy(np.stack([low - margin, high + margin])).to(self.x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n rows drawn with replacement, by their weights where they have any, shape (n, D), on
-        the generator's device.
+        """Draw rows with replacement, by their weights if they have any, shape (n, D).
+
+        Args:
+            n: Number of rows.
+            generator: Source of the draws, on whose device they are; None for torch's global one.
+
+        Raises:
+            ValueError: n is not an integer of at least 0.
         """
         return self.take(self.draw(n, generator)).x
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """The numbers of n rows drawn with replacement, by their weights where they have any."""
+        """Draw indices of rows with replacement, by their weights if they have any, shape (n,).
+
+        Args:
+            n: Number of rows.
+            generator: Source of the draws, on whose device they are; None for torch's global one.
+
+        Raises:
+            ValueError: n is not an integer of at least 0.
+        """
         expect_count(f"{self.name}.sample", n)
         expect_generator(f"{self.name}.sample", generator)
         device = generator.device if generator is not None else None
@@ -114,12 +128,12 @@ class Points:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The options of a model of them: dim, and context where they have one."""
+        """Options of a model for these points: dim, and context if they have one."""
         context = {} if self.context is None else {"context": self.context.shape[1]}
         return {"dim": self.dim, **context}
 
     def take(self, rows: Tensor) -> "Points":
-        """The points of some rows, with their contexts and weights, on the device of `rows`."""
+        """The points at indices `rows`, with contexts and weights, on the device of `rows`."""
         taken = copy.copy(self)
         for name in ("x", "context", "weight"):
             value = getattr(self, name)
@@ -127,10 +141,13 @@ class Points:
         return taken
 
     def split(self, share: float) -> tuple["Points", "Points"]:
-        """The points in two random parts, the same for the same number of rows.
+        """Split the points at random, always in the same way for the same number of rows.
 
         Args:
-            share: Part of the rows in the second.
+            share: Part of the rows in the second part, in [0, 1).
+
+        Returns:
+            The rows to train on, and those that are set aside.
         """
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
         count = int(share * len(order))
@@ -147,7 +164,7 @@ class Points:
         return rows
 
     def log_prob(self, x: Tensor) -> NoReturn:
-        """Raise: nobody knows the density that one's own points come from."""
+        """Raise ValueError, because the density of the points is unknown."""
         raise ValueError(
             f"{self.name}.log_prob: the density of one's own points is not known; "
             "compare models by their log-likelihood on held-out points, or use a toy"
@@ -158,10 +175,18 @@ class Points:
 
 
 def as_points(who: str, values: Any) -> Tensor:
-    """Tensor of shape (N, D) from a tensor or array of numbers; a vector is one column.
+    """Convert a tensor, array or table of numbers to points of shape (N, D).
 
-    Numbers keep their value: float32 stays, what has fewer digits becomes float32, the rest
-    (integers too) float64.
+    Numbers keep their value: floats of at most 32 bits become float32, others and integers
+    float64. A vector is one column.
+
+    Args:
+        who: Whose argument it is, for messages.
+        values: The numbers.
+
+    Raises:
+        ValueError: The shape is another, there are fewer than 2 rows, or a value is not a finite
+            number.
     """
     x = as_numbers(who, "x", values)
     if x.is_complex():
@@ -179,25 +204,25 @@ def as_points(who: str, values: Any) -> Tensor:
 
 
 def read_table(path: str | Path) -> Tensor:
-    """The rows of a table of numbers, float64, shape (N, D): see `read_points`."""
+    """Read the rows of a table of numbers, shape (N, D), in float64; see `read_points`."""
     return read_points(path).x
 
 
 def read_points(path: str | Path, columns: Columns | None = None) -> Points:
-    """A table of numbers, named as its file, with the names of its columns where it has them.
+    """Read a table of numbers as points, with the name of the file and those of its columns.
 
-    Reads .csv and .txt (one header line or none; commas, semicolons, tabs or spaces; lines that
-    start with # are skipped), the same with .gz behind, .npy, .npz (one array, or one called x)
-    and .parquet. Nothing is unpickled.
+    The format follows from the ending: .csv and .txt (with or without a header line; separated by
+    commas, semicolons, tabs or spaces; lines that start with # are skipped), .csv.gz and .txt.gz,
+    .npy, .npz (a single array, or one named x) and .parquet. Nothing is unpickled.
 
     Args:
         path: The file.
-        columns: What its columns are for; all are modeled if None.
+        columns: Roles of its columns; all are modeled if None.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The kind of file is unknown, or what it holds is not a table of at least two
-            rows of finite numbers; the message names columns or rows.
+        ValueError: The ending is unknown, or the file does not contain at least two rows of
+            finite numbers; the message names columns or rows.
         ImportError: pyarrow, which .parquet needs, is not installed.
     """
     path = Path(path)
@@ -209,7 +234,7 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a table, got {path}, which is no file")
     table = TABLES[kind](who, path, (columns and columns.labels) or {})
-    reading = (columns or Columns()).settled(who, table)
+    reading = (columns or Columns()).resolve(who, table)
     x, context, weight = reading.pick(who, table)
     names = reading.columns if table.named else None
     points = Points(as_points(who, x), path.name[: -len(kind)], names, context, weight)
@@ -218,12 +243,12 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
 
 
 def table_kind(path: Path) -> str | None:
-    """The ending in TABLES that the path has, if any."""
+    """The ending of a path, if it is one of `TABLES`; else None."""
     return next((kind for kind in TABLES if path.name.lower().endswith(kind)), None)
 
 
 def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
-    """Columns of labels stay text, as the file spells it."""
+    """Read a text file; columns in `labels` stay text, as the file spells them."""
     try:
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
@@ -254,7 +279,7 @@ def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
 
 
 def _is_header(lines: list[list[str]]) -> bool:
-    """Whether the first line holds names: one above a number or, above none, no number."""
+    """Whether the first line contains names: a text above a number, or no number at all."""
     first, below = lines[0], lines[-1]
     pairs = zip(first, below, strict=False)
     above = [cell for cell, under in pairs if is_number(under) and not is_missing(under)]
@@ -264,9 +289,9 @@ def _is_header(lines: list[list[str]]) -> bool:
 
 
 def _numbers_columns(who: str, first: list[str], below: Sequence[str]) -> bool:
-    """Whether the first line numbers the columns (0,1,2 of pandas, or years), above decimals.
+    """Whether the first line numbers the columns (0,1,2 by pandas, or years), above decimals.
 
-    Above whole numbers it is taken for a row, with a warning where that is hardly meant.
+    Above whole numbers it is read as a row, with a warning if it is likely to be a header.
     """
     cells = first[1:] if first[0] == "" else first  # pandas names its index ""
     if not cells or not all(cell.isdecimal() for cell in cells):
@@ -288,7 +313,7 @@ def _numbers_columns(who: str, first: list[str], below: Sequence[str]) -> bool:
 
 
 def _named(cells: list[str]) -> list[str]:
-    """A header's names, each once; a column without one has its number."""
+    """The names of a header without duplicates; a column without a name gets its number."""
     names: list[str] = []
     for number, cell in enumerate(cells, 1):
         name = cell or f"column-{number}"
@@ -297,7 +322,7 @@ def _named(cells: list[str]) -> list[str]:
 
 
 def _all_numbers(lines: list[str], delimiter: str | None) -> list[np.ndarray] | None:
-    """The columns of lines of numbers; None where one is none, or has digits that floats lack."""
+    """The columns of lines that contain numbers only, all exact in float64; else None."""
     try:
         columns = list(np.loadtxt(lines, delimiter=delimiter, ndmin=2, quotechar='"').T)
     except ValueError:
@@ -308,7 +333,7 @@ def _all_numbers(lines: list[str], delimiter: str | None) -> list[np.ndarray] | 
 def _mixed(
     who: str, body: list[tuple[int, str]], delimiter: str | None, spelled: Collection[int]
 ) -> list[np.ndarray]:
-    """The columns of lines that hold more than numbers, those that are `spelled` as text."""
+    """The columns of lines with text; those with a number in `spelled` are text, as spelled."""
     rows = [_split(line, delimiter) for _, line in body]
     for (number, _), row in zip(body, rows, strict=True):
         if len(row) != len(rows[0]):
@@ -328,12 +353,12 @@ def _table(
 
 
 def _numbers(columns: Sequence[Any]) -> list[str]:
-    """What columns without names are called."""
+    """The names of columns without names: their numbers from 1."""
     return [str(k + 1) for k in range(len(columns))]
 
 
 def _split(line: str, delimiter: str | None) -> list[str]:
-    if delimiter is None:  # a tab parts names that have spaces in them
+    if delimiter is None:  # names that contain spaces are separated by tabs
         names = line.strip().split("\t")
         cells = names if len(names) > 1 and not is_number(names[0]) else line.split()
         return [cell.strip().strip('"') for cell in cells]
@@ -342,7 +367,7 @@ def _split(line: str, delimiter: str | None) -> list[str]:
 
 def _read_numpy(who: str, path: Path, _: Collection[str]) -> Table:
     try:
-        # Opened here: numpy leaves a broken .npz open.
+        # Opened here, as numpy does not close a broken .npz.
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
@@ -387,7 +412,7 @@ def _arrow_column(arrow: Any, column: Any) -> np.ndarray:
     types = arrow.types
     numeric = (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
     if types.is_decimal(column.type) and column.type.scale == 0:
-        with contextlib.suppress(arrow.ArrowInvalid):  # more digits than integers of 64 bits
+        with contextlib.suppress(arrow.ArrowInvalid):  # more digits than a 64-bit integer has
             column = column.cast(arrow.int64())
     if types.is_integer(column.type):
         return integers(column.fill_null(0).to_numpy(), column.is_null().to_numpy())
@@ -409,11 +434,16 @@ TABLES: dict[str, Callable[[str, Path, Collection[str]], Table]] = {
 
 
 def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = None) -> None:
-    """Write points, shape (N, D), to a new .npy or .csv file, the latter with its columns' names.
+    """Write points to a new .npy or .csv file.
+
+    Args:
+        path: The file, which must not exist; its folder is created if necessary.
+        x: Points, shape (N, D).
+        columns: Names of the columns, for the header of a .csv file.
 
     Raises:
-        ValueError: Another kind of file, or one that exists.
-        OSError: It cannot be written.
+        ValueError: The ending is another, or the file exists.
+        OSError: The file cannot be written.
     """
     path = expect_writable("write_table", path)
     try:
@@ -422,7 +452,7 @@ def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = Non
         else:
             header = io.StringIO()
             csv.writer(header, lineterminator="").writerow(columns or [])
-            np.savetxt(  # as few digits as give x back
+            np.savetxt(  # the fewest digits that restore x exactly
                 path, x.numpy(), delimiter=",", fmt="%s", header=header.getvalue(), comments=""
             )
     except OSError as error:
@@ -431,11 +461,15 @@ def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = Non
 
 
 def expect_writable(who: str, path: str | Path) -> Path:
-    """The path of a new .npy or .csv file, whose folder is made if need be.
+    """Check that a new .npy or .csv file can be written, and create its folder if necessary.
+
+    Args:
+        who: Who writes, for messages.
+        path: The file.
 
     Raises:
-        ValueError: Another kind of file, or one that exists.
-        OSError: The folder cannot be made or written into.
+        ValueError: The ending is another, or the file exists.
+        OSError: The folder cannot be created or written to.
     """
     path = Path(path)
     if path.suffix not in (".npy", ".csv"):

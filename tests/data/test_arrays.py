@@ -31,7 +31,7 @@ FLOATS = {
 
 
 @pytest.mark.parametrize("kind", FLOATS)
-def test_numbers_are_those_that_were_given(kind):
+def test_numbers_keep_their_values(kind):
     found = as_numbers("fit", "data", FLOATS[kind])
     assert is_rows(FLOATS[kind])
     assert found.is_floating_point() and not found.requires_grad
@@ -40,7 +40,7 @@ def test_numbers_are_those_that_were_given(kind):
 
 
 @pytest.mark.parametrize("dtype", ["i1", "i8", ">i4", "u1", "u2", "u4", "?"])
-def test_whole_numbers_stay_whole(dtype):
+def test_integers_stay_integers(dtype):
     found = as_numbers("fit", "data", np.array([[0, 1], [1, 0]], dtype=dtype))
     assert not found.is_floating_point() and found.long().tolist() == [[0, 1], [1, 0]]
 
@@ -61,7 +61,7 @@ def test_a_missing_value_is_nan():
         ([[1.0, 2.0], [3.0]], "an array of numbers, got a list"),
     ],
 )
-def test_what_is_no_number_is_named(values, message):
+def test_values_that_are_not_numbers_are_named(values, message):
     with pytest.raises(ValueError, match=f"^fit: expected data to be .*{message}"):
         as_numbers("fit", "data", values)
 
@@ -93,6 +93,6 @@ def test_integers_that_float64_merges_are_refused(values, column):
         as_numbers("fit", "data", values)
 
 
-def test_large_integers_that_float64_keeps_apart_are_taken():
+def test_large_integers_that_float64_keeps_apart_are_accepted():
     seconds = 1_700_000_000_000_000_000 + 1_000_000_000 * np.arange(100)
     assert as_numbers("fit", "data", seconds).tolist() == seconds.tolist()

@@ -24,7 +24,7 @@ def test_columns_context_and_weight_are_taken_by_name(pets):
     assert points.reading.labels == {"pet": ["ape", "cat", "dog"]}
 
 
-def test_every_other_column_is_modeled_unless_told(pets):
+def test_all_columns_without_another_role_are_modeled_by_default(pets):
     points = load(pets, Columns(context=["pet"], drop_missing=True))
     assert points.columns == ("weight", "u", "age")
 
@@ -35,7 +35,7 @@ def test_columns_without_names_have_numbers(tmp_path):
     assert points.x.tolist() == [[2, 0], [5, 3]] and points.columns is None
 
 
-def test_labels_keep_their_code_in_another_file(pets, tmp_path):
+def test_labels_keep_their_encoding_in_another_file(pets, tmp_path):
     (tmp_path / "new.csv").write_text("pet,age\ndog,1\ndog,2\n")
     reading = load(pets, Columns(["age"], ["pet"], drop_missing=True)).reading
     assert load(tmp_path / "new.csv", reading).context.tolist() == [[0, 0, 1]] * 2
@@ -45,7 +45,7 @@ def test_labels_keep_their_code_in_another_file(pets, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_missing_values_are_refused_by_place_or_their_rows_left_out(kind, pets, tmp_path):
+def test_missing_values_are_refused_by_place_or_dropped(kind, pets, tmp_path):
     where = "line 4"
     if kind == "parquet":
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -59,7 +59,7 @@ def test_missing_values_are_refused_by_place_or_their_rows_left_out(kind, pets, 
     assert load(pets, columns).x[:, 0].tolist() == [3, 4, 6, 7]
 
 
-def test_lines_are_those_of_the_file_after_rows_are_left_out(tmp_path):
+def test_line_numbers_are_those_of_the_file_after_rows_are_dropped(tmp_path):
     (tmp_path / "x.csv").write_text("pet,age\ncat,1\n,2\ndog,old\n")
     with pytest.raises(ValueError, match=r"others in age \('old' in line 4\)"):
         load(tmp_path / "x.csv", Columns(["age"], ["pet"], drop_missing=True))
@@ -111,7 +111,7 @@ def test_labels_that_are_numbers_keep_every_digit(kind, tmp_path):
     ]
 
 
-def test_labels_of_one_value_and_another_spelling_stay_apart(tmp_path):
+def test_labels_of_equal_value_and_different_spelling_stay_apart(tmp_path):
     (tmp_path / "x.csv").write_text("x,code\n1,007\n2,7\n")
     reading = Columns(["x"], ["code"], labels={"code": ["007", "7"]})
     assert load(tmp_path / "x.csv", reading).context.tolist() == [[1, 0], [0, 1]]
@@ -129,12 +129,12 @@ def test_labels_of_one_value_and_another_spelling_stay_apart(tmp_path):
         (Columns(["age"], weight="pet", drop_missing=True), r"others in pet \('cat' in line 2\)"),
     ],
 )
-def test_columns_that_cannot_be_are_named(columns, message, pets):
+def test_invalid_roles_are_refused_by_name(columns, message, pets):
     with pytest.raises(ValueError, match=message):
         load(pets, columns)
 
 
-def test_text_that_differs_in_every_row_is_no_label(tmp_path):
+def test_text_that_differs_in_every_row_is_refused_as_a_label(tmp_path):
     (tmp_path / "x.csv").write_text("who,x\n" + "".join(f"n{k},{k}\n" for k in range(9)))
     with pytest.raises(
         ValueError, match="expected labels in who, got 9 different texts in 9 rows"
@@ -142,7 +142,7 @@ def test_text_that_differs_in_every_row_is_no_label(tmp_path):
         load(tmp_path / "x.csv", Columns(context=["who"]))
 
 
-def test_columns_of_what_is_no_table_are_refused():
+def test_roles_of_columns_without_a_table_are_refused():
     with pytest.raises(ValueError, match="columns can be chosen of a table, got moons"):
         load("moons", Columns(["x"]))
 
@@ -169,21 +169,21 @@ def test_context_is_read_as_typed(values, said):
         columns.parse("sample", values)
 
 
-def test_a_label_with_a_comma_is_told_how_to_be_given():
+def test_error_shows_how_to_write_a_label_with_a_comma():
     columns = Columns(context=["eyes"], labels={"eyes": ["blue, dark", "green"]})
     with pytest.raises(ValueError, match=r"--context '\[\"blue, dark\"\]'"):
         columns.parse("sample", ["blue", " dark"])
     assert columns.parse("sample", ["blue, dark"]) == [1.0, 0.0]
 
 
-def test_reading_says_nothing_that_training_says(tmp_path):
+def test_reading_does_not_warn_of_what_training_warns_of(tmp_path):
     lines = [f"{k},{k % 3},{k * k + 0.5}" for k in range(60)]
     (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))
     points = load(tmp_path / "x.csv")  # warnings are errors here
     assert points.columns == ("column-1", "rooms", "income")
 
 
-def test_points_are_split_in_parts_that_have_no_row_in_common():
+def test_split_parts_have_no_row_in_common():
     x = torch.arange(50.0)
     points = Points(x, context=2 * x, weight=x + 1)
     train, test = points.split(0.2)
@@ -193,7 +193,7 @@ def test_points_are_split_in_parts_that_have_no_row_in_common():
     assert torch.equal(points.split(0.2)[1].x, test.x)
 
 
-def test_context_keeps_its_digits_beside_points_of_fewer():
+def test_context_keeps_float64_beside_points_in_float32():
     times = 1_700_000_000 + torch.arange(50.0, dtype=torch.float64)
     points = Points(torch.arange(50.0), context=times, weight=torch.ones(50))
     assert points.x.dtype == torch.float32 and torch.equal(points.context[:, 0], times)
@@ -231,7 +231,7 @@ def test_contexts_and_weights_fit_their_points(parts, message):
         ("red", "got others in b \\('red' in line 3\\); leave them out"),
     ],
 )
-def test_what_is_no_number_is_told_with_its_remedy(cell, remedy, tmp_path):
+def test_error_for_text_names_a_remedy(cell, remedy, tmp_path):
     (tmp_path / "t.csv").write_text(f"a,b\n1.5,2.5\n2.5,{cell}\n3.5,{cell}\n")
     with pytest.raises(ValueError, match=remedy):
         load(str(tmp_path / "t.csv"))

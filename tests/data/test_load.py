@@ -12,7 +12,7 @@ def test_a_name_gives_its_toy(name):
     assert load(name) is toy(name) and isinstance(load(name), Toy) and load(name).name == name
 
 
-def test_a_source_comes_back_as_it_is():
+def test_a_source_is_returned_unchanged():
     for source in (toy("moons"), Points(torch.randn(5, 3))):
         assert load(source) is source
 
@@ -39,7 +39,7 @@ def test_a_picture_gives_a_density(tmp_path, name):
     assert isinstance(loaded, Picture) and loaded.name == "p"
 
 
-def test_every_source_has_the_same_face(tmp_path):
+def test_every_source_has_the_same_interface(tmp_path):
     for source in (load("rings"), load(torch.randn(9, 2))):
         assert source.sample(7).shape == (7, source.dim)
         assert source.support.shape == (2, source.dim)
@@ -47,7 +47,7 @@ def test_every_source_has_the_same_face(tmp_path):
         assert source.entropy is None or isinstance(source.entropy, float)
 
 
-def test_unknown_string_is_told_names_and_kinds():
+def test_error_for_an_unknown_string_lists_names_and_kinds_of_files():
     with pytest.raises(ValueError) as caught:
         load("pinweel")
     message = str(caught.value)

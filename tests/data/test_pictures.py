@@ -25,7 +25,7 @@ def noise(rows=6, columns=9):
     return np.random.default_rng(0).integers(0, 256, (rows, columns))
 
 
-def test_dark_pixels_carry_the_mass_and_y_points_up(picture):
+def test_dark_pixels_have_the_mass_and_y_points_up(picture):
     density = picture([[0, 255], [255, 255]])  # black at the top left
     points = torch.tensor([[-2.0, 2.0], [2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
     inf = math.inf
@@ -36,7 +36,7 @@ def test_dark_pixels_carry_the_mass_and_y_points_up(picture):
     assert (sample[:, 0] < 0).all() and (sample[:, 1] >= 0).all()
 
 
-def test_inverted_light_pixels_carry_the_mass(picture):
+def test_light_pixels_have_the_mass_when_inverted(picture):
     density = picture([[255, 0], [0, 0]], invert=True)
     assert density.log_prob(torch.tensor([-2.0, 2.0])).item() == pytest.approx(-math.log(16))
     assert density.log_prob(torch.tensor([2.0, 2.0])).item() == -math.inf
@@ -92,7 +92,7 @@ def test_transparent_counts_as_white(tmp_path):
     assert density.log_prob(torch.tensor([2.0, 2.0])).item() == -math.inf
 
 
-def test_deep_grays_are_not_clipped(picture):
+def test_gray_levels_of_16_bits_are_not_clipped(picture):
     density = picture([[0, 40_000], [60_000, 60_000]], mode="I;16")
     value = density.log_prob(torch.tensor([[-2.0, 2.0], [2.0, 2.0]]))
     assert float((value[0] - value[1]).exp()) == pytest.approx(3, abs=1e-3)

@@ -91,7 +91,7 @@ BAD_TEXT = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_bad_text_is_refused_in_one_line(text, case):
+def test_malformed_text_is_refused_in_one_line(text, case):
     content, message = BAD_TEXT[case]
     with pytest.raises(ValueError, match=message) as caught:
         read_table(text(content))
@@ -131,7 +131,7 @@ def test_ambiguous_npz_lists_its_arrays(tmp_path):
         read_table(tmp_path / "t.npz")
 
 
-def test_missing_file_and_unknown_kind_are_told_apart(tmp_path):
+def test_missing_file_and_unknown_kind_give_different_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="which is no file"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"ending in \.csv, .*got \.xlsx"):
@@ -159,14 +159,14 @@ def test_support_leaves_a_margin_around_the_bulk():
     assert (low[1], high[1]) == (4.5, 5.5)
 
 
-def test_support_is_a_tenth_beyond_the_thousandth_and_its_opposite():
+def test_support_extends_the_extreme_quantiles_by_a_tenth():
     low, high = Points(torch.linspace(0, 1, 1001, dtype=torch.float64)).support
     assert low.item() == pytest.approx(0.001 - 0.0998) and high.item() == pytest.approx(
         0.999 + 0.0998
     )
 
 
-def test_density_of_points_is_not_known():
+def test_log_prob_of_points_is_refused():
     points = Points(EXPECTED, "mine")
     assert points.entropy is None and points.dim == 2
     with pytest.raises(ValueError, match="mine.log_prob: the density .* is not known"):
@@ -186,7 +186,7 @@ def test_density_of_points_is_not_known():
         (np.array([object(), None]), "array of numbers"),
     ],
 )
-def test_points_refuse_what_is_no_table(x, message):
+def test_points_of_another_shape_or_dtype_are_refused(x, message):
     with pytest.raises(ValueError, match="Points: expected .*" + message):
         Points(x)
 
@@ -201,7 +201,7 @@ def test_points_keep_the_value_of_every_number(dtype):
 
 
 @pytest.mark.parametrize("start", [2459000.5, 1.7e9], ids=["Julian dates", "Unix seconds"])
-def test_dates_stay_apart_from_file_to_file(start, tmp_path):
+def test_dates_stay_distinct_when_written_and_read_again(start, tmp_path):
     drawn = start + 0.01 * np.random.default_rng(0).standard_normal((500, 2))
     np.savetxt(tmp_path / "t.csv", drawn, delimiter=",", fmt="%.6f")
     points = load(tmp_path / "t.csv")
@@ -223,13 +223,13 @@ def test_masked_entries_are_refused_by_row_and_column():
         Points(x)
 
 
-def test_points_forget_gradients():
+def test_points_are_detached():
     assert not Points(torch.zeros(2, 2, requires_grad=True)).x.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["x.csv", "x.npy"])
-def test_what_is_written_is_read_again(name, dtype, tmp_path):
+def test_written_points_are_read_back_exactly(name, dtype, tmp_path):
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
     write_table(tmp_path / name, x)
     assert torch.equal(read_table(tmp_path / name).to(dtype), x)
@@ -254,7 +254,7 @@ def test_columns_keep_the_names_that_the_table_gives_them(text, tmp_path):
     assert Points(EXPECTED, columns=["a", "b"]).columns == ("a", "b")
 
 
-def test_as_many_names_as_columns_are_expected(text):
+def test_number_of_names_must_equal_number_of_columns(text):
     with pytest.raises(ValueError, match="got 3 names in line 1 and 2 columns"):
         read_table(text("a,b,c\n1,2\n3,4"))
     with pytest.raises(ValueError, match="Points: expected 2 names in columns, got 1"):
@@ -283,7 +283,7 @@ def test_integers_of_a_file_that_float64_merges_are_refused_unless_left_out(text
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "decimals"])
-def test_integers_that_float64_merges_are_refused_beside_missing_ones(kind, tmp_path):
+def test_integers_that_float64_merges_are_refused_in_columns_with_missing_values(kind, tmp_path):
     stamps = [2**60 + k if k % 5 else None for k in range(60)]
     few = [None if stamp is None else stamp % 1000 for stamp in stamps]
     path = tmp_path / ("x.csv" if kind == "csv" else "x.parquet")
@@ -306,7 +306,7 @@ def test_integers_that_float64_merges_are_refused_beside_missing_ones(kind, tmp_
     assert points.x[:, 0].tolist() == [value for value in few if value is not None]
 
 
-def test_large_integers_beside_missing_ones_that_float64_has_are_read(tmp_path):
+def test_large_integers_exact_in_float64_are_read_from_columns_with_missing_values(tmp_path):
     (tmp_path / "x.csv").write_text("n,y\n" + "\n".join(f"{2**60 * k},{k}" for k in range(1, 6)))
     with (tmp_path / "x.csv").open("a") as file:
         file.write("\n,7")
@@ -314,7 +314,7 @@ def test_large_integers_beside_missing_ones_that_float64_has_are_read(tmp_path):
     assert points.x[:, 0].tolist() == [2.0**60 * k for k in range(1, 6)]
 
 
-def test_write_table_makes_the_folder_and_says_in_a_sentence_where_it_cannot(tmp_path):
+def test_write_table_creates_the_folder_or_explains_why_not(tmp_path):
     write_table(tmp_path / "new" / "deep" / "x.csv", torch.ones(2, 2))
     assert read_table(tmp_path / "new" / "deep" / "x.csv").shape == (2, 2)
     (tmp_path / "file").write_text("")
@@ -322,7 +322,7 @@ def test_write_table_makes_the_folder_and_says_in_a_sentence_where_it_cannot(tmp
         write_table(tmp_path / "file" / "x.npy", torch.ones(2, 2))
 
 
-def test_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_table(tmp_path, monkeypatch):
     def full(path, *_, **__):
         path.write_text("1,2\n")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -336,7 +336,7 @@ def test_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
 @pytest.mark.parametrize("first", [0, 2019])
 @pytest.mark.parametrize("index", [False, True])
 @pytest.mark.parametrize("columns", [1, 2, 3])
-def test_a_header_of_numbers_above_decimals_is_no_row(first, index, columns, tmp_path):
+def test_numbered_header_above_decimals_is_not_read_as_a_row(first, index, columns, tmp_path):
     if columns == 1 and first:
         pytest.skip("one whole number may as well be a value")
     pandas = pytest.importorskip("pandas")
@@ -366,14 +366,14 @@ def test_a_first_row_of_numbers_is_a_row(text, tmp_path):
     assert found.columns is None and len(found.x) == text.count("\n")
 
 
-def test_column_numbers_above_whole_numbers_are_asked_about(tmp_path):
+def test_numbered_header_above_integers_warns(tmp_path):
     (tmp_path / "x.csv").write_text("0,1,2\n5,3,8\n4,4,1\n")
     with pytest.warns(UserWarning, match="first line, 0,1,…, is read as a row; if these are"):
         assert len(cnf.data.load(tmp_path / "x.csv").x) == 3
 
 
 @pytest.mark.parametrize("name", [None, "person"])
-def test_the_index_that_pandas_keeps_in_parquet_is_not_modeled(name, tmp_path):
+def test_index_of_pandas_in_parquet_is_not_modeled(name, tmp_path):
     pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     rng = np.random.default_rng(0)
     frame = pandas.DataFrame(rng.normal(size=(20, 2)), columns=["a", "b"])

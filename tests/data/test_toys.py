@@ -29,7 +29,7 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_entropy_is_the_published_one(name):
+def test_entropy_is_the_published_value(name):
     assert toy(name).entropy == pytest.approx(PUBLISHED[name], abs=0.002)
 
 
@@ -47,7 +47,7 @@ def test_density_integrates_to_one(name):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_density_is_that_of_the_samples(name):
+def test_density_agrees_with_samples(name):
     """Counts in blocks of cells against the mass that the density puts there."""
     density, n, blocks = toy(name), 200_000, 24
     low, high = (torch.tensor(corner, dtype=torch.float64) for corner in box(density))
@@ -75,7 +75,7 @@ def box(density):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_mean_of_minus_log_prob_is_the_entropy(name):
+def test_mean_negative_log_prob_is_the_entropy(name):
     surprise = -toy(name).log_prob(toy(name).sample(20_000, seeded(1)).double())
     error = float(surprise.std()) / math.sqrt(len(surprise))
     # 1e-6 for the checkerboard, whose surprise does not vary
@@ -257,7 +257,7 @@ def test_pinwheel_preimages_are_those_of_a_fine_scan():
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_far_away_log_prob_is_no_nan(name):
+def test_log_prob_far_away_is_not_nan(name):
     x = torch.tensor([[0.0, 0.0], [9.0, -9.0], [1e3, 0.0], [math.inf, 0.0], [math.nan, 0.0]])
     value = toy(name).log_prob(x)
     assert not value[:4].isnan().any() and value[4].isnan()
@@ -270,18 +270,18 @@ def test_unknown_name_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("n", [-1, 2.0, "3", True, None])
-def test_sample_refuses_what_is_no_count(n):
+def test_sample_refuses_invalid_counts(n):
     with pytest.raises(ValueError, match="moons.sample: expected n"):
         toy("moons").sample(n)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(5, 3), torch.zeros(5, 2, dtype=torch.int64), 1.0])
-def test_log_prob_refuses_what_is_no_point(x):
+def test_log_prob_refuses_invalid_points(x):
     with pytest.raises(ValueError, match="moons.log_prob: expected x"):
         toy("moons").log_prob(x)
 
 
-def test_import_loads_nothing_heavy():
+def test_import_loads_no_heavy_package():
     code = (
         "import sys, torchdiffeq; before = set(sys.modules); import cnf.data; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; "

@@ -14,7 +14,7 @@ from cnf.transforms.context import StandardizeContext
 from cnf.transforms.normalization import Standardize
 
 P = ParamSpec("P")
-FORMER = ("standardize",)  # in files of version 0.1
+FORMER = ("standardise",)  # in files of version 0.1
 
 
 class Models(Registry):

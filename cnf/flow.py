@@ -74,6 +74,11 @@ class Flow(nn.Module):
 
     >>> import cnf
     >>> flow = cnf.models.build("realnvp", dim=2)
+    >>> flow
+    Flow 'realnvp': points of 2; 35,344 weights
+        base: StandardNormal(2)
+        transform: Compose(8 × Coupling(2, affine, hidden (64, 64)))
+        preprocess: Standardize(2, not fitted)
     >>> x = flow.sample(5)
     >>> x.shape, flow.log_prob(x).shape
     (torch.Size([5, 2]), torch.Size([5]))

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -336,16 +336,18 @@ def _changed(transform: Transform, change: Callable[[Continuous], None]) -> Tran
 
 def is_continuous(transform: Transform) -> bool:
     """Whether a `Continuous` stands anywhere in it."""
-    return any(isinstance(part, Continuous) for part in transforms_in(transform))
+    return next(_solvers(transform), None) is not None
 
 
 def has_fixed_steps(transform: Transform) -> bool:
     """Whether an ODE in it is solved in steps that no error controls."""
-    solvers = (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))
-    return any(solver.fixed for solver in solvers)
+    return any(solver.fixed for solver in _solvers(transform))
 
 
 def is_adaptive(transform: Transform) -> bool:
     """Whether an ODE in it chooses its steps, by all rows together."""
-    solvers = (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))
-    return any(not solver.fixed for solver in solvers)
+    return any(not solver.fixed for solver in _solvers(transform))
+
+
+def _solvers(transform: Transform) -> Iterator[Solver]:
+    return (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))

@@ -525,17 +525,23 @@ def _drops_out(module: nn.Module) -> bool:
     return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in module.modules())
 
 
-def require_field(who: str, flow: Flow) -> Continuous:
-    """The flow's `Continuous`, or a TypeError that says that it has no vector field."""
+def require_field(who: str, flow: Flow, instead: str = "") -> Continuous:
+    """The flow's `Continuous`, or a TypeError that says that it has no vector field.
+
+    Args:
+        who: What needs it.
+        flow: The flow.
+        instead: What to do with other flows.
+    """
     if not isinstance(flow.transform, Continuous):
-        raise TypeError(_no_field(who, flow))
+        raise TypeError(_no_field(who, flow) + (f"; {instead}" if instead else ""))
     return flow.transform
 
 
 def _no_field(who: str, flow: Flow) -> str:
     return (
-        f"{who}: only a flow whose transform is a Continuous has a vector field; "
-        f"this one's is a {type(flow.transform).__name__}"
+        f"{who}: expected a flow whose transform is a Continuous, since only these have a vector "
+        f"field, got a {type(flow.transform).__name__}"
     )
 
 

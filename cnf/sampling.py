@@ -17,9 +17,8 @@ from cnf.errors import expect_counts, expect_positive, unedited
 from cnf.fields import Guided, WithScore, score
 from cnf.fields.predicts import path_of
 from cnf.fields.wrappers import wrapped
-from cnf.flow import Flow
+from cnf.flow import Flow, require_field
 from cnf.matching.paths import PATHS, Path
-from cnf.transforms.continuous import Continuous
 
 Grid = tuple[float, ...]
 LEAST = 1e-5  # of time, between two steps of a learned grid
@@ -75,7 +74,7 @@ def learned_grid(
         points: Base samples whose mean distance, few steps to own solver, is made least.
         generator: Source of the base samples.
     """
-    _continuous("learned_grid", flow)
+    require_field("learned_grid", flow)
     expect_counts("learned_grid", steps=steps, points=points)
     z = flow.base.sample((points,), generator)
     exact = flow.trajectory(z, (0.0, 1.0), context)[-1]  # before it is rounded to discrete data
@@ -109,7 +108,7 @@ def guided(flow: Flow, weight: float, interval: tuple[float, float] = (0.0, 1.0)
         weight: 1 for the conditional flow itself, more for more of the condition.
         interval: Times at which it holds.
     """
-    transform = copy.copy(_continuous("guided", flow))
+    transform = copy.copy(require_field("guided", flow))
     field = Guided(transform.field, weight, interval)
     transform._modules = {**transform._modules, "field": field}
     return flow.with_transform(transform)
@@ -151,7 +150,7 @@ def sde(
     Returns:
         Samples, as `Flow.sample` gives them.
     """
-    field = _continuous("sde", flow).field
+    field = require_field("sde", flow).field
     path = path_of(field) or PATHS.build(path)
     head = any(isinstance(part, WithScore) for part in wrapped(field))
     if noise < 0:
@@ -180,15 +179,6 @@ def _spread(head: bool, path: Path, t: Tensor, noise: float) -> Tensor:
     at = path.schedule(path.clipped(t))
     sigma = at.gamma if head else at.gaussian().sigma
     return (2 * noise * torch.as_tensor(sigma)).sqrt()
-
-
-def _continuous(who: str, flow: Flow) -> Continuous:
-    if not isinstance(flow.transform, Continuous):
-        raise TypeError(
-            f"{who}: expected a flow whose transform is a Continuous, got a "
-            f"{type(flow.transform).__name__}"
-        )
-    return flow.transform
 
 
 __all__ = ["Grid", "Solver", "edm_grid", "guided", "learned_grid", "sde"]

@@ -374,7 +374,7 @@ def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, po
     flow = small_flow("realnvp")
     assert not hasattr(flow, "field") and hasattr(small_flow("cnf"), "field")
     with pytest.raises(
-        AttributeError, match="only a flow whose transform is a Continuous.*Compose"
+        AttributeError, match="expected a flow whose transform is a Continuous.*Compose"
     ):
         _ = flow.field
     with pytest.raises(AttributeError, match="no attribute 'fields'"):

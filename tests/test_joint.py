@@ -5,6 +5,7 @@ import torch
 
 import cnf
 from cnf import Batch, FlowMatching, MaximumLikelihood
+from cnf.matching import Pairing
 from cnf.objectives import OBJECTIVES, Joint
 
 F64 = torch.float64
@@ -22,17 +23,19 @@ def seeded(seed=0):
 def test_the_loss_is_the_weighted_sum_over_the_same_draws(small_flow, x):
     flow, joint = small_flow("rnode"), Joint(weights=(0.7, 0.2))
     batch = joint.prepare(flow, Batch(x), seeded())
-    assert batch.t is not None and batch.probe is not None
+    pairs, rows = batch.terms
+    assert rows.probe is not None
     loss = joint(flow, batch)
-    parts = FlowMatching()(flow, batch), MaximumLikelihood()(flow, batch)
+    parts = FlowMatching()(flow, pairs), MaximumLikelihood()(flow, rows)
     torch.testing.assert_close(loss.value, 0.7 * parts[0].value + 0.2 * parts[1].value)
     assert set(loss.metrics) == {"fm", "nll", "kinetic", "jacobian"}
 
 
 def test_the_gradient_is_the_weighted_sum_too(small_flow, x):
     flow, slopes = small_flow("cnf"), []
-    batch = Joint().prepare(flow, Batch(x), seeded())
-    for objective in (FlowMatching(), MaximumLikelihood(), Joint(weights=(2.0, 0.5))):
+    both = Joint().prepare(flow, Batch(x), seeded())
+    objectives = (FlowMatching(), MaximumLikelihood(), Joint(weights=(2.0, 0.5)))
+    for objective, batch in zip(objectives, (*both.terms, both), strict=True):
         weights = list(objective.parameters(flow))
         slopes.append(torch.autograd.grad(objective(flow, batch).value, weights))
     for matching, likelihood, joint in zip(*slopes, strict=True):
@@ -80,6 +83,46 @@ def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
     )
 
 
-def test_terms_of_one_kind_are_refused_since_they_would_share_their_draws():
-    with pytest.raises(ValueError, match="different kinds.*got FlowMatching, FlowMatching"):
-        Joint((FlowMatching(times="uniform"), FlowMatching(times="skewed")))
+def test_terms_of_one_kind_make_their_own_draws(small_flow, x):
+    flow, early, late = small_flow("cnf"), FlowMatching(), FlowMatching(times="skewed")
+    joint, generator = Joint((early, late), (0.3, 0.6)), seeded()
+    one, other = (term.prepare(flow, Batch(x), generator) for term in (early, late))
+    assert not (one.x0 == other.x0).any() and not (one.t == other.t).any()
+    parts = early(flow, one), late(flow, other)
+    loss = joint(flow, Batch(x), seeded())
+    torch.testing.assert_close(loss.value, 0.3 * parts[0].value + 0.6 * parts[1].value)
+    assert [loss.metrics[name] for name in ("fm", "fm_2")] == [part.value for part in parts]
+
+
+def test_likelihood_sees_the_rows_that_a_coupling_leaves_out(small_flow, x):
+    def first_row(x0, x1, context, generator):
+        return Pairing(None, torch.zeros(len(x1), dtype=torch.long))
+
+    joint, flow = Joint((FlowMatching(coupling=first_row), MaximumLikelihood())), small_flow("cnf")
+    nll = joint(flow, Batch(x), seeded()).metrics["nll"]
+    torch.testing.assert_close(nll, -flow.log_prob(x).mean().detach())
+
+
+def test_weighted_terms_are_means_over_processes(small_flow, x):
+    flow, weight = small_flow("cnf"), torch.tensor([1.0, 1, 0, 5, 5, 5], dtype=F64)
+    joint = Joint((FlowMatching(coupling="minibatch-ot"), MaximumLikelihood()))
+    batch = joint.prepare(flow, Batch(x, weight=weight), seeded())
+    halves = [batch.shared(rank, 2) for rank in (0, 1)]
+    value = sum(share * joint(flow, half).value for half, share in halves) / 2
+    torch.testing.assert_close(value, joint(flow, batch).value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight", [None, torch.arange(6.0)], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    "objective",
+    [FlowMatching(), MaximumLikelihood("hutchinson", {"kinetic": 0.3, "jacobian": 0.2}), Joint()],
+    ids=str,
+)
+def test_the_loss_is_the_mean_of_each_rows(objective, weight, small_flow, x):
+    flow = small_flow("cnf")
+    batch = objective.prepare(flow, Batch(x, weight=weight), seeded())
+    rows, weight = objective.per_row(flow, batch), torch.ones(6) if weight is None else weight
+    assert rows.shape == (6,)
+    expected = objective(flow, batch).value
+    torch.testing.assert_close((rows * weight).sum() / weight.sum(), expected, rtol=0, atol=1e-7)
+    assert torch.equal(rows, objective.per_row(flow, Batch(x), seeded())) or weight[0] == 0

@@ -5,25 +5,41 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 
 from cnf.errors import expect_positive
 from cnf.flow import Flow
-from cnf.objectives.base import OBJECTIVES, Batch, Loss, Objective
+from cnf.objectives.base import OBJECTIVES, Loss, Objective
+from cnf.objectives.batch import Batch, Prepared
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.matching import FlowMatching
+
+
+@dataclass
+class JointRows:
+    """What each term has prepared, and the weight of its loss in the mean over processes."""
+
+    terms: tuple[Prepared, ...]
+    shares: tuple[float, ...]
+
+    def shared(self, rank: int, processes: int) -> "tuple[JointRows, float]":
+        """One process's rows of each term, whose weights may differ."""
+        terms, shares = zip(*(term.shared(rank, processes) for term in self.terms), strict=True)
+        return JointRows(terms, shares), 1.0
 
 
 @OBJECTIVES.register("joint")
 @dataclass(frozen=True)
 class Joint(Objective):
-    """Σ weight·loss over the same rows: flow matching + λ·NLL unless told.
+    """Σ weight·loss over the same data: flow matching + λ·NLL unless told.
+
+    Each term makes its own draws, so that there may be two of one kind.
 
     >>> Joint(weights=(1.0, 0.01)).terms[1]
     MaximumLikelihood(divergence=None, penalties=None, solver=None, steer=0.0)
 
     Args:
-        terms: Objectives of different kinds, or {"name": …, **options} for each.
+        terms: Objectives, or {"name": …, **options} for each.
         weights: One for each term.
     """
 
@@ -41,12 +57,6 @@ class Joint(Objective):
         object.__setattr__(
             self, "terms", tuple(OBJECTIVES.build(term, "Joint") for term in self.terms)
         )
-        kinds = [type(term).__name__ for term in self.terms]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(
-                "Joint: expected terms of different kinds, since those of one kind would share "
-                f"their times, pairs and probes, got {', '.join(kinds)}"
-            )
         object.__setattr__(self, "weights", tuple(self.weights))
 
     @property
@@ -66,22 +76,38 @@ class Joint(Objective):
         """The lowest of the terms'."""
         return min(term.learning_rate(module) for term in self.terms)
 
-    def begin(self, module: nn.Module, rows: Any, generator: torch.Generator) -> "Joint":
+    def begin(self, module: nn.Module, rows: Any, generator: Generator) -> "Joint":
         return replace(self, terms=tuple(t.begin(module, rows, generator) for t in self.terms))
 
     def prepare(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
-        for term in self.terms:
-            batch = term.prepare(module, batch, generator)
-        return batch
+        self, module: nn.Module, batch: Batch, generator: Generator | None = None
+    ) -> JointRows:
+        prepared = tuple(term.prepare(module, batch, generator) for term in self.terms)
+        return JointRows(prepared, (1.0,) * len(prepared))
 
     def __call__(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+        self, module: nn.Module, batch: Batch | JointRows, generator: Generator | None = None
     ) -> Loss:
-        losses = [term(module, batch, generator) for term in self.terms]
-        value = sum(weight * loss.value for weight, loss in zip(self.weights, losses, strict=True))
-        return Loss(value, {k: v for loss in losses for k, v in loss.metrics.items()})  # pyright: ignore
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        value, metrics = 0.0, {}
+        for k, (term, rows) in enumerate(zip(self.terms, batch.terms, strict=True)):
+            loss = term(module, rows, generator)
+            value = value + self.weights[k] * batch.shares[k] * loss.value
+            for name, metric in loss.metrics.items():
+                metrics[name if name not in metrics else f"{name}_{k + 1}"] = metric
+        assert isinstance(value, Tensor)
+        return Loss(value, metrics)
+
+    def per_row(
+        self, module: nn.Module, batch: Batch | JointRows, generator: Generator | None = None
+    ) -> Tensor:
+        """Of row k of each term, which a coupling or weights may have taken from other data."""
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        parts = zip(self.weights, self.terms, batch.terms, strict=True)
+        losses = [w * term.per_row(module, rows, generator) for w, term, rows in parts]
+        return torch.stack(losses).sum(0)
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """What any term trains, once."""

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -14,19 +15,38 @@ from cnf.dynamics.divergence import DIVERGENCES, Divergence
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive
-from cnf.flow import Flow
-from cnf.objectives.base import (
-    OBJECTIVES,
-    Batch,
-    Loss,
-    Objective,
-    as_flow,
-    expect_rows,
-    require_continuous,
-    weighted_mean,
-)
+from cnf.flow import Flow, require_field
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
+from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.transforms.base import transforms_in
 from cnf.transforms.continuous import Continuous, Recipe
+
+
+@dataclass
+class LikelihoodRows(RowTensors):
+    """Rows whose log-density is computed, and what that needs at random.
+
+    Attributes:
+        x: Data, shape (N, *event).
+        context: Condition, shape (N, C).
+        weight: Weight of each row, shape (N,).
+        probe: Hutchinson probes, shape (N, probes, *event).
+        stop: Time at which the solve towards the base ends, the same in each row, shape (N,).
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    weight: Tensor | None = None
+    probe: Tensor | None = None
+    stop: Tensor | None = None
+
+
+class _Likelihood(NamedTuple):
+    """What a flow's likelihood is computed with."""
+
+    flow: Flow  # under the solver of the loss
+    divergence: Divergence
+    penalties: Mapping[str, float]
 
 
 @OBJECTIVES.register("maximum-likelihood")
@@ -69,60 +89,87 @@ class MaximumLikelihood(Objective):
             raise ValueError(f"MaximumLikelihood: expected 0 <= steer < 1, got {self.steer}")
 
     def begin(
-        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: torch.Generator
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "MaximumLikelihood":
-        if unfit := list(_not_functions(as_flow("MaximumLikelihood", module))):
+        flow = as_flow("MaximumLikelihood", module)
+        if unfit := list(_not_functions(flow)):
             warnings.warn(
                 f"fit: likelihood solves an ODE whose field must be one function of (t, x) row by "
                 f"row, and it holds {'; '.join(unfit)}: the log-densities that it trains are "
                 "wrong; take these out, or train by FlowMatching()",
                 stacklevel=2,
             )
-        return self
+        begun = copy(self)
+        object.__setattr__(begun, "_begun", (flow, self._resolve(flow)))
+        return begun
 
-    def prepare(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
-        if batch.probe is None:
-            flow = as_flow("MaximumLikelihood", module)
-            probe = self._divergence(flow).draw(batch.x.to(flow.dtype), generator)
-            batch = batch.but(probe=None if probe is None else probe.movedim(0, 1))
-        if self.steer and batch.stop is None:
-            device = batch.x.device if generator is None else generator.device
-            stop = self.steer * torch.rand((), generator=generator, device=device)
-            batch = batch.but(stop=stop.to(batch.x).expand(len(batch.x)))
-        return batch
-
-    def __call__(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
-    ) -> Loss:
+    def _resolve(self, module: nn.Module) -> _Likelihood:
+        """Found once by `begin`, and anew for any other flow."""
+        begun = vars(self).get("_begun", (None, None))
+        if begun[0] is module:
+            return begun[1]
         flow = as_flow("MaximumLikelihood", module)
-        expect_rows("MaximumLikelihood", flow, batch)
-        batch = self.prepare(flow, batch, generator)
-        divergence = self._divergence(flow)
-        if batch.probe is not None:
-            divergence = replace(divergence, probe=batch.probe.movedim(1, 0))  # pyright: ignore
         recipe = _recipe(flow)
         penalties = recipe.penalties if self.penalties is None else self.penalties
-        flow = self.as_trained(flow)
-        if not penalties and batch.stop is None:
-            log_prob = flow.log_prob(
-                batch.x, batch.context, divergence=divergence, generator=generator
-            )
-            nll = weighted_mean(-log_prob, batch.weight)
-            return Loss(nll, {"nll": nll.detach()})
-        require_continuous("MaximumLikelihood(penalties=…, steer=…)", flow)
-        log_prob, solved = flow.log_prob_and_integral(
-            batch.x, batch.context, divergence=divergence, generator=generator,
-            integrands=[REGULARIZERS[name] for name in penalties],
-            stop=None if batch.stop is None else batch.stop[0].item(),
-        )  # fmt: skip
+        if penalties or self.steer:
+            require_field("MaximumLikelihood(penalties=…, steer=…)", flow)
+        divergence = DIVERGENCES.build(self.divergence or recipe.divergence)
+        return _Likelihood(self.as_trained(flow), divergence, penalties)
+
+    def prepare(
+        self, module: nn.Module, batch: Batch, generator: Generator | None = None
+    ) -> LikelihoodRows:
+        flow, divergence, _ = self._resolve(module)
+        expect_rows("MaximumLikelihood", flow, batch.x)
+        probe, stop = divergence.draw(batch.x.to(flow.dtype), generator), None
+        if self.steer:
+            device = batch.x.device if generator is None else generator.device
+            stop = self.steer * torch.rand((), generator=generator, device=device)
+            stop = stop.to(batch.x).expand(len(batch.x))
+        probe = None if probe is None else probe.movedim(0, 1)
+        return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop)
+
+    def __call__(
+        self, module: nn.Module, batch: Batch | LikelihoodRows, generator: Generator | None = None
+    ) -> Loss:
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        log_prob, integrals = self._scores(module, batch, generator)
         nll = weighted_mean(-log_prob, batch.weight)
-        means = [weighted_mean(integral, batch.weight) for integral in solved.integrals]
-        costs = dict(zip(penalties, means, strict=True))
-        value = nll + sum(weight * costs[name] for name, weight in penalties.items())
+        costs = {name: weighted_mean(value, batch.weight) for name, value in integrals.items()}
+        value, penalties = nll, self._resolve(module).penalties
+        if penalties:
+            value = nll + sum(weight * costs[name] for name, weight in penalties.items())
         logged = {name: cost.detach() for name, cost in costs.items()}
         return Loss(value, {"nll": nll.detach(), **logged})
+
+    def per_row(
+        self, module: nn.Module, batch: Batch | LikelihoodRows, generator: Generator | None = None
+    ) -> Tensor:
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        log_prob, integrals = self._scores(module, batch, generator)
+        penalties = self._resolve(module).penalties
+        return -log_prob + sum(weight * integrals[name] for name, weight in penalties.items())
+
+    def _scores(
+        self, module: nn.Module, rows: LikelihoodRows, generator: Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-density and each penalty's integral, shape (N,)."""
+        flow, divergence, penalties = self._resolve(module)
+        if rows.probe is not None:
+            divergence = replace(divergence, probe=rows.probe.movedim(1, 0))  # pyright: ignore
+        if not penalties and rows.stop is None:
+            log_prob = flow.log_prob(
+                rows.x, rows.context, divergence=divergence, generator=generator
+            )
+            return log_prob, {}
+        log_prob, solved = flow.log_prob_and_integral(
+            rows.x, rows.context, divergence=divergence, generator=generator,
+            integrands=[REGULARIZERS[name] for name in penalties],
+            stop=None if rows.stop is None else rows.stop[0].item(),
+        )  # fmt: skip
+        return log_prob, dict(zip(penalties, solved.integrals, strict=True))
 
     def as_trained(self, flow: Flow) -> Flow:
         solver = _recipe(flow).solver if self.solver is None else Solver.of(self.solver)
@@ -131,9 +178,6 @@ class MaximumLikelihood(Objective):
     def learning_rate(self, module: nn.Module) -> float:
         """The model's recipe's, or this objective's."""
         return _recipe(as_flow("MaximumLikelihood", module)).lr or self.lr
-
-    def _divergence(self, flow: Flow) -> Divergence:
-        return DIVERGENCES.build(self.divergence or _recipe(flow).divergence)
 
 
 def _recipe(flow: Flow) -> Recipe:

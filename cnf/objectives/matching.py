@@ -1,35 +1,56 @@
 """Flow matching: a regression of the velocity, no ODE solved."""
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf.errors import expect_choice, unedited
 from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, path_of
 from cnf.fields.wrappers import wrapped
-from cnf.flow import Flow
+from cnf.flow import Flow, require_field
 from cnf.matching.couplings import COUPLINGS, independent
 from cnf.matching.paths import PATHS, Linear, Path, PathSample
 from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
-from cnf.objectives.base import (
-    OBJECTIVES,
-    Batch,
-    Loss,
-    Objective,
-    as_flow,
-    expect_rows,
-    require_continuous,
-    resampled,
-    weighted_mean,
-)
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
+from cnf.objectives.batch import Batch, RowTensors, resampled, weighted_mean
+
+
+@dataclass
+class MatchedPairs(RowTensors):
+    """Pairs of base samples and data, and where on their paths the field is regressed.
+
+    Attributes:
+        x0: Base samples, shape (N, *event).
+        x1: Data as the transform gives them, inside preprocessing, shape (N, *event).
+        t: Times, shape (N,).
+        context: Condition as the field takes it, inside preprocessing, shape (N, C).
+        weight: Weight of each pair, shape (N,).
+        noise: Of a noisy path, shape (N, *event).
+    """
+
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    context: Tensor | None = None
+    weight: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class _Regression(NamedTuple):
+    """What a flow's field is regressed with."""
+
+    flow: Flow
+    field: VectorField
+    path: Path
 
 
 @OBJECTIVES.register("flow-matching")
@@ -80,121 +101,131 @@ class FlowMatching(Objective):
             )
 
     def begin(
-        self,
-        module: nn.Module,
-        rows: Callable[[int], Batch | None],
-        generator: torch.Generator,
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "FlowMatching":
         """With a coupling that is fitted to the data, the same, fitted."""
-        coupling = self._made[0]
+        flow, coupling, begun = as_flow("FlowMatching", module), self._made[0], copy(self)
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
-        if data is None or data.x0 is not None:
-            return self
+        if data is not None and data.x0 is None:
+            with torch.no_grad():
+                data = resampled(data, generator)
+                x1 = flow.inside(data.x, generator)[0]
+                context = flow.inner_context("FlowMatching", data.context, x1.shape[:1])
+                plan = coupling.fit(x1, lambda n, g: flow.base.sample((n,), g), context, generator)
+            begun = replace(self, coupling=FittedCoupling(plan, data.x, x1, context))
+        object.__setattr__(begun, "_begun", self._resolve(flow))
+        return begun
+
+    def _resolve(self, module: nn.Module) -> _Regression:
+        """Found once by `begin`, and anew for any other flow."""
+        begun = vars(self).get("_begun")
+        if begun is not None and begun.flow is module:
+            return begun
         flow = as_flow("FlowMatching", module)
-        with torch.no_grad():
-            data = _inside(flow, resampled(data, generator), generator)
-            plan = coupling.fit(
-                data.x1, lambda n, g: flow.base.sample((n,), g), _seen(flow, data), generator
-            )
-        return replace(self, coupling=FittedCoupling(plan, data))
+        field = require_field("FlowMatching", flow, _INSTEAD).field
+        return _Regression(flow, field, self._path(field))
 
     def prepare(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
-    ) -> Batch:
-        flow = as_flow("FlowMatching", module)
-        field = require_continuous("FlowMatching", flow).field
-        expect_rows("FlowMatching", flow, batch)
+        self, module: nn.Module, batch: Batch, generator: Generator | None = None
+    ) -> MatchedPairs:
+        flow, field, path = self._resolve(module)
+        expect_rows("FlowMatching", flow, batch.x)
         with torch.no_grad():
-            if batch.x0 is None:
-                batch = self._paired(flow, batch, generator)
-            else:
-                batch = _inside(flow, batch, generator)
-            self._draw(field, batch, generator)
-        return batch
+            x0, x1, context, weight = self._paired(flow, batch, generator)
+            device = x1.device if generator is None else generator.device
+            u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
+            t, noise = self._made[1](u).to(x1.device), None
+            if path.noisy:
+                z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
+                noise = z.to(x1.device)
+            if self.context_dropout:
+                if context is None or not field.optional_context:
+                    raise ValueError(
+                        "FlowMatching: context_dropout needs a model built with "
+                        "null_context=True, and data with a context"
+                    )
+                dropped = torch.rand(len(x1), generator=generator, device=device)
+                dropped = (dropped < self.context_dropout).to(x1.device)
+                context = context.masked_fill(dropped[:, None], torch.nan)
+        return MatchedPairs(x0, x1, t, context, weight, noise)
 
-    def _paired(self, flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
+    def _paired(
+        self, flow: Flow, batch: Batch, generator: Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x0, x1, the context as the field takes it, and the weight of each pair."""
         coupling = self._made[0]
-        plain = getattr(coupling, "func", coupling) is independent
-        if not plain:
+        pairs = batch.x0 is None and getattr(coupling, "func", coupling) is not independent
+        if pairs:
             # Weights of pairs would weigh the base too: it would no longer be what is sampled.
             batch = resampled(batch, generator)
-        if isinstance(coupling, FittedCoupling):
-            x0 = flow.base.sample((len(batch.x),), generator)
-            drawn = coupling.partners(x0, _seen(flow, batch))
-            drawn = drawn if flow.dequantization is None else _inside(flow, drawn, generator)
-            return drawn.but(x0=x0, weight=batch.weight)
-        batch = _inside(flow, batch, generator)
-        x0 = flow.base.sample((len(batch.x),), generator)
-        context = batch.context if plain else _seen(flow, batch)
-        i, j, weight = coupling(x0, batch.x1, context, generator)
-        if j is not None:
-            batch = batch.map(lambda rows: rows[j])  # what belongs to a data point follows it
-        batch.x0 = x0 if i is None else x0[i]
-        batch.weight = _product(batch.weight, weight)
-        return batch
-
-    def _draw(self, field: VectorField, batch: Batch, generator: torch.Generator | None) -> None:
-        """Times, the path's noise, and whose context is left out."""
-        assert batch.x1 is not None
-        x1, device = batch.x1, batch.x.device if generator is None else generator.device
-        if batch.t is None:
-            u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
-            batch.t = self._made[1](u).to(x1.device)
-        if batch.noise is None and self._path(field).noisy:
-            z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
-            batch.noise = z.to(x1.device)
-        if not self.context_dropout:
-            return
-        if batch.context is None or not field.optional_context:
-            raise ValueError(
-                "FlowMatching: context_dropout needs a model built with null_context=True, and "
-                "data with a context"
-            )
-        dropped = torch.rand(len(x1), generator=generator, device=device) < self.context_dropout
-        batch.context = batch.context.masked_fill(dropped.to(x1.device)[:, None], torch.nan)
+        rows = batch.x.shape[:1]
+        context = flow.inner_context("FlowMatching", batch.context, rows)
+        if pairs and isinstance(coupling, FittedCoupling):
+            x0 = flow.base.sample(rows, generator)
+            return x0, *coupling.partners(flow, x0, context, generator), batch.weight
+        x1 = flow.inside(batch.x, generator)[0]
+        x0 = flow.base.sample(rows, generator) if batch.x0 is None else batch.x0
+        if x0.shape != x1.shape:
+            shapes = f"{tuple(x1.shape)}, got {tuple(x0.shape)}"
+            raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
+        if not pairs:
+            return x0, x1, context, batch.weight
+        i, j, weight = coupling(x0, x1, context, generator)
+        x0 = x0 if i is None else x0[i]
+        if j is not None:  # what belongs to a data point follows it
+            x1, context = x1[j], None if context is None else context[j]
+            batch = batch.but(weight=None if batch.weight is None else batch.weight[j])
+        return x0, x1, context, _product(batch.weight, weight)
 
     def __call__(
-        self, module: nn.Module, batch: Batch, generator: torch.Generator | None = None
+        self, module: nn.Module, batch: Batch | MatchedPairs, generator: Generator | None = None
     ) -> Loss:
-        flow = as_flow("FlowMatching", module)
-        field = require_continuous("FlowMatching", flow).field
-        path = self._path(field)
-        ready = batch.x0 is not None and batch.x1 is not None and batch.t is not None
-        if not ready or (path.noisy and batch.noise is None):
-            batch = self.prepare(flow, batch, generator)
-        assert batch.x0 is not None and batch.x1 is not None and batch.t is not None
-        if batch.x0.shape != batch.x1.shape:
-            shapes = f"{tuple(batch.x1.shape)}, got {tuple(batch.x0.shape)}"
-            raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
-        sample = path.sample(batch.x0, batch.x1, batch.t, batch.noise)
-        context = flow.inner_context("FlowMatching", batch.context, batch.t.shape)
-        predicted, target = _first_watched(
-            field, partial(self._regressed, field, path, sample, batch, context), sample, context
-        )
-        value = _mean_square(predicted, target, batch.weight)
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        found = self._regressed(module, batch)
+        value = _mean_square(*found[0], batch.weight)
         metrics = {"fm": value.detach()}
-        if isinstance(field, WithScore):
-            assert batch.noise is not None
-            noise = field.head(sample.t, sample.xt, context)
-            score = _mean_square(noise, batch.noise, batch.weight)
+        if len(found) > 1:
+            score = _mean_square(*found[1], batch.weight)
             value, metrics = value + score, {**metrics, "score": score.detach()}
         return Loss(value, metrics)
 
-    def _regressed(
-        self, field: VectorField, path: Path, sample: PathSample, batch: Batch, context: Any
-    ) -> tuple[Tensor, Any]:
-        """What is predicted, and what it should be."""
+    def per_row(
+        self, module: nn.Module, batch: Batch | MatchedPairs, generator: Generator | None = None
+    ) -> Tensor:
+        if isinstance(batch, Batch):
+            batch = self.prepare(module, batch, generator)
+        return torch.stack([_squares(*both) for both in self._regressed(module, batch)]).sum(0)
+
+    def _regressed(self, module: nn.Module, pairs: MatchedPairs) -> list[tuple[Tensor, Tensor]]:
+        """What is predicted and what it should be: the velocity, and a score's head's noise."""
+        _, field, path = self._resolve(module)
+        sample = path.sample(pairs.x0, pairs.x1, pairs.t, pairs.noise)
+        call = partial(self._predicted, field, path, sample, pairs)
+        if torch.compiler.is_compiling() or field in _WATCHED:
+            found = [call()]
+        else:
+            found = [unedited(field, call, t=sample.t, x=sample.xt, context=pairs.context)]
+            _WATCHED.add(field)
+        if isinstance(field, WithScore):
+            assert pairs.noise is not None
+            found.append((field.head(sample.t, sample.xt, pairs.context), pairs.noise))
+        return found
+
+    def _predicted(
+        self, field: VectorField, path: Path, sample: PathSample, pairs: MatchedPairs
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity, or what the field predicts in its place, and its target."""
         t, xt, ut = sample
         if not isinstance(field, Predicts) or "velocity" in (self.weighting, field.target):
-            return field(t, xt, context), ut
-        predicted = field.field(t, xt, context)
+            return field(t, xt, pairs.context), ut
+        predicted = field.field(t, xt, pairs.context)
         if field.target == "x1":
-            return predicted, batch.x1
+            return predicted, pairs.x1
         at = path.over(t, xt.dim() - t.dim())
-        sigma, noise = at.gaussian().sigma, batch.x0
+        sigma, noise = at.gaussian().sigma, pairs.x0
         if path.noisy:  # of both sources together; not (xt - α x1)/σ, which cancels near t = 1
-            noise = (at.sigma * batch.x0 + at.gamma * batch.noise) / sigma  # pyright: ignore
-        assert noise is not None
+            noise = (at.sigma * pairs.x0 + at.gamma * pairs.noise) / sigma  # pyright: ignore
         return (predicted, noise) if field.target == "noise" else (sigma * predicted, -noise)
 
     def _path(self, field: VectorField) -> Path:
@@ -219,7 +250,7 @@ class FlowMatching(Objective):
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
         """The field's; the base stays as it is."""
         flow = as_flow("FlowMatching", module)
-        return require_continuous("FlowMatching", flow).field.parameters()
+        return require_field("FlowMatching", flow, _INSTEAD).field.parameters()
 
 
 @dataclass(frozen=True)
@@ -227,49 +258,33 @@ class FittedCoupling:
     """A coupling fitted to a data set, in whose rows base samples find partners."""
 
     plan: Plan
-    rows: Batch
+    x: Tensor
+    x1: Tensor  # inside preprocessing
+    context: Tensor | None
 
-    def partners(self, x0: Tensor, context: Tensor | None) -> Batch:
-        """The row that belongs to each x0, of those with its context."""
-        assert self.rows.x1 is not None
-        j = self.plan(x0, self.rows.x1, context).j
-        return self.rows.map(lambda rows: rows[j])
+    def partners(
+        self, flow: Flow, x0: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The x1 that belongs to each x0, of those with its context, and that context."""
+        j = self.plan(x0, self.x1, context).j
+        dequantized = flow.dequantization is not None  # anew each time
+        x1 = flow.inside(self.x[j], generator)[0] if dequantized else self.x1[j]
+        return x1, None if self.context is None else self.context[j]
 
 
 _WATCHED: WeakSet[VectorField] = WeakSet()  # fields that were seen to leave their inputs alone
+_INSTEAD = "train this flow with MaximumLikelihood()"
 
 
-def _first_watched(
-    field: VectorField,
-    call: Callable[[], tuple[Tensor, Any]],
-    sample: PathSample,
-    context: Tensor | None,
-) -> tuple[Tensor, Any]:
-    """`call()`, which the first time raises where the field edits its inputs in place."""
-    if torch.compiler.is_compiling() or field in _WATCHED:
-        return call()
-    found = unedited(field, call, t=sample.t, x=sample.xt, context=context)
-    _WATCHED.add(field)
-    return found
-
-
-def _inside(flow: Flow, batch: Batch, generator: torch.Generator | None) -> Batch:
-    """The batch with x1: x as the transform gives it."""
-    return batch.but(x1=flow.inside(batch.x, generator)[0])
-
-
-def _seen(flow: Flow, batch: Batch) -> Tensor | None:
-    """The contexts as the field sees them, and so the coupling: distances between them count."""
-    if batch.context is None:
-        return None
-    return flow.inner_context("FlowMatching", batch.context, batch.context.shape[:1])
+def _squares(predicted: Tensor, target: Tensor) -> Tensor:
+    return (predicted - target).square().flatten(1).sum(1)
 
 
 def _mean_square(predicted: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """Mean over the rows of the error's squared length."""
     if weight is None:
         return F.mse_loss(predicted, target, reduction="sum") / len(predicted)
-    return weighted_mean((predicted - target).square().flatten(1).sum(1), weight)
+    return weighted_mean(_squares(predicted, target), weight)
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from cnf.data import Points
 from cnf.data.arrays import as_numbers, is_rows
 from cnf.errors import expect_finite, expect_weights
 from cnf.objectives import Batch
+from cnf.precision import widest
 
 NULL = ("context", True)  # what may be NaN: a context that may be missing
 
@@ -96,19 +97,56 @@ def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
     return _checked(who, "context", context, missing)
 
 
-def check_event_shape(module: nn.Module, head: Tensor | None, name: str = "data") -> None:
-    """Raise where the data cannot be what the module models."""
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of a module's parameters; torch's default where it has none."""
+    return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+
+
+class Placement:
+    """Puts batches on a device, in the module's dtype; what preprocessing is to standardize keeps
+    the digits that it has so far.
+
+    Attributes:
+        wide: Names of the tensors that keep their digits: "x", "context".
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device, self.dtype = device, dtype_of(module)
+        parts = {"x": "preprocess", "context": "context_preprocess"}
+        float64 = widest(device) == torch.float64
+        self.wide = {
+            name
+            for name, part in parts.items()
+            if float64 and getattr(module, part, None) is not None
+        }
+
+    def __call__(self, batch: Batch) -> Batch:
+        placed = {}
+        for name, value in vars(batch).items():
+            if value is not None and not value.is_floating_point():
+                placed[name] = value.to(self.device)
+            elif value is not None:
+                wide = name in self.wide
+                dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype
+                placed[name] = value.to(self.device, dtype)
+        return batch.but(**placed)
+
+
+def check_event_shape(module: nn.Module, rows: Batch | None, name: str = "data") -> None:
+    """Raise where the rows cannot be what the module models."""
+    if rows is None:
+        return
     expected = getattr(module, "event_shape", None)
     discrete = getattr(module, "dequantization", None) is not None
-    if head is not None and not head.is_floating_point() and not discrete:
+    if not rows.x.is_floating_point() and not discrete:
         raise ValueError(
-            f"fit: expected {name} of floating dtype, got {head.dtype}; use {name}.double(), or "
+            f"fit: expected {name} of floating dtype, got {rows.x.dtype}; use {name}.double(), or "
             f"{name}.astype(float) of an array or a table"
         )
-    if expected is not None and head is not None and tuple(head.shape[1:]) != expected:
+    if expected is not None and tuple(rows.x.shape[1:]) != expected:
         raise ValueError(
             f"fit: the flow models points of shape {expected}, those of {name} are of shape "
-            f"{tuple(head.shape[1:])}"
+            f"{tuple(rows.x.shape[1:])}"
         )
 
 
@@ -159,7 +197,7 @@ def _checked(
     who: str, name: str, value: Any, missing: bool = False, numbers: Tensor | None = None
 ) -> Tensor:
     value = as_numbers(who, name, value)
-    if name in ("weight", "t", "stop"):
+    if name == "weight":
         return value
     if name == "context" and value.dim() == 1:
         value = _column(who, value)

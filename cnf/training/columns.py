@@ -2,11 +2,19 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
+from cnf.data import Points
+from cnf.data.arrays import column_names
+from cnf.distributions import FromTorch, expect_volume
+from cnf.flow import Flow
+from cnf.objectives import Batch
 from cnf.precision import collapsing
+from cnf.training.batches import Placement
 
 NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
 ATOM = 0.1  # of the rows with one and the same value
@@ -17,7 +25,32 @@ OUTLYING = 30.0  # standard deviations, in those that the quartiles of a normal 
 LEVELS = (1, 255, 256)  # of gray, in a unit
 
 
-def expect_resolved(
+def inspect(module: nn.Module, head: Batch, placed: Placement, data: Any, own: bool) -> None:
+    """Warn of columns that make no density, where the data are the user's `own`; raise where the
+    module's dtype merges values.
+
+    Args:
+        module: What is trained.
+        head: The first rows.
+        placed: How rows come to the module.
+        data: What `fit` was given, which may name the columns.
+        own: Whether these are rows of the user's, not draws from a density.
+    """
+    names = data.columns if isinstance(data, Points) else column_names(data)
+    continuous = isinstance(module, Flow) and module.dequantization is None
+    source = data.distribution if isinstance(data, FromTorch) else data
+    if continuous and isinstance(source, Distribution):
+        expect_volume(source, "fit", "data")
+    if own and continuous:
+        warn_of_degenerate(head.x, names)
+        warn_of_numbering(head.x, names)
+        warn_of_outliers(head.x, names)
+    for name, rows, columns in (("x", head.x, names), ("context", head.context, None)):
+        if name not in placed.wide:
+            _expect_resolved(name, rows, placed.dtype, columns)
+
+
+def _expect_resolved(
     name: str, rows: Tensor | None, dtype: torch.dtype, columns: Sequence[str] | None = None
 ) -> None:
     """Raise where a cast to `dtype` would merge the values of a column of x or of the context."""
@@ -64,7 +97,7 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
             f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
             f"without end and means nothing; {remedy} noise as wide as the steps between values "
             "(dequantization)",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -86,7 +119,7 @@ def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
             f"fit: {_named(found, names)}: a few rows are so far out (the farthest "
             f"{away[:, found].max():.2g} standard deviations of the middle half) that beside them "
             "all others are nearly one point; drop these rows, or model the logarithm",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -157,7 +190,7 @@ def warn_of_numbering(head: Tensor, names: Sequence[str] | None) -> None:
             f"fit: {_named(found, names)} number{'s' * (len(found) == 1)} the rows, as an index "
             "does (whole numbers, no two alike), which is nothing to model; name the columns to "
             "model, without such",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from cnf.errors import SolverError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch
-from cnf.objectives.base import weighted_mean
+from cnf.objectives.batch import weighted_mean
 from cnf.transforms.continuous import Continuous, has_fixed_steps, refined
 
 ROWS = 256  # with which fixed steps are compared with twice as many

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cnf.errors import CheckpointError, DivergedError, expect_device, explain_edit
 from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
+from cnf.objectives.batch import Prepared
 from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, TrainConfig
 from cnf.training.diagnosis import outside_of_base
@@ -20,7 +21,7 @@ from cnf.transforms.continuous import Continuous
 BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up
 
 
-def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
+def launch_fabric(config: TrainConfig, dtype: torch.dtype) -> Fabric:
     """Fabric with this run's processes started.
 
     Never with its own mixed precision: that rounds the batch to bfloat16 before the step.
@@ -47,18 +48,19 @@ def launched(config: TrainConfig, dtype: torch.dtype) -> Fabric:
     return fabric
 
 
-class _Step(nn.Module):
-    """What Fabric sets up: DDP sees every gradient, whatever the objective calls inside."""
+class _LossModule(nn.Module):
+    """The loss as a module, which Fabric sets up: DDP sees every gradient, whatever it calls."""
 
-    def __init__(self, module: nn.Module, objective: Objective, mixed: bool) -> None:
+    def __init__(self, module: nn.Module, objective: Objective, autocast: str | None) -> None:
         super().__init__()
-        self.module, self.objective, self.mixed = module, objective, mixed
+        self.module, self.objective = module, objective
+        self.autocast = autocast  # type of device
 
-    def forward(self, batch: Batch) -> Loss:
-        if not self.mixed:
-            return self.objective(self.module, batch)
-        with torch.autocast(batch.x.device.type, torch.bfloat16):
-            return self.objective(self.module, batch)
+    def forward(self, rows: Prepared) -> Loss:
+        if self.autocast is None:
+            return self.objective(self.module, rows)
+        with torch.autocast(self.autocast, torch.bfloat16):
+            return self.objective(self.module, rows)
 
 
 class Learner:
@@ -67,7 +69,7 @@ class Learner:
     Attributes:
         module: The module in training.
         lr: Highest learning rate.
-        kept: The module with averaged weights: what is validated and kept.
+        ema_module: The module with averaged weights: what is validated and kept.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
     """
 
@@ -85,27 +87,29 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._bare = _Step(module, objective, config.precision == "bf16-mixed")
-        self._step = fabric.setup_module(self._bare)
+        autocast = fabric.device.type if config.precision == "bf16-mixed" else None
+        self._loss = _LossModule(module, objective, autocast)
+        self._launched = fabric.setup_module(self._loss)
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.kept = module
+        self.ema_module = module
         if config.ema is not None:
-            self.kept = copy.deepcopy(module).requires_grad_(False)
-        self._averages: list[Any] = list(self.kept.parameters())
+            self.ema_module = copy.deepcopy(module).requires_grad_(False)
+        self._ema_weights: list[Any] = list(self.ema_module.parameters())
         self._weights: list[Any] = list(module.parameters())
-        self._kept_buffers, self._buffers = list(self.kept.buffers()), list(module.buffers())
+        self._ema_buffers, self._buffers = list(self.ema_module.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
-        self._skipped_batch: Batch | None = None
+        self._batch: Batch | None = None  # of this step
+        self._skipped: Batch | None = None
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
         """Set a flow's `ActNorm`s from the first rows, which every process has whole."""
         if isinstance(self.module, Flow) and batch.x.shape[1:] == self.module.event_shape:
             self.module.initialize(batch.x, batch.context, generator=generator)
-            self.kept.load_state_dict(self.module.state_dict())
+            self.ema_module.load_state_dict(self.module.state_dict())
 
     def begin(self, objective: Objective) -> None:
         """Take the objective that has seen the data."""
-        self.objective = self._bare.objective = objective
+        self.objective = self._loss.objective = objective
 
     @property
     def compiles(self) -> bool:
@@ -114,31 +118,38 @@ class Learner:
         solvers = [getattr(self.objective, "solver", None), *(part.solver for part in parts)]
         return any(solver is not None and solver.compile for solver in solvers)
 
-    def warm_up(self, batch: Batch) -> None:
+    def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Prepared, float]:
+        """This process's rows of a batch, prepared, and the weight of their loss in the mean over
+        the processes. All is drawn for the whole batch: a row does not depend on who has it."""
+        self._batch = batch
+        prepared = self.objective.prepare(self.module, batch, generator)
+        return prepared.shared(self.fabric.global_rank, self.fabric.world_size)
+
+    def warm_up(self, rows: Prepared) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
         before = [buffer.clone() for buffer in self.module.buffers()]
-        self._backward(self._step(batch).value)
+        self._backward(self._launched(rows).value)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
                 buffer.copy_(value)  # a batch's statistics have moved the running ones
 
-    def step(self, batch: Batch, lr: float, part: float = 1.0) -> Loss:
-        """Take one step on this process's rows, unless it or the loss is NaN or infinite.
+    def step(self, rows: Prepared, lr: float, share: float = 1.0) -> Loss:
+        """Take one step, unless the loss or its gradient is NaN or infinite.
 
         Args:
-            batch: The rows.
+            rows: What `prepare` gave.
             lr: Learning rate.
-            part: Weight of their loss in the mean over the processes.
+            share: The weight of their loss.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        loss = self._step(batch)
+        loss = self._launched(rows)
         self._optimizer.zero_grad(set_to_none=True)
-        self._backward(loss.value if part == 1.0 else part * loss.value)
+        self._backward(loss.value if share == 1.0 else share * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm + self._everyones(loss.value.detach())):
-            self._skip(loss, batch)
+            self._skip(loss)
             return loss
         self._bad_in_a_row = 0
         self._optimizer.step()
@@ -169,12 +180,12 @@ class Learner:
         # The decay begins low, so that the first weights are soon forgotten.
         decay = min(self.config.ema, self.steps / (self.steps + 9))
         with torch.no_grad():
-            get_ema_multi_avg_fn(decay)(self._averages, self._weights, self.steps)
+            get_ema_multi_avg_fn(decay)(self._ema_weights, self._weights, self.steps)
             if self._buffers:
-                torch._foreach_copy_(self._kept_buffers, self._buffers)  # pyright: ignore
+                torch._foreach_copy_(self._ema_buffers, self._buffers)  # pyright: ignore
 
-    def _skip(self, loss: Loss, batch: Batch) -> None:
-        self._skipped_batch = batch
+    def _skip(self, loss: Loss) -> None:
+        self._skipped = self._batch
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
@@ -185,8 +196,8 @@ class Learner:
         if self._bad_in_a_row and 2 * self._bad_in_a_row >= steps:
             remedy = f"lower lr={self.lr:g}, clip harder, or check the data's scale"
             value = loss.value.item()
-            if value == math.inf and isinstance(self.module, Flow) and self._skipped_batch:
-                remedy = outside_of_base(self.module, self._skipped_batch) or remedy
+            if value == math.inf and isinstance(self.module, Flow) and self._skipped:
+                remedy = outside_of_base(self.module, self._skipped) or remedy
             raise DivergedError(
                 f"fit: the loss or its gradient was NaN or infinite in {self._bad_in_a_row} steps "
                 f"in a row (loss {value:.4g}); {remedy}"
@@ -196,7 +207,7 @@ class Learner:
         """What a checkpoint keeps."""
         return {
             "module": self.module.state_dict(),
-            "kept": self.kept.state_dict(),
+            "kept": self.ema_module.state_dict(),
             "steps": self.steps,
             "optimizer": self._optimizer.state_dict(),
             "skipped": self.skipped,
@@ -208,7 +219,7 @@ class Learner:
         Raises:
             CheckpointError: A tensor is not of the shape and dtype that it must have.
         """
-        for module, saved in ((self.module, state["module"]), (self.kept, state["kept"])):
+        for module, saved in ((self.module, state["module"]), (self.ema_module, state["kept"])):
             for name, weight in module.named_parameters():
                 _expect_like(name, saved[name], weight.shape, weight.dtype)
             module.load_state_dict(saved)

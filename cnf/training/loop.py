@@ -6,27 +6,18 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import nn
 
-from cnf.data import Points, load
-from cnf.data.arrays import column_names
-from cnf.distributions import FromTorch, expect_volume
+from cnf.data import load
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
-from cnf.flow import Flow
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
-from cnf.precision import widest
+from cnf.objectives.batch import Prepared
 from cnf.random import mixed, reseed, seeded, untouched
 from cnf.training import checkpoint
-from cnf.training.batches import check_event_shape
+from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
-from cnf.training.columns import (
-    expect_resolved,
-    warn_of_degenerate,
-    warn_of_numbering,
-    warn_of_outliers,
-)
+from cnf.training.columns import inspect
 from cnf.training.config import TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
@@ -34,7 +25,7 @@ from cnf.training.origin import Origin, configuration, environment, objective_na
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
-from cnf.training.stream import DensityStream, IterableStream, as_stream, shared
+from cnf.training.stream import DensityStream, IterableStream, as_stream
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -111,8 +102,9 @@ def fit(
 
 def _expect_trainable(module: Any, objective: Objective) -> None:
     if not isinstance(module, nn.Module):
+        kind = repr(module) if isinstance(module, str | type) else type(module).__name__
         raise TypeError(
-            f"fit: expected a flow, or another torch.nn.Module, got {_kind(module)}; build one: "
+            f"fit: expected a flow, or another torch.nn.Module, got {kind}; build one: "
             "cnf.models.build('realnvp', dim=2)"
         )
     if not any(parameter.requires_grad for parameter in objective.parameters(module)):
@@ -122,59 +114,43 @@ def _expect_trainable(module: Any, objective: Objective) -> None:
         )
 
 
-def _kind(value: Any) -> str:
-    """What a value is, in an error: text and classes as they are, else its type's name."""
-    return repr(value) if isinstance(value, str | type) else type(value).__name__
-
-
 class _Trainer:
+    """One run: what it is made of, and the loop."""
+
     def __init__(
         self, module: nn.Module, objective: Objective, data: Any, config: TrainConfig,
         context: Any, weight: Any, validation: Any, listeners: Listeners,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
-        from cnf.training.learner import Learner, launched
+        from cnf.training.learner import Learner, launch_fabric
 
         self.module, self.objective, self.config = module, objective, config
-        self.dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
         missing = getattr(getattr(module, "transform", None), "optional_context", False)
         self.stream = as_stream(data, config, context, weight, validation, missing)
         if data is None and objective.needs_data:
             raise ValueError(f"fit: {type(objective).__name__} learns from data, got None")
-        head = self.stream.head
-        check_event_shape(module, None if head is None else head.x)
-        held_out = self.stream.validation
-        check_event_shape(module, None if held_out is None else held_out.x, "validation")
-        self.fabric = launched(config, self.dtype)
-        self.listeners = listeners if self.fabric.is_global_zero else Listeners((), ())
-        names = data.columns if isinstance(data, Points) else column_names(data)
-        own = not isinstance(self.stream, DensityStream)
-        continuous = isinstance(module, Flow) and module.dequantization is None
-        if head is not None and own and continuous and self.fabric.is_global_zero:
-            warn_of_degenerate(head.x, names)
-            warn_of_numbering(head.x, names)
-            warn_of_outliers(head.x, names)
-        source = getattr(getattr(self.stream, "density", None), "inner", None)
-        if continuous and isinstance(source, FromTorch):
-            expect_volume(source.distribution, "fit", "data")
-        wide = widest(self.fabric.device) == torch.float64
-        self.keeps_digits = {
-            name
-            for name, part in (("x", "preprocess"), ("context", "context_preprocess"))
-            if wide and getattr(module, part, None) is not None
-        }
-        for name, columns in (("x", names), ("context", None)):
-            if head is not None and name not in self.keeps_digits:
-                expect_resolved(name, getattr(head, name), self.dtype, columns)
-        fit_preprocessing(module, head)
+        check_event_shape(module, self.stream.head)
+        check_event_shape(module, self.stream.validation, "validation")
+        self.fabric = launch_fabric(config, dtype_of(module))
+        self.main = self.fabric.is_global_zero
+        self.listeners = listeners if self.main else Listeners((), ())
+        self.placed = Placement(module, self.fabric.device)
+        if self.stream.head is not None:
+            own = self.main and not isinstance(self.stream, DensityStream)
+            inspect(module, self.stream.head, self.placed, data, own)
+            fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
-        data_hash = self.stream.fingerprint() if config.folder else None
-        description = configuration(module, objective, data, config)
-        self.origin = Origin(description, data_hash, self.fabric.device)
-        self.folder = Run(config.folder if self.fabric.is_global_zero else None, config.resume)
+        self.origin = Origin(
+            configuration(module, objective, data, config),
+            self.stream.fingerprint() if config.folder else None,
+            self.fabric.device,
+        )
+        self.folder = Run(config.folder if self.main else None, config.resume)
         self.budget, self.history = Budget(config), History()
-        held_out = None if held_out is None else self._placed(held_out)
+        held_out = self.stream.validation
+        held_out = None if held_out is None else self.placed(held_out)
         self.validation = Validation(objective, config, held_out)
+        self.bar = ProgressBar(config.progress and self.main, objective_name(objective))
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
 
@@ -190,142 +166,96 @@ class _Trainer:
         self._describe("running")
 
     def run(self) -> History:
-        show = self.config.progress and self.fabric.is_global_zero
+        budget, learner, validation, history = (
+            self.budget, self.learner, self.validation, self.history
+        )  # fmt: skip
         self.module.train()
         self._save()  # from now on the run can be resumed
-        with (
-            untouched(self.fabric.device),
-            interruptible() as interrupted,
-            ProgressBar(show, objective_name(self.objective)) as bar,
-        ):
-            self._begin(bar)
+        with untouched(self.fabric.device), interruptible() as interrupted, self.bar:
+            self._begin()
             loss = None
-            while not (self.budget.done or self.validation.exhausted):
+            while not (budget.done or validation.exhausted):
                 with ode.record() as stats:
                     start = time.perf_counter()
-                    batch, part = self._rows(self.budget.step)
-                    paired = time.perf_counter()
-                    lr = self.learner.lr * self.budget.lr_factor()
-                    loss = self.learner.step(batch, lr, part)
-                    self.history.pairing += paired - start
+                    rows, share = self._rows(budget.step)
+                    history.pairing += time.perf_counter() - start
+                    loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
                     self._spend(time.perf_counter() - start)
-                nfe = stats.forward + stats.backward
-                if bar.due:
-                    self._show(bar, loss.value.item(), nfe)
-                scored = None
-                if self.validation.due(self.budget.fraction) or self.budget.done:
-                    scored = self._validate(bar)
-                self._record(loss, nfe, scored)
+                score = None
+                if validation.due(budget.fraction) or budget.done:
+                    score = self._validate()
+                self._record(loss, stats.forward + stats.backward, score)
                 if number := self._agreed(interrupted()):
-                    self.history.interrupt(number)
+                    history.interrupt(number)
                     break
                 if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
                     self._save()
-            if self.validation.exhausted:
-                self.history.reason = "patience"
-            if loss is not None:
-                self.learner.refuse_divergence(loss, self.budget.step)
-            self.validation.warn_of_worsening(self.history.records)
-            self._compare_on_training_rows()
-            if self.history.records:
-                last = self.history.records[-1]
-                self._show(bar, last["loss"], int(last["nfe"]))
-            self._finish(bar)
-        return self.history
+            self._finish(loss)
+        return history
 
-    def _begin(self, bar: ProgressBar) -> None:
+    def _begin(self) -> None:
         """What is done once: fit a coupling to the data, which counts as training; compile."""
 
         def rows(n: int) -> Batch | None:
             found = self.stream.rows(n)
-            return None if found is None else self._placed(found)
+            return None if found is None else self.placed(found)
 
         start = time.perf_counter()
-        with bar.doing("preparing"):
+        with self.bar.doing("preparing"):
             begun = self.objective.begin(self.module, rows, seeded(self.config.seed, -7))
-        if begun is not self.objective:
-            self.objective = begun
-            self.learner.begin(begun)
-            if not self.resumes:
-                self.history.preparing = time.perf_counter() - start
-                self.budget.charge(self.history.preparing)
+        self.objective = begun
+        self.learner.begin(begun)
+        if not self.resumes:
+            self.history.preparing = time.perf_counter() - start
+            self.budget.charge(self.history.preparing)
         if self.learner.compiles:
-            self.learner.warm_up(self._like_a_step())
+            self._warm_up()
 
-    def _show(self, bar: ProgressBar, loss: float, nfe: int) -> None:
-        pairing = self.history.pairing / self.budget.seconds
-        bar.update(self.budget.fraction, self.budget.step, loss, nfe, pairing)
-
-    def _rows(self, step: int) -> tuple[Batch, float]:
-        """This process's part of a step's batch, and the weight of its loss."""
-        config, fabric = self.config, self.fabric
-        # For what the module itself draws (dropout).
-        reseed(mixed(config.seed, step, fabric.global_rank, 1), fabric.device)
-        generator = seeded(config.seed, step)
-        batch = self._placed(self.stream.batch(step, generator))
-        if step == 0:
-            self.learner.initialize(batch, seeded(config.seed, -11))
-        return self._prepared(batch, generator)
-
-    def _like_a_step(self) -> Batch:
-        """Rows of a step's shape, which a stream does not lose for it."""
-        generator = seeded(self.config.seed, -13)
-        stream = self.stream
+    def _warm_up(self) -> None:
+        """Compile, on rows of a step's shape that a stream does not lose for it."""
+        generator, stream = seeded(self.config.seed, -13), self.stream
         only_once = isinstance(stream, IterableStream)
         batch = stream.head if only_once else stream.batch(0, generator)
         assert batch is not None
-        return self._prepared(self._placed(batch), generator)[0]
+        self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
 
-    def _prepared(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, float]:
-        batch = self.objective.prepare(self.module, batch, generator)
-        # Everything was drawn for the whole batch, so a row's numbers do not hang on who has it.
-        return shared(batch, self.fabric.global_rank, self.fabric.world_size)
-
-    def _agreed(self, signal: int) -> int:
-        """The signal that process 0 received: all must leave after the same step."""
-        return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
-
-    def _placed(self, batch: Batch) -> Batch:
-        """On the device, in the module's dtype; what is standardized keeps its digits so far."""
-
-        def placed(value: torch.Tensor) -> torch.Tensor:
-            if not value.is_floating_point():
-                return value.to(self.fabric.device)
-            wide = any(value is getattr(batch, name) for name in self.keeps_digits)
-            dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype
-            return value.to(self.fabric.device, dtype)
-
-        return batch.map(placed)
+    def _rows(self, step: int) -> tuple[Prepared, float]:
+        """This process's rows of a step, and the weight of their loss."""
+        seed, device = self.config.seed, self.fabric.device
+        # For what the module itself draws (dropout).
+        reseed(mixed(seed, step, self.fabric.global_rank, 1), device)
+        generator = seeded(seed, step)
+        batch = self.placed(self.stream.batch(step, generator))
+        if step == 0:
+            self.learner.initialize(batch, seeded(seed, -11))
+        return self.learner.prepare(batch, generator)
 
     def _spend(self, seconds: float) -> None:
         if self.fabric.world_size > 1 and self.config.seconds is not None:
             seconds = self.fabric.broadcast(seconds)  # one clock, so that all stop at one step
         self.budget.spend(seconds)
 
-    def _validate(self, bar: ProgressBar) -> float | None:
+    def _agreed(self, signal: int) -> int:
+        """The signal that process 0 received: all must leave after the same step."""
+        return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
+
+    def _validate(self) -> float | None:
         if self.validation.held_out is None or not self.config.validations:
             return None
         start = time.perf_counter()
-        with bar.doing("validating"):
-            score = self.validation.score(self.learner.kept, self.budget.fraction)
+        with self.bar.doing("validating"):
+            score = self.validation.score(self.learner.ema_module, self.budget.fraction)
         self.history.validating += time.perf_counter() - start
-        bar.validated(self.validation.name, score)
+        self.bar.validated(self.validation.name, score)
         return score
 
-    def _compare_on_training_rows(self) -> None:
-        """Where nothing was held out to compare them on: whether likelihood's fixed steps were
-        enough."""
-        module: Any = self.learner.kept
-        head = self.stream.head
-        if self.validation.done or head is None or not self.objective.solves:
-            return
-        if isinstance(module, Flow) and module.base.has_density:
-            self.validation.compare_solvers(module, self._placed(head), "training")
-
-    def _record(self, loss: Loss, nfe: int, scored: float | None) -> None:
-        records, budget = self.history.records, self.budget
+    def _record(self, loss: Loss, nfe: int, score: float | None) -> None:
+        """Show a step, and log each of some `RECORDS` over the budget, and those with a score."""
+        history, budget = self.history, self.budget
+        if self.bar.due:
+            self._show(loss.value.item(), nfe)
         due = int(budget.fraction * RECORDS) > int(self.recorded_at * RECORDS)
-        if not due and scored is None and not budget.done:
+        if not due and score is None and not budget.done:
             return
         self.recorded_at = budget.fraction
         record = {
@@ -333,9 +263,9 @@ class _Trainer:
             "lr": self.learner.lr * budget.lr_factor(), "loss": loss.value.item(), "nfe": nfe,
             **{name: value.item() for name, value in loss.metrics.items()},
         }  # fmt: skip
-        if scored is not None:
-            record[self.validation.name] = scored
-        records.append(record)
+        if score is not None:
+            record[self.validation.name] = score
+        history.records.append(record)
         try:
             self.folder.log(record)
             self.listeners.tell(record)
@@ -346,20 +276,36 @@ class _Trainer:
                 error.add_note(f"Nor could the run be saved: {unsaved}")
             raise
 
-    def _finish(self, bar: ProgressBar) -> None:
-        history, budget = self.history, self.budget
+    def _show(self, loss: float, nfe: int) -> None:
+        pairing = self.history.pairing / self.budget.seconds
+        self.bar.update(self.budget.fraction, self.budget.step, loss, nfe, pairing)
+
+    def _finish(self, loss: Loss | None) -> None:
+        """Judge the end, save it, and put the weights that are kept into the module."""
+        history, budget, validation = self.history, self.budget, self.validation
+        if validation.exhausted:
+            history.reason = "patience"
+        if loss is not None:
+            self.learner.refuse_divergence(loss, budget.step)
+        validation.warn_of_worsening(history.records)
+        head = self.stream.head
+        if head is not None and not validation.done and self.objective.solves:
+            validation.compare_on_training_rows(self.learner.ema_module, self.placed(head))
+        if history.records:
+            self._show(history.records[-1]["loss"], int(history.records[-1]["nfe"]))
         history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
         history.skipped = self.learner.skipped
         self._save()
-        self.module.load_state_dict(self.validation.best_weights or self.learner.kept.state_dict())
+        kept = validation.best_weights or self.learner.ema_module.state_dict()
+        self.module.load_state_dict(kept)
         if self.folder.folder is not None:
             checkpoint.save(self.module, self.folder.checkpoints)
         self._describe(history.reason)
         if history.reason == "interrupted":
-            kept = self.config.folder and f"saved; resume it in {self.config.folder}"
-            bar.say(f"Interrupted at step {budget.step}: {kept or 'not saved'}.")
+            saved = self.config.folder and f"saved; resume it in {self.config.folder}"
+            self.bar.say(f"Interrupted at step {budget.step}: {saved or 'not saved'}.")
         if history.validating > max(SLOW, history.seconds):
-            bar.say(
+            self.bar.say(
                 f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s: "
                 f"lower validations={self.config.validations} or "
                 f"validation_rows={self.config.validation_rows}."
@@ -398,14 +344,14 @@ class _Trainer:
 
     def _save(self) -> None:
         self.saved_at = time.perf_counter()
-        for module in (self.learner.module, self.learner.kept):
+        for module in (self.learner.module, self.learner.ema_module):
             if bad := checkpoint.non_finite(module):  # a good checkpoint must outlive it
                 raise DivergedError(
                     f"fit: training diverged: the weight {bad} is NaN or infinite at step "
                     f"{self.budget.step}; lower lr={self.learner.lr:g}"
                 )
         self.folder.write_metrics(self.history.records)
-        self.folder.save(self.learner.kept, self._parts())
+        self.folder.save(self.learner.ema_module, self._parts())
 
     def _describe(self, ended: str, error: str | None = None) -> None:
         budget, config = self.budget, self.config

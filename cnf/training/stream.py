@@ -382,28 +382,3 @@ class _Generated:
 
     def __iter__(self) -> Iterator[Any]:
         return self.function()
-
-
-def shared(batch: Batch, rank: int, processes: int) -> tuple[Batch, float]:
-    """One process's rows, and the weight of their loss in the mean over the processes.
-
-    A loss is divided by the number of its own rows, or the sum of their weights, so that the mean
-    over processes must count each by these.
-
-    Raises:
-        ValueError: A process would have no row.
-    """
-    if processes == 1:
-        return batch, 1.0
-    size = len(batch.x)
-    if size < processes:
-        raise ValueError(
-            f"fit: expected batches of at least {processes} rows, one for each process, got one "
-            f"of {size}; make larger batches: DataLoader(…, batch_size=256)"
-        )
-    first, last = rank * size // processes, (rank + 1) * size // processes
-    own = batch.map(lambda value: value[first:last])
-    if own.weight is None or batch.weight is None:
-        return own, (last - first) * processes / size
-    whole = batch.weight.sum()
-    return own, (own.weight.sum() * processes / whole).item() if whole > 0 else 1.0

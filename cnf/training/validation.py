@@ -123,6 +123,11 @@ class Validation:
             if not self.warned:
                 self.warned = warn_of_few_steps("fit", under, rows, whose=whose, kind=kind)
 
+    def compare_on_training_rows(self, module: nn.Module, rows: Batch) -> None:
+        """Where nothing was held out: whether likelihood's fixed steps were enough."""
+        if isinstance(module, Flow) and module.base.has_density:
+            self.compare_solvers(module, rows, "training")
+
     def _loss(self, module: nn.Module) -> float:
         generator, total = seeded(self.config.seed, -4), 0.0  # the same draws every time
         for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for

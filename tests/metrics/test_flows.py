@@ -231,7 +231,7 @@ def test_straight_paths_have_straightness_zero():
     [path_energy, straightness, lambda flow: normalized_path_energy(flow, normal(5), normal(5))],
 )
 def test_paths_of_a_discrete_flow_are_a_type_error(call):
-    with pytest.raises(TypeError, match="only a flow whose transform is a Continuous"):
+    with pytest.raises(TypeError, match="expected a flow whose transform is a Continuous"):
         call(discrete_flow())
 
 

@@ -30,8 +30,9 @@ def test_pairs_are_of_the_training_rows_and_the_partners_of_the_plan(small, conf
     history = cnf.fit(flow, Watched(coupling=FEW), points, config(validations=0))
     assert history.steps == 6 and history.preparing > 0 and history.pairing > 0
     assert history.preparing + history.pairing < history.seconds
-    rows = torch.cat([batch.x for batch in Watched.seen])
-    assert len(rows) == 6 * 16 and all((points == row).all(1).any() for row in rows)
+    rows = torch.cat([batch.x1 for batch in Watched.seen])
+    inside = flow.inside(points)[0]
+    assert len(rows) == 6 * 16 and all((inside == row).all(1).any() for row in rows)
     # a plan keeps near to near: far less than the distance of independent pairs
     pairs = [(batch.x1 - batch.x0).square().sum(1).mean() for batch in Watched.seen]
     mixed = [(batch.x1.roll(1, 0) - batch.x0).square().sum(1).mean() for batch in Watched.seen]
@@ -89,7 +90,7 @@ def test_rows_that_are_left_out_are_told(small, config, points):
 def test_a_batch_of_pairs_needs_no_coupling(small, config, points):
     data = Batch(points, x0=torch.zeros(100, 2))
     history = cnf.fit(small(), FlowMatching(coupling=FEW), data, config())
-    assert history.preparing == 0 and history.steps == 6
+    assert history.preparing < 0.1 and history.steps == 6
 
 
 @pytest.mark.parametrize("kind", ["array", "dataset", "batches", "density"])

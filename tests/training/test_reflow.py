@@ -184,12 +184,11 @@ def test_fit_trains_on_these_pairs_and_each_keeps_its_partner(small, config, poi
     partner = 3 * points + torch.tensor([1.0, -2.0])
     objective, flow = Seen(), small()
     cnf.fit(flow, objective, Batch(points, x0=partner), config(steps=18, validations=0))
-    x, x0 = objective.joined("x"), objective.joined("x0")
-    torch.testing.assert_close(x0, 3 * x + torch.tensor([1.0, -2.0]))
-    assert len(x) == 18 * 16 and len(x.unique(dim=0)) == 100
-    x1 = (x - flow.preprocess.loc) / flow.preprocess.scale
-    torch.testing.assert_close(objective.joined("x1"), x1.float())
-    assert not torch.equal(x[:96], points[:96])  # shuffled
+    x1, x0 = objective.joined("x1"), objective.joined("x0")
+    x = x1 * flow.preprocess.scale + flow.preprocess.loc
+    torch.testing.assert_close(x0, 3 * x.float() + torch.tensor([1.0, -2.0]))
+    assert len(x1) == 18 * 16 and len(x1.unique(dim=0)) == 100
+    assert not torch.allclose(x[:96].float(), points[:96])  # shuffled
     times = objective.joined("t")
     assert len(times.unique()) > 280
 
@@ -198,24 +197,26 @@ def test_every_part_of_a_batch_follows_its_row(small, config, points):
     mark = torch.arange(100.0) / 8
     data = Batch(
         torch.stack([mark, mark.square()], 1), mark[:, None] + 0.5, x0=mark[:, None].repeat(1, 2),
-        weight=mark + 1, t=mark / 100, noise=-mark[:, None].repeat(1, 2),
+        weight=mark + 1,
     )  # fmt: skip
     objective = Seen(FlowMatching(path="bridge"))
-    cnf.fit(small(context=1), objective, data, config(steps=12, validations=0))
-    row = objective.joined("x")[:, 0]
+    flow = small(context=1)
+    cnf.fit(flow, objective, data, config(steps=12, validations=0))
+    row = objective.joined("x0")[:, 0]
     assert len(row.unique()) > 90
-    assert torch.equal(objective.joined("context")[:, 0], row + 0.5)
-    assert torch.equal(objective.joined("x0")[:, 1], row)
+    x = flow.outside(objective.joined("x1"))[0]
+    torch.testing.assert_close(x, torch.stack([row, row.square()], 1))
+    inner = flow.inner_context("test", row[:, None] + 0.5, None)
+    assert torch.equal(objective.joined("context"), inner)
     assert torch.equal(objective.joined("weight"), row + 1)
-    torch.testing.assert_close(objective.joined("t"), row / 100)
-    assert torch.equal(objective.joined("noise")[:, 0], -row)
 
 
 def test_a_coupling_leaves_given_pairs_alone(small_flow, generator):
     flow = small_flow("cnf")
     x, x0 = (torch.randn(8, 2, generator=generator, dtype=F64) for _ in range(2))
     batch = FlowMatching(coupling="minibatch-ot").prepare(flow, Batch(x, x0=x0), generator)
-    assert torch.equal(batch.x, x) and torch.equal(batch.x0, x0) and batch.weight is None
+    assert torch.equal(batch.x1, flow.inside(x)[0]) and torch.equal(batch.x0, x0)
+    assert batch.weight is None
 
 
 def test_a_batch_of_x_alone_trains_like_the_tensor(small, config, points, same):
@@ -230,16 +231,17 @@ def test_conditional_pairs_train_with_their_contexts(small, config, points):
     context = points.flip(1)
     data = pairs(flow, 100, context)
     cnf.fit(flow, objective, data, config(steps=12))
-    for x, c in zip(objective.joined("x"), objective.joined("context"), strict=True):
-        row = (data.x == x).all(1).nonzero()[0, 0]
-        assert torch.equal(c, context[row])
+    x1, seen = flow.inside(data.x)[0], flow.inner_context("test", context, None)
+    for x, c in zip(objective.joined("x1"), objective.joined("context"), strict=True):
+        row = (x1 == x).all(1).nonzero()[0, 0]
+        assert torch.equal(c, seen[row])
     assert len(reflow(small(context=2), config(), n=100, context=context)) == 1
     assert distill(small(context=2), config(), n=100, context=context).steps == 6
 
 
-@pytest.mark.parametrize("name", ["context", "x0", "weight", "t", "noise"])
+@pytest.mark.parametrize("name", ["context", "x0", "weight"])
 def test_parts_of_unequal_length_are_refused_by_name(name, small, config, points):
-    part = torch.zeros(99) if name in ("weight", "t") else torch.zeros(99, 2)
+    part = torch.zeros(99) if name == "weight" else torch.zeros(99, 2)
     with pytest.raises(ValueError, match=f"Batch: expected {name} of .*100.*99"):
         cnf.fit(small(), FlowMatching(), Batch(points, **{name: part}), config())
 

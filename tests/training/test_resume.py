@@ -241,7 +241,6 @@ def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
         cnf.Batch(points, context=points),
         cnf.Batch(points, x0=points),
         cnf.Batch(points, weight=w),
-        cnf.Batch(points, t=w),
     ]
     assert len({hash_of_rows(batch) for batch in batches}) == len(batches)
     assert hash_of_rows(cnf.Batch(points.clone())) == hash_of_rows(batches[0])

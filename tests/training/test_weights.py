@@ -9,7 +9,6 @@ import cnf
 from cnf import Batch, FlowMatching, MaximumLikelihood
 from cnf.objectives import Joint
 from cnf.training import validation
-from cnf.training.stream import shared
 
 WEIGHT = torch.linspace(0.1, 5, 100)
 
@@ -76,15 +75,15 @@ def test_rows_of_weight_0_are_as_if_they_were_not_there(small, config, same, poi
 
 def test_a_process_whose_weights_are_all_0_counts_for_nothing():
     batch = Batch(torch.ones(4, 2), weight=torch.tensor([0.0, 0.0, 1.0, 3.0]))
-    assert [shared(batch, rank, 2)[1] for rank in (0, 1)] == [0.0, 2.0]
+    assert [batch.shared(rank, 2)[1] for rank in (0, 1)] == [0.0, 2.0]
     nothing = batch.but(weight=torch.zeros(4))
-    assert [shared(nothing, rank, 2)[1] for rank in (0, 1)] == [1.0, 1.0]
+    assert [nothing.shared(rank, 2)[1] for rank in (0, 1)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_shares_hold_every_row_once_and_their_mean_is_the_whole_batchs(processes):
     x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2) ** 2
-    shares = [shared(Batch(x), rank, processes) for rank in range(processes)]
+    shares = [Batch(x).shared(rank, processes) for rank in range(processes)]
     assert torch.equal(torch.cat([own.x for own, _ in shares]), x)
     mean = sum(part * own.x.mean() for own, part in shares) / processes
     assert mean.item() == pytest.approx(x.mean().item(), rel=1e-14)
@@ -92,7 +91,7 @@ def test_shares_hold_every_row_once_and_their_mean_is_the_whole_batchs(processes
 
 def test_a_batch_of_fewer_rows_than_processes_is_refused():
     with pytest.raises(ValueError, match="at least 4 rows, one for each process, got one of 3"):
-        shared(Batch(torch.ones(3, 2)), 0, 4)
+        Batch(torch.ones(3, 2)).shared(0, 4)
 
 
 X = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))

@@ -279,15 +279,15 @@ def explain(field: VectorField, rows: int = 256) -> str:
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None
-    way = "its own closed form"
+    how = "its own closed form"
     if not isinstance(field, HasDivergence):
         size, at = math.prod(field.event_shape), x.new_tensor(0.5)
         forward = has_forward_mode(field, lambda y: field(at, y, context), x)
-        way = f"{size} tangents in forward mode" if forward else f"{size} products in reverse mode"
+        how = f"{size} tangents in forward mode" if forward else f"{size} products in reverse mode"
     flops = []
     for call in (outer, partial(exact_divergence, outer)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call(x.new_tensor(0.5), x, context)
         flops.append(counter.get_total_flops())
     ratio = flops[1] / max(1, flops[0])
-    return f"{type(field).__name__}: {way}; v and ∇·v take {ratio:.1f} × the products of v alone"
+    return f"{type(field).__name__}: {how}; v and ∇·v take {ratio:.1f} × the products of v alone"

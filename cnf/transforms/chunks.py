@@ -1,7 +1,6 @@
 """Large batches, chunk by chunk, where no graph is kept."""
 
 import math
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,25 +8,25 @@ from torch import Tensor
 
 from cnf.transforms.base import Transform
 from cnf.transforms.continuous import is_continuous
+from cnf.transforms.recompute import Direction
 
 BYTES = 2**28  # of working memory, by the estimate below
 COPIES = 8  # of the widest layer's output, that are alive at once
 
-Way = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
 
 def by_chunks(
-    transform: Transform, way: Way, value: Tensor, context: Tensor | None
+    transform: Transform, direction: Direction, value: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """way(value, context), a few thousand rows at a time where gradients are off and there are
-    many; the rows of a chunk share the steps of an adaptive solve."""
+    """direction(value, context), a few thousand rows at a time where there are many.
+
+    Only where gradients are off. The rows of a chunk share the steps of an adaptive solve.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return way(value, context)
-    if (
-        transform.training and not transform.recomputable
-    ):  # the map depends on the batch's statistics
-        return way(value, context)
-    return _chunked(way, value, context, transform.event_dims, rows_at_once(transform, value))
+        return direction(value, context)
+    if transform.training and not transform.recomputable:  # statistics are the whole batch's
+        return direction(value, context)
+    rows = rows_at_once(transform, value)
+    return _chunked(direction, value, context, transform.event_dims, rows)
 
 
 _widest: WeakKeyDictionary[Transform, tuple[int, int]] = WeakKeyDictionary()
@@ -53,20 +52,20 @@ def _widest_layers(transform: Transform) -> tuple[int, int]:
 
 
 def _chunked(
-    way: Way, value: Tensor, context: Tensor | None, event_dims: int, rows: int
+    direction: Direction, value: Tensor, context: Tensor | None, event_dims: int, rows: int
 ) -> tuple[Tensor, Tensor]:
     batch = value.shape[: value.dim() - event_dims]
     if math.prod(batch) <= rows:
-        return way(value, context)
+        return direction(value, context)
     each = rows // math.prod(batch[1:])
     if each:
         contexts = [None] * len(value) if context is None else context.split(each)
-        parts = [way(v, c) for v, c in zip(value.split(each), contexts, strict=False)]
+        parts = [direction(v, c) for v, c in zip(value.split(each), contexts, strict=False)]
         join = torch.cat
     else:
         contexts = [None] * len(value) if context is None else context
         pairs = zip(value, contexts, strict=True)
-        parts = [_chunked(way, v, c, event_dims, rows) for v, c in pairs]
+        parts = [_chunked(direction, v, c, event_dims, rows) for v, c in pairs]
         join = torch.stack
     values, ladjs = zip(*parts, strict=True)
     return join(values), join(ladjs)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cnf.nets import ACTIVATIONS, zero_
 from cnf.transforms.base import Transform
 from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
+from cnf.transforms.recompute import Direction
 
 
 class Squeeze(Transform):
@@ -51,9 +52,9 @@ class PerPixel(Transform):
         return self._at_pixels(self.transform.inverse, x)
 
     def _at_pixels(
-        self, way: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor
+        self, direction: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        value, ladj = way(value.movedim(-3, -1))
+        value, ladj = direction(value.movedim(-3, -1))
         return value.movedim(-1, -3), ladj.sum((-2, -1))
 
     def extra_repr(self) -> str:
@@ -81,10 +82,10 @@ class OnChannels(Transform):
         return self._on_first(self.transform.inverse, x, context)
 
     def _on_first(
-        self, way: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+        self, direction: Direction, value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         first, rest = value.tensor_split([self.channels], -3)
-        first, ladj = way(first, context)
+        first, ladj = direction(first, context)
         return torch.cat([first, rest], -3), ladj
 
     def extra_repr(self) -> str:

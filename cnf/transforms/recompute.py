@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnf.precision import current_autocast
 
-Way = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Direction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
@@ -19,25 +19,25 @@ class Step(NamedTuple):
 
     Args:
         module: The transform.
-        way: Its direction, value and context → value and log-determinant.
-        back: The other direction.
+        direction: One of its directions, value and context → value and log-determinant.
+        opposite: The other direction.
     """
 
     module: Any
-    way: Way
-    back: Way
+    direction: Direction
+    opposite: Direction
 
     def apply(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.way(value, self._own(context))
+        return self.direction(value, self._own(context))
 
     def alone(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `apply`, the way that a layer takes with gradients, but keeping no graph."""
+        """As `apply`, computed as with gradients, but keeping no graph."""
         with torch.enable_grad():
             value, ladj = self.apply(value, context)
         return value.detach(), ladj.detach()
 
     def undo(self, value: Tensor, context: Tensor | None) -> Tensor:
-        return self.back(value, self._own(context))[0]
+        return self.opposite(value, self._own(context))[0]
 
     def _own(self, context: Tensor | None) -> Tensor | None:
         """Unconditional parts of a conditional flow are not shown the context."""

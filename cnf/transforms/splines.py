@@ -53,11 +53,14 @@ class RationalQuadratic(ElementwiseMap):
         return self._inside(self.curve.root, x, parameters)
 
     def _inside(
-        self, way: Callable[..., tuple[Tensor, Tensor]], value: Tensor, parameters: Parameters
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        parameters: Parameters,
     ) -> tuple[Tensor, Tensor]:
         # Moved inside before the maths: outside neither it nor its gradient may be NaN.
         bound = self.curve.bound
-        moved, log_slope = way(value.clamp(-bound, bound), *parameters)
+        moved, log_slope = direction(value.clamp(-bound, bound), *parameters)
         inside = value.abs() < bound
         return torch.where(inside, moved, value), torch.where(inside, log_slope, 0.0)
 

@@ -25,7 +25,6 @@ UNFINISHED = (
     "cnf.flow",
     "cnf.metrics",
     "cnf.nets",
-    "cnf.objectives",
     "cnf.precision",
     "cnf.printing",
     "cnf.race",
@@ -33,7 +32,6 @@ UNFINISHED = (
     "cnf.registry",
     "cnf.rows",
     "cnf.sampling",
-    "cnf.training",
     "cnf.transforms",
 )
 

@@ -53,7 +53,12 @@ class Objective(ABC):
     ) -> Prepared:
         """The batch with everything random that the loss needs: tensors only, no gradients.
 
-        As it is, for a loss that draws nothing.
+        A loss that draws nothing takes it as it is.
+
+        Args:
+            module: What is trained.
+            batch: Rows as data give them.
+            generator: Source of draws.
         """
         return batch
 
@@ -62,8 +67,14 @@ class Objective(ABC):
         """The loss of what `prepare` gave; a `Batch` that was not prepared is prepared first."""
 
     def per_row(self, module: nn.Module, batch: Any, generator: Generator | None = None) -> Tensor:
-        """The loss of each row, shape (N,), for a loop of one's own; its mean, weighted by the
-        weights of what `prepare` gave, is the loss.
+        """The loss of each row, shape (N,), for a loop of one's own.
+
+        Its mean, weighted by the weights of what `prepare` gave, is the loss.
+
+        Args:
+            module: What is trained.
+            batch: What `prepare` gave, or a `Batch`, which is prepared first.
+            generator: Source of draws.
 
         Raises:
             TypeError: The objective is no mean over rows.
@@ -94,7 +105,7 @@ def as_flow(who: str, module: nn.Module) -> Flow:
 
 
 def expect_rows(who: str, flow: Flow, x: Tensor) -> None:
-    """Raise unless x is what the flow models, one for each row: shape (N, \\*event)."""
+    r"""Raise unless x is what the flow models, one for each row: shape (N, \*event)."""
     expect_event(who, "x", x, flow.event_shape)
     if x.dim() != 1 + len(flow.event_shape):
         raise ValueError(

@@ -40,7 +40,10 @@ class Joint(Objective):
 
     Args:
         terms: Objectives, or {"name": …, **options} for each.
-        weights: One for each term.
+        weights: One for each term, above 0.
+
+    Raises:
+        ValueError: There is not one positive weight for each term, or no term.
     """
 
     terms: tuple[Any, ...] = (FlowMatching(), MaximumLikelihood())
@@ -102,7 +105,15 @@ class Joint(Objective):
     def per_row(
         self, module: nn.Module, batch: Batch | JointRows, generator: Generator | None = None
     ) -> Tensor:
-        """Of row k of each term, which a coupling or weights may have taken from other data."""
+        """The weighted sum of the terms' losses of row k, shape (N,).
+
+        A coupling, or the weights of rows, may have taken a term's row k from other data.
+
+        Args:
+            module: What is trained.
+            batch: What `prepare` gave, or a `Batch`, which is prepared first.
+            generator: Source of draws.
+        """
         if isinstance(batch, Batch):
             batch = self.prepare(module, batch, generator)
         parts = zip(self.weights, self.terms, batch.terms, strict=True)

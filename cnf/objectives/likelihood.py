@@ -65,6 +65,9 @@ class MaximumLikelihood(Objective):
         steer: Each step's solve ends at a random time in [0, steer], not at 0, so that the field
             cannot lean on one end time. Source: Ghosh et al. (2020), STEER,
             https://arxiv.org/abs/2006.10711.
+
+    Raises:
+        ValueError: A name is not known, a penalty is not above 0, or steer is not in [0, 1).
     """
 
     needs_data = True
@@ -193,8 +196,10 @@ def _recipe(flow: Flow) -> Recipe:
 
 
 def _not_functions(flow: Flow) -> Iterator[str]:
-    """Words for each part of a continuous flow's fields that draws anew at each evaluation, or
-    makes a row's velocity depend on the other rows."""
+    """Describe each part of a continuous flow's fields that is no function of one row.
+
+    Dropout draws anew at each evaluation; batch normalization mixes the rows of a batch.
+    """
     fields = {
         f"{name}.field": part.field
         for name, part in flow.named_modules()

@@ -73,6 +73,9 @@ class FlowMatching(Objective):
             of the velocity that follows.
         context_dropout: Part of the rows whose context is left out, for guidance; the model must
             have been built with null_context=True.
+
+    Raises:
+        ValueError: A name is not known, or context_dropout is not in [0, 1).
     """
 
     needs_data = True
@@ -128,6 +131,16 @@ class FlowMatching(Objective):
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None
     ) -> MatchedPairs:
+        """Pairs, times, the path's noise, and whose context is left out.
+
+        Args:
+            module: A flow with a vector field.
+            batch: Data; with x0, the pairs are given.
+            generator: Source of draws.
+
+        Raises:
+            ValueError: x, x0 or the context is not what the flow takes.
+        """
         flow, field, path = self._resolve(module)
         expect_rows("FlowMatching", flow, batch.x)
         with torch.no_grad():

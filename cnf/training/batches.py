@@ -72,7 +72,17 @@ def as_batch(
 
 
 def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:
-    """Rows in memory, with their contexts and weights, less those of weight 0; see `fit`."""
+    """Rows in memory, with their contexts and weights, less those of weight 0.
+
+    Args:
+        data: Of `fit`, where it is a tensor, an array, a table, a mapping or `Points`.
+        context: Of `fit`.
+        weight: Of `fit`.
+        missing: Whether a context may be missing, NaN.
+
+    Raises:
+        ValueError: There are fewer than two rows, or they are not what `fit` takes.
+    """
     own = {"x": data}
     if isinstance(data, Mapping):
         own = dict(data)
@@ -92,8 +102,13 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
 
 
 def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
-    """A context for each row, shape (N, C), from a tensor, an array, a table or lists of numbers;
-    of labels an error says how to code them. With `missing` it may hold NaN."""
+    """A context for each row, shape (N, C), from a tensor, an array, a table or lists of numbers.
+
+    Args:
+        who: What errors begin with.
+        context: The numbers; of labels an error says how to code them.
+        missing: Whether it may be missing, NaN.
+    """
     return _checked(who, "context", context, missing)
 
 
@@ -103,8 +118,9 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 class Placement:
-    """Puts batches on a device, in the module's dtype; what preprocessing is to standardize keeps
-    the digits that it has so far.
+    """Puts batches on a device, in the module's dtype.
+
+    What preprocessing is to standardize keeps the digits that it has so far.
 
     Attributes:
         wide: Names of the tensors that keep their digits: "x", "context".

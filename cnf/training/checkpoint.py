@@ -37,6 +37,7 @@ def save(flow: nn.Module, path: str | Path) -> Path:
     Args:
         flow: Any module.
         path: The file; a folder gets `flow.safetensors`.
+
     Raises:
         CheckpointError: A weight is NaN or infinite, or the file cannot be written (no permission,
             a full disk).
@@ -70,6 +71,7 @@ def load(path: str | Path, into: Flow | None = None, device: str | torch.device 
         path: A `.safetensors` file, a run's folder, or its checkpoint folder.
         into: The flow to fill, needed for one that was not made by `models.build`.
         device: Where the flow is put.
+
     Raises:
         CheckpointError: The file is missing, broken, of another program, or does not fit `into`.
     """

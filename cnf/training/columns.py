@@ -26,8 +26,7 @@ LEVELS = (1, 255, 256)  # of gray, in a unit
 
 
 def inspect(module: nn.Module, head: Batch, placed: Placement, data: Any, own: bool) -> None:
-    """Warn of columns that make no density, where the data are the user's `own`; raise where the
-    module's dtype merges values.
+    """Warn of columns that make no density; raise where the module's dtype merges values.
 
     Args:
         module: What is trained.
@@ -73,9 +72,10 @@ def _named(columns: Iterable[int], names: Sequence[str] | None) -> str:
 
 
 def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
-    """Warn of columns along which no density is bounded, so that the NLL falls for ever: constant
-    ones, those that repeat or combine others, those with a value that many rows share, and those
-    of few values, as rounding leaves (ages in years).
+    """Warn of columns along which no density is bounded, so that the NLL falls for ever.
+
+    These are constant columns, those that repeat or combine others, those with a value that many
+    rows share, and those of few values, as rounding leaves (ages in years).
 
     Args:
         head: Rows, shape (N, *event), at most 10,000 of which are looked at; images, whose
@@ -102,8 +102,9 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
 
 
 def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
-    """Warn of columns whose standard deviation is that of a few outlying rows, so that all other
-    rows come to lie in one point when they are standardized by it.
+    """Warn of columns whose standard deviation is that of a few outlying rows.
+
+    Standardized by it, all other rows come to lie in one point.
 
     Args:
         head: Rows, shape (N, *event); of images nothing is said.
@@ -124,8 +125,10 @@ def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
 
 
 def _away(rows: Tensor) -> Tensor:
-    """Distances from the median of each column, in the standard deviation of a normal
-    distribution with its quartiles; 0 in a column whose quartiles coincide."""
+    """Distances from the median of each column, 0 in a column whose quartiles coincide.
+
+    The unit is the standard deviation of a normal distribution with these quartiles.
+    """
     places = (max(1, round(q * len(rows))) for q in (0.25, 0.5, 0.75))
     low, middle, high = (rows.kthvalue(k, 0).values for k in places)
     spread = (high - low) / 1.349
@@ -168,8 +171,10 @@ def _repeated(rows: Tensor, names: Sequence[str] | None) -> Iterator[str]:
 
 
 def warn_of_numbering(head: Tensor, names: Sequence[str] | None) -> None:
-    """Warn of columns that number the rows: whole numbers, no two alike, of which as many draws
-    from their range would hold `ALIKE` pairs or more. The order of the rows does not matter.
+    """Warn of columns that number the rows, in whatever order.
+
+    Such are whole numbers, no two alike, where as many draws from their range would hold `ALIKE`
+    equal pairs or more.
 
     Args:
         head: Rows, shape (N, *event); of images nothing is said.

@@ -61,6 +61,9 @@ class TrainConfig:
         progress: Show a progress bar.
         ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
             with `steps` it repeats.
+
+    Raises:
+        ValueError: A setting is out of its range, or two contradict each other.
     """
 
     steps: int | None = None

@@ -1,5 +1,7 @@
-"""Why a log-likelihood is infinite, or not the flow's own: rows outside of the base's support, and
-fixed steps that are too few."""
+"""Why a log-likelihood is infinite, or wrong.
+
+Rows may be mapped outside of the base's support, and fixed steps may be too few.
+"""
 
 import math
 import warnings

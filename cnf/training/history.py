@@ -71,6 +71,7 @@ class Listeners:
     Args:
         loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`.
         callbacks: Functions of a record.
+
     Raises:
         TypeError: They are no lists, or what is in one cannot be told anything.
     """

@@ -119,8 +119,14 @@ class Learner:
         return any(solver is not None and solver.compile for solver in solvers)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Prepared, float]:
-        """This process's rows of a batch, prepared, and the weight of their loss in the mean over
-        the processes. All is drawn for the whole batch: a row does not depend on who has it."""
+        """This process's rows, prepared, and the weight of their loss in the mean over processes.
+
+        All is drawn for the whole batch, so that a row does not depend on who has it.
+
+        Args:
+            batch: The rows of all processes.
+            generator: Source of draws.
+        """
         self._batch = batch
         prepared = self.objective.prepare(self.module, batch, generator)
         return prepared.shared(self.fabric.global_rank, self.fabric.world_size)

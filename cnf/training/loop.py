@@ -73,8 +73,10 @@ def fit(
             some 200 records over the budget. Of several processes the first one tells.
         callbacks: Functions of such a record, a dict with "step", "loss", …; what they or a logger
             raise ends the run, after a checkpoint.
+
     Returns:
         What was logged, and why training ended.
+
     Raises:
         ValueError: Data that are too few, of the wrong shape, NaN; weights that are negative, NaN
             or all 0; a folder that exists.

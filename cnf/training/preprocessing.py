@@ -1,5 +1,4 @@
-"""Preprocessing is fitted by the first fit; where the data are far from unit scale all the same,
-there is a warning."""
+"""Preprocessing is fitted to the first rows; data that stay far from unit scale are warned of."""
 
 from collections.abc import Iterator
 

@@ -105,7 +105,12 @@ class ProgressBar:
 
 @contextmanager
 def status(what: str, show: bool = True) -> Iterator[Callable[[str], None]]:
-    """Inside, a terminal shows what is being done; what is yielded changes the words."""
+    """Inside, a terminal shows what is being done; what is yielded changes the words.
+
+    Args:
+        what: Is being done.
+        show: Whether it is shown.
+    """
     if not show:
         yield lambda _: None
         return

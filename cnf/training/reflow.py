@@ -27,8 +27,12 @@ def pairs(flow: Flow, n: int, context: Any = None, seed: int = 0) -> Batch:
         context: Condition of each pair, as `fit` takes it: a tensor, an array, a table or lists,
             shape (n, C), or (n,) for one number each.
         seed: Of the base samples.
+
     Returns:
         A `Batch` with x, x0 and the context: data for `fit`.
+
+    Raises:
+        ValueError: There is not one context for each pair.
     """
     expect_counts("pairs", n=n)
     if context is not None:
@@ -71,6 +75,7 @@ def reflow(
         context: Conditions of the pairs, as of `pairs`, such as rows of the data's.
         objective: `FlowMatching()` if None; its coupling is not used.
         validation: Held-out data, x or (x, context), as of `fit`; a tenth of the pairs if None.
+
     Returns:
         What each round logged.
     """
@@ -98,7 +103,12 @@ def distill(
     but straight: after `reflow`.
     Source: Liu et al. (2023), https://arxiv.org/abs/2209.03003, section 2.3.
 
-    Args: as of `reflow`.
+    Args:
+        flow: A continuous flow of one plain velocity.
+        config: The run's settings.
+        n: Pairs to train on.
+        context: Conditions of the pairs, as of `pairs`.
+        validation: Held-out data, as of `fit`; there is no validation if None.
     """
     inside = [m for m in flow.modules() if isinstance(m, Predicts | WithScore | Piecewise)]
     if inside:

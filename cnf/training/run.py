@@ -19,7 +19,7 @@ FILES = {"checkpoints", "figures", "tensorboard", "config.yaml", "manifest.json"
 
 
 class Part(Protocol):
-    """What a checkpoint holds a part of: the learner, the budget, …"""
+    """What a checkpoint holds a part of, such as the learner or the budget."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -100,15 +100,19 @@ class Run:
             checkpoint.save(flow, self.checkpoints)
 
     def describe(self, config: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """manifest.json: what made the numbers; config.yaml, from which `cnf train --config`
-        starts the same run again."""
+        """Write what made the numbers.
+
+        Args:
+            config: For config.yaml, from which `cnf train --config` starts the run again.
+            manifest: For manifest.json.
+        """
         if self.folder is not None:
             yaml = optional("yaml", "train")
             self._write("manifest.json", json.dumps(manifest, indent=2) + "\n")
             self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def write_metrics(self, records: list[dict[str, float]]) -> None:
-        """metrics.csv, one row per record."""
+        """Write metrics.csv, one row per record."""
         if self.folder is None:
             return
         columns = list(dict.fromkeys(name for record in records for name in record))

@@ -46,7 +46,7 @@ class Stream(ABC):
 
     @abstractmethod
     def rows(self, n: int) -> Batch | None:
-        """n rows to train on, or all that there are; None where there are none."""
+        """The first n rows to train on, or all that there are; None where there are none."""
 
     @abstractmethod
     def fingerprint(self) -> Any:
@@ -71,7 +71,7 @@ class Drawn:
         self.inner = as_base(source, ()) if isinstance(source, Distribution) else source
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws."""
+        """Draw n points."""
         return self.inner.sample((n,), generator=generator)
 
     @torch.no_grad()
@@ -272,8 +272,11 @@ class Rows:
         return self._stacked([self.data[int(row)] for row in rows], rows)
 
     def head(self, rows: Tensor) -> Batch:
-        """The first of some rows: of a dataset, whose items may be large and slow, as many as
-        `HEAD_BYTES` hold, 10,000 at most."""
+        """The first of some rows.
+
+        Of a dataset, whose items may be large and slow, as many as `HEAD_BYTES` hold, 10,000 at
+        most.
+        """
         if isinstance(self.data, Batch):
             return self[rows[:100_000]]
         first = self.data[int(rows[0])]  # once: a dataset may draw random numbers

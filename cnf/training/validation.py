@@ -63,8 +63,9 @@ class Validation:
         return score
 
     def warn_of_worsening(self, records: Sequence[dict[str, float]]) -> None:
-        """Warn where the last held-out NLL, which is kept, is well above an earlier one, or above
-        that of the first step's rows.
+        """Warn where the last held-out NLL, which is kept, is well above what it was before.
+
+        That is an earlier one, or the NLL of the first step's rows.
 
         Raises:
             DivergedError: It is NaN.
@@ -112,12 +113,19 @@ class Validation:
             warnings.warn(f"fit: the held-out NLL is infinite: {why}", stacklevel=2)
 
     def _compares(self, fraction: float) -> bool:
-        """At the last validation and at the 1st, 2nd, 4th, …"""
+        """Whether this is the last validation, or the 1st, 2nd, 4th, 8th, and so on."""
         return fraction >= 1 or self.done & (self.done - 1) == 0
 
     def compare_solvers(self, flow: Flow, rows: Batch, kind: str) -> None:
-        """Warn, once, where fixed steps, the flow's or the loss's, are too few for the numbers
-        they give: likelihood may train the field to exploit their error."""
+        """Warn, once, where fixed steps, the flow's or the loss's, are too few.
+
+        Likelihood may train the field to exploit their error.
+
+        Args:
+            flow: The flow.
+            rows: To compare the steps on.
+            kind: Of rows, in words.
+        """
         for under in dict.fromkeys((flow, self.objective.as_trained(flow))):
             whose = "flow" if under is flow else "loss"
             if not self.warned:

@@ -10,6 +10,7 @@ from statistics import median
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.parsing import nested_parse_to_nodes
 
@@ -38,6 +39,7 @@ html_theme = "furo"
 html_title = f"cnf {release}"
 html_static_path = ["_static"]
 html_css_files = ["cnf.css"]
+html_math_renderer = "mathml"  # what browsers render themselves: no script from elsewhere
 html_theme_options = {"navigation_with_keys": True}
 copybutton_exclude = ".linenos, .gp, .go"  # of a console, only what is typed
 
@@ -75,8 +77,10 @@ nitpick_ignore_regex = [
 
 def setup(app) -> None:
     app.connect("builder-inited", lambda app: gather())
+    app.connect("autodoc-skip-member", of_tuple)
     app.connect("autodoc-process-docstring", plain_text, priority=100)
     app.connect("missing-reference", by_last_name)
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.add_directive("table-of", TableOf)
     app.add_directive("race-medians", RaceMedians)
 
@@ -92,6 +96,11 @@ def gather() -> None:
         if path.name != "README.md":  # tables that the READMEs link to
             top = f"---\norphan: true\n---\n\n# All numbers of {path.parent.name}\n\n"
             path.write_text(top + path.read_text())
+
+
+def of_tuple(app, what, name, obj, skip, options) -> bool | None:
+    """Whether to leave out a NamedTuple's field: its class says more than "Alias for field 0"."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
@@ -127,6 +136,22 @@ def by_last_name(app, env, node, contnode):
                 env, node["refdoc"], app.builder, "obj", found[0], node, contnode
             )
     return None
+
+
+def inline_math(translator, node) -> None:
+    translator.body.append(tex2mathml(sized(node.astext())))
+    raise nodes.SkipNode
+
+
+def block_math(translator, node) -> None:
+    formula = tex2mathml(sized(node.astext()), as_block=True)
+    translator.body.append(f'<div class="math-wrapper">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def sized(formula: str) -> str:
+    r"""docutils knows \big( as \bigl( only."""
+    return re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", formula)
 
 
 class Generated(SphinxDirective):

@@ -9,7 +9,7 @@ from cnf.data.density import Toy, uniform
 class Cells(Toy):
     r"""A density that is constant on each of the equal cells of a box.
 
-    .. math:: p(x) = w_{ij} \,/\, (A \textstyle\sum w) \quad\text{on cell } ij \text{ of area } A
+    .. math:: p(x) = w_{ij} \,/\, (A {\textstyle\sum w}) \quad\text{on cell } ij \text{ of area } A
 
     A cell contains its lower and left edge, not its upper and right one. Outside the box the
     log-density is -inf; its gradient is zero everywhere.

@@ -76,10 +76,8 @@ def solve_path(
             "Keep the state in float32 or float64 and put autocast inside the field.",
             t=times[0], nfe=0, settings=str(solver),
         )  # fmt: skip
-    if (
-        solver.has_error_control
-        and max(solver.rtol, solver.atol) < FINEST * torch.finfo(dtype).eps
-    ):
+    finest = FINEST * torch.finfo(dtype).eps
+    if solver.has_error_control and max(solver.rtol, solver.atol) < finest:
         raise SolverError(
             f"the tolerances are below the resolution of {dtype}",
             "Raise rtol and atol, or solve in float64: flow.double().log_prob(x.double()).",
@@ -95,9 +93,8 @@ def solve_path(
             raise  # the field's own
         raise watched.explain() from error
     nfe = watched.nfe
-    if not solver.has_error_control and not all(
-        torch.isfinite(values[-1]).all() for values in path
-    ):
+    finite = solver.has_error_control or all(values[-1].isfinite().all() for values in path)
+    if not finite:
         raise watched.explain()
     watched.forward_is_over(times[-1])
     return path, nfe

@@ -242,9 +242,7 @@ def _leaving_inputs(
             return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
         try:
             return rates(field, t, x, context)
-        except (
-            RuntimeError
-        ) as error:  # a product with the Jacobian may fail for an earlier evaluation
+        except RuntimeError as error:  # an edit may only show in a later Jacobian product
             explain_edit(field, error)
             raise
 

@@ -1,4 +1,4 @@
-"""What people type at a shell, in the one spelling that jsonargparse reads."""
+"""Normalization of command-line arguments to the spelling that jsonargparse reads."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ SWITCHED = ("true", "false")
 
 
 def flags(function: Callable[..., Any]) -> dict[str, Any]:
-    """Flag → its type: a function's arguments, those of a settings dataclass one by one."""
+    """The type of each flag: of a function's arguments, and of the fields of dataclasses."""
     found = {}
     for name, kind in get_type_hints(function).items():
         if name != "return":
@@ -23,36 +23,38 @@ def flags(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def settings_class(kind: Any) -> type | None:
-    """The dataclass that an argument of this type is made from, if it is one."""
+    """The dataclass in an argument's type, or None."""
     return next((part for part in (kind, *get_args(kind)) if is_dataclass(part)), None)  # pyright: ignore
 
 
 def required(function: Callable[..., Any]) -> list[str]:
-    """The arguments that must be given, in order: they may stand without their flag."""
+    """The arguments without a default, in order, which may be given without their flags."""
     every = signature(function).parameters.items()
     return [name for name, parameter in every if parameter.default is Parameter.empty]
 
 
-def spelled(words: Sequence[str], kinds: Mapping[str, Any], bare: Iterable[str]) -> list[str]:
-    """A command's words as flags with one value each.
+def normalized(
+    words: Sequence[str], kinds: Mapping[str, Any], positional: Iterable[str]
+) -> list[str]:
+    """Rewrite a command's words as flags with one value each.
 
-    Dashes in a flag count as underscores; the first words without a flag belong to `bare`, in
-    order; "a,b" is a list where one is expected; a switch may stand alone, or be turned off by
-    `--no-…`.
+    Dashes in a flag become underscores; words without a flag are the values of `positional`, in
+    order; "a,b" becomes a list where one is expected; a switch needs no value, and is turned off
+    by `--no-…`.
 
     >>> kinds = {"data": str, "batch_size": int, "seeds": list[int], "resume": bool}
-    >>> spelled(["moons", "--batch-size", "9", "--seeds", "0,1", "--resume"], kinds, ["data"])
+    >>> normalized(["moons", "--batch-size", "9", "--seeds", "0,1", "--resume"], kinds, ["data"])
     ['--data=moons', '--batch_size=9', '--seeds=["0", "1"]', '--resume=true']
 
     Args:
-        words: What stands behind the command.
-        kinds: Flag → its type.
-        bare: The flags that may be left out, in the order of their values.
+        words: The words after the command.
+        kinds: Type of each flag.
+        positional: Flags that may be omitted, in the order of their values.
 
     Raises:
-        ValueError: A flag that is not known, one without its value, or a word too many.
+        ValueError: A flag is unknown or has no value, or there is a value without a flag.
     """
-    waiting, rest, found = list(bare), list(words), []
+    waiting, rest, found = list(positional), list(words), []
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
@@ -75,7 +77,7 @@ def spelled(words: Sequence[str], kinds: Mapping[str, Any], bare: Iterable[str])
 
 
 def _value(word: str, kind: Any, rest: list[str]) -> str:
-    """The value behind a flag, taken from the rest of the words; a switch may have none."""
+    """The value of a flag, removed from the rest of the words; a switch may have none."""
     switch = bool in (kind, *get_args(kind))
     alone = not rest or rest[0].startswith("--") or kind is bool and rest[0] not in SWITCHED
     if switch and alone:
@@ -86,7 +88,7 @@ def _value(word: str, kind: Any, rest: list[str]) -> str:
 
 
 def _kind(name: str, kinds: Mapping[str, Any]) -> Any:
-    """The type of a flag; Any for an entry of one that holds a mapping, `options.hidden`."""
+    """The type of a flag; Any for an entry of a mapping, such as `options.hidden`."""
     top, dot, _ = name.partition(".")
     if top not in kinds:
         close = difflib.get_close_matches(top, kinds, n=1)
@@ -99,13 +101,18 @@ def _listed(value: str, kind: Any) -> str:
     parts = value.split(",")
     if any(get_origin(part) is list for part in (kind, *get_args(kind))):
         return value if value.startswith("[") or value == "null" else json.dumps(parts)
-    if kind is Any and len(parts) > 1 and value[0] not in "[{'\"":  # an option: --options.hidden
+    if kind is Any and len(parts) > 1 and value[0] not in "[{'\"":  # such as --options.hidden 8,8
         return f"[{value}]"
     return value
 
 
-def explained(error: Exception, kinds: Mapping[str, Any]) -> str:
-    """An error of jsonargparse in the words of the command line, in one line."""
+def error_message(error: Exception, kinds: Mapping[str, Any]) -> str:
+    """The message of an error of jsonargparse in one line, with flags as they are typed.
+
+    Args:
+        error: The error.
+        kinds: Type of each flag.
+    """
     text = " ".join(str(error).split())
     key = re.match(r'Parser key "(\w+)', text)
     if key and key[1] in kinds and (got := re.search(r"(?:Given|Got) value: (.*)$", text)):

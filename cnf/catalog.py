@@ -1,4 +1,4 @@
-"""Every table of names that a user may choose from, as `cnf list` shows them."""
+"""All registries of names that a user may choose from, as `cnf list` shows them."""
 
 from typing import Any
 

@@ -18,7 +18,7 @@ import torch
 from cnf import __version__ as cnf_version
 from cnf import data as densities
 from cnf import models
-from cnf.arguments import explained, flags, required, settings_class, spelled
+from cnf.arguments import error_message, flags, normalized, required, settings_class
 from cnf.catalog import KINDS
 from cnf.data import Columns, Points
 from cnf.data.tabular import expect_writable
@@ -32,7 +32,8 @@ from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
 from cnf.training.run import free_folder, read_manifest, recorded, scored_rows
 
-RECIPES = {"cnf": ("flow-matching", {"times": "skewed"})}  # of other models: likelihood
+# The objective of a model and its options; that of the others is maximum likelihood.
+DEFAULT_OBJECTIVES = {"cnf": ("flow-matching", {"times": "skewed"})}
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     table: Columns | None = None,
     config: TrainConfig | None = None,
 ) -> None:
-    """Train a model on a density or on one's own points, and keep everything in a run's folder.
+    """Train a model on a density or on your own points, and save everything in a run's folder.
 
     Args:
         data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
@@ -53,24 +54,27 @@ def train(
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden 128,128.
         objective: What is minimized (see `cnf list objectives`). If not given, flow matching with
-            more times near the data for cnf, maximum likelihood for every other model.
+            more times close to the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
-        test: Part of one's own points that training never sees, for `cnf evaluate`.
-        table: What the columns of one's own table are for.
+        test: Part of your own points that is held out from training, for `cnf evaluate`.
+        table: Roles of the columns of your own table.
         config: The settings of the run.
+
+    Raises:
+        ValueError: A setting is out of range, or a name is unknown.
     """
     config = config or TrainConfig()
-    source = _kept(data, table) if config.resume else densities.load(data, table)
+    source = _training_data(data, table) if config.resume else densities.load(data, table)
     if not 0 <= test < 1:
         raise ValueError(f"expected 0 <= test < 1, got {test}")
     if isinstance(source, Points):
         source, _ = source.split(test)
-    torch.manual_seed(config.seed)  # the first weights belong to what a seed repeats
+    torch.manual_seed(config.seed)  # the initial weights too follow from the seed
     flow = models.build(model, **{**source.sizes, **(options or {})})
     if objective is None:
-        objective, recipe = RECIPES.get(model, ("maximum-likelihood", {}))
-        objective_options = {**recipe, **(objective_options or {})}
+        objective, defaults = DEFAULT_OBJECTIVES.get(model, ("maximum-likelihood", {}))
+        objective_options = {**defaults, **(objective_options or {})}
     goal = OBJECTIVES.build({"name": objective, **(objective_options or {})})
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
@@ -89,9 +93,9 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     Args:
         run: A run's folder or a flow file.
         data: Density, picture or file of held-out points, whose columns are read as the run's
-            were (weights may be missing), and of which all are scored. If not given, what the run
-            was trained on: of one's own points those that training put aside.
-        points: Test points at most.
+            were (weights may be missing), and all of which are scored. If not given, the data
+            that the run was trained on: of your own points, those that training held out.
+        points: Largest number of test points.
     """
     from cnf.race.judge import Judge
     from cnf.race.tables import scores_table
@@ -126,12 +130,12 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
 
 
 def _test_points(source: Points, share: float, run: Path) -> tuple[Points, Points, str]:
-    """Points to score, others for the floor, and in words which they are.
+    """Points to score, others for the floor, and a description of the former.
 
     Args:
-        source: All of them.
-        share: Part of them that training put aside.
-        run: The folder of the run that was trained on them.
+        source: All points.
+        share: Part of them that training held out.
+        run: The folder of the run that was trained on the rest.
     """
     rest, test = source.split(share)
     known = _expect_trained_on(run, rest)
@@ -148,7 +152,7 @@ def _test_points(source: Points, share: float, run: Path) -> tuple[Points, Point
 
 
 def _expect_trained_on(run: Path, rest: Points) -> bool:
-    """Whether the run tells which rows it was trained on; raise if they are others than these."""
+    """Whether the run recorded its training rows; raise ValueError unless they are these."""
     before = read_manifest(run).get("rows")
     if before is not None and before != hash_of_rows(in_memory(rest)):
         raise ValueError(
@@ -166,16 +170,19 @@ def sample(
     steps: int | None = None,
     context: list[str] | None = None,
 ) -> None:
-    """Draw from a trained flow into a file.
+    """Draw points from a trained flow and write them to a file.
 
     Args:
         run: A run's folder or a flow file.
-        output: The file, .npy or .csv; it must not exist. Its folder is made if need be.
-        n: How many points.
+        output: The file, .npy or .csv; it must not exist. Its folder is created if necessary.
+        n: Number of points.
         seed: Seed of the draws.
-        steps: Sample a continuous flow with so many midpoint steps instead of its own solver.
-        context: What the samples are conditioned on: a value or label for each context column in
-            order, or name=value, such as species=cat,age=3.
+        steps: Number of midpoint steps to sample a continuous flow in, instead of its own solver.
+        context: Condition of the samples: a value or label for each context column in order, or
+            name=value, such as species=cat,age=3.
+
+    Raises:
+        ValueError: A setting is out of range, the file exists, or the context does not fit.
     """
     if n < 1:
         raise ValueError(f"expected --n to be at least 1, got {n}")
@@ -185,7 +192,7 @@ def sample(
         flow = flow.with_solver(Solver("midpoint", steps=steps))
     reading = _columns(recorded(run)) if (run / "config.yaml").is_file() else Columns()
     given = None
-    if context is not None:  # in float64, since float32 has not the digits of a time in seconds
+    if context is not None:  # in float64: float32 would round a time in seconds
         given = torch.tensor(reading.parse("sample", context), dtype=torch.float64)
     if given is None and flow.context_dim:
         wanted = ", ".join(reading.context or [f"{flow.context_dim} numbers"])
@@ -196,11 +203,11 @@ def sample(
 
 
 def plot(run: Path, data: str | None = None) -> None:
-    """Draw a run's density, samples and trajectories, and an animation, into its figures folder.
+    """Plot a run's density, samples, trajectories and an animation in its figures folder.
 
     Args:
         run: A run's folder.
-        data: Density, picture or file of points to draw beside it; what it was trained on if not
+        data: Density, picture or file of points to plot for comparison; the training data if not
             given.
     """
     from cnf.race.compare import measured
@@ -235,15 +242,18 @@ def compare(
             npy, parquet).
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
         steps: Budget of each contestant in optimizer steps.
-        contestants: Who runs, such as nsf,realnvp (see `cnf list contestants`); cnf-likelihood,
-            cnf-flow-matching, cnf-both, ffjord, realnvp and nsf if not given.
-        seeds: One run for each, such as 0,1,2; 0 if none is given.
-        folder: Where everything is written; it must not exist. runs/compare-… if not given.
+        contestants: Names of the contestants, such as nsf,realnvp (see `cnf list contestants`);
+            cnf-likelihood, cnf-flow-matching, cnf-both, ffjord, realnvp and nsf if not given.
+        seeds: Seeds of the runs of each contestant, such as 0,1,2; 0 if none is given.
+        folder: Folder of the results; it must not exist. runs/compare-… if not given.
         device: "auto", "cpu", "cuda" or "mps".
-        w2_points: Points for the exact W2 distance.
-        table: What the columns of one's own table are for.
-        resume: Go on with the race in `folder`: who has finished is not raced again.
+        w2_points: Number of points for the exact W2 distance.
+        table: Roles of the columns of your own table.
+        resume: Continue the race in `folder`, without the contestants that have finished.
         progress: Show progress bars.
+
+    Raises:
+        ValueError: A setting is out of range, or a name is unknown.
     """
     from cnf.race import compare as race
     from cnf.race.report import write_report
@@ -267,21 +277,21 @@ def compare(
 
 
 def check(run: Path, data: str | None = None) -> None:
-    """Look for what is wrong with a flow: mass, log-determinants, round trip, gradients, solver.
+    """Check a flow for errors: mass, log-determinants, round trip, gradients, solver.
 
-    Exits with 1 where something is wrong.
+    The exit code is 1 if a check fails.
 
     Args:
         run: A run's folder or a flow file.
         data: Density, picture or file whose points are used, its columns read as the run's were.
-            If not given, the flow's own samples, or where it has a context the table that the run
-            was trained on, if it is still there.
+            If not given, the flow's own samples or, for a flow with a context, the table that the
+            run was trained on, if it still exists.
     """
     from cnf.checks import check as check_flow
 
     flow, x, context = load(run), None, None
     where = "its own samples"
-    if data is not None or (flow.context_dim and _kept_table(run)):
+    if data is not None or (flow.context_dim and _has_training_table(run)):
         source, draw = _data(run, data)[0], torch.Generator().manual_seed(0)
         if isinstance(source, Points):
             rows = source.take(source.draw(64, draw))
@@ -298,10 +308,10 @@ def check(run: Path, data: str | None = None) -> None:
 
 
 def list_names(kind: str | None = None) -> None:
-    """Show the names that the other commands take.
+    """List the names that the other commands accept.
 
     Args:
-        kind: One kind only, such as models or densities.
+        kind: A single kind, such as models or densities; all if not given.
     """
     from cnf.metrics import METRICS
     from cnf.race import CONTESTANTS
@@ -331,7 +341,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The `cnf` command. What a user can cause ends in one line and exit code 2."""
+    """Run the `cnf` command; errors that a user can cause print one line and exit with code 2.
+
+    Args:
+        arguments: Words of the command line; those of the process if None.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         _parser().print_help()
@@ -346,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
-    except BrokenPipeError:  # of `cnf list | head`: nobody reads any more
+    except BrokenPipeError:  # the reader has closed the pipe, as in `cnf list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (ValueError, TypeError, OSError, ImportError, SolverError, CheckpointError) as error:
@@ -359,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Inside, a warning is shown as its words, without the line of code that gave it."""
+    """A context manager in which a warning prints its text without the line of code."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: (
         f"warning: {' '.join(str(message).split())}\n"
@@ -371,7 +385,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _resumed(words: list[str]) -> list[str]:
-    """`--resume RUN` as the flags that it stands for; a config's own place is its run's folder."""
+    """Expand `--resume RUN` to flags; the folder of a run is that of its config file."""
     given = dict(word[2:].split("=", 1) for word in words if "=" in word)
     resume, config = given.get("resume"), given.get("config")
     if resume in (None, "true", "false", "auto"):
@@ -385,18 +399,20 @@ def _resumed(words: list[str]) -> list[str]:
 
 
 def _options(name: str, words: list[str]) -> dict[str, Any]:
-    """The arguments of a command's function from its words."""
+    """Parse the words of a command to the arguments of its function."""
     if name not in COMMANDS:
         raise UnknownNameError("command", name, COMMANDS)
     function = COMMANDS[name]
     kinds = flags(function) | ({"config": Path, "print_config": None} if name == "train" else {})
-    words = spelled(words, kinds, required(function) or kinds)
+    words = normalized(words, kinds, required(function) or kinds)
     words = _resumed(words) if name == "train" else words
     file = next((word[9:] for word in words if word.startswith("--config=")), None)
     try:
-        parsed = _parser().parse_args([name, *_of_old(file), *words])
+        parsed = _parser().parse_args([name, *_former_defaults(file), *words])
     except ArgumentError as error:
-        raise ValueError(explained(error, kinds) + (f" (in {file})" if file else "")) from error
+        raise ValueError(
+            error_message(error, kinds) + (f" (in {file})" if file else "")
+        ) from error
     options = parsed[name].as_dict()
     options.pop("config", None)
     for argument, kind in get_type_hints(function).items():
@@ -406,8 +422,8 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
     return options
 
 
-def _of_old(config: str | None) -> list[str]:
-    """What a configuration means that was written before one's own points had a test part."""
+def _former_defaults(config: str | None) -> list[str]:
+    """Flags for a configuration from before there was a test part, which trains on all rows."""
     path = Path(config or "")
     lines = path.read_text().splitlines() if path.is_file() else []
     known = any(line.startswith("test:") for line in lines)
@@ -439,20 +455,21 @@ def _parser() -> Any:
 
 
 def _data(run: Path, data: str | None) -> tuple[Any, float]:
-    """The data named, or what the run was trained on, read as they were; and the part of them that
-    training put aside.
+    """The named data, or those that the run was trained on, and the part that it held out.
+
+    A table is read with the columns of the run.
     """
     if data is not None and not (run / "config.yaml").is_file():
         return densities.load(data), 0.0
     settings = recorded(run)
     name = data or settings["data"]
     columns = _columns(settings) if densities.table_kind(Path(name)) else None
-    found = _kept(name, columns) if data is None else _others(name, columns)
+    found = _training_data(name, columns) if data is None else _other_data(name, columns)
     return found, settings.get("test", 0.0)
 
 
-def _others(name: str, columns: Columns | None) -> Any:
-    """Data that the run was not trained on, which may be without weights."""
+def _other_data(name: str, columns: Columns | None) -> Any:
+    """Data that the run was not trained on, whose column of weights may be missing."""
     try:
         return densities.load(name, columns)
     except ValueError as error:
@@ -462,8 +479,8 @@ def _others(name: str, columns: Columns | None) -> Any:
         return densities.load(name, replace(columns, weight=None))
 
 
-def _kept(name: str, columns: Columns | None) -> Any:
-    """What a run was trained on, from where it was."""
+def _training_data(name: str, columns: Columns | None) -> Any:
+    """The data that a run was trained on."""
     try:
         return densities.load(name, columns)
     except FileNotFoundError as error:
@@ -472,14 +489,14 @@ def _kept(name: str, columns: Columns | None) -> Any:
         ) from None
 
 
-def _kept_table(run: Path) -> bool:
-    """Whether the table that a run was trained on is still where it was."""
+def _has_training_table(run: Path) -> bool:
+    """Whether the table that a run was trained on still exists."""
     known = (run / "config.yaml").is_file()
     return known and Path(recorded(run)["data"]).is_file()
 
 
 def _columns(settings: dict[str, Any]) -> Columns:
-    """How a run read its table."""
+    """The roles of the columns of a run's table."""
     names = {field.name for field in fields(Columns)}
     return Columns(**{name: value for name, value in settings.items() if name in names})
 

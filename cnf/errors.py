@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: who, what was expected, what came, what to try."""
+"""Errors, and checks that raise them: who, what was expected, what was given, what to try."""
 
 import difflib
 import importlib
@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WEIGHTS = (1e-30, 1e30)  # of the largest of them; only their ratios mean something
-DISTRIBUTION = "torch-cnf"  # what pip knows the package as
+__all__ = ["CheckpointError", "DivergedError", "SolverError", "UnknownNameError"]
+
+WEIGHTS = (1e-30, 1e30)  # least and largest for the maximum of the weights of rows
+DISTRIBUTION = "torch-cnf"  # the name of the package on the index
 
 
 class SolverError(RuntimeError):
-    """An ODE solve that could not be finished; the message says why, where and what to try.
+    """An ODE solve that failed; the message says why, at which time, and what to try.
 
     Args:
         cause: What went wrong, in words.
-        remedy: What to try.
+        remedy: What to try, in words.
         t: Time of the last evaluation.
         nfe: Evaluations of the vector field so far.
         settings: The solver's settings, in words.
@@ -33,7 +35,7 @@ class SolverError(RuntimeError):
         super().__init__(f"{cause} at t={t:.4g} after {nfe} evaluations ({settings}). {remedy}")
         self.cause, self.remedy, self.t, self.nfe, self.settings = cause, remedy, t, nfe, settings
 
-    def __reduce__(self) -> Any:  # across processes: by state, not by the constructor's arguments
+    def __reduce__(self) -> Any:  # between processes: the state, not the constructor's arguments
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -42,11 +44,17 @@ class CheckpointError(RuntimeError):
 
 
 class DivergedError(ValueError):
-    """Training whose loss, gradients or weights are no numbers, or whose ODE is out of hand."""
+    """Training with a loss, gradients or weights that are not finite, or an unsolvable ODE."""
 
 
 class UnknownNameError(ValueError, KeyError):
-    """A name that no registry entry has; the message lists those there are."""
+    """A name that is not registered; the message lists the known ones and the closest.
+
+    Args:
+        kind: What the name is of, such as "coupling".
+        name: The name.
+        known: The registered names.
+    """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         names = sorted(known)
@@ -67,7 +75,15 @@ def _restored(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any
 
 
 def optional(module: str, extra: str) -> ModuleType:
-    """Import a module that only the extra `extra` installs, or say which packages it needs."""
+    """Import a module of an optional dependency.
+
+    Args:
+        module: Name of the module.
+        extra: The extra of this distribution that installs it.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -78,7 +94,7 @@ def optional(module: str, extra: str) -> ModuleType:
 
 
 def _requirements(extra: str) -> list[str]:
-    """What an extra of this distribution asks for; nothing where it is not installed as one."""
+    """The requirements of an extra; none if this package was not installed by pip."""
     try:
         listed = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -89,7 +105,14 @@ def _requirements(extra: str) -> list[str]:
 
 
 def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
-    """Raise unless `value` is a floating tensor of shape (\\*, \\*event_shape)."""
+    """Raise ValueError unless `value` is a floating tensor of shape (*, *event_shape).
+
+    Args:
+        who: Whose argument it is, for the message.
+        name: Name of the argument.
+        value: The argument.
+        event_shape: Shape of an event.
+    """
     event_shape = tuple(event_shape)
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -104,7 +127,7 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
 
 
 def expect_context(who: str, context: Tensor | None, size: int) -> Tensor:
-    """The context; raise unless it is there, of shape (\\*, size)."""
+    """Return the context; raise ValueError unless it has the shape (*, size)."""
     if context is None:
         raise ValueError(f"{who}: expected a context of shape (*, {size}), got None")
     expect_event(who, "context", context, (size,))
@@ -112,13 +135,13 @@ def expect_context(who: str, context: Tensor | None, size: int) -> Tensor:
 
 
 def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = None) -> None:
-    """Raise, naming the first bad rows, if `value` (shape (N, \\*)) holds NaN or infinity.
+    """Raise ValueError if `value` contains NaN or infinity, naming the first such rows.
 
     Args:
-        who: Whose argument it is.
-        name: What the argument is called.
-        value: The rows.
-        numbers: What the user knows the rows by, where they were drawn from others.
+        who: Whose argument it is, for the message.
+        name: Name of the argument.
+        value: The rows, shape (N, *event).
+        numbers: Row numbers to name, shape (N,), if the rows were drawn from the user's.
     """
     found = (~torch.isfinite(value)).nonzero()[:, 0].unique()
     rows = (found if numbers is None else numbers[found.to(numbers.device)].sort().values).tolist()
@@ -130,10 +153,14 @@ def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = N
 
 
 def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> None:
-    """Raise unless weights, shape (N,), are finite, at least 0, not all 0, and of a scale that
-    float32, in which losses are added, can hold.
+    """Raise ValueError unless weights are finite, at least 0, not all 0, and of a usable scale.
 
-    `numbers` is as of `expect_finite`.
+    The scale must be such that sums of them are finite and not zero in float32.
+
+    Args:
+        who: Whose weights they are, for the message.
+        weight: The weights, shape (N,).
+        numbers: Row numbers to name, shape (N,), if the rows were drawn from the user's.
     """
     wrong = (~((weight >= 0) & torch.isfinite(weight))).nonzero().flatten().tolist()
     if wrong:
@@ -153,7 +180,7 @@ def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> N
 
 
 def expect_unmasked(who: str, name: str, value: Any) -> None:
-    """Raise, naming rows and columns, if `value` is a masked array with masked entries."""
+    """Raise ValueError if an array has masked entries, naming their rows and columns."""
     if not isinstance(value, np.ma.MaskedArray) or not np.ma.is_masked(value):
         return
     where = np.argwhere(np.ma.getmaskarray(value))
@@ -165,12 +192,17 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
     )
 
 
-# What torch says of tensors that were edited, or cannot be, and are needed as they were.
+# What torch's errors say if a tensor that autograd needs was, or would be, modified in place.
 _EDITED = re.compile(r"in-?place|written-to tensor", re.IGNORECASE)
 
 
 def explain_edit(module: torch.nn.Module, error: RuntimeError) -> None:
-    """Raise in whole words where torch's error is of an edit in place by `module`."""
+    """Raise ValueError with an explanation if torch's error is of an operation in place.
+
+    Args:
+        module: The flow, field or network that was called.
+        error: The error that torch raised.
+    """
     if _EDITED.search(str(error)):
         told = str(error).split(". ")[0].strip()
         raise ValueError(
@@ -181,17 +213,21 @@ def explain_edit(module: torch.nn.Module, error: RuntimeError) -> None:
 
 
 def _author(module: torch.nn.Module) -> str:
-    """The class of the network that a flow, or wrappers of fields, are around."""
+    """The class of the innermost network of a flow or field."""
     while isinstance(field := getattr(module, "field", None), torch.nn.Module):
         module = field
     return type(getattr(module, "net", module)).__name__
 
 
 def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None) -> Any:
-    """What `call()` finds; raise where `module` edits in place what it was given, or what torch
-    needs.
+    """Return `call()`; raise ValueError if `module` modifies its inputs in place.
 
-    Compiled code and inference mode, in which tensors count no edits, go unchecked.
+    There is no check in compiled code and in inference mode, where tensors have no version.
+
+    Args:
+        module: The module that is called, for the message.
+        call: A function that calls it.
+        given: Its inputs by name; None is skipped.
     """
     tensors = {name: value for name, value in given.items() if value is not None}
     if torch.compiler.is_compiling() or any(value.is_inference() for value in tensors.values()):
@@ -213,22 +249,22 @@ def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor |
 
 
 def some(values: Sequence[Any]) -> str:
-    """The first five of them, for a message."""
+    """The first five values, separated by commas, for a message."""
     return ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
 
 
 def is_whole(n: object) -> bool:
-    """Whether n is a whole number: Python's, NumPy's, or one that is traced."""
+    """Whether n is an integer of Python or NumPy, or a symbolic one of torch.compile."""
     return isinstance(n, int | Integral | torch.SymInt) and not isinstance(n, bool)
 
 
 def is_count(n: Any) -> bool:
-    """Whether n is a whole number of at least 0."""
+    """Whether n is an integer of at least 0."""
     return is_whole(n) and n >= 0
 
 
 def expect_shape(who: str, sample_shape: Any) -> tuple[int, ...]:
-    """The sample shape as a tuple, an int n as (n,); raise unless it counts something."""
+    """Return the sample shape as a tuple, an int n as (n,); raise ValueError if it is none."""
     shape = (sample_shape,) if is_count(sample_shape) else sample_shape
     if isinstance(shape, tuple | list) and all(map(is_count, shape)):
         return tuple(shape)
@@ -239,7 +275,7 @@ def expect_shape(who: str, sample_shape: Any) -> tuple[int, ...]:
 
 
 def expect_times(who: str, times: Any) -> list[float]:
-    """The times as numbers; raise unless they ascend from 0 and lie in [0, 1]."""
+    """Return the times as floats; raise ValueError unless they ascend from 0 within [0, 1]."""
     if isinstance(times, Tensor) and times.requires_grad:
         raise ValueError(f"{who}: times take no gradient; give it times.detach()")
     try:
@@ -254,7 +290,7 @@ def expect_times(who: str, times: Any) -> list[float]:
 
 
 def expect_device(who: str, device: str | torch.device) -> None:
-    """Raise where torch has no such device here."""
+    """Raise ValueError if torch finds no device of this kind."""
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     kind = str(device).split(":")[0]
     if kind in there and not there[kind]():
@@ -265,7 +301,7 @@ def expect_device(who: str, device: str | torch.device) -> None:
 
 
 def expect_generator(who: str, generator: Any) -> None:
-    """Raise unless `generator` is a torch.Generator or None."""
+    """Raise TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"{who}: expected generator to be a torch.Generator, got {generator!r}; write "
@@ -274,14 +310,14 @@ def expect_generator(who: str, generator: Any) -> None:
 
 
 def expect_choice(who: str, name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise unless `value` is one of `choices`."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{who}: expected {name} to be one of {known}, got {value!r}")
 
 
 def expect_positive(who: str, **values: float | None) -> None:
-    """Raise for the first value that is given (not None) and is not a finite number above zero."""
+    """Raise ValueError for the first value that is neither None nor finite and above zero."""
     for name, value in values.items():
         if value is not None and not _is_positive(value):
             raise ValueError(f"{who}: expected {name} > 0, got {value!r}")
@@ -295,9 +331,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def expect_counts(who: str, least: int = 1, **values: Any) -> None:
-    """Raise for the first value that is given (not None) and is not a whole number of at least
-    `least`.
-    """
+    """Raise ValueError for the first value that is neither None nor an integer >= `least`."""
     for name, value in values.items():
         if value is None:
             continue

@@ -1,4 +1,4 @@
-"""How many digits numbers keep: autocast, the widest dtype of a device, what a cast would lose."""
+"""Numerical precision: autocast, the widest dtype of a device, and what a cast would lose."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +11,11 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-COARSE = 0.01  # of a column's spread: rounding beyond it shows in a density
+COARSE = 0.01  # of a column's spread: a larger rounding error changes the density
 
 
 def current_autocast(value: Tensor) -> torch.autocast:
-    """A context with autocast on value's device as it is now."""
+    """A context manager that restores the current autocast of value's device."""
     device = value.device.type
     return torch.autocast(
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
@@ -23,8 +23,14 @@ def current_autocast(value: Tensor) -> torch.autocast:
 
 
 def with_current_autocast(function: Callable[P, R], value: Tensor) -> Callable[P, R]:
-    """The function, under autocast as it is now whenever it is called: a backward pass that calls
-    it would else evaluate in another precision than the forward pass did.
+    """Wrap a function such that later calls run under the current autocast.
+
+    Otherwise a backward pass that calls it would compute in another precision than the forward
+    pass did.
+
+    Args:
+        function: The function.
+        value: A tensor on the device whose autocast is meant.
     """
     if not torch.is_autocast_enabled(value.device.type):
         return function
@@ -39,25 +45,31 @@ def with_current_autocast(function: Callable[P, R], value: Tensor) -> Callable[P
 
 
 def no_autocast(value: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on value's device: rounding in bfloat16 breaks invertibility, and
-    the log-determinant would not be that of the map that is computed.
+    """A context manager without autocast on value's device, for invertible maps.
+
+    Rounding in bfloat16 breaks invertibility, and the log-determinant would not be that of the map
+    that is computed.
     """
     device = value.device.type
     if not torch.is_autocast_enabled(device):
-        return nullcontext()  # 20 times faster
+        return nullcontext()  # 20× faster
     return torch.autocast(device, enabled=False)
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The floating dtype with the most digits that the device computes in."""
+    """The floating dtype with the highest precision on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def collapsing(x: Tensor, dtype: torch.dtype) -> list[int]:
-    """The columns of x, shape (N, \\*event), whose values a cast to `dtype` would merge.
+    """Indices of the columns of x whose values a cast to `dtype` would merge.
 
-    Rounding counts where it moves a column by more than `COARSE` of the distance between its
-    quartiles (of its standard deviation, where these coincide), over at most 10,000 rows.
+    These are the columns with an RMS rounding error above `COARSE` of the interquartile range (or
+    of the standard deviation, if the quartiles are equal), over at most 10,000 rows.
+
+    Args:
+        x: Data, shape (N, *event).
+        dtype: A floating dtype.
 
     >>> seconds = 1.7e9 + torch.arange(100, dtype=torch.float64)
     >>> collapsing(torch.stack([seconds, seconds - seconds[0]], 1), torch.float32)

@@ -1,5 +1,6 @@
-"""Seeds and generators: one's own, seeded by several integers, and torch's, which dropout and
-torch.distributions draw from and which are left as they were.
+"""Seeded generators, and the state of torch's global ones.
+
+Dropout and torch.distributions draw from the global generators, whose state is restored.
 """
 
 from contextlib import AbstractContextManager
@@ -8,17 +9,22 @@ import torch
 
 
 def untouched(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, draws on the CPU and on `device` move torch's generators; then these are as before.
+    """A context manager that restores torch's global generators of the CPU and of `device`.
 
-    Without devices, `torch.random.fork_rng` warns where there are two GPUs, and starts them all.
+    Without a list of devices, `torch.random.fork_rng` would initialize all GPUs and warn if there
+    are several.
     """
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of `device`.
+    """Seed torch's global generators of the CPU and of `device`.
 
-    `torch.manual_seed` takes a millisecond, and seeds those of every GPU.
+    `torch.manual_seed` takes a millisecond and seeds those of all GPUs.
+
+    Args:
+        seed: The seed.
+        device: The device.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -29,7 +35,7 @@ def reseed(seed: int, device: torch.device) -> None:
 
 
 def mixed(*numbers: int) -> int:
-    """One well-spread 32-bit seed (all that torch's CPU generator uses) from integers."""
+    """Hash integers to a 32-bit seed, as many bits as torch's CPU generator uses."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -40,5 +46,5 @@ def mixed(*numbers: int) -> int:
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator seeded by several integers."""
+    """A CPU generator whose seed is a hash of several integers."""
     return torch.Generator().manual_seed(mixed(*numbers))

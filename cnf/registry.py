@@ -1,4 +1,4 @@
-"""Public name → class or function: the tables that commands, tests and docs read."""
+"""Registries of named classes and functions, which the commands, tests and documentation read."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,14 +9,16 @@ from typing import Any, TypeVar
 
 from cnf.errors import UnknownNameError
 
+__all__ = ["Registry", "spec"]
+
 T = TypeVar("T")
 
 
 class Registry(Mapping[str, Any]):
-    """A named table of one kind of thing.
+    """A mapping from names to classes or functions of one kind.
 
-    An entry may carry an `example`, a factory of small instances: the property tests run over
-    every entry's example, so what is registered is tested.
+    An entry may have an `example`, a factory of small instances, over which the property tests
+    run.
 
     >>> SHAPES = Registry("shape")
     >>> @SHAPES.register("square", example=lambda: Square())
@@ -31,8 +33,8 @@ class Registry(Mapping[str, Any]):
     cnf.errors.UnknownNameError: unknown shape 'sqare'; known: square. Did you mean 'square'?
 
     Args:
-        kind: What an entry is, in the singular.
-        base: What a user's own class must derive from; None where any callable will do.
+        kind: What an entry is called, in the singular.
+        base: The base class of instances; None if entries are functions or any callables.
     """
 
     def __init__(self, kind: str, base: type | None = None) -> None:
@@ -42,7 +44,15 @@ class Registry(Mapping[str, Any]):
         _TABLES.append(self)
 
     def register(self, name: str, example: Callable[..., Any] | None = None) -> Callable[[T], T]:
-        """Decorator that puts a class or function into the table under `name`."""
+        """Decorator that registers a class or function.
+
+        Args:
+            name: Its name.
+            example: A factory of small instances for tests.
+
+        Raises:
+            ValueError: The name is registered already.
+        """
 
         def add(entry: T) -> T:
             if name in self._entries:
@@ -55,20 +65,20 @@ class Registry(Mapping[str, Any]):
         return add
 
     def build(self, spec: Any, who: str | None = None) -> Any:
-        """What `spec` stands for.
+        """Build an instance from its specification.
 
         Args:
-            spec: An instance, which is returned as it is; a name, or the class of that name; or a
-                mapping of "name" and the options of the class or function of that name.
+            spec: An instance, which is returned unchanged; a name or a registered class; or a
+                mapping with a "name" and the options of that class or function.
             who: Whose argument it is, for errors.
 
         Returns:
-            An instance, or, where functions are what is listed, the function with its options.
+            An instance, or, of a registered function, the function with its options bound.
 
         Raises:
-            UnknownNameError: No entry has the name.
-            ValueError: A mapping without "name", or with an option that the entry does not have.
-            TypeError: None of these.
+            UnknownNameError: The name is not registered.
+            ValueError: A mapping has no "name", or an option that the entry does not have.
+            TypeError: The specification is of another type.
         """
         if isinstance(spec, str):
             spec = {"name": spec}
@@ -95,7 +105,7 @@ class Registry(Mapping[str, Any]):
         )
 
     def name_of(self, entry: Any) -> str | None:
-        """The name of a class or function, or of an instance's class; None where it has none."""
+        """The name of a class, of a function, or of an instance's class; None without one."""
         entry = entry.func if isinstance(entry, partial) else entry
         found = (name for name, own in self.items() if own is entry or own is type(entry))
         return next(found, None)
@@ -120,7 +130,13 @@ _TABLES: list[Registry] = []
 
 
 def options_of(entry: Callable[..., Any], called: bool = True) -> list[str]:
-    """The arguments of a class or function that is called; else those behind its `*`."""
+    """Names of the arguments that a specification may give.
+
+    Args:
+        entry: A class or function.
+        called: Whether `Registry.build` calls it; if it only binds options, these are the
+            keyword-only arguments.
+    """
     kinds = [Parameter.KEYWORD_ONLY]
     if called:
         kinds.append(Parameter.POSITIONAL_OR_KEYWORD)
@@ -133,7 +149,13 @@ def _shown(value: Any) -> str:
 
 
 def expect_options(who: str, options: Iterable[str], known: Sequence[str]) -> None:
-    """Raise for the first option that is not known."""
+    """Raise ValueError for the first option that is unknown.
+
+    Args:
+        who: Whose options they are, for the message.
+        options: Names that were given.
+        known: Names that exist.
+    """
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
@@ -143,8 +165,10 @@ def expect_options(who: str, options: Iterable[str], known: Sequence[str]) -> No
 
 
 def spec(value: Any) -> Any:
-    """A setting as JSON and YAML hold it; what is registered by its name and fields, so that
-    `Registry.build` gives it again. Fields at None or empty are left out.
+    """The specification of a value in terms of JSON, from which `Registry.build` restores it.
+
+    An instance of a registered class becomes its name and fields, without those that are None or
+    empty mappings.
 
     >>> import cnf
     >>> spec(cnf.matching.paths.Bridge(sigma=0.5))

@@ -1,6 +1,6 @@
-"""Sampling continuous flows: step grids for few evaluations, guidance, SDEs.
+"""Sampling from continuous flows: step grids for few evaluations, guidance, SDEs.
 
-A grid is what `Solver(grid=…)` takes; few-step sampling is then any flow's own:
+A grid is an argument of `Solver`, so that sampling in few steps is
 `flow.with_solver(Solver("heun2", grid=edm_grid(8))).sample(1000)`.
 """
 
@@ -21,23 +21,30 @@ from cnf.flow import Flow, require_field
 from cnf.matching.paths import PATHS, Path
 
 Grid = tuple[float, ...]
-LEAST = 1e-5  # of time, between two steps of a learned grid
+MIN_STEP = 1e-5  # shortest step of a learned grid, in units of time
 
 
 def edm_grid(
     steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Grid:
-    """Steps that are short near both ends: the noise levels of EDM, as times of a linear path.
+    """The noise levels of EDM as times of the linear path, with short steps close to both ends.
 
-    A level s is the noise's spread over the data's share, (1 - t)/t, so t = 1/(1 + s); the first
-    time is moved to 0, the last is 1.
+    On the linear path the ratio of noise to data is σ = (1 - t)/t, so t = 1/(1 + σ). The first
+    time is replaced by 0, and the last is 1.
+
     Source: Karras et al. (2022), https://arxiv.org/abs/2206.00364, eq. 5.
 
     Args:
-        steps: How many.
-        sigma_min: The last level above zero.
-        sigma_max: The first level.
-        rho: Above 1 for shorter steps at low levels.
+        steps: Number of steps.
+        sigma_min: The last noise level above zero.
+        sigma_max: The first noise level.
+        rho: Exponent, larger for shorter steps at low noise levels.
+
+    Returns:
+        The steps + 1 times, increasing from 0 to 1.
+
+    Raises:
+        ValueError: A number is not positive, or sigma_min is not below sigma_max.
     """
     expect_counts("edm_grid", steps=steps)
     expect_positive("edm_grid", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -61,23 +68,33 @@ def learned_grid(
     points: int = 512,
     generator: torch.Generator | None = None,
 ) -> Grid:
-    """The grid whose samples come nearest to those of the flow's own solver, from equal steps on.
+    """Optimize a grid such that samples are close to those of the flow's own solver.
 
-    One time after the other is moved while that helps, by ever smaller amounts (Hooke & Jeeves,
-    1961, https://doi.org/10.1145/321062.321069). Some hundred samples of `points` points.
+    It minimizes the mean distance between the two samples from the same base points, by pattern
+    search from equal steps: the times are moved in turn while the distance decreases, by smaller
+    and smaller amounts. It draws on the order of 100 times `points` samples.
+
+    Source: Hooke & Jeeves (1961), https://doi.org/10.1145/321062.321069.
 
     Args:
         flow: A continuous flow.
-        steps: How many.
+        steps: Number of steps.
         method: A one-step method, such as "euler" or "heun2".
         context: Condition, shape (C,) or (points, C).
-        points: Base samples whose mean distance, few steps to own solver, is made least.
+        points: Number of base samples.
         generator: Source of the base samples.
+
+    Returns:
+        The steps + 1 times, increasing from 0 to 1.
+
+    Raises:
+        TypeError: The flow is not continuous.
+        ValueError: A number is not a whole one of at least 1.
     """
     require_field("learned_grid", flow)
     expect_counts("learned_grid", steps=steps, points=points)
     z = flow.base.sample((points,), generator)
-    exact = flow.trajectory(z, (0.0, 1.0), context)[-1]  # before it is rounded to discrete data
+    exact = flow.trajectory(z, (0.0, 1.0), context)[-1]  # without dequantization, which rounds
 
     def error(grid: Sequence[float]) -> float:
         few = flow.with_solver(Solver(method, grid=tuple(grid)))
@@ -88,9 +105,9 @@ def learned_grid(
     least, reach = error(grid), 0.5 / steps
     while steps > 1 and reach > 0.02 / steps:
         before = least
-        for k, way in product(range(1, steps), (reach, -reach)):
-            trial = [*grid[:k], grid[k] + way, *grid[k + 1 :]]
-            if not grid[k - 1] + LEAST < trial[k] < grid[k + 1] - LEAST:
+        for k, shift in product(range(1, steps), (reach, -reach)):
+            trial = [*grid[:k], grid[k] + shift, *grid[k + 1 :]]
+            if not grid[k - 1] + MIN_STEP < trial[k] < grid[k + 1] - MIN_STEP:
                 continue
             found = error(trial)
             if found < least:
@@ -101,12 +118,18 @@ def learned_grid(
 
 
 def guided(flow: Flow, weight: float, interval: tuple[float, float] = (0.0, 1.0)) -> Flow:
-    """The same weights under classifier-free guidance: samples, density and all; see `Guided`.
+    """A flow with the same weights under classifier-free guidance; see `Guided`.
+
+    Its samples and its density are those of the guided field.
 
     Args:
         flow: A continuous flow built with null_context=True.
-        weight: 1 for the conditional flow itself, more for more of the condition.
-        interval: Times at which it holds.
+        weight: Guidance weight; 1 is the conditional flow itself.
+        interval: Times at which guidance is applied.
+
+    Raises:
+        TypeError: The flow is not continuous.
+        ValueError: It was built without null_context=True, or the interval is not in [0, 1].
     """
     transform = copy.copy(require_field("guided", flow))
     field = Guided(transform.field, weight, interval)
@@ -127,28 +150,34 @@ def sde(
     grid: Grid | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Samples by dx = (v + ½g²·∇log p_t) dt + g dW, which has the flow's marginals for every g.
+    """Sample from the SDE dx = (v + ½g²·∇log p_t) dt + g dW by the Euler-Maruyama method.
 
-    The noise corrects errors of the velocity that an ODE would carry to the end. The score is the
-    field's own head's, or follows from the velocity, which needs a standard normal base and an
-    independent coupling.
+    For every g its marginals are those of the flow's ODE. The noise corrects errors of the
+    velocity that the ODE would accumulate. The score is that of the field's own head, if there is
+    one. Otherwise it is computed from the velocity, which requires a standard normal base and an
+    independent coupling in training.
+
     Source: Song et al. (2021), https://arxiv.org/abs/2011.13456; Albergo et al. (2023),
     https://arxiv.org/abs/2303.08797.
 
     Args:
         flow: A continuous flow trained by flow matching.
-        sample_shape: As of `Flow.sample`.
-        context: Condition.
-        path: The path that it was trained with, where the field does not say.
-        steps: Of Euler and Maruyama.
-        noise: g² = 2·noise·σ_t where `diffusion` is None, so that the drift stays bounded; 0 is
-            the ODE.
+        sample_shape: Shape of the batch of samples, as in `Flow.sample`.
+        context: Condition, shape (C,) or one that broadcasts to (*sample_shape, C).
+        path: The path of the training, unless the field has one.
+        steps: Number of equal steps, unless a grid is given.
+        noise: Scale of g² = 2·noise·σ_t, for which the drift is bounded; 0 is the ODE. It is
+            ignored if `diffusion` is given.
         diffusion: g as a function of t.
-        grid: Times of the steps, instead of equal ones.
+        grid: Times of the steps, increasing from 0 to 1.
         generator: Source of all draws.
 
     Returns:
-        Samples, as `Flow.sample` gives them.
+        Samples in data space, shape (*sample_shape, *event).
+
+    Raises:
+        TypeError: The flow is not continuous.
+        ValueError: The noise is negative, or the grid does not increase from 0 to 1.
     """
     field = require_field("sde", flow).field
     path = path_of(field) or PATHS.build(path)
@@ -162,7 +191,7 @@ def sde(
         raise ValueError(f"sde: expected a grid ascending from 0 to 1, got {times}")
     for start, stop in pairwise(times):
         t, h = x.new_tensor(start), stop - start
-        g = _spread(head, path, t, noise) if diffusion is None else diffusion(t)
+        g = _default_diffusion(head, path, t, noise) if diffusion is None else diffusion(t)
 
         def drift(t: Tensor = t, x: Tensor = x, g: Any = g) -> Tensor:
             return field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
@@ -174,8 +203,8 @@ def sde(
     return x if flow.dequantization is None else flow.dequantization.decode(x)
 
 
-def _spread(head: bool, path: Path, t: Tensor, noise: float) -> Tensor:
-    """g: of the noise whose mean the score is."""
+def _default_diffusion(head: bool, path: Path, t: Tensor, noise: float) -> Tensor:
+    """The default g, for which ½g² times the score is bounded."""
     at = path.schedule(path.clipped(t))
     sigma = at.gamma if head else at.gaussian().sigma
     return (2 * noise * torch.as_tensor(sigma)).sqrt()

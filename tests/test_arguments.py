@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cnf.arguments import explained, spelled
+from cnf.arguments import error_message, normalized
 
 KINDS = {
     "data": str,
@@ -39,7 +39,7 @@ KINDS = {
     ],
 )
 def test_words_become_flags_with_one_value(words, expected):
-    found = spelled(words.split(), KINDS, ["data"])
+    found = normalized(words.split(), KINDS, ["data"])
     assert " ".join(found).replace('["0", "1"]', '["0","1"]') == expected
 
 
@@ -55,9 +55,9 @@ def test_words_become_flags_with_one_value(words, expected):
 )
 def test_what_is_wrong_is_named(words, said):
     with pytest.raises(ValueError, match=said.replace("?", r"\?")):
-        spelled(words.split(), KINDS, ["data"])
+        normalized(words.split(), KINDS, ["data"])
 
 
 def test_arguments_that_are_missing_are_named_without_their_settings():
     error = ValueError("the following arguments are required: config.steps, data")
-    assert explained(error, KINDS) == "expected STEPS and DATA"
+    assert error_message(error, KINDS) == "expected STEPS and DATA"

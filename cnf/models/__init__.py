@@ -1,4 +1,4 @@
-"""The named models: presets of the same parts, with the same argument names."""
+"""The named models: functions that build flows, with the same argument names throughout."""
 
 from cnf.models.autoregressive import autoregressive_flow, iaf, maf, nsf_ar
 from cnf.models.build import MODELS, build

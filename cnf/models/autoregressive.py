@@ -23,18 +23,18 @@ def maf(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Masked autoregressive flow: `log_prob` takes one pass of the nets, `sample` D passes.
+    """Masked autoregressive flow: `log_prob` takes one pass of the conditioners, `sample` D.
 
     Source: Papamakarios et al. (2017), MAF, https://arxiv.org/abs/1705.07057.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's masked net (MADE).
+        hidden: Hidden widths of each layer's conditioner, a masked MLP (MADE).
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What stands between layers: "reverse" (the other order of the variables),
-            "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
+        between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
+            random permutation), "lu" (a trained linear map) or None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -42,7 +42,7 @@ def maf(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     return autoregressive_flow(
         dim, context=context, hidden=hidden, layers=layers, activation=activation,
@@ -62,18 +62,18 @@ def iaf(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Inverse autoregressive flow: `sample` takes one pass of the nets, `log_prob` D passes.
+    """Inverse autoregressive flow: `sample` takes one pass of the conditioners, `log_prob` D.
 
     Source: Kingma et al. (2016), IAF, https://arxiv.org/abs/1606.04934.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's masked net (MADE).
+        hidden: Hidden widths of each layer's conditioner, a masked MLP (MADE).
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What stands between layers: "reverse" (the other order of the variables),
-            "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
+        between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
+            random permutation), "lu" (a trained linear map) or None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -81,7 +81,7 @@ def iaf(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
 
     def layer(k: int) -> Transform:
@@ -108,31 +108,33 @@ def nsf_ar(
     context_preprocess: str | None = "standardize",
     period: float | None = None,
 ) -> Flow:
-    """Autoregressive neural spline flow: `log_prob` takes one pass of the nets, `sample` D passes.
+    """Autoregressive neural spline flow: one pass of the nets for `log_prob`, D for `sample`.
 
     Source: Durkan et al. (2019), Neural Spline Flows, https://arxiv.org/abs/1906.04032; for angles
     Rezende et al. (2020), https://arxiv.org/abs/2002.02428.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's masked net (MADE).
+        hidden: Hidden widths of each layer's conditioner, a masked MLP (MADE).
         layers: Number of layers.
-        bins: Bins of each spline.
-        bound: The splines end at ±bound, in units of the standardized data; 5 if None.
+        bins: Number of bins of each spline.
+        bound: The splines are the identity beyond ±bound, in units of standardized data; 5 if
+            None.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What stands between layers: "reverse" (the other order of the variables),
-            "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
+        between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
+            random permutation), "lu" (a trained linear map) or None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        period: Of the data, where all of them are angles: circular splines on
-            [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
+        period: Period of the data, if all variables are angles: the splines are circular on
+            [-period/2, period/2) and the base is uniform. It requires preprocess=None, no bound
+            and no "lu".
 
     Returns:
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     return autoregressive_flow(
         dim, spline("nsf-ar", bins, bound, period, between, preprocess), context=context,
@@ -155,23 +157,25 @@ def autoregressive_flow(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Autoregressive layers of any elementwise map; loading needs `cnf.load(path, into=…)`.
+    """Autoregressive flow with any elementwise map as its transformer.
+
+    A transformer is not part of the saved specification: load with `cnf.load(path, into=…)`.
 
     >>> from cnf.transforms import RationalQuadratic
     >>> autoregressive_flow(2, RationalQuadratic(bins=4), layers=2).event_shape
     (2,)
 
     Args:
-        dim: D, the number of variables.
-        transformer: The map of each variable, whose parameters the nets give; affine if None.
+        dim: Number of variables D.
+        transformer: Map of each variable, with parameters from the conditioner; affine if None.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's masked net (MADE).
+        hidden: Hidden widths of each layer's conditioner, a masked MLP (MADE).
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What stands between layers: "reverse" (the other order of the variables),
-            "shuffle" (a random order before every layer), "lu" (a trained linear map) or None.
-        period: Of the data, where they are angles, which the nets see as sines and cosines.
-        base: What is mapped to the data; N(0, I) if None.
+        between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
+            random permutation), "lu" (a trained linear map) or None.
+        period: Period of the data, if they are angles; the conditioners see sines and cosines.
+        base: Base distribution; N(0, I) if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -179,7 +183,7 @@ def autoregressive_flow(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
 
     def layer(k: int) -> Transform:

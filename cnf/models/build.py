@@ -1,4 +1,4 @@
-"""The table of named models, and what all of them share."""
+"""The registry of named models, and the parts that all of them share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -14,20 +14,24 @@ from cnf.transforms.context import StandardizeContext
 from cnf.transforms.normalization import Standardize
 
 P = ParamSpec("P")
-FORMER = ("standardise",)  # in files of version 0.1
+FORMER = ("standardise",)  # its name in files of version 0.1
 
 
 class Models(Registry):
-    """The named models: functions that return a `Flow`.
+    """The registry of models, which are functions that return a `Flow`.
 
-    A flow that a registered function builds remembers how (`flow.spec`), so that `cnf.load` can
-    build it again.
+    A flow that a registered function builds has its name and arguments in `flow.spec`, from which
+    `cnf.load` builds it again.
     """
 
     def register(  # pyright: ignore
         self, name: str, example: Callable[..., Any] | None = None
     ) -> Callable[[Callable[P, Flow]], Callable[P, Flow]]:
-        """Decorator that puts a function, or any callable that returns a `Flow`, into the table.
+        """Decorator that registers a function, or any other callable, that returns a `Flow`.
+
+        Args:
+            name: The name of the model.
+            example: A factory of small instances for tests.
 
         >>> @MODELS.register("mine")
         ... def mine(dim: int, *, width: int = 8) -> Flow:
@@ -62,7 +66,7 @@ MODELS = Models("model")
 
 
 def build(name: str, **options: Any) -> Flow:
-    """Build a model by its name, as config files do; `cnf.models.nsf(2)` is `build("nsf", dim=2)`.
+    """Build a model by name, as configurations do: `build("nsf", dim=2)` is `cnf.models.nsf(2)`.
 
     >>> build("cnf", dim=2, hidden=(64, 64), context=3).context_dim
     3
@@ -71,8 +75,9 @@ def build(name: str, **options: Any) -> Flow:
         name: A name in `MODELS`, such as "nsf-ar" for `nsf_ar`.
         options: The function's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
             `preprocess`, `context_preprocess`, …
+
     Raises:
-        ValueError: An unknown name, or an option that the model does not have.
+        ValueError: The name is unknown, or the model does not have an option.
     """
     builder = MODELS[name]
     expect_options(name, options, options_of(builder))
@@ -86,7 +91,18 @@ def assembled(
     context_preprocess: str | None,
     base: Base | None = None,
 ) -> Flow:
-    """The flow of a model's parts: data and context are standardized, or (None) as they are."""
+    """A flow of a transform and a base, with preprocessing of data and context by name.
+
+    Args:
+        transform: The map from base to data.
+        event_shape: Shape of a data point.
+        preprocess: "standardize" or None.
+        context_preprocess: "standardize" or None; without effect if there is no context.
+        base: Base distribution; N(0, I) if None.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
     for argument, name in (("preprocess", preprocess), ("context_preprocess", context_preprocess)):
         if name not in FORMER:
             expect_choice("models", argument, name, ("standardize", None))
@@ -101,7 +117,7 @@ def assembled(
 
 
 def _expect_sizes(who: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raise unless the size of a point is given, once, and sizes are possible."""
+    """Raise ValueError unless exactly one of dim and shape is given, and sizes are valid."""
     sizes = [name for name in ("dim", "shape") if name in known]
     if sizes and sum(given.get(name) is not None for name in sizes) != 1:
         wanted = " or ".join({"dim": "dim=…", "shape": "shape=(C, H, W)"}[name] for name in sizes)

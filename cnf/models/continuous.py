@@ -1,4 +1,4 @@
-"""The continuous models: a vector field, a solver, and the way each is trained."""
+"""Continuous models: a vector field, a solver, and defaults for training by likelihood."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,27 +40,27 @@ def cnf(
     The field is preconditioned for standardized data, see `cnf.fields.Preconditioned`.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
-        layers: Stacked blocks, each with its own field.
+        layers: Number of blocks, each with a field of its own.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        frequencies: Fourier features of time in the field.
-        fourier: Fourier features of x, which sharp densities need; None for 32 where D <= 4 and
-            none above, where they would cost the trace D products.
-        solver: A `Solver`, or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
+        frequencies: Number of Fourier frequencies of time.
+        fourier: Number of Fourier features of x, which sharp densities need. If None, 32 for
+            D <= 4 and 0 above, where the exact trace would take D more products.
+        solver: A `Solver` or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        shape: (C, H, W) instead of dim: a convolutional field.
-        null_context: Whether a learned vector stands in for a context that is missing, as guidance
-            needs it.
+        shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
+        null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
+            unknown.
     """
 
     def block() -> VectorField:
@@ -93,30 +93,32 @@ def ffjord(
 ) -> Flow:
     """FFJORD: concatsquash layers, a trained end time, dopri5 at 1e-5 with the adjoint.
 
-    The defaults are the paper's for 2-D densities, but that data are standardized; for images
-    softplus and convolutions. Training uses one Hutchinson probe, evaluation the exact trace.
+    The defaults are those of the paper for 2-D densities, except that data are standardized; for
+    images, the field has softplus activations and convolutions. Likelihood training uses one
+    Hutchinson probe, evaluation the exact trace.
+
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
-        layers: Stacked blocks, each with its own field.
+        layers: Number of blocks, each with a field of its own.
         activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
             if None.
         end_time: End time of each block's ODE at the start of training; it is trained.
-        solver: A `Solver`, or its arguments; by default dopri5 at 1e-5 with the adjoint.
+        solver: A `Solver` or its arguments; by default dopri5 at 1e-5 with the adjoint.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        shape: (C, H, W) instead of dim: a convolutional field.
-        null_context: Whether a learned vector stands in for a context that is missing, as guidance
-            needs it.
+        shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
+        null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
+            unknown.
     """
 
     def block() -> VectorField:
@@ -144,34 +146,35 @@ def rnode(
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
-    """RNODE: FFJORD with straight paths, so that a few fixed steps are enough to train.
+    """RNODE: FFJORD regularized to straight paths, such that few fixed steps suffice to train.
 
-    Training adds the kinetic energy and the Jacobian's Frobenius norm, the latter from the
-    trace's own product, and takes RK4 with steps of 1/4, unless a solver is given; evaluation is
-    exact, dopri5 at 1e-5.
+    Likelihood training penalizes the kinetic energy and the Jacobian's Frobenius norm, which is
+    estimated from the same product as the trace, and uses RK4 with steps of 1/4 unless a solver is
+    given. Evaluation uses the exact trace and dopri5 at 1e-5.
+
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
-        layers: Stacked blocks, each with its own field.
+        layers: Number of blocks, each with a field of its own.
         activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
             if None.
-        kinetic: Weight of ∫‖v‖² dt beside the NLL.
-        jacobian: Weight of ∫‖∂v/∂x‖² dt beside the NLL.
-        solver: A `Solver`, or its arguments, for training and evaluation.
+        kinetic: Weight of the penalty ∫‖v‖² dt, added to the NLL in nats.
+        jacobian: Weight of the penalty ∫‖∂v/∂x‖² dt.
+        solver: A `Solver` or its arguments, for training and evaluation.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        shape: (C, H, W) instead of dim: a convolutional field.
-        null_context: Whether a learned vector stands in for a context that is missing, as guidance
-            needs it.
+        shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
+        null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Neither dim nor shape, or both; a size below 1, or a name that is not known.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
+            unknown.
     """
 
     def block() -> VectorField:
@@ -200,29 +203,30 @@ def otflow(
     context_preprocess: str | None = "standardize",
     null_context: bool = False,
 ) -> Flow:
-    """OT-Flow: the gradient of a potential, trained with transport and HJB costs on fixed RK4.
+    """OT-Flow: the gradient field of a potential, trained with transport and HJB penalties.
 
-    The trace is the potential's Laplacian in closed form. Unless a solver is given, likelihood
-    training takes 8 steps of RK4, and evaluation 16; the learning rate is 0.1.
+    The trace is the Laplacian of the potential in closed form. Unless a solver is given,
+    likelihood training uses 8 steps of RK4, and evaluation 16. The default learning rate is 0.1.
+
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
 
     Args:
-        dim: D, the number of variables.
+        dim: Number of variables D.
         context: Size of the context; 0 for none.
-        hidden: Widths of the potential's layers, all the same.
-        transport: Weight of ½∫‖v‖² dt beside the NLL (1/100 in the paper's α = (1, 100, 5)).
-        hjb: Weight of the Hamilton-Jacobi-Bellman residual (5/100).
-        solver: A `Solver`, or its arguments, for training and evaluation.
+        hidden: Widths of the potential's layers, all equal.
+        transport: Weight of the penalty ½∫‖v‖² dt, added to the NLL in nats; 1/100 corresponds to
+            the paper's α = (1, 100, 5).
+        hjb: Weight of the Hamilton-Jacobi-Bellman residual, 5/100 in the paper.
+        solver: A `Solver` or its arguments, for training and evaluation.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        null_context: Whether a learned vector stands in for a context that is missing, as guidance
-            needs it.
+        null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Hidden layers of different widths, a size below 1, or a name that is not known.
+        ValueError: Hidden layers differ in width, a size is below 1, or a name is unknown.
     """
     if len(set(hidden)) != 1:
         raise ValueError(f"otflow: expected hidden layers of one width, got {tuple(hidden)}")

@@ -1,4 +1,4 @@
-"""Flows of coupling layers: one half of the variables is mapped, given the other half."""
+"""Flows of coupling layers, which transform one half of the variables given the other."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,14 @@ def nice(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """NICE: additive couplings, which keep volume, and one diagonal scaling.
+    """NICE: additive coupling layers, which preserve volume, and a diagonal scaling.
 
     Source: Dinh et al. (2014), NICE, https://arxiv.org/abs/1410.8516.
 
     Args:
-        dim: D, the number of variables; 2 or more.
+        dim: Number of variables D; 2 or more.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's net.
+        hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
@@ -39,7 +39,7 @@ def nice(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
 
     def layer(k: int) -> Transform:
@@ -47,7 +47,7 @@ def nice(
             dim, half(dim, k), Additive(), hidden=hidden, context_dim=context,
             activation=activation,
         )  # fmt: skip
-        # Not at the identity: data with mirror symmetry give a shift no gradient to leave zero by.
+        # Not initialized to the identity, where data with mirror symmetry give shifts no gradient.
         coupling.net.layers[-1].reset_parameters()  # pyright: ignore
         return coupling
 
@@ -73,14 +73,14 @@ def realnvp(
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
     Args:
-        dim: D, the number of variables; 2 or more.
+        dim: Number of variables D; 2 or more.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's net.
+        hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What mixes the variables between layers, which keep one half and then the other:
-            None, "shuffle" (a random permutation before every second layer, so that the masks are
-            random) or "lu" (a trained linear map).
+        between: Map between layers, whose masks alternate between the halves: None, "shuffle" (a
+            random permutation before every pair of layers, so that the halves are random) or "lu"
+            (a trained linear map).
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -88,7 +88,7 @@ def realnvp(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     return coupling_flow(
         dim, context=context, hidden=hidden, layers=layers, activation=activation,
@@ -117,26 +117,28 @@ def nsf(
     Rezende et al. (2020), https://arxiv.org/abs/2002.02428.
 
     Args:
-        dim: D, the number of variables; 2 or more.
+        dim: Number of variables D; 2 or more.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's net.
+        hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
-        bins: Bins of each spline.
-        bound: The splines end at ±bound, in units of the standardized data; 5 if None.
+        bins: Number of bins of each spline.
+        bound: The splines are the identity beyond ±bound, in units of standardized data; 5 if
+            None.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What mixes the variables between layers, which keep one half and then the other:
-            None, "shuffle" (a random permutation before every second layer, so that the masks are
-            random) or "lu" (a trained linear map).
+        between: Map between layers, whose masks alternate between the halves: None, "shuffle" (a
+            random permutation before every pair of layers, so that the halves are random) or "lu"
+            (a trained linear map).
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        period: Of the data, where all of them are angles: circular splines on
-            [-period/2, period/2) and a uniform base; wants preprocess=None and no "lu".
+        period: Period of the data, if all variables are angles: the splines are circular on
+            [-period/2, period/2) and the base is uniform. It requires preprocess=None, no bound
+            and no "lu".
 
     Returns:
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     return coupling_flow(
         dim, spline("nsf", bins, bound, period, between, preprocess), context=context,
@@ -159,24 +161,26 @@ def coupling_flow(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Couplings by any elementwise map; `cnf.save` needs `cnf.load(path, into=…)` for it.
+    """Coupling flow with any elementwise map as its transformer.
+
+    A transformer is not part of the saved specification: load with `cnf.load(path, into=…)`.
 
     >>> from cnf.transforms import RationalQuadratic
     >>> coupling_flow(2, RationalQuadratic(bins=4), layers=2).event_shape
     (2,)
 
     Args:
-        dim: D, the number of variables; 2 or more.
-        transformer: The map of each variable, whose parameters the nets give; affine if None.
+        dim: Number of variables D; 2 or more.
+        transformer: Map of each variable, with parameters from the conditioner; affine if None.
         context: Size of the context; 0 for none.
-        hidden: Widths of each layer's net.
+        hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        between: What mixes the variables between layers, which keep one half and then the other:
-            None, "shuffle" (a random permutation before every second layer, so that the masks are
-            random) or "lu" (a trained linear map).
-        period: Of the data, where they are angles, which the nets see as sines and cosines.
-        base: What is mapped to the data; N(0, I) if None.
+        between: Map between layers, whose masks alternate between the halves: None, "shuffle" (a
+            random permutation before every pair of layers, so that the halves are random) or "lu"
+            (a trained linear map).
+        period: Period of the data, if they are angles; the conditioners see sines and cosines.
+        base: Base distribution; N(0, I) if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -184,7 +188,7 @@ def coupling_flow(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
 
     def layer(k: int) -> Transform:

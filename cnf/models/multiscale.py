@@ -25,28 +25,30 @@ def glow(
     context_preprocess: str | None = "standardize",
     shape: Sequence[int] | None = None,
 ) -> Flow:
-    """Glow: actnorm, a trained linear map that starts as a rotation, and an affine coupling.
+    """Glow: steps of actnorm, a linear map initialized as a rotation, and an affine coupling.
 
-    For images the linear map is a 1×1 convolution; each level squeezes, takes `layers` such steps
-    and factors half of the channels out, given the other half, which goes on to the next level.
+    For images the linear map is a 1×1 convolution. Each level squeezes the image, applies `layers`
+    steps and factors out half of the channels, which are modeled given the other half; that half
+    goes on to the next level.
+
     Source: Kingma & Dhariwal (2018), https://arxiv.org/abs/1807.03039.
 
     Args:
-        dim: D, the number of variables; 2 or more.
+        dim: Number of variables D; 2 or more.
         context: Size of the context; 0 for none.
-        hidden: Widths of each coupling's net (channels, for images).
-        layers: Steps (of each level, for images).
-        levels: How often an image is squeezed; twice if None.
+        hidden: Hidden widths of each coupling's conditioner (channels, for images).
+        layers: Number of steps (per level, for images).
+        levels: Number of levels, for images; 2 if None.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
-        shape: (C, H, W) instead of dim, H and W multiples of 2 to the power of levels.
+        shape: Shape (C, H, W) of images, instead of dim; H and W are multiples of 2^levels.
 
     Returns:
-        A `Flow` of points of shape (dim,), or of images.
+        A `Flow` of points of shape (dim,), or of images of the given shape.
 
     Raises:
-        ValueError: Neither dim nor shape, or both; a size that does not fit.
+        ValueError: Not exactly one of dim and shape is given, or a size does not fit.
     """
     if layers < 1:
         raise ValueError(f"models: expected layers >= 1, got {layers}")

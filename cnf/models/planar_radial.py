@@ -1,4 +1,4 @@
-"""Planar, radial and Sylvester flows: each layer adds one bend, whose inverse is a root."""
+"""Planar, radial and Sylvester flows, whose inverses are computed by root finding."""
 
 from cnf.flow import Flow
 from cnf.models.build import MODELS
@@ -15,13 +15,13 @@ def planar(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Planar flow: each layer bends space along one direction.
+    """Planar flow: each layer moves points along one direction, by a function of a projection.
 
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770.
 
     Args:
-        dim: D, the number of variables.
-        context: Size of the context, in which the layers' parameters are linear; 0 for none.
+        dim: Number of variables D.
+        context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
@@ -30,7 +30,7 @@ def planar(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     stack = layered(lambda k: Planar(dim, context), layers, dim, None)
     return stacked(stack, dim, preprocess, context_preprocess)
@@ -45,13 +45,13 @@ def radial(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Radial flow: each layer moves space towards a point or away from it.
+    """Radial flow: each layer contracts or expands space around a point.
 
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770.
 
     Args:
-        dim: D, the number of variables.
-        context: Size of the context, in which the layers' parameters are linear; 0 for none.
+        dim: Number of variables D.
+        context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
@@ -60,7 +60,7 @@ def radial(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     stack = layered(lambda k: Radial(dim, context), layers, dim, None)
     return stacked(stack, dim, preprocess, context_preprocess)
@@ -76,15 +76,15 @@ def sylvester(
     preprocess: str | None = "standardize",
     context_preprocess: str | None = "standardize",
 ) -> Flow:
-    """Sylvester flow: each layer bends space along several orthogonal directions.
+    """Sylvester flow: planar layers along several orthogonal directions at once.
 
     Source: van den Berg et al. (2018), https://arxiv.org/abs/1803.05649.
 
     Args:
-        dim: D, the number of variables.
-        context: Size of the context, in which the layers' parameters are linear; 0 for none.
+        dim: Number of variables D.
+        context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
-        rank: Directions of a layer; all of D, but 8 at most, if None.
+        rank: Number of directions per layer; the smaller of D and 8 if None.
         preprocess: "standardize", fitted at the first `cnf.fit`, or None.
         context_preprocess: The same for the context.
 
@@ -92,7 +92,7 @@ def sylvester(
         A `Flow` of points of shape (dim,).
 
     Raises:
-        ValueError: A size below 1, or a name that is not known.
+        ValueError: A size is below 1, or a name is unknown.
     """
     rank = min(dim, 8) if rank is None else rank
     stack = layered(lambda k: Sylvester(dim, rank, context), layers, dim, None)

@@ -1,4 +1,4 @@
-"""Stacks of layers, with what mixes the variables between them."""
+"""Stacks of layers with maps between them that mix the variables."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from cnf.transforms.elementwise import ElementwiseMap, Inverted
 from cnf.transforms.linear import LU, Permutation
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
 
-HALVES = (None, "shuffle", "lu")  # reversed, the next layer would keep the same half again
+HALVES = (None, "shuffle", "lu")  # "reverse" would undo the alternation of the masks
 ORDERS = (*HALVES, "reverse")
 
 
@@ -24,7 +24,7 @@ def stacked(
     context_preprocess: str | None,
     base: Base | None = None,
 ) -> Flow:
-    """A flow of vectors through transforms, listed from base to data."""
+    """A flow of vectors whose transforms are listed from base to data; see `assembled`."""
     return assembled(Compose(transforms), (dim,), preprocess, context_preprocess, base)
 
 
@@ -35,15 +35,18 @@ def layered(
     between: str | None,
     halves: bool = True,
 ) -> list[Transform]:
-    """Layers 0, 1, … with something that mixes the variables between them.
+    """Layers 0, 1, … with maps between them that mix the variables.
 
     Args:
-        layer: k → layer k.
-        layers: How many.
-        dim: D.
-        between: "shuffle", "lu", None, or, for layers that are not of halves, "reverse".
-        halves: Whether layers come in pairs with complementary masks, which a shuffle must not
-            part: it could keep the same variable in all layers.
+        layer: Function that returns layer k.
+        layers: Number of layers.
+        dim: Number of variables D.
+        between: "shuffle", "lu", None or, if `halves` is false, "reverse".
+        halves: Whether layers come in pairs with complementary masks. A shuffle then stands before
+            each pair: within one, it could leave a variable unchanged in all layers.
+
+    Raises:
+        ValueError: `between` is unknown, or there is no layer.
     """
     expect_choice("models", "between", between, HALVES if halves else ORDERS)
     if layers < 1:
@@ -61,7 +64,7 @@ def layered(
 
 
 def _another_order(dim: int) -> list[int]:
-    """Drawn at random, but not the order that is there."""
+    """A random permutation other than the identity."""
     order = list(range(dim))
     while dim > 1 and order == sorted(order):
         order = torch.randperm(dim).tolist()
@@ -69,7 +72,7 @@ def _another_order(dim: int) -> list[int]:
 
 
 def half(dim: int, k: int) -> range:
-    """The first half of the variables, or the last, in turn."""
+    """The half of the variables that layer k leaves unchanged: the first or the last in turn."""
     middle = (dim + 1) // 2
     return range(middle, dim) if k % 2 else range(middle)
 
@@ -82,7 +85,19 @@ def spline(
     between: str | None,
     preprocess: str | None,
 ) -> ElementwiseMap:
-    """Data to base, the way that training goes, by the spline's formula; the other by its root."""
+    """The spline of a neural spline flow, in closed form from data to base, as in training.
+
+    Args:
+        who: Name of the model, for messages.
+        bins: Number of bins.
+        bound: The spline is the identity beyond ±bound; 5 if None.
+        period: Period of the data, for a circular spline; None if they are not angles.
+        between: Map between layers, see `layered`.
+        preprocess: Preprocessing of the data.
+
+    Raises:
+        ValueError: There is a period, and a bound, preprocessing or a linear map too.
+    """
     if period is None:
         return Inverted(RationalQuadratic(bins, 5.0 if bound is None else bound))
     if between == "lu" or (preprocess, bound) != (None, None):
@@ -95,5 +110,5 @@ def spline(
 
 
 def angles(dim: int, period: float | None) -> Base | None:
-    """The base of a flow of angles, or None for the usual one."""
+    """The uniform base of a flow of angles; None without a period, for the default base."""
     return None if period is None else UniformAngles(dim, period)

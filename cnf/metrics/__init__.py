@@ -1,6 +1,7 @@
 """What is measured: of samples, of flows, with error bars, against evaluations of the field."""
 
 from cnf.metrics.error_bars import LogProb, log_prob_with_error
+from cnf.metrics.estimate import Estimate
 from cnf.metrics.flows import (
     Evaluations,
     gap,
@@ -12,10 +13,9 @@ from cnf.metrics.flows import (
     round_trip_error,
     straightness,
 )
+from cnf.metrics.metric import METRICS, Metric, Score, Trial, metric
 from cnf.metrics.nfe_curves import nfe_curve, nfe_table
 from cnf.metrics.samples import (
-    METRICS,
-    Estimate,
     c2st,
     energy_distance,
     mmd,
@@ -29,11 +29,15 @@ __all__ = [
     "Estimate",
     "Evaluations",
     "LogProb",
+    "Metric",
+    "Score",
+    "Trial",
     "c2st",
     "energy_distance",
     "gap",
     "log_prob_chunked",
     "log_prob_with_error",
+    "metric",
     "mmd",
     "nfe",
     "nfe_curve",

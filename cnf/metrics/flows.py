@@ -1,14 +1,15 @@
-"""How good a flow is: its likelihood, its gap to the truth, the length and cost of its paths.
+"""How good a flow is: its likelihood, the length of its paths, what it costs.
 
-`METRICS` maps the public name of every metric to its function. There are two kinds: distances
-between two sets of samples, `(x, y, …) -> float`, from `cnf.metrics.samples`, and what is
-asked of a flow, `(flow, …)`, below. Nothing here takes gradients.
+Nothing here takes gradients. The last part is what a race measures of a flow, see `metric`.
 """
 
+import math
+import statistics
+import time
 from collections.abc import Callable
 from functools import wraps
 from itertools import repeat
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,37 +18,11 @@ from cnf.dynamics import ode
 from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
 from cnf.flow import Flow, evaluating, require_field
-from cnf.metrics.samples import (
-    METRICS,
-    Estimate,
-    c2st,
-    energy_distance,
-    mmd,
-    sliced_wasserstein2,
-    wasserstein2,
-    wasserstein2_floor,
-)
+from cnf.metrics.estimate import Estimate
+from cnf.metrics.metric import Score, Trial, metric
+from cnf.metrics.samples import wasserstein2
+from cnf.random import seeded
 from cnf.transforms.continuous import Continuous
-
-__all__ = [
-    "METRICS",
-    "Estimate",
-    "Evaluations",
-    "c2st",
-    "energy_distance",
-    "gap",
-    "log_prob_chunked",
-    "mmd",
-    "nfe",
-    "nll",
-    "normalized_path_energy",
-    "path_energy",
-    "round_trip_error",
-    "sliced_wasserstein2",
-    "straightness",
-    "wasserstein2",
-    "wasserstein2_floor",
-]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,7 +68,6 @@ def log_prob_chunked(
     return torch.cat([flow.log_prob(*(p if context is not None else p[:1])) for p in parts])
 
 
-@METRICS.register("nll")
 def nll(flow: Flow, x: Tensor, context: Tensor | None = None, chunk: int = 10_000) -> Estimate:
     """Negative log-likelihood −mean log q(x) of held-out data, nats per point, with its error.
 
@@ -110,7 +84,6 @@ def nll(flow: Flow, x: Tensor, context: Tensor | None = None, chunk: int = 10_00
     return Estimate.of(-log_prob_chunked(flow, x, context, chunk))
 
 
-@METRICS.register("gap")
 def gap(flow: Flow, density: Density, x: Tensor, chunk: int = 10_000) -> Estimate:
     r"""Gap to a known density p, an estimate of KL(p‖q) in nats, with its standard error.
 
@@ -133,7 +106,6 @@ def gap(flow: Flow, density: Density, x: Tensor, chunk: int = 10_000) -> Estimat
     return Estimate.of(log_p - log_q)
 
 
-@METRICS.register("path-energy")
 @_evaluated
 def path_energy(
     flow: Flow,
@@ -161,7 +133,6 @@ def path_energy(
     return _energy_from("path_energy", flow, start, context)
 
 
-@METRICS.register("normalized-path-energy")
 @_evaluated
 def normalized_path_energy(
     flow: Flow, x0: Tensor, x1: Tensor, context: Tensor | None = None
@@ -191,7 +162,6 @@ def normalized_path_energy(
     return Estimate(abs(energy.value - optimum) / optimum, energy.error / optimum)
 
 
-@METRICS.register("straightness")
 @_evaluated
 def straightness(
     flow: Flow,
@@ -231,7 +201,6 @@ def straightness(
     return Estimate.of(torch.trapezoid(torch.stack(bends), times, dim=0))
 
 
-@METRICS.register("nfe")
 @_evaluated
 def nfe(
     flow: Flow, n: int = 1000, generator: Generator | None = None, context: Tensor | None = None
@@ -248,7 +217,6 @@ def nfe(
     return Evaluations(sampling.forward, scoring.forward)
 
 
-@METRICS.register("round-trip")
 @_evaluated
 def round_trip_error(
     flow: Flow, x: Tensor, context: Tensor | None = None, scale: Tensor | float = 1.0
@@ -292,3 +260,138 @@ def _energy_from(who: str, flow: Flow, start: Tensor, context: Tensor | None) ->
         start, context, towards="data", divergence=None, integrands=(kinetic_energy,)
     )
     return Estimate.of(solved.integrals[0])
+
+
+PATHS = 2_000  # for path energy and straightness
+COUNT = 1_000  # points of what is slow, or counted only
+SLOW = 1_000  # milliseconds
+
+
+@metric(
+    "flow",
+    Score(
+        "gap", "Gap", "Mean of log p − log q at test points: an estimate of KL", "nats",
+        terminal="gap\n(nats)", contest="gap to the true density",
+    ),
+)  # fmt: skip
+def _gap(trial: Trial) -> Estimate | None:
+    if trial.log_p is None:
+        return None
+    return Estimate.of(trial.log_p.double() - trial.log_q.double())
+
+
+@metric(
+    "flow",
+    Score(
+        "nll", "NLL", "Mean negative log-likelihood of held-out points", "nats",
+        terminal="NLL\n(nats)", contest="held-out NLL",
+    ),
+)  # fmt: skip
+def _nll(trial: Trial) -> Estimate:
+    return Estimate.of(-trial.log_q, trial.test.weight)
+
+
+@metric(
+    "flow",
+    Score("path_energy", "Path energy", "Energy of the paths from base to data", lower=None),
+)
+def _path_energy(trial: Trial) -> float:
+    return _of_paths(path_energy, trial)
+
+
+@metric("flow", Score("straightness", "Straightness", "0 is straight at constant speed"))
+def _straightness(trial: Trial) -> float:
+    return _of_paths(straightness, trial)
+
+
+def _of_paths(measure: Callable[..., Estimate], trial: Trial) -> float:
+    if not isinstance(trial.flow.transform, Continuous):
+        return math.nan
+    context = None if trial.context is None else trial.context[:PATHS]
+    count = PATHS if context is None else len(context)
+    return measure(trial.flow, count, trial.generator, context).value
+
+
+@metric(
+    "flow",
+    Score("round_trip", "Round trip", "Largest |decode(encode(x)) − x|", note="max error"),
+)
+def _round_trip(trial: Trial) -> float:
+    x, context = _few(trial)
+    return round_trip_error(trial.exact, x, context, trial.scale.to(x))
+
+
+@metric(
+    "flow",
+    Score("parameters", "Parameters", "Numbers that are trained", note="count", lower=None),
+)
+def _parameters(trial: Trial) -> int:
+    return sum(p.numel() for p in trial.flow.parameters())
+
+
+@metric(
+    "flow",
+    Score(
+        "nfe_sample", "NFE, sampling", "Evaluations of the field; 0: no ODE", note="count",
+        terminal="NFE",
+    ),
+)  # fmt: skip
+def _nfe_sample(trial: Trial) -> int:
+    return _evaluations(trial).sample
+
+
+@metric(
+    "flow",
+    Score("nfe_log_prob", "NFE, log_prob", "Evaluations of the field; 0: no ODE", note="count"),
+)
+def _nfe_log_prob(trial: Trial) -> int:
+    return _evaluations(trial).log_prob
+
+
+def _evaluations(trial: Trial) -> Evaluations:
+    _, context = _few(trial)
+    count = COUNT if context is None else len(context)
+    return nfe(trial.flow, count, seeded(0, -6), context)
+
+
+@metric(
+    "flow",
+    Score(
+        "ms_sample", "Sampling", "Time to draw samples", "ms", "/ {test_points}",
+        terminal="sample\n(ms)", contest="speed of sampling",
+        cost="draws samples {} slower than {}", margin=0.1,
+    ),
+)  # fmt: skip
+def _ms_sample(trial: Trial) -> float:
+    context = trial.test.context
+    shape = (len(trial.test.x),) if context is None else ()
+    return _milliseconds(lambda: trial.flow.sample(shape, context))
+
+
+@metric(
+    "flow",
+    Score(
+        "ms_log_prob", "log_prob", "Time to evaluate the density", "ms", "/ {test_points}",
+        terminal="log_prob\n(ms)", contest="speed of log_prob",
+        cost="evaluates densities {} slower than {}", margin=0.1,
+    ),
+)  # fmt: skip
+def _ms_log_prob(trial: Trial) -> float:
+    return _milliseconds(lambda: trial.flow.log_prob(trial.test.x, trial.test.context))
+
+
+def _few(trial: Trial) -> tuple[Tensor, Tensor | None]:
+    context = trial.test.context
+    return trial.test.x[:COUNT], None if context is None else context[:COUNT]
+
+
+def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """Median time of a call, taken once where it is slow; the scores before have warmed it up."""
+    times = []
+    while len(times) < repeats and sum(times) < SLOW:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

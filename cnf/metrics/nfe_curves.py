@@ -9,7 +9,7 @@ from torch import Tensor
 from cnf.dynamics import record
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow, evaluating
-from cnf.metrics.samples import sliced_wasserstein2
+from cnf.metrics.samples import sliced
 from cnf.random import seeded
 from cnf.transforms.continuous import is_continuous
 
@@ -50,11 +50,6 @@ def nfe_curve(
             drawn = stepped.decode(z, context)
         curve.append((stats.forward, distance(drawn.cpu())))
     return curve
-
-
-def sliced(target: Tensor, drawn: Tensor) -> float:
-    """Sliced W2 over 200 directions, always the same, so that few of them compare flows well."""
-    return float(sliced_wasserstein2(drawn, target, 200, generator=seeded(0, -7)))
 
 
 def nfe_table(curves: Mapping[str, Curve]) -> str:

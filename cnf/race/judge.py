@@ -1,27 +1,26 @@
 """Measures every flow on the same points, in the same way."""
 
-import statistics
-import time
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnf import metrics
 from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow, evaluating
-from cnf.metrics.nfe_curves import Curve, nfe_curve, sliced
+from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked
+from cnf.metrics.nfe_curves import Curve, nfe_curve
+from cnf.metrics.samples import sliced
 from cnf.objectives import Batch
+from cnf.race.results import measured
 from cnf.random import seeded
 from cnf.training.diagnosis import warn_of_few_steps
-from cnf.transforms.continuous import Continuous, is_continuous
+from cnf.transforms.continuous import is_continuous
 
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # solver error far below the gaps
 FEWEST = 10  # points whose distances mean something
-SLOW = 1_000  # milliseconds
-PATHS = 2_000  # trajectories for path energy and straightness
 
 
 class Judge:
@@ -55,7 +54,12 @@ class Judge:
         if density is None and len(self.target.x) > 1:
             self.center, spread = self.target.x.double().mean(0), self.target.x.double().std(0)
             self.scale = torch.where(spread > 0, spread, 1.0)
-        self.floor = self.distances(_unweighted(_as_points(reference)).x[: len(self.target.x)])
+        other = self.standardized(_unweighted(_as_points(reference)).x[: len(self.target.x)])
+        self.floor = {
+            metric.score.key: self.distance(metric, other)
+            for metric in measured()
+            if metric.needs == "samples"
+        }
 
     def scores(
         self, flow: Flow, seed: int = 0, say: Callable[[str], None] = lambda _: None
@@ -67,52 +71,65 @@ class Judge:
             seed: Of the samples.
             say: Called with what is being done.
         """
-        test, target = (_placed(points, flow) for points in (self.test, self.target))
-        exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
-        context = None if test.context is None else test.context[:1000]
+        scores: dict[str, float] = {}
         with evaluating(flow), torch.no_grad():
             say("log-likelihood")
-            scores = self.likelihood(exact, test)
-            say("distances between samples")
-            drawn = _sampled(flow, target, seeded(seed, -8))
-            scores |= self.distances(drawn.cpu())
-            say("paths")
-            scores |= _paths(flow, target.context)
-            few, scale = test.x[:1000], self.scale.to(test.x)
-            scores["round_trip"] = metrics.round_trip_error(exact, few, context, scale)
-            say("cost")
-            return {**scores, **_cost(flow, test)}
+            trial = self.trial(flow, seed)
+            for metric in measured():
+                say(metric.score.label)
+                scores |= self.measure(metric, trial)
+        return scores
+
+    def trial(self, flow: Flow, seed: int = 0) -> Trial:
+        """What flow and points are to a metric.
+
+        Args:
+            flow: The flow.
+            seed: Of the samples.
+        """
+        test, target = (_placed(points, flow) for points in (self.test, self.target))
+        exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
+        log_q = log_prob_chunked(exact, test.x, test.context).cpu()
+        shape = (len(target.x),) if target.context is None else ()
+        drawn = flow.sample(shape, target.context, generator=seeded(seed, -8)).cpu()
+        true, drawn = self.standardized(self.target.x), self.standardized(drawn)
+        return Trial(
+            flow, exact, test, log_q, self.log_density, true, drawn, target.context, self.scale,
+            seeded(0, -5),
+        )  # fmt: skip
+
+    def measure(self, metric: Metric, trial: Trial) -> dict[str, float]:
+        """A score by its key, and its error, where there is one, by key_error.
+
+        Args:
+            metric: Of `METRICS`.
+            trial: What `trial` gives.
+        """
+        if metric.needs == "samples":
+            return {metric.score.key: self.distance(metric, trial.drawn)}
+        found = metric.function(trial)
+        if isinstance(found, Estimate):
+            return {metric.score.key: found.value, f"{metric.score.key}_error": found.error}
+        return {} if found is None else {metric.score.key: float(found)}
+
+    def distance(self, metric: Metric, drawn: Tensor) -> float:
+        """Of standardized samples to the test points; NaN where either are too few.
+
+        Args:
+            metric: One that needs samples.
+            drawn: Samples, shape (M, D).
+        """
+        true = self.standardized(self.target.x)
+        if min(len(drawn), len(true)) < FEWEST:
+            return math.nan
+        count = None if metric.points is None else metric.points * self.w2_points
+        return float(metric.function(true[:count], drawn[:count]))
 
     def warn_of_few_steps(self, who: str, flow: Flow) -> None:
         """Warn where the flow's own fixed steps give another NLL than the tight solver's score."""
         test = _placed(self.test, flow)
         rows = Batch(test.x, test.context, weight=test.weight)
         warn_of_few_steps(who, flow, rows, whose="flow", kind="test")
-
-    def likelihood(self, flow: Flow, test: Points) -> dict[str, float]:
-        """Gap to the truth where that is known, and NLL, with standard errors."""
-        log_prob = metrics.log_prob_chunked(flow, test.x, test.context).cpu()
-        nll = metrics.Estimate.of(-log_prob, self.test.weight)
-        scores = {"nll": nll.value, "nll_error": nll.error}
-        if self.log_density is not None:
-            gap = metrics.Estimate.of(self.log_density.double() - log_prob.double())
-            scores = {"gap": gap.value, "gap_error": gap.error, **scores}
-        return scores
-
-    def distances(self, drawn: Tensor) -> dict[str, float]:
-        """Distances between samples and the test points; NaN where these are too few."""
-        if min(len(drawn), len(self.target.x)) < FEWEST:
-            names = ("w2", "sliced_w2", "mmd", "energy_distance", "c2st")
-            return dict.fromkeys(names, float("nan"))
-        few, some = slice(self.w2_points), slice(2 * self.w2_points)
-        x, y = self.standardized(drawn), self.standardized(self.target.x)
-        return {
-            "w2": float(metrics.wasserstein2(x[few], y[few])),
-            "sliced_w2": self.sliced(drawn),
-            "mmd": float(metrics.mmd(x[some], y[some])),
-            "energy_distance": float(metrics.energy_distance(x[some], y[some])),
-            "c2st": float(metrics.c2st(y, x)),
-        }
 
     def sliced(self, drawn: Tensor) -> float:
         """Sliced W2 to the test points, always over the same directions."""
@@ -151,45 +168,3 @@ def _placed(points: Points, flow: Flow) -> Points:
     """The points on a flow's device."""
     device = next(flow.parameters()).device
     return points.take(torch.arange(len(points.x), device=device))
-
-
-def _sampled(flow: Flow, like: Points, generator: torch.Generator | None = None) -> Tensor:
-    """A sample for each row, under its context where it has one."""
-    shape = (len(like.x),) if like.context is None else ()
-    return flow.sample(shape, like.context, generator=generator)
-
-
-def _paths(flow: Flow, context: Tensor | None) -> dict[str, float]:
-    if not isinstance(flow.transform, Continuous):
-        return {"path_energy": float("nan"), "straightness": float("nan")}
-    draw, context = seeded(0, -5), None if context is None else context[:PATHS]
-    count = PATHS if context is None else len(context)
-    return {
-        "path_energy": metrics.path_energy(flow, count, draw, context).value,
-        "straightness": metrics.straightness(flow, count, draw, context).value,
-    }
-
-
-def _cost(flow: Flow, test: Points) -> dict[str, float]:
-    context = None if test.context is None else test.context[:1000]
-    count = 1000 if context is None else len(context)
-    evaluations = metrics.nfe(flow, count, seeded(0, -6), context)
-    return {
-        "parameters": sum(p.numel() for p in flow.parameters()),
-        "nfe_sample": evaluations.sample,
-        "nfe_log_prob": evaluations.log_prob,
-        "ms_sample": _milliseconds(lambda: _sampled(flow, test)),
-        "ms_log_prob": _milliseconds(lambda: flow.log_prob(test.x, test.context)),
-    }
-
-
-def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Median time of a call, taken once where it is slow; the scores before have warmed it up."""
-    times = []
-    while len(times) < repeats and sum(times) < SLOW:
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)

@@ -4,69 +4,16 @@ import base64
 import math
 import re
 import struct
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cnf.errors import optional
+from cnf.metrics import Score
 from cnf.metrics.estimate import number
 from cnf.race import verdict
 from cnf.race.figures import save_figures
 from cnf.race.results import Results
-
-
-@dataclass(frozen=True)
-class Column:
-    """A score in the table.
-
-    Attributes:
-        metric: Key of `Entry.scores`.
-        label: Head of the column.
-        unit: Under it.
-        about: What it is, in a sentence.
-        lower: Whether less is better; None where neither is.
-    """
-
-    metric: str
-    label: str
-    unit: str
-    about: str
-    lower: bool | None = True
-
-
-def columns(results: Results) -> list[Column]:
-    """The table's columns: those that some contestant has a number for."""
-    count = f"{results.settings.get('test_points', 10_000):,}"
-    few = f"{results.settings.get('w2_points', 2_000):,}"
-    every = [
-        Column("gap", "Gap", "nats", "Mean of log p − log q at test points: an estimate of KL"),
-        Column("nll", "NLL", "nats", "Mean negative log-likelihood of held-out points"),
-        Column("w2", "W2", f"{few} pts", "Exact 2-Wasserstein distance to true samples"),
-        Column("sliced_w2", "Sliced W2", f"{count} pts", "Of samples by the flow's own solver"),
-        Column("few_steps", "Sliced W2, few", "4 steps", "With 4 Euler steps, or one pass"),
-        Column("mmd", "MMD²", "unbiased", "Squared maximum mean discrepancy"),
-        Column("energy_distance", "Energy dist.", "unbiased", "Energy distance of samples"),
-        Column("c2st", "C2ST", "accuracy", "A classifier telling samples from data; 0.5 is best"),
-        Column("steps", "Steps", "count", "Optimizer steps", None),
-        Column("train_seconds", "Training", "s", "Seconds of training steps", None),
-        Column("steps_per_second", "Pace", "steps/s", "Training steps per second", False),
-        Column("ms_sample", "Sampling", f"ms / {count}", "Time to draw samples"),
-        Column("ms_log_prob", "log_prob", f"ms / {count}", "Time to evaluate the density"),
-        Column("nfe_sample", "NFE, sampling", "count", "Evaluations of the field; 0: no ODE"),
-        Column("nfe_log_prob", "NFE, log_prob", "count", "Evaluations of the field; 0: no ODE"),
-        Column("peak_memory_mb", "Memory", "MB, peak", "Of the GPU, else of the whole process"),
-        Column("parameters", "Parameters", "count", "Numbers that are trained", None),
-        Column("path_energy", "Path energy", "", "Energy of the paths from base to data", None),
-        Column("straightness", "Straightness", "", "0 is straight at constant speed"),
-        Column("round_trip", "Round trip", "max error", "Largest |decode(encode(x)) − x|"),
-    ]
-
-    def known(column: Column) -> bool:
-        numbers = (entry.score(column.metric) for entry in results.entries)
-        return column.metric == results.score or not all(map(math.isnan, numbers))
-
-    return [column for column in every if known(column)]
 
 
 def write_report(results: Results, folder: str | Path) -> Path:
@@ -97,49 +44,49 @@ def page_of(results: Results, figures: dict[str, Path]) -> str:
     environment.filters["emphasized"] = _emphasized
     names, color = results.titles, results.colors
     swatches = {name: {"title": names[name], "color": color[name]} for name in names}
-    shown = columns(results)
+    shown = results.columns
     return environment.get_template("report.html.j2").render(
         results=results,
         known=results.score == "gap",
         subtitle=_subtitle(results),
         lead=verdict.lead(results),
-        outcomes=[verdict.outcome(results, aspect) for aspect in verdict.aspects(results)],
+        contests=[verdict.contest(results, score) for score in verdict.contested(results)],
         swatches=swatches,
         columns=shown,
         rows=_rows(results, shown),
-        floor=[number(results.floor.get(column.metric, math.nan)) for column in shown],
+        floor=[number(results.floor.get(score.key, math.nan)) for score in shown],
         pictures=[_picture(results, name, file) for name, file in figures.items()],
         facts=_facts(results),
     )
 
 
-def _rows(results: Results, shown: list[Column]) -> list[dict[str, Any]]:
+def _rows(results: Results, shown: list[Score]) -> list[dict[str, Any]]:
     """A row per contestant, best first; every cell's text, its number to sort by, and whether it
     is the best of its column."""
-    best = {column.metric: _best(results, column) for column in shown}
+    best = {score.key: _best(results, score) for score in shown}
     rows = []
     for name in results.ranking():
         cells = []
-        for column in shown:
-            score = results.mean(name, column.metric)
+        for score in shown:
+            mean = results.mean(name, score.key)
             cells.append(
                 {
-                    "text": str(score),
-                    "value": repr(float(score.value)),
-                    "best": score.value == best[column.metric],
+                    "text": str(mean),
+                    "value": repr(float(mean.value)),
+                    "best": mean.value == best[score.key],
                 }
             )
         rows.append({"name": name, "cells": cells})
     return rows
 
 
-def _best(results: Results, column: Column) -> float:
-    """The best number of a column; NaN, which nothing equals, where none is better than others."""
-    values = [results.mean(name, column.metric).value for name in results.contestants]
+def _best(results: Results, score: Score) -> float:
+    """The best number of a score; NaN, which nothing equals, where none is better than others."""
+    values = [results.mean(name, score.key).value for name in results.contestants]
     values = [value for value in values if math.isfinite(value)]
-    if column.lower is None or len(values) < 2 or len(set(values)) == 1:
+    if score.lower is None or len(values) < 2 or len(set(values)) == 1:
         return math.nan
-    return min(values) if column.lower else max(values)
+    return min(values) if score.lower else max(values)
 
 
 def _picture(results: Results, name: str, file: Path) -> dict[str, Any]:

@@ -4,15 +4,39 @@ import csv
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cnf.flow import Flow
-from cnf.metrics.estimate import Estimate
+from cnf.metrics import METRICS, Estimate, Metric, Score
 from cnf.plotting.style import color_of
 
+DECIDING = ("gap", "nll")  # one of them ranks, and all of them come first
 FEW = 4  # Euler steps at which the quality of samples in few steps is judged
+# What is shown beside what METRICS measures.
+TRAINING = (
+    Score(
+        "few_steps", "Sliced W2, few", f"With {FEW} Euler steps, or one pass",
+        note=f"{FEW} steps", contest="samples in few steps",
+    ),
+    Score("steps", "Steps", "Optimizer steps", note="count", lower=None, terminal="steps"),
+    Score("train_seconds", "Training", "Seconds of training steps", "s", lower=None),
+    Score(
+        "steps_per_second", "Pace", "Training steps per second", "steps/s", lower=False,
+        contest="speed of training", margin=0.1,
+        cost="trains at a {} slower pace in steps per second than {}",
+    ),
+    Score(
+        "peak_memory_mb", "Memory", "Of the GPU, else of the whole process", "MB", "peak",
+        contest="memory in training", margin=0.05,
+    ),
+)  # fmt: skip
+
+
+def measured() -> list[Metric]:
+    """What a race measures of every flow, in the order of its tables."""
+    return sorted(METRICS.values(), key=lambda metric: metric.score.key not in DECIDING)
 
 
 @dataclass
@@ -106,6 +130,25 @@ class Results:
     def score(self) -> str:
         """The score that decides: the gap to a known density, else the NLL."""
         return "nll" if self.entropy is None else "gap"
+
+    @property
+    def columns(self) -> list[Score]:
+        """The scores for which somebody has a number, and the deciding one, in order."""
+        memory = 0.05 if self.machine.get("gpu") else 0.25  # of a process: torch and leftovers too
+        counts = {
+            "test_points": f"{self.settings.get('test_points', 10_000):,}",
+            "w2_points": f"{self.settings.get('w2_points', 2_000):,}",
+        }
+        return [
+            replace(
+                score,
+                note=score.note.format(**counts),
+                margin=memory if score.key == "peak_memory_mb" else score.margin,
+            )
+            for score in [*(metric.score for metric in measured()), *TRAINING]
+            if score.key == self.score
+            or not all(math.isnan(entry.score(score.key)) for entry in self.entries)
+        ]
 
     def of(self, contestant: str) -> list[Entry]:
         """A contestant's entries, one per seed."""

@@ -5,17 +5,7 @@ from typing import Any
 
 from cnf.errors import optional
 from cnf.metrics.estimate import number
-from cnf.race.results import Results
-
-COLUMNS = {  # what fits into 80 columns; results.csv and the page have all
-    "gap\n(nats)": "gap",
-    "NLL\n(nats)": "nll",
-    "W2": "w2",
-    "NFE": "nfe_sample",
-    "sample\n(ms)": "ms_sample",
-    "log_prob\n(ms)": "ms_log_prob",
-    "steps": "steps",
-}
+from cnf.race.results import DECIDING, Results
 
 
 def results_table(results: Results) -> Any:
@@ -27,23 +17,22 @@ def results_table(results: Results) -> Any:
     title = f"{escape(results.data)}, best first. {best}"
     if results.score == "nll":
         title += " W2 is measured on standardized columns."
-    columns = {
-        name: metric
-        for name, metric in COLUMNS.items()
-        if metric == results.score or metric not in ("gap", "nll")
-    }
+    columns = [  # results.csv and the page have all
+        score
+        for score in results.columns
+        if score.terminal and (score.key == results.score or score.key not in DECIDING)
+    ]
     table = optional("rich.table", "cli").Table(
         title=title,
         caption=escape(caption) or None,
         box=optional("rich.box", "cli").SIMPLE,
     )
     table.add_column("contestant", min_width=16)  # the numbers must leave room for the names
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    for score in columns:
+        table.add_column(score.terminal, justify="right", no_wrap=True)
     for contestant in results.ranking():
         cells = (
-            str(results.mean(contestant, metric)).replace(" ± ", "\n± ")
-            for metric in columns.values()
+            str(results.mean(contestant, score.key)).replace(" ± ", "\n± ") for score in columns
         )
         table.add_row(escape(results.titles[contestant]), *cells)
     return table

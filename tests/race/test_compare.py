@@ -22,6 +22,7 @@ from torch.distributions import (
 
 import cnf
 from cnf import metrics
+from cnf.metrics import METRICS
 from cnf.race.contestants import CONTESTANTS, RACE, Contestant, Stage
 from cnf.race.judge import TIGHT, Judge
 from cnf.race.report import write_report
@@ -36,7 +37,6 @@ DRAW = torch.Generator().manual_seed(0)
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(racing, "VALIDATION_POINTS", 300)
-    monkeypatch.setattr(metrics, "c2st", lambda x, y: 0.5)  # seconds of scikit-learn
 
 
 def race(contestants, data, tmp_path=None, **settings):
@@ -247,7 +247,7 @@ def test_perfect_flow_scores_the_floor():
 
 def test_own_points_are_judged_in_their_spread_and_by_their_weights(monkeypatch):
     """The second half has weight 0, so that it counts in no score."""
-    monkeypatch.setattr(Judge, "distances", lambda self, drawn: {})  # the floor takes long
+    monkeypatch.setattr(Judge, "distance", lambda *_: 0.0)  # the floor takes long
     draw = torch.Generator().manual_seed(6)
     x, drawn, other = torch.randn(3, 60, 2, generator=draw, dtype=torch.float64)
     x = torch.cat([x, x + 50])
@@ -259,7 +259,7 @@ def test_own_points_are_judged_in_their_spread_and_by_their_weights(monkeypatch)
     assert scaled.sliced(drawn * units) == pytest.approx(judge.sliced(drawn), rel=1e-9)
     assert judge.sliced(judge.target.x[:60]) < 1
     with torch.no_grad():
-        told = judge.likelihood(flow.double(), judge.test)["nll"]
+        told = METRICS["nll"].function(judge.trial(flow.double())).value
         expected = -(weight * flow.log_prob(x)).sum() / weight.sum()
     assert told == pytest.approx(expected.item(), rel=1e-9)
 

@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from cnf import metrics
 from cnf.race import verdict
 from cnf.race.report import write_report
 
@@ -62,7 +61,6 @@ def quick_race(contestants, data, **options):
     """A real race, a few steps long, judged on few points and without the slow classifier."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(racing, "VALIDATION_POINTS", 100)
-        patch.setattr(metrics, "c2st", lambda *_, **__: 0.6)
         return racing.compare(
             data, contestants, steps=4, progress=False, test_points=300, **options
         )
@@ -148,20 +146,20 @@ def test_difference_within_two_errors_is_called_a_tie(edited, gaps, tied):
     sentence = verdict.lead(results)[0]
     assert ("tie" in sentence) == tied and ("came closest" in sentence) == (not tied)
     assert sentence.replace("**", "") in written().text
-    best = verdict.outcome(results, verdict.aspects(results)[0])
+    best = verdict.contest(results, verdict.contested(results)[0])
     assert (len(best.winners) == 2) == tied
 
 
 def test_sample_distances_closer_than_their_floor_are_ties(edited):
     results, _ = edited
     floor = results.floor["w2"]
-    aspect = next(a for a in verdict.aspects(results) if a.metric == "w2")
+    score = next(s for s in verdict.contested(results) if s.key == "w2")
     first, second = results.contestants
     scores_of(results, first, w2=(2 * floor, 2 * floor))
     scores_of(results, second, w2=(2.9 * floor, 2.9 * floor))
-    assert verdict.outcome(results, aspect).winners == [first, second]
+    assert verdict.contest(results, score).winners == [first, second]
     scores_of(results, second, w2=(3.1 * floor, 3.1 * floor))
-    assert verdict.outcome(results, aspect).winners == [first]
+    assert verdict.contest(results, score).winners == [first]
 
 
 def test_more_is_better_where_it_is(edited):
@@ -169,9 +167,9 @@ def test_more_is_better_where_it_is(edited):
     first, second = results.contestants
     scores_of(results, first, ms_per_step=(10.0, 10.0))
     scores_of(results, second, ms_per_step=(10 / 3, 10 / 3))
-    pace = next(a for a in verdict.aspects(results) if a.metric == "steps_per_second")
-    assert verdict.outcome(results, pace).winners == [second]
-    assert "(3× slower)" in verdict.outcome(results, pace).note
+    pace = next(s for s in verdict.contested(results) if s.key == "steps_per_second")
+    assert verdict.contest(results, pace).winners == [second]
+    assert "(3× slower)" in verdict.contest(results, pace).note
 
 
 def test_winner_is_told_what_it_cost(edited):

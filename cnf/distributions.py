@@ -169,6 +169,7 @@ def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "ba
         distribution: The distribution.
         who: Whose argument it is.
         what: What it is there: the "base", or the "data".
+
     Raises:
         ValueError: It is discrete, or on a surface, as a Dirichlet is.
     """
@@ -485,7 +486,8 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """A box where the flow ends in a map onto one, else real: angles are real as torch's are,
-        and what is outside of a bounded base's image has a log-density of -inf."""
+        and what is outside of a bounded base's image has a log-density of -inf.
+        """
         last = self.flow.transform if self.flow.preprocess is None else self.flow.preprocess
         while hasattr(last, "transforms"):
             last = last.transforms[-1]

@@ -41,7 +41,8 @@ FAR = 1_000.0  # scales: none of n points is further than √n from their mean
 def evaluating(module: Any) -> Iterator[None]:
     """Inside, a module is in eval mode; then each of its parts is in its own mode again.
 
-    What is no module (a density) has none."""
+    What is no module (a density) has none.
+    """
     parts = list(module.modules()) if isinstance(module, nn.Module) else []
     modes = [part.training for part in parts]
     try:
@@ -210,6 +211,7 @@ class Flow(nn.Module):
             divergence: An estimator for continuous flows, such as `Hutchinson(probes=8)`; None for
                 what the flow was built with, which is exact.
             generator: Source of the dequantization's draw.
+
         Raises:
             ValueError: A wrong shape, or fewer digits than the flow's; a context missing or not
                 expected.
@@ -332,6 +334,7 @@ class Flow(nn.Module):
         Args:
             x: Data, of any floating dtype.
             generator: Source of the dequantization's draw.
+
         Returns:
             y, of x's shape, and what this adds to the log-density, shape (*batch,), or 0.
         """
@@ -367,7 +370,8 @@ class Flow(nn.Module):
 
     def with_transform(self, transform: Transform) -> "Flow":
         """The same base, preprocessing and mode with another transform; `cnf.load` cannot build
-        it."""
+        it.
+        """
         flow = copy.copy(self)
         flow._modules = {**self._modules, "transform": transform}
         flow.spec = None
@@ -416,7 +420,8 @@ class Flow(nn.Module):
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
         """Warn of points that nothing was fitted near to. A GPU, which looking waits for, is
-        looked at in the 1st, 2nd, 4th, 8th, … call only, which all in all costs nothing."""
+        looked at in the 1st, 2nd, 4th, 8th, … call only, which all in all costs nothing.
+        """
         if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
         self._noticed += 1
@@ -481,7 +486,8 @@ class Flow(nn.Module):
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
     ) -> Tensor | None:
         """The context as the transform and its field take it: checked, standardized, in the flow's
-        dtype and, where a batch shape is given, expanded to it. Not for the flow's own methods."""
+        dtype and, where a batch shape is given, expanded to it. Not for the flow's own methods.
+        """
         if not self.context_dim:
             if context is not None:
                 raise ValueError(
@@ -555,7 +561,8 @@ def _for_rows(divergence: str | Divergence, rows: FiniteRows | AllFinite) -> str
 
 def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torch.dtype) -> None:
     """Warn of columns that come with too few digits for what `part` was fitted to or, without it,
-    that a cast to the flow's dtype merges."""
+    that a cast to the flow's dtype merges.
+    """
     if part is not None:
         dtype, columns = rows.dtype, _unresolved(part, rows.dtype)
     else:

@@ -115,8 +115,10 @@ class MLP(nn.Module):
         return tuple(layer.out_features for layer in self._linears()[:-1])
 
     def columns(self, x: Tensor) -> Tensor:
-        """(N, inputs) → (outputs, N): each output, and each hidden unit on the way, in one piece
-        of memory."""
+        """(N, inputs) → (outputs, N), laid out by columns.
+
+        Each output, and each hidden unit on the way, is one piece of memory.
+        """
         *inner, last = [(layer.weight, layer.bias) for layer in self._linears()]
         h = x.T
         for weight, bias in inner:
@@ -174,7 +176,12 @@ class MADE(nn.Module):
             zero_(self.layers[-1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(N, D) → (size, D, N)."""
+        """The outputs of all inputs, shape (size, D, N).
+
+        Args:
+            x: Inputs, shape (N, D).
+            context: Condition, shape (N, C), or None.
+        """
         x = on_circle(x, self.period)
         h = x.T if context is None else torch.cat([context, x], -1).T
         *layers, last = self._masked_layers()
@@ -226,11 +233,17 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.masked(), self.bias)
 
     def masked(self) -> Tensor:
+        """The weights, 0 where the mask is."""
         return self.weight * self.mask
 
 
 def on_circle(angle: Tensor, period: float | None) -> Tensor:
-    """(*, D) → (*, 2D), sine and cosine of each angle; without a period, as it is."""
+    """(*, D) → (*, 2D), sine and cosine of each angle; without a period, as it is.
+
+    Args:
+        angle: Shape (*, D).
+        period: Of the angles; None where they are none.
+    """
     if period is None:
         return angle
     turn = angle * (2 * math.pi / period)
@@ -258,6 +271,9 @@ class TimeFeatures(nn.Module):
 
     Args:
         frequencies: How many sine and cosine pairs.
+
+    Raises:
+        ValueError: A negative number of frequencies.
     """
 
     multiples: Tensor
@@ -295,7 +311,13 @@ class Condition(nn.Module):
         self.size = self.time.size + context_dim
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """t: () or (*batch,), x: (*batch, D), c: what broadcasts → (size,) or (*batch, size)."""
+        """The features u, shape (size,) or (*batch, size).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, D).
+            context: Condition that broadcasts to (*batch, C), or None.
+        """
         features = self.time(t.to(x.dtype))
         if context is None:
             return features

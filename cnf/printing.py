@@ -11,7 +11,12 @@ KEPT = re.compile(r" (?=[\d×])|(?<=×) ")  # spaces at which no line is broken
 
 
 def named(part: object, *about: str) -> str:
-    """Type(about, …), broken at the screen's width; what is empty is left out."""
+    """Type(about, …), broken at the screen's width; what is empty is left out.
+
+    Args:
+        part: What is printed.
+        about: What is said of it.
+    """
     return wrapped(f"{type(part).__name__}({joined(*about)})")
 
 
@@ -21,7 +26,12 @@ def joined(*about: str) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """The text in lines of a screen's width, all but the first further indented."""
+    """The text in lines of a screen's width, all but the first further indented.
+
+    Args:
+        text: The text; white space in it does not count.
+        indent: What each line begins with.
+    """
     text = KEPT.sub("\0", " ".join(text.split()))
     lines = textwrap.fill(
         text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ",
@@ -59,7 +69,12 @@ def _repeats(texts: Sequence[str], size: int) -> int:
 
 
 def shaped(shape: Sequence[int] | None, context_dim: int = 0) -> str:
-    """The size of a vector, or the shape of an image, and the size of its context."""
+    """The size of a vector, or the shape of an image, and the size of its context.
+
+    Args:
+        shape: The event's shape, or None where any fits.
+        context_dim: Size of the context; 0 for none.
+    """
     size = str(tuple(shape)) if shape and len(shape) > 1 else "".join(map(str, shape or ()))
     return joined(size, f"context {context_dim}" if context_dim else "")
 

@@ -50,6 +50,10 @@ class FiniteRows:
         """The rows of `value` to compute with; its batch begins at `axis`.
 
         None, or one number for all rows, stays as it is.
+
+        Args:
+            value: A tensor of all rows.
+            axis: Where its batch begins.
         """
         if not isinstance(value, Tensor):
             return value
@@ -58,7 +62,13 @@ class FiniteRows:
         return torch.where(self._over(value, axis), value, 0.0)
 
     def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
-        """`value`, computed for the selected rows, with `bad` in the others."""
+        """`value`, computed for the selected rows, with `bad` in the others.
+
+        Args:
+            value: A tensor of the selected rows.
+            bad: What the others get: a number, or a tensor of all rows.
+            axis: Where its batch begins.
+        """
         bad = bad.to(value.dtype) if isinstance(bad, Tensor) else bad
         if not self.dropped:
             return torch.where(self._over(value, axis), value, bad)
@@ -83,9 +93,22 @@ class AllFinite:
     dropped, log_density = False, 0.0
 
     def select(self, value: Any, axis: int = 0) -> Any:
+        """The value as it is.
+
+        Args:
+            value: A tensor of all rows.
+            axis: Not needed.
+        """
         return value
 
     def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
+        """The value as it is.
+
+        Args:
+            value: A tensor of all rows.
+            bad: Not needed.
+            axis: Not needed.
+        """
         return value
 
 

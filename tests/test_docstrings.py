@@ -17,15 +17,9 @@ from cnf.registry import Registry
 UNFINISHED = (
     "cnf.checks",
     "cnf.distributions",
-    "cnf.dynamics",
-    "cnf.fields",
     "cnf.flow",
     "cnf.metrics",
-    "cnf.nets",
-    "cnf.printing",
     "cnf.race",
-    "cnf.rows",
-    "cnf.transforms",
 )
 
 
@@ -102,7 +96,8 @@ def faults(thing, owner):
 
 def arguments_of(thing):
     """The arguments of a function, or of a class that writes its own constructor."""
-    if inspect.isclass(thing) and "__init__" not in vars(thing):
+    written = "__init__" in vars(thing) and not getattr(thing, "_is_protocol", False)
+    if inspect.isclass(thing) and not written:
         return []
     return [name for name in inspect.signature(thing).parameters if name not in ("self", "cls")]
 

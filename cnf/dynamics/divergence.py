@@ -50,8 +50,10 @@ def hutchinson(
         probe: Noise, shape (probes, *batch, *event), fixed for the whole ODE solve (else the
             right-hand side is not a function of t); the estimate is the mean over probes.
         event_dims: How many trailing axes form the event.
+
     Returns:
         v(x), of x's shape, and the estimate, shape (*batch,).
+
     Raises:
         ValueError: probe and x differ in shape.
     """
@@ -99,7 +101,12 @@ class Divergence(ABC):
 
     @abstractmethod
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """What a solve that starts at `x` keeps fixed: probes, shape (n, *x.shape), or None."""
+        """What a solve that starts at `x` keeps fixed: probes, shape (n, *x.shape), or None.
+
+        Args:
+            x: Starting points, shape (*batch, *event).
+            generator: Source of the draw.
+        """
 
     @abstractmethod
     def rates(
@@ -110,7 +117,15 @@ class Divergence(ABC):
         context: Tensor | None,
         probe: Tensor | None,
     ) -> Rates:
-        """Velocity and divergence at (t, x), given what `draw` drew."""
+        """Velocity and divergence at (t, x), given what `draw` drew.
+
+        Args:
+            field: The vector field.
+            t: Time, shape ().
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            probe: What `draw` returned.
+        """
 
 
 DIVERGENCES = Registry("divergence", Divergence)
@@ -161,6 +176,9 @@ class Hutchinson(Divergence):
         generator: Where the probes come from; torch's default generator if None.
         probe: The probes themselves, shape (sketch + probes, *batch, *event), not drawn then.
         sketch: Directions that are taken exactly; each costs two VJPs.
+
+    Raises:
+        ValueError: An unknown noise, no probe, or a negative sketch.
     """
 
     probes: int = 1
@@ -179,9 +197,15 @@ class Hutchinson(Divergence):
 
     @property
     def channels(self) -> tuple[int]:  # pyright: ignore
+        """One for each probe: (probes,)."""
         return (self.probes if self.probe is None else len(self.probe) - self.sketch,)
 
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The probes, which were given or are drawn, shape (sketch + probes, *x.shape).
+
+        Raises:
+            ValueError: Probes that were given do not have x's shape.
+        """
         if self.probe is not None:
             if self.probe.shape[1:] != x.shape:
                 raise ValueError(
@@ -232,7 +256,13 @@ def probes_of(divergence: str | Divergence | None) -> Tensor | None:
 
 @DIVERGENCES.register("hutch++")
 def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchinson:
-    """Hutch++: Hutchinson's estimate of what a sketch's exact trace leaves, see `Hutchinson`."""
+    """Hutch++: Hutchinson's estimate of what a sketch's exact trace leaves, see `Hutchinson`.
+
+    Args:
+        probes: As of `Hutchinson`.
+        sketch: As of `Hutchinson`.
+        settings: Other arguments of `Hutchinson`.
+    """
     return Hutchinson(probes=probes, sketch=sketch, **settings)
 
 

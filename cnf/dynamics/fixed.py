@@ -52,7 +52,7 @@ def integrate(dynamics: Dynamics, state: State, stops: Sequence[float], method: 
 
 
 def _moved(state: State, slopes: Sequence[State], weights: Sequence[float], h: float) -> State:
-    """state + h Σ weight · slope."""
+    """The state plus h Σ weight · slope."""
     for slope, weight in zip(slopes, weights, strict=True):
         if weight:
             state = tuple(

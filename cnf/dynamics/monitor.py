@@ -157,8 +157,10 @@ class InstrumentedDynamics:
         self.restart(stop)
 
     def watch_adjoint(self, path: State, stop: float) -> None:
-        """Each backward solve is counted anew and its result checked; a second derivative, which
-        the adjoint would silently leave out, is refused."""
+        """Count each backward solve anew, and check its result.
+
+        A second derivative, which the adjoint would silently leave out, is refused.
+        """
         node: Any = path[0].grad_fn
         while node is not None and not node.name().startswith("OdeintAdjoint"):
             node = node.next_functions[0][0]

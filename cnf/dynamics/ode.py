@@ -51,6 +51,7 @@ def solve(
         solver: Method, tolerances, gradient mode.
         params: Every tensor, besides the state, that the adjoint and checkpoints must send a
             gradient to: parameters and the context.
+
     Raises:
         SolverError: NaN in the field, a stiff field, too many evaluations, too narrow a dtype.
         TypeError: A solve under `torch.func` whose steps are not known beforehand.
@@ -66,7 +67,15 @@ def solve_path(
     solver: Solver,
     params: Sequence[Tensor],
 ) -> tuple[State, int]:
-    """As `solve`, with the state at each of `times` (monotone): shapes (len(times), …)."""
+    """As `solve`, with the state at each of `times` (monotone): shapes (len(times), …).
+
+    Args:
+        dynamics: As of `solve`.
+        state: As of `solve`, at times[0].
+        times: Times of the answers, monotone.
+        solver: As of `solve`.
+        params: As of `solve`.
+    """
     if fixed.captured():
         return _captured(dynamics, state, times, solver, params)
     dtype = state[0].dtype

@@ -73,6 +73,7 @@ def hjb_residual(point: Point) -> Tensor:
 
     It is zero along optimal transport (the Hamilton-Jacobi-Bellman equation).
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
+
     Raises:
         TypeError: The field is no `PotentialField`.
     """

@@ -54,6 +54,7 @@ class Solver:
             `torch.compile`; the solver's loop stays as it is.
         max_nfe: Evaluations of the dynamics allowed in one solve, and again in its backward solve,
             before a `SolverError`.
+
     Raises:
         ValueError: An unknown method or gradient, a tolerance that is not positive, steps missing
             or out of place.
@@ -138,15 +139,23 @@ class Solver:
         return self.steps * STAGES[self.method]
 
     def between(self, t0: float, t1: float) -> list[float]:
-        """The grid's times strictly inside (t0, t1), in the order of the solve."""
+        """The grid's times strictly inside (t0, t1), in the order of the solve.
+
+        Args:
+            t0: Start of the solve.
+            t1: End of the solve.
+        """
         low, high = min(t0, t1) + ENDS, max(t0, t1) - ENDS
         found = [t for t in self.grid or () if low < t < high]
         return found if t0 < t1 else found[::-1]
 
     @classmethod
     def of(cls, spec: "Solver | Mapping[str, Any] | str | None") -> "Solver":
-        """A solver from a solver, a mapping of its arguments, the name of an adaptive method, or
-        None for the default."""
+        """A solver from a solver, its arguments, a method or None.
+
+        A mapping of arguments is what a config file holds; a string is the name of an adaptive
+        method; None is the default.
+        """
         if isinstance(spec, Solver):
             return spec
         if spec is not None and not isinstance(spec, str | Mapping):

@@ -51,6 +51,7 @@ class VectorField(nn.Module, ABC):
             t: Time, shape () or (*batch,).
             x: Points, shape (*batch, *event_shape).
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
+
         Returns:
             dx/dt, of x's shape.
         """
@@ -70,15 +71,29 @@ class HasDivergence(Protocol):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity, of x's shape, and its divergence ∇·v, shape (*batch,)."""
+        """Velocity, of x's shape, and its divergence ∇·v, shape (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         ...
 
 
 def exact_divergence(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """v and ∇·v: the field's own closed form where it has one, else D tangents in one pass, or D
-    products in reverse mode where torch has no forward mode for one of the field's operations.
+    """Velocity and exact divergence of any field.
+
+    By the field's own closed form where it has one, else by D tangents in one pass, or D products
+    in reverse mode where torch has no forward mode for one of the field's operations.
+
+    Args:
+        field: The field.
+        t: Time, shape () or (*batch,).
+        x: Points, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
 
     Raises:
         ValueError: The field has no closed form and D is above `EXACT_LIMIT`.
@@ -129,6 +144,11 @@ class Adapter(VectorField):
         return f"{type(self.net).__name__}, {super().extra_repr()}"
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity, from the network called as `call` says.
+
+        Raises:
+            ValueError: The network's result is not of x's shape.
+        """
         batch = x.shape[: x.dim() - len(self.event_shape)]
         t = t.expand(batch)
         if context is not None:

@@ -78,7 +78,13 @@ for _name, _scale, _shift in (
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer that ignores u, and is its own `AffineLayer`; arguments as below."""
+    """A linear layer that ignores u, and is its own `AffineLayer`.
+
+    Args:
+        inputs: Size of h.
+        outputs: Size of the output.
+        features: Size of u.
+    """
 
     scale = None
 
@@ -86,6 +92,7 @@ class PlainLinear(nn.Linear):
         super().__init__(inputs, outputs)
 
     def affine(self, u: Tensor) -> "PlainLinear":
+        """The layer at u, shape (features,) or (*batch, features)."""
         return self
 
 
@@ -121,7 +128,13 @@ class ModulatedLinear(nn.Module):
 
 
 class HyperLinear(nn.Module):
-    """A linear layer whose weights and bias are an affine function of u; arguments as above."""
+    """A linear layer whose weights and bias are an affine function of u.
+
+    Args:
+        inputs: Size of h.
+        outputs: Size of the output.
+        features: Size of u.
+    """
 
     def __init__(self, inputs: int, outputs: int, features: int) -> None:
         super().__init__()
@@ -133,14 +146,22 @@ class HyperLinear(nn.Module):
             self.hyper.weight.mul_(inputs**-0.5)
 
     def affine(self, u: Tensor) -> AffineLayer:
+        """The layer at u, shape (features,) or (*batch, features)."""
         outputs, inputs = self.shape
         weight, bias = self.hyper(u).split([outputs * inputs, outputs], -1)
         return AffineLayer(weight.unflatten(-1, (outputs, inputs)), bias)
 
 
 class BlendLinear(nn.Module):
-    """Two linear layers, one at t = 0 and one at t = 1, blended linearly between; the rest of u
-    shifts the outputs. Arguments as above."""
+    """A linear layer whose weights are blended from t = 0 to t = 1.
+
+    One layer at each end, linearly between; the rest of u shifts the outputs.
+
+    Args:
+        inputs: Size of h.
+        outputs: Size of the output.
+        features: Size of u.
+    """
 
     def __init__(self, inputs: int, outputs: int, features: int) -> None:
         super().__init__()
@@ -148,6 +169,7 @@ class BlendLinear(nn.Module):
         self.shift = nn.Linear(features - 1, outputs, bias=False) if features > 1 else None
 
     def affine(self, u: Tensor) -> AffineLayer:
+        """The layer at u, shape (features,) or (*batch, features)."""
         t, rest = u.split([1, u.shape[-1] - 1], -1)
         weight = torch.lerp(self.start.weight, self.end.weight, t.unsqueeze(-1))
         bias = torch.lerp(self.start.bias, self.end.bias, t)

@@ -28,6 +28,9 @@ class ConvField(VectorField):
         strides: One for each layer, the output's included: 1, 2 to halve the image, -2 to double
             it (a transposed convolution); all 1 if None. Halvings and doublings must be balanced.
         zero_last: Start at v = 0, the identity flow.
+
+    Raises:
+        ValueError: A shape that is not (C, H, W), or strides that do not fit it.
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class NullContext(Wrapper):
     Args:
         field: A conditional field.
         null: The vector, shape (context_dim,); zeros at the start if None.
+
+    Raises:
+        ValueError: An unconditional field.
     """
 
     def __init__(self, field: VectorField, null: nn.Parameter | None = None) -> None:
@@ -33,7 +36,13 @@ class NullContext(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         return exact_divergence(self.field, t, x, self.filled(context))
 
     def filled(self, context: Tensor | None) -> Tensor:
@@ -53,6 +62,9 @@ class Guided(Wrapper):
         field: A field whose context may be missing, see `NullContext`.
         weight: w.
         interval: Times at which it holds; at others it is 1.
+
+    Raises:
+        ValueError: A field that needs its context, or a weight or interval out of range.
     """
 
     def __init__(
@@ -81,7 +93,13 @@ class Guided(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         v, div = exact_divergence(self.field, t, x, context)
         if context is None or self.weight == 1:
             return v, div
@@ -92,7 +110,13 @@ class Guided(Wrapper):
         return f"{self.field}, weight {self.weight:g}"
 
     def mixed(self, t: Tensor, conditional: Tensor, without: Tensor) -> Tensor:
-        """Guidance of a velocity or divergence, given it with the context and without."""
+        """Guidance of a velocity or divergence, given it with the context and without.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            conditional: The velocity or divergence with the context.
+            without: The same without it.
+        """
         start, end = self.interval
         held = (t >= start) & (t <= end)
         weight = torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))

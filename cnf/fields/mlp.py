@@ -44,6 +44,9 @@ class MLPField(VectorField):
         fourier_scale: RMS angular frequency, in radians per unit of x.
         skip: Add a linear map A x, with A = 0 at the start.
         zero_last: Start at v = 0, the identity flow.
+
+    Raises:
+        ValueError: An unknown layer, no hidden layer, or a context for layer="ignore".
     """
 
     def __init__(
@@ -94,7 +97,13 @@ class MLPField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,)."""
+        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         h, weights, gates = x, [], []
         if self.waves is not None:
             angle = F.linear(x, self.waves)

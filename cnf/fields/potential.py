@@ -38,6 +38,9 @@ class PotentialField(VectorField):
         layers: Layers of N, the first one included.
         context_dim: Size of the context; 0 for none.
         rank: Rows of A; min(10, D + 1) if None.
+
+    Raises:
+        ValueError: A width or number of layers below 1.
     """
 
     def __init__(
@@ -68,11 +71,23 @@ class PotentialField(VectorField):
         return self._gradient(self._joined(t, x, context)).gradient[..., : self.dim]
 
     def time_derivative(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """∂φ/∂t, shape (*batch,)."""
+        """∂φ/∂t, shape (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         return self._gradient(self._joined(t, x, context)).gradient[..., self.dim]
 
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """φ, shape (*batch,), up to the constant that no velocity depends on."""
+        """φ, shape (*batch,), up to the constant that no velocity depends on.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         s = self._joined(t, x, context)
         h = _log_two_cosh(self.first(s))
         for layer in self.layers:
@@ -82,7 +97,13 @@ class PotentialField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,)."""
+        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         tanh, cotangents, gradient = self._gradient(self._joined(t, x, context))
         weight_of_x = self.first.weight[:, : self.dim]
         curved = [(1 - gate * gate) * z for gate, z in zip(tanh, cotangents, strict=True)]

@@ -84,7 +84,13 @@ class Predicts(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the network's own where it has one."""
+        """Velocity and exact divergence, the network's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         t = _inside(t, self.path)
         value, div = exact_divergence(self.field, t, x, context)
         v = converted(value, self.target, "velocity", x, t, self.path)
@@ -106,6 +112,9 @@ class WithScore(Wrapper):
         field: The velocity.
         head: A field of the same event shape and context; it predicts the path's noise z.
         path: A noisy path, as in `Predicts`.
+
+    Raises:
+        ValueError: A head that does not fit the velocity, or a path without noise of its own.
     """
 
     head: VectorField
@@ -131,14 +140,26 @@ class WithScore(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         return exact_divergence(self.field, t, x, context)
 
     def extra_repr(self) -> str:
         return f"{self.field}, {self.head}, {self.path}"
 
     def score(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """∇ log p_t(x), of x's shape; within 0.01 of the ends, that of 0.01."""
+        """∇ log p_t(x), of x's shape; within 0.01 of the ends, that of 0.01.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         t = _inside(t, self.path)
         gamma = self.path.over(t, x.dim() - t.dim()).gamma
         return -self.head(t, x, context) / gamma

@@ -32,6 +32,9 @@ class ResidualField(VectorField):
         activation: A name in `cnf.nets.ACTIVATIONS`.
         frequencies: Fourier features of time (0 for plain t).
         zero_last: Start at v = 0, the identity flow.
+
+    Raises:
+        ValueError: No block, or a width below 1.
     """
 
     def __init__(
@@ -71,7 +74,13 @@ class ResidualField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,)."""
+        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         u = self.condition(t, x, context)
         h, gates, weights = self.first(x), [], []
         for inward, outward in zip(self.inward, self.outward, strict=True):

@@ -56,6 +56,7 @@ def jacobian_columns(
         event_dims: How many trailing axes form the event.
         field: What computes v; where torch has no forward mode for it, D products in reverse mode
             give the same.
+
     Returns:
         v(x), of x's shape, and the columns ∂v/∂x_i, shape (D, *batch, *event).
     """
@@ -108,12 +109,13 @@ def trace_of_jacobian(
 
 
 def gated_product(left: Tensor, gate: Tensor, right: Tensor) -> Tensor:
-    """left · diag(gate) · right for each row's gate, as one product with the shared matrices.
+    """The product left · diag(gate) · right for each row's gate, by one with shared matrices.
 
     Args:
         left: Shape (J, K).
         gate: Shape (*batch, K).
         right: Shape (K, D).
+
     Returns:
         The transposed products, shape (*batch, D, J).
     """
@@ -139,6 +141,7 @@ def trace_of_chain(
             where they differ between rows.
         gates: g_1 … g_{L-1}, shapes (*batch, K_l).
         scale: s, shape (*batch, D); None for ones.
+
     Returns:
         Shape (*batch,).
     """

@@ -69,7 +69,13 @@ class Retimed(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         rate, local = self._clock(t)
         v, div = exact_divergence(self.field, local, x, context)
         return rate * v, rate * div
@@ -104,6 +110,9 @@ class Piecewise(VectorField):
 
     Args:
         blocks: Fields on [0, 1] with the same event shape and context.
+
+    Raises:
+        ValueError: Blocks of different event shapes or context sizes.
     """
 
     def __init__(self, blocks: Sequence[VectorField]) -> None:
@@ -150,6 +159,9 @@ class EndTime(Retimed):
     Args:
         field: A field on [0, ∞).
         initial: T at the start.
+
+    Raises:
+        ValueError: An initial end time that is not positive.
     """
 
     def __init__(self, field: VectorField, initial: float = 1.0) -> None:
@@ -181,7 +193,13 @@ class Preconditioned(Wrapper):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, the field's own where it has one."""
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
         growth, shrink = self._coefficients(t.to(x.dtype))
         v, div = exact_divergence(self.field, t, shrink * x, context)
         event = [1] * len(self.event_shape)

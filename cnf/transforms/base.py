@@ -41,11 +41,21 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Base → data: x, of z's batch shape, and log|det ∂x/∂z|, shape (*batch,), in nats."""
+        """Base → data: x, of z's batch shape, and log|det ∂x/∂z|, shape (*batch,), in nats.
+
+        Args:
+            z: Base samples, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
 
     @abstractmethod
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data → base: z, of x's batch shape, and log|det ∂z/∂x|, shape (*batch,), in nats."""
+        """Data → base: z, of x's batch shape, and log|det ∂z/∂x|, shape (*batch,), in nats.
+
+        Args:
+            x: Data, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
 
     def _expect(self, name: str, value: Tensor, context: Tensor | None = None) -> None:
         """Raise ValueError unless `value`, z or x by name, is an event and a context is there."""
@@ -77,6 +87,9 @@ class Compose(Transform):
         recompute: Keep no activations for the backward pass, but recompute them by inversion:
             memory that does not grow with the number of transforms, for one more pass through
             the inverses.
+
+    Raises:
+        ValueError: No transform, or transforms that do not fit each other or `recompute`.
     """
 
     def __init__(self, transforms: Sequence[Transform], recompute: bool = False) -> None:
@@ -161,8 +174,10 @@ class Inverse(Transform):
 
 
 def transforms_in(transform: Transform) -> Iterator[nn.Module]:
-    """The transform and the modules that it is made of, without what is inside of their nets:
-    20 times faster than `modules`. A module that is used twice comes twice."""
+    """The transform and the modules that it is made of, without what is inside of their nets.
+
+    This is 20 times faster than `modules`. A module that is used twice comes twice.
+    """
     found: list[nn.Module] = [transform]
     while found:
         part = found.pop()

@@ -20,6 +20,12 @@ def by_chunks(
     """direction(value, context), a few thousand rows at a time where there are many.
 
     Only where gradients are off. The rows of a chunk share the steps of an adaptive solve.
+
+    Args:
+        transform: What is mapped by, in one of its directions or with another setting.
+        direction: The map.
+        value: Points, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return direction(value, context)

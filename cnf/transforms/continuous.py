@@ -127,6 +127,9 @@ class Continuous(Transform):
             divergence: As in the constructor.
             integrands: Functions of a `Point`, → (*batch,), integrated over time beside the state.
             stop: A time inside [0, 1] to stop at, instead of the other end.
+
+        Raises:
+            ValueError: An unknown direction or divergence, or a time outside of [0, 1].
         """
         expect_choice("Continuous.integrate", "towards", towards, ("data", "base"))
         ends = (0.0, 1.0) if towards == "data" else (1.0, 0.0)
@@ -184,7 +187,16 @@ class Continuous(Transform):
     def trajectory(
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event)."""
+        """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event).
+
+        Args:
+            value: Starting points, at times[0], shape (*batch, *event).
+            times: Times in [0, 1], monotone.
+            context: Condition, shape (*batch, C), or None.
+
+        Raises:
+            ValueError: A time outside of [0, 1].
+        """
         if not all(0 <= t <= 1 for t in times):
             raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
         # A time within float32's rounding of a knot is that knot: no solve is that short.
@@ -280,8 +292,10 @@ def _compiled_rates(
     field: VectorField,
     *at: Tensor | None,
 ) -> ode.State:
-    """`_rates`, compiled for this field alone: torch.compile counts its recompilations for each
-    code object, and stops compiling after a few."""
+    """`_rates`, compiled for this field alone.
+
+    torch.compile counts its recompilations for each code object, and stops after a few.
+    """
     if field not in _compiled_for:
         own = FunctionType(_rates.__code__.replace(), _rates.__globals__)
         _compiled_for[field] = torch.compile(own, dynamic=False)
@@ -294,6 +308,10 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
     A solver so given trains it as well, whatever its recipe said. The copy of a `Continuous` takes
     7 μs. A context variable would need none, but torch.compile cannot trace one, and does not
     notice a change of a thread-local variable.
+
+    Args:
+        transform: The transform.
+        settings: solver=…, divergence=…
     """
     if not is_continuous(transform):
         return transform

@@ -33,6 +33,9 @@ class Coupling(TwoWayScheme):
         conditioner: Makes a θ of one's own from its numbers of inputs and outputs: a module that
             sends (N, inputs) to (N, outputs), instead of the MLP of `hidden` and `activation`.
             Where its last layer starts at zero, the coupling starts at the identity.
+
+    Raises:
+        ValueError: Nothing would move, or nothing stay to condition on.
     """
 
     order: Tensor

@@ -37,11 +37,21 @@ class ElementwiseMap(ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """x and log dx/dz, both of z's shape (*)."""
+        """The value x and log dx/dz, both of z's shape (*).
+
+        Args:
+            z: Shape (*).
+            parameters: What `parametrize` makes.
+        """
 
     @abstractmethod
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """z and log dz/dx, both of x's shape (*)."""
+        """The value z and log dz/dx, both of x's shape (*).
+
+        Args:
+            x: Shape (*).
+            parameters: What `parametrize` makes.
+        """
 
 
 @MAPS.register("additive")
@@ -118,8 +128,9 @@ class Inverted(ElementwiseMap):
 
 
 class Scheme(Transform):
-    """A transform that sends variables through an elementwise map, the transformer; subclasses
-    differ in the conditioner, which sets the map's parameters.
+    """A transform that sends variables through an elementwise map, the transformer.
+
+    Subclasses differ in the conditioner, which sets the map's parameters.
 
     Args:
         dim: D, or the channels of an image.

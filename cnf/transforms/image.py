@@ -12,8 +12,9 @@ from cnf.transforms.recompute import Direction
 
 
 class Squeeze(Transform):
-    """Base → data: (4C, H, W) → (C, 2H, 2W), four channels to a square of four pixels; a
-    permutation, log|det| = 0.
+    """Base → data: (4C, H, W) → (C, 2H, 2W), four channels to a square of four pixels.
+
+    It is a permutation: log|det| = 0.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
     """
@@ -36,6 +37,9 @@ class PerPixel(Transform):
 
     Args:
         transform: Of vectors of C numbers, without a context.
+
+    Raises:
+        ValueError: A conditional transform, or one of images.
     """
 
     def __init__(self, transform: Transform) -> None:
@@ -107,6 +111,9 @@ class ConvCoupling(TwoWayScheme):
         hidden: Channels of the conditioner's two inner layers.
         context_dim: Size of the context, which enters as constant channels; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
+
+    Raises:
+        ValueError: Nothing would move or stay, or other than two widths.
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class Permutation(Transform):
     Args:
         dim: D.
         order: A permutation of 0, …, D - 1; the reversed order if None.
+
+    Raises:
+        ValueError: An order that is no permutation.
     """
 
     order: Tensor
@@ -159,6 +162,7 @@ def householder_product(vectors: Tensor, columns: int | None = None) -> Tensor:
     Args:
         vectors: Shape (*batch, K, D).
         columns: M; None for all D.
+
     Returns:
         Orthonormal columns, shape (*batch, D, M).
     """

@@ -64,6 +64,11 @@ class Standardize(Transform):
     def settle(self, loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         """Set location and scale for good, found from data of `dtype`.
 
+        Args:
+            loc: Of each column, or channel.
+            scale: Of the same shape.
+            dtype: Of the data.
+
         Raises:
             ValueError: A column's squares overflow or underflow.
         """
@@ -133,9 +138,10 @@ def _resolve(module: nn.Module, _: object = None) -> None:
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
-    """x = z·exp(s) + m for each channel, trained; the identity until data that pass through it
-    while `initializing` set s and m, so that their z have mean 0 and variance 1. Once trained, s
-    and m are not set again.
+    """x = z·exp(s) + m for each channel, trained.
+
+    It is the identity until data that pass through it while `initializing` set s and m, so that
+    their z have mean 0 and variance 1. Once trained, s and m are not set again.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
@@ -189,8 +195,10 @@ def _read_seen(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: obj
 
 @TRANSFORMS.register("batchnorm", example=lambda dim: BatchNorm(dim).eval())
 class BatchNorm(Transform):
-    """z = exp(g)·(x - mean)/√(variance + ε) + b, with the batch's statistics in training and
-    running ones in evaluation and base → data, which is its inverse then only.
+    """z = exp(g)·(x - mean)/√(variance + ε) + b, with statistics of the batch.
+
+    Evaluation takes running statistics, and so does base → data, which is the inverse of data →
+    base in evaluation only.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
@@ -243,8 +251,10 @@ def _by_channel(event_shape: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def initializing(module: nn.Module) -> Iterator[bool]:
-    """Inside, data that pass through `inverse` set each `ActNorm` that is not initialized;
-    gives whether there is any."""
+    """Inside, data that pass through `inverse` set each `ActNorm` that is not initialized.
+
+    It gives whether there is any.
+    """
     actnorms = (part for part in module.modules() if isinstance(part, ActNorm))
     fresh = [part for part in actnorms if not part.initialized]
     for part in fresh:

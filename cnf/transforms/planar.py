@@ -50,12 +50,11 @@ class Amortized(nn.Module):
     "planar", example=lambda dim, context_dim=0: Planar(dim, context_dim=context_dim)
 )
 class Planar(Transform):
-    """x = z + û tanh(wᵀz + b), with û = u moved along w until wᵀû > -1; log|det| =
-    log(1 + wᵀû (1 - tanh²)).
+    """x = z + û tanh(wᵀz + b), log|det| = log(1 + wᵀû (1 - tanh²)).
 
-    As in the paper wᵀû is a softplus of wᵀu less one, but shifted so that 0 stays 0: the paper's
-    -0.31 would make û long, and the map far from the identity, where w is small. The inverse finds
-    wᵀz + b, a root of one increasing function.
+    û is u, moved along w until wᵀû > -1. As in the paper wᵀû is a softplus of wᵀu less one, but
+    shifted so that 0 stays 0: the paper's -0.31 would make û long, and the map far from the
+    identity, where w is small. The inverse finds wᵀz + b, a root of one increasing function.
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:
@@ -102,6 +101,9 @@ class Sylvester(Transform):
         dim: D.
         rank: M, at most D.
         context_dim: Size of the context; 0 for none.
+
+    Raises:
+        ValueError: A rank below 1 or above D.
     """
 
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
@@ -152,10 +154,10 @@ class Sylvester(Transform):
     "radial", example=lambda dim, context_dim=0: Radial(dim, context_dim=context_dim)
 )
 class Radial(Transform):
-    """x = z + β (z - c)/(α + r) with r = ‖z - c‖, α > 0 and β > -α; log|det| =
-    (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r).
+    """x = z + β (z - c)/(α + r) with r = ‖z - c‖, α > 0 and β > -α.
 
-    In the inverse r is the root of a quadratic.
+    log|det| = (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r). In the inverse r is
+    the root of a quadratic.
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:

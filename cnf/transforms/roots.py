@@ -7,7 +7,7 @@ STEPS = 8  # Newton's, from the start below; six reach float64's last digits
 
 
 def tanh_root(s: Tensor, k: Tensor) -> Tensor:
-    r"""u with u + k tanh u = s, where k > -1.
+    r"""The root u of u + k tanh u = s, where k > -1.
 
     For u > 0 the left side is concave where k > 0 and convex where k < 0: Newton's method is on
     one side of the root after its first step, and stays there. The start is so close that a fixed
@@ -33,8 +33,10 @@ def _newton(u: Tensor, s: Tensor, k: Tensor) -> Tensor:
 
 
 def _above(s: Tensor, k: Tensor) -> Tensor:
-    """Near the root, where -1 < k < 0 and s >= 0: tanh u is below 1 and u, and, where u is small,
-    below u - u³/6."""
+    """Near the root, where -1 < k < 0 and s >= 0.
+
+    tanh u is below 1 and u, and, where u is small, below u - u³/6.
+    """
     return torch.minimum(torch.minimum(s - k, s / (1 + k)), (6 * s).pow(1 / 3))
 
 

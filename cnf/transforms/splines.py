@@ -40,8 +40,10 @@ class RationalQuadratic(ElementwiseMap):
         return f"spline of {self.curve.bins} bins"
 
     def parametrize(self, raw: Tensor) -> Parameters:
-        """Widths and heights by a softmax, (2, K, *); slopes by a softplus, (K + 1, *), 1 at the
-        ends."""
+        """Widths and heights by a softmax, (2, K, *), and slopes by a softplus, (K + 1, *).
+
+        The slopes at the ends are 1.
+        """
         bins, ends = self.curve.bins, torch.ones_like(raw[:1])
         sizes, slopes = raw.split([2 * bins, bins - 1])
         return self.curve.sizes(sizes), torch.cat([ends, self.curve.slopes(slopes), ends])
@@ -67,8 +69,10 @@ class RationalQuadratic(ElementwiseMap):
 
 @MAPS.register("circular-spline")
 class CircularSpline(ElementwiseMap):
-    """A turn of the circle [-bound, bound), then a rational-quadratic spline with the same slope
-    at both ends: a smooth map of angles. Any number is an angle; results are on the circle.
+    """A turn of the circle [-bound, bound), then a rational-quadratic spline of it.
+
+    The spline has the same slope at both ends: a smooth map of angles. Any number is an angle;
+    results are on the circle.
 
     Args:
         bins: K, one or more.

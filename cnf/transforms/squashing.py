@@ -47,6 +47,9 @@ class Sigmoid(_Squashing):
         low: Lower end, a number.
         high: Upper end.
         event_dims: 1 for vectors, 3 for images.
+
+    Raises:
+        ValueError: An upper end that is not above the lower one.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0, event_dims: int = 1) -> None:

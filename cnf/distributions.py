@@ -64,7 +64,12 @@ class Base(nn.Module, ABC):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device."""
+        """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device.
+
+        Args:
+            sample_shape: Shape of the draws; an int n is (n,).
+            generator: Source of the draw; torch's default generator if None.
+        """
 
     def extra_repr(self) -> str:
         """What `repr` says of it."""
@@ -162,8 +167,9 @@ def _innermost(support: Any) -> Any:
 
 
 def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "base") -> None:
-    """Raise unless a torch distribution is continuous, and fills the space that its draws are of:
-    of any other a flow has no density.
+    """Raise unless a torch distribution has a density on the space of its draws.
+
+    It must be continuous, and fill that space.
 
     Args:
         distribution: The distribution.
@@ -326,6 +332,9 @@ class Uniform(Base):
     Args:
         low: Lower corner, shape (D,).
         high: Upper corner, shape (D,).
+
+    Raises:
+        ValueError: A corner that is not above the other.
     """
 
     low: Tensor
@@ -364,6 +373,9 @@ class UniformAngles(Base):
     Args:
         dim: D.
         period: Length of the circle; samples lie in [-period/2, period/2).
+
+    Raises:
+        ValueError: A period that is not positive.
     """
 
     def __init__(self, dim: int, period: float = 2 * math.pi) -> None:
@@ -393,6 +405,9 @@ class Empirical(Base):
 
     Args:
         points: Shape (N, *event).
+
+    Raises:
+        ValueError: No points, or some that are not finite.
     """
 
     has_density = False
@@ -407,6 +422,11 @@ class Empirical(Base):
         self.to(points.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        """Raise: a set of points has no density.
+
+        Raises:
+            ValueError: Always: points have no density.
+        """
         raise ValueError(
             "log_prob: this flow's source is a set of points, which has no density; to have one, "
             "give the flow a base with a density, such as cnf.data.toy('moons') or a normal"
@@ -425,7 +445,15 @@ class Empirical(Base):
 
 
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:
-    """A `Base` from None (standard normal), a Base, a torch distribution, a density or points."""
+    """A `Base` from None (standard normal), a Base, a torch distribution, a density or points.
+
+    Args:
+        base: What to make a base of.
+        event_shape: Shape of one z, where base is None.
+
+    Raises:
+        ValueError: Anything else.
+    """
     if base is None:
         return StandardNormal(event_shape)
     if isinstance(base, Base):
@@ -453,6 +481,7 @@ def _unknown(name: str, instead: str) -> property:
     """A property that raises, and says how to estimate what it stands for."""
 
     def refuse(self: Distribution) -> NoReturn:
+        """Raise: it is known by samples only."""
         raise NotImplementedError(_no_formula(name, instead))
 
     return property(refuse)
@@ -463,6 +492,11 @@ class FlowDistribution(Distribution):
 
     Values broadcast against the batch shape, which is the context's. A value that is NaN or
     outside of the support is no error: its log-density is NaN or -inf, as in `Flow.log_prob`.
+
+    Args:
+        flow: The flow.
+        context: Condition, shape (*batch, C), or None.
+        batch_shape: The context's if None.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -485,8 +519,10 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """A box where the flow ends in a map onto one, else real: angles are real as torch's are,
-        and what is outside of a bounded base's image has a log-density of -inf.
+        """A box where the flow ends in a map onto one, else real.
+
+        Angles are real as torch's are, and what is outside of a bounded base's image has a
+        log-density of -inf.
         """
         last = self.flow.transform if self.flow.preprocess is None else self.flow.preprocess
         while hasattr(last, "transforms"):
@@ -502,6 +538,11 @@ class FlowDistribution(Distribution):
         return constraints.independent(inner, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
+        """The same distribution for a larger batch shape.
+
+        Raises:
+            ValueError: A shape that the batch shape does not broadcast to.
+        """
         try:
             shape = torch.empty(self.batch_shape).expand(batch_shape).shape
         except RuntimeError:
@@ -524,6 +565,11 @@ class FlowDistribution(Distribution):
         return self.flow.rsample(tuple(sample_shape), self.context)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, of the value's and the batch's common shape.
+
+        Raises:
+            ValueError: A value that does not broadcast with the batch shape.
+        """
         expect_event("FlowDistribution.log_prob", "value", value, self.event_shape)
         batch = value.shape[: value.dim() - len(self.event_shape)]
         try:
@@ -563,7 +609,12 @@ class FlowDistribution(Distribution):
 
 
 def flow_distribution(flow: Any, context: Tensor | None) -> FlowDistribution:
-    """The flow as a torch distribution; as Pyro's too where Pyro has been imported."""
+    """The flow as a torch distribution; as Pyro's too where Pyro has been imported.
+
+    Args:
+        flow: The flow.
+        context: Condition, shape (*batch, C), or None.
+    """
     kind = _pyro_kind() if "pyro" in sys.modules else FlowDistribution
     return kind(flow, context)
 

@@ -58,7 +58,12 @@ class Dequantization(Protocol):
     """Discrete data made continuous: a draw, and its part of the bound on log P(x)."""
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,)."""
+        """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,).
+
+        Args:
+            x: Discrete data, shape (*batch, *event).
+            generator: Source of the draw; torch's default generator if None.
+        """
         ...
 
     def decode(self, y: Tensor) -> Tensor:
@@ -96,6 +101,9 @@ class Flow(nn.Module):
         event_shape: Shape of one z, needed only when `base` is None.
         context_preprocess: A module from a context to what `transform` takes, such as
             `StandardizeContext`; fitted like `preprocess`.
+
+    Raises:
+        ValueError: No event shape, parts that do not fit each other, or a discrete base.
     """
 
     def __init__(
@@ -182,6 +190,11 @@ class Flow(nn.Module):
         """Set each `ActNorm` that is not initialized yet from data x, (*batch, *event).
 
         `fit` calls this with the first rows; no other call sets them.
+
+        Args:
+            x: Data, shape (*batch, *event).
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+            generator: Source of the dequantization's draw.
         """
         with evaluating(self), initializing(self.transform) as fresh:
             if fresh:
@@ -242,7 +255,13 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Integral]:
         """As `log_prob`, with all that the solve of a continuous flow gives.
 
-        Args: `integrands` and `stop` as of `Continuous.integrate`, the rest as of `log_prob`.
+        Args:
+            x: As of `log_prob`.
+            context: As of `log_prob`.
+            divergence: As of `log_prob`.
+            integrands: As of `Continuous.integrate`.
+            stop: As of `Continuous.integrate`.
+            generator: As of `log_prob`.
         """
         transform = require_field("Flow.log_prob_and_integral", self)
         rows, y, context, outer = self._enter(x, context, "log_prob", generator)
@@ -267,7 +286,13 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draws, (*sample_shape, *context batch, *event), without gradients; an int is (int,)."""
+        """Draws, (*sample_shape, *context batch, *event), without gradients; an int is (int,).
+
+        Args:
+            sample_shape: Shape of the draws; an int n is (n,).
+            context: Condition, shape (*batch, C), or None.
+            generator: Source of the draw; torch's default generator if None.
+        """
         with torch.no_grad():
             return self._decoded(*self.draw_base(sample_shape, context, generator, "sample"))
 
@@ -278,7 +303,13 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """As `sample`, with gradients to the parameters and the context."""
+        """As `sample`, with gradients to the parameters and the context.
+
+        Args:
+            sample_shape: Shape of the draws; an int n is (n,).
+            context: Condition, shape (*batch, C), or None.
+            generator: Source of the draw; torch's default generator if None.
+        """
         return self._decoded(*self.draw_base(sample_shape, context, generator, "rsample"))
 
     def sample_and_log_prob(
@@ -288,7 +319,13 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws and their log-density from one solve, both with gradients."""
+        """Draws and their log-density from one solve, both with gradients.
+
+        Args:
+            sample_shape: Shape of the draws; an int n is (n,).
+            context: Condition, shape (*batch, C), or None.
+            generator: Source of the draw; torch's default generator if None.
+        """
         z, context = self.draw_base(sample_shape, context, generator, "sample_and_log_prob")
         if self.dequantization is not None:
             raise TypeError(
@@ -301,13 +338,23 @@ class Flow(nn.Module):
         return rows.restore(x), rows.restore(self.base.log_prob(z) - (ladj + outer))
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Data → base sample z, of the same batch shape; NaN in rows that are not finite."""
+        """Data → base sample z, of the same batch shape; NaN in rows that are not finite.
+
+        Args:
+            x: Data, shape (*batch, *event).
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+        """
         rows, y, context, _ = self._enter(x, context, "encode", None)
         z, _ = by_chunks(self.transform, self._without_ladj.inverse, y, context)
         return rows.restore(z)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Base sample → data; NaN in rows that are not finite."""
+        """Base sample → data; NaN in rows that are not finite.
+
+        Args:
+            z: Base samples, shape (*batch, *event).
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+        """
         expect_event("Flow.decode", "z", z, self.base.event_shape)
         self._expect_like("decode", z)
         context = self.inner_context("Flow.decode", context, z.shape[: self._batch(z)])
@@ -316,7 +363,13 @@ class Flow(nn.Module):
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """Where z is at `times`, from 0 to 1 at most, in data space: (times, *batch, *event)."""
+        """Where z is at `times`, from 0 to 1 at most, in data space: (times, *batch, *event).
+
+        Args:
+            z: Base samples, shape (*batch, *event).
+            times: Times, monotone.
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+        """
         expect_event("Flow.trajectory", "z", z, self.event_shape)
         self._expect_like("trajectory", z)
         transform = require_field("Flow.trajectory", self)
@@ -329,7 +382,7 @@ class Flow(nn.Module):
     def inside(
         self, x: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor | float]:
-        """x as the transform gives it: dequantized, inside preprocessing, in the flow's dtype.
+        """Data as the transform gives them: dequantized, preprocessed, in the flow's dtype.
 
         Args:
             x: Data, of any floating dtype.
@@ -369,8 +422,9 @@ class Flow(nn.Module):
         return flow
 
     def with_transform(self, transform: Transform) -> "Flow":
-        """The same base, preprocessing and mode with another transform; `cnf.load` cannot build
-        it.
+        """The same base, preprocessing and mode with another transform.
+
+        `cnf.load` cannot build it.
         """
         flow = copy.copy(self)
         flow._modules = {**self._modules, "transform": transform}
@@ -399,7 +453,7 @@ class Flow(nn.Module):
     def _enter(
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
-        """x `inside`, checked, its context, and what that adds to the log-density."""
+        """Data `inside`, checked, their context, and what that adds to the log-density."""
         expect_event(f"Flow.{who}", "x", x, self.event_shape)
         self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:
@@ -413,14 +467,20 @@ class Flow(nn.Module):
         return rows, rows.select(y), rows.select(context), rows.select(outer)
 
     def warn_once(self, of: str, text: str) -> None:
-        """Warn, if this flow has not warned `of` this before."""
+        """Warn, if this flow has not warned `of` this before.
+
+        Args:
+            of: What it is about.
+            text: The warning.
+        """
         if of not in self._warned:
             self._warned.add(of)
             warnings.warn(text, stacklevel=3)
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
-        """Warn of points that nothing was fitted near to. A GPU, which looking waits for, is
-        looked at in the 1st, 2nd, 4th, 8th, … call only, which all in all costs nothing.
+        """Warn of points that nothing was fitted near to.
+
+        On a GPU, which it would wait for, only in the 1st, 2nd, 4th, 8th, … call.
         """
         if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
@@ -485,8 +545,17 @@ class Flow(nn.Module):
     def inner_context(
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
     ) -> Tensor | None:
-        """The context as the transform and its field take it: checked, standardized, in the flow's
-        dtype and, where a batch shape is given, expanded to it. Not for the flow's own methods.
+        """The context as the transform and its field take it, which the flow's methods do not.
+
+        It is checked, standardized and cast to the flow's dtype.
+
+        Args:
+            who: Who asks, for errors.
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+            batch: The batch shape that it is expanded to; as it is if None.
+
+        Raises:
+            ValueError: A context is missing, not expected, or does not fit.
         """
         if not self.context_dim:
             if context is not None:
@@ -517,7 +586,14 @@ class Flow(nn.Module):
         self, sample_shape: Shape, context: Tensor | None, generator: torch.Generator | None,
         who: str = "draw_base",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Base samples as `sample` begins with, and their `inner_context`."""
+        """Base samples as `sample` begins with, and their `inner_context`.
+
+        Args:
+            sample_shape: As of `sample`.
+            context: As of `sample`.
+            generator: As of `sample`.
+            who: Who asks, for errors.
+        """
         shape = expect_shape(f"Flow.{who}", sample_shape)
         expect_generator(f"Flow.{who}", generator)
         context = self.inner_context(f"Flow.{who}", context, None)
@@ -560,8 +636,9 @@ def _for_rows(divergence: str | Divergence, rows: FiniteRows | AllFinite) -> str
 
 
 def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torch.dtype) -> None:
-    """Warn of columns that come with too few digits for what `part` was fitted to or, without it,
-    that a cast to the flow's dtype merges.
+    """Warn of columns with too few digits for what `part` was fitted to.
+
+    Without a part, of those that a cast to the flow's dtype merges.
     """
     if part is not None:
         dtype, columns = rows.dtype, _unresolved(part, rows.dtype)

@@ -1,4 +1,4 @@
-"""Base distributions: normal, mixtures, uniform, any torch distribution, a toy, points."""
+"""Base distributions: normal, mixtures, uniform, torch distributions, toys and points."""
 
 import copy
 import importlib
@@ -25,7 +25,7 @@ from cnf.printing import named, shaped
 from cnf.random import reseed, untouched
 
 LOG_2PI = math.log(2 * math.pi)
-SURFACES = tuple(  # supports of fewer dimensions than a draw has numbers
+SURFACES = tuple(  # supports with fewer dimensions than a sample has numbers
     type(constraint)
     for constraint in (
         constraints.simplex, constraints.corr_cholesky, constraints.lower_triangular,
@@ -36,11 +36,14 @@ SURFACES = tuple(  # supports of fewer dimensions than a draw has numbers
 
 
 class Base(nn.Module, ABC):
-    """The distribution that a flow starts from.
+    """The base distribution of a flow.
+
+    Args:
+        event_shape: Shape of a sample z.
 
     Attributes:
-        event_shape: Shape of one z.
-        has_density: Whether `log_prob` means anything.
+        event_shape: Shape of a sample z.
+        has_density: Whether there is a `log_prob`.
     """
 
     has_density = True
@@ -53,26 +56,29 @@ class Base(nn.Module, ABC):
 
     @property
     def support(self) -> str:
-        """Where the density is above 0, in words."""
+        """A description of where the density is above 0."""
         return "everywhere"
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats of z, shape (*batch, *event_shape) → (*batch,)."""
+        """Log-density in nats, shape (*batch,), at z of shape (*batch, *event_shape)."""
 
     @abstractmethod
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent draws, (*sample_shape, *event_shape), of the module's dtype and device.
+        """Draw independent samples, shape (*sample_shape, *event_shape).
 
         Args:
-            sample_shape: Shape of the draws; an int n is (n,).
-            generator: Source of the draw; torch's default generator if None.
+            sample_shape: Shape of the batch of samples; an int n is (n,).
+            generator: Source of the draws; None for torch's global one.
+
+        Returns:
+            Samples in the dtype and on the device of the module.
         """
 
     def extra_repr(self) -> str:
-        """What `repr` says of it."""
+        """The text in the parentheses of `repr`."""
         return shaped(self.event_shape)
 
     def __repr__(self) -> str:
@@ -84,7 +90,7 @@ class Base(nn.Module, ABC):
         shape: Sequence[int],
         generator: torch.Generator | None,
     ) -> Tensor:
-        """By `torch.randn` or `torch.rand`, on the generator's device, then on the module's."""
+        """Draw by `torch.randn` or `torch.rand` on the generator's device, and move the result."""
         expect_generator("sample", generator)
         like = self._like
         device = like.device if generator is None else generator.device
@@ -93,7 +99,7 @@ class Base(nn.Module, ABC):
 
 
 class StandardNormal(Base):
-    """N(0, I).
+    """The standard normal distribution N(0, I).
 
     >>> StandardNormal((2,)).log_prob(torch.zeros(2)).item()      # -log 2π
     -1.8378770351409912
@@ -113,12 +119,12 @@ class StandardNormal(Base):
 
 
 class FromTorch(Base):
-    """Any `torch.distributions.Distribution`, its batch dimensions counted as part of the event.
+    """A `torch.distributions.Distribution`, with its batch dimensions as part of the event.
 
-    Its parameters stay where they were made: give it tensors of the flow's dtype and device.
+    Its parameters do not move with the module: they must have the dtype and device of the flow.
 
     Args:
-        distribution: The distribution; moved batch dimensions make one joint event.
+        distribution: The distribution.
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -153,31 +159,29 @@ class FromTorch(Base):
         return f"{super().extra_repr()}, {self.distribution}"
 
     def _device(self) -> torch.device:
-        """Where it draws: a distribution does not tell, an empty sample does."""
+        """The device of its samples, which is that of an empty sample."""
         if not torch.cuda.is_initialized() and not torch.backends.mps.is_available():
             return torch.device("cpu")
         return self.distribution.sample(torch.Size((0,))).device
 
 
 def _innermost(support: Any) -> Any:
-    """The constraint that each number, or each vector, is under."""
+    """The constraint on each number or vector."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
 
 
 def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "base") -> None:
-    """Raise unless a torch distribution has a density on the space of its draws.
-
-    It must be continuous, and fill that space.
+    """Raise ValueError unless a torch distribution has a density on the space of its samples.
 
     Args:
         distribution: The distribution.
-        who: Whose argument it is.
-        what: What it is there: the "base", or the "data".
+        who: Whose argument it is, for messages.
+        what: Its role, "base" or "data".
 
     Raises:
-        ValueError: It is discrete, or on a surface, as a Dirichlet is.
+        ValueError: It is discrete, or on a surface, like a Dirichlet distribution.
     """
     part = distribution
     while (inner := getattr(part, "base_dist", None)) is not None:  # transforms hide its support
@@ -203,9 +207,9 @@ def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "ba
 
 
 class _ZeroOutside(Distribution):
-    """A distribution whose log-density outside of its support is -inf, and no error.
+    """A distribution with a log-density of -inf outside of its support, instead of an error.
 
-    A point inside, where the gradient is finite, stands in for one that is not.
+    Points outside are replaced by one inside, where the gradient is finite, and masked.
     """
 
     def __init__(self, inner: Distribution) -> None:
@@ -238,7 +242,7 @@ class _ZeroOutside(Distribution):
 
 
 def _zero_outside(distribution: Distribution) -> Distribution:
-    """The distribution for its `log_prob` alone: -inf outside of the support, part by part."""
+    """A distribution with the same `log_prob`, but -inf outside of its, or its parts', support."""
     if isinstance(distribution, Independent):
         inner, dims = distribution.base_dist, distribution.reinterpreted_batch_ndims
         return Independent(_zero_outside(inner), dims, validate_args=False)
@@ -257,7 +261,11 @@ def _zero_outside(distribution: Distribution) -> Distribution:
 
 
 class FromDensity(Base):
-    """A toy density (anything with `dim`, `sample(n, generator)` and `log_prob`) as a base."""
+    """A density with `dim`, `sample(n, generator)` and `log_prob`, such as a toy, as a base.
+
+    Args:
+        density: The density.
+    """
 
     def __init__(self, density: Any) -> None:
         super().__init__((density.dim,))
@@ -282,7 +290,7 @@ class FromDensity(Base):
 
 
 class GaussianMixture(Base):
-    """A mixture of K Gaussians with diagonal covariance, as buffers that follow the module.
+    """A mixture of K Gaussians with diagonal covariances.
 
     >>> means = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
     >>> GaussianMixture(means, scales=torch.ones(2, 2)).sample((3,)).shape
@@ -291,7 +299,7 @@ class GaussianMixture(Base):
     Args:
         means: Centers, shape (K, D).
         scales: Standard deviations, shape (K, D).
-        weights: Mixture weights, shape (K,), equal if None; they need not sum to one.
+        weights: Mixture weights up to a common factor, shape (K,); equal if None.
     """
 
     means: Tensor
@@ -327,14 +335,14 @@ class GaussianMixture(Base):
 
 
 class Uniform(Base):
-    """The uniform distribution on a box, density 0 outside.
+    """The uniform distribution on a box.
 
     Args:
         low: Lower corner, shape (D,).
         high: Upper corner, shape (D,).
 
     Raises:
-        ValueError: A corner that is not above the other.
+        ValueError: A lower bound is not below the upper one.
     """
 
     low: Tensor
@@ -363,19 +371,19 @@ class Uniform(Base):
         draw = self._drawn(
             torch.rand, (*expect_shape("sample", sample_shape), *self.event_shape), generator
         )
-        last = self.high.nextafter(self.low)  # rounding may reach the upper end, of density 0
+        last = self.high.nextafter(self.low)  # rounding may reach the end, with density 0
         return (self.low + (self.high - self.low) * draw).minimum(last)
 
 
 class UniformAngles(Base):
-    """D angles, each uniform on the circle: any number is an angle, of the same density.
+    """D independent angles, uniform on the circle, with the same density at every number.
 
     Args:
-        dim: D.
-        period: Length of the circle; samples lie in [-period/2, period/2).
+        dim: Number of angles D.
+        period: Length of the circle; samples are in [-period/2, period/2).
 
     Raises:
-        ValueError: A period that is not positive.
+        ValueError: The period is not positive.
     """
 
     def __init__(self, dim: int, period: float = 2 * math.pi) -> None:
@@ -401,13 +409,13 @@ class UniformAngles(Base):
 
 
 class Empirical(Base):
-    """Points as a source: samples are rows drawn with replacement; there is no density.
+    """The empirical distribution of points, which are drawn with replacement; it has no density.
 
     Args:
-        points: Shape (N, *event).
+        points: Points, shape (N, *event).
 
     Raises:
-        ValueError: No points, or some that are not finite.
+        ValueError: There are no points, or one is not finite.
     """
 
     has_density = False
@@ -422,11 +430,7 @@ class Empirical(Base):
         self.to(points.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Raise: a set of points has no density.
-
-        Raises:
-            ValueError: Always: points have no density.
-        """
+        """Raise ValueError, as there is no density."""
         raise ValueError(
             "log_prob: this flow's source is a set of points, which has no density; to have one, "
             "give the flow a base with a density, such as cnf.data.toy('moons') or a normal"
@@ -445,14 +449,14 @@ class Empirical(Base):
 
 
 def as_base(base: Any, event_shape: Sequence[int]) -> Base:
-    """A `Base` from None (standard normal), a Base, a torch distribution, a density or points.
+    """The base distribution that an argument of `Flow` stands for.
 
     Args:
-        base: What to make a base of.
-        event_shape: Shape of one z, where base is None.
+        base: None for a standard normal, a `Base`, a torch distribution, a density or points.
+        event_shape: Shape of an event, for the standard normal.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: It is something else.
     """
     if base is None:
         return StandardNormal(event_shape)
@@ -478,29 +482,29 @@ def _no_formula(name: str, instead: str) -> str:
 
 
 def _unknown(name: str, instead: str) -> property:
-    """A property that raises, and says how to estimate what it stands for."""
+    """A property that raises NotImplementedError, and says how to estimate it."""
 
     def refuse(self: Distribution) -> NoReturn:
-        """Raise: it is known by samples only."""
+        """Raise NotImplementedError, as a flow has no formula for it."""
         raise NotImplementedError(_no_formula(name, instead))
 
     return property(refuse)
 
 
 class FlowDistribution(Distribution):
-    """A flow, given its context, as a torch distribution; see `Flow.distribution`.
+    """A flow with a given context as a torch distribution; see `Flow.distribution`.
 
-    Values broadcast against the batch shape, which is the context's. A value that is NaN or
-    outside of the support is no error: its log-density is NaN or -inf, as in `Flow.log_prob`.
+    Values broadcast with the batch shape, which is that of the context. The log-density of a value
+    with NaN is NaN, and that of one outside of the support -inf, as in `Flow.log_prob`.
 
     Args:
         flow: The flow.
         context: Condition, shape (*batch, C), or None.
-        batch_shape: The context's if None.
+        batch_shape: The batch shape; that of the context if None.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
-    # Torch has these as properties and methods that raise without a message.
+    # torch's own raise without a message.
     mean = _unknown("mean", "sample((n,)).mean(0)")
     variance = _unknown("variance", "sample((n,)).var(0)")
     stddev = _unknown("stddev", "sample((n,)).std(0)")
@@ -519,9 +523,9 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """A box where the flow ends in a map onto one, else real.
+        """An interval if the flow ends in a map onto one, else the real numbers.
 
-        Angles are real as torch's are, and what is outside of a bounded base's image has a
+        Angles are real numbers, as in torch. Points outside of the image of a bounded base have a
         log-density of -inf.
         """
         last = self.flow.transform if self.flow.preprocess is None else self.flow.preprocess
@@ -538,10 +542,14 @@ class FlowDistribution(Distribution):
         return constraints.independent(inner, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
-        """The same distribution for a larger batch shape.
+        """The same distribution with a larger batch shape; see `Distribution.expand` of torch.
+
+        Args:
+            batch_shape: The batch shape.
+            _instance: Not used.
 
         Raises:
-            ValueError: A shape that the batch shape does not broadcast to.
+            ValueError: The present batch shape does not broadcast to it.
         """
         try:
             shape = torch.empty(self.batch_shape).expand(batch_shape).shape
@@ -565,10 +573,10 @@ class FlowDistribution(Distribution):
         return self.flow.rsample(tuple(sample_shape), self.context)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, of the value's and the batch's common shape.
+        """Log-density in nats of values of shape (*batch, *event), see `Flow.log_prob`.
 
         Raises:
-            ValueError: A value that does not broadcast with the batch shape.
+            ValueError: The value's shape does not broadcast with the batch shape.
         """
         expect_event("FlowDistribution.log_prob", "value", value, self.event_shape)
         batch = value.shape[: value.dim() - len(self.event_shape)]
@@ -582,21 +590,21 @@ class FlowDistribution(Distribution):
         return self.flow.log_prob(value.expand(*shape, *self.event_shape), self.context)
 
     def entropy(self) -> NoReturn:
-        """Raise: it is known by samples only."""
+        """Raise NotImplementedError, and say how to estimate it from samples."""
         raise NotImplementedError(_no_formula("entropy", "-log_prob(sample((n,))).mean(0)"))
 
     def cdf(self, value: Tensor) -> NoReturn:
-        """Raise: it is known by samples only."""
+        """Raise NotImplementedError, and say how to estimate it from samples."""
         instead = "(sample((n,)) <= value).all(-1).double().mean(0)"
         raise NotImplementedError(_no_formula("cdf", instead))
 
     def icdf(self, value: Tensor) -> NoReturn:
-        """Raise: it is known by samples only."""
+        """Raise NotImplementedError, and say how to estimate it from samples."""
         instead = "sample((n,)).quantile(value, 0), of each column for itself"
         raise NotImplementedError(_no_formula("icdf", instead))
 
     def enumerate_support(self, expand: bool = True) -> NoReturn:
-        """Raise: the support is a continuum."""
+        """Raise NotImplementedError, as the support is not countable."""
         raise NotImplementedError(
             "FlowDistribution.enumerate_support: a flow is continuous, and its support cannot be "
             "listed; draw from it: sample((n,))"
@@ -609,7 +617,7 @@ class FlowDistribution(Distribution):
 
 
 def flow_distribution(flow: Any, context: Tensor | None) -> FlowDistribution:
-    """The flow as a torch distribution; as Pyro's too where Pyro has been imported.
+    """A flow as a torch distribution, which is Pyro's too if Pyro has been imported.
 
     Args:
         flow: The flow.

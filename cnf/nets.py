@@ -1,4 +1,4 @@
-"""Small networks: activations with their derivative, MLPs, time features."""
+"""Small networks: MLPs, MADE, and features of time, with activations and their derivatives."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +16,9 @@ class Activation:
     """An elementwise nonlinearity σ.
 
     Attributes:
-        function: a → σ(a).
-        with_derivative: a → (σ(a), σ'(a)), sharing what the two have in common; differentiable.
+        function: Function that returns σ(a).
+        with_derivative: Function that returns σ(a) and σ'(a), which share computations; both are
+            differentiable.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -68,7 +69,7 @@ for _name, _function, _with_derivative in (
 
 
 def linear_sizes(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive (in, out) pairs; a width below one is a ValueError."""
+    """Pairs (inputs, outputs) of consecutive layers; raise ValueError for a width below 1."""
     for size in sizes:
         if size < 1:
             raise ValueError(f"MLP: expected every width >= 1, got {tuple(sizes)}")
@@ -76,15 +77,14 @@ def linear_sizes(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 
 class MLP(nn.Module):
-    """Multilayer perceptron (*, inputs) → (*, outputs).
+    """A multilayer perceptron (*, inputs) → (*, outputs).
 
     Args:
         inputs: Size of the last axis of the input.
         outputs: Size of the last axis of the output.
         hidden: Widths of the hidden layers.
         activation: A name in `ACTIVATIONS`.
-        zero_last: Start the last layer at zero, so that the output starts at zero (identity
-            flows).
+        zero_last: Initialize the last layer to zero, so that a flow starts as the identity.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class MLP(nn.Module):
         return tuple(layer.out_features for layer in self._linears()[:-1])
 
     def columns(self, x: Tensor) -> Tensor:
-        """(N, inputs) → (outputs, N), laid out by columns.
+        """The transposed output (outputs, N) of an input (N, inputs).
 
-        Each output, and each hidden unit on the way, is one piece of memory.
+        The N values of each output and of each hidden unit are contiguous in memory.
         """
         *inner, last = [(layer.weight, layer.bias) for layer in self._linears()]
         h = x.T
@@ -130,20 +130,21 @@ class MLP(nn.Module):
 
 
 class MADE(nn.Module):
-    """A masked MLP whose output i sees inputs before i only, and all of the context.
+    """A masked MLP whose output i depends only on the inputs before i, and on the context.
 
-    Hidden units are sorted by how many inputs they may see, spread evenly over 1, …, D - 1 (with
-    a context from 0 on).
+    Hidden units are sorted by their degrees, the number of inputs that they may depend on, which
+    are evenly spaced over 1, …, D - 1 (from 0 on with a context).
+
     Source: Germain et al. (2015), https://arxiv.org/abs/1502.03509.
 
     Args:
-        dim: D.
-        size: Outputs for each input.
+        dim: Number of inputs D.
+        size: Number of outputs for each input.
         hidden: Widths of the hidden layers.
         context_dim: Size of the context; 0 for none.
         activation: A name in `ACTIVATIONS`.
-        zero_last: Start the last layer at zero.
-        period: Of the inputs, where they are angles.
+        zero_last: Initialize the last layer to zero.
+        period: Period of the inputs, if they are angles.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class MADE(nn.Module):
         inputs = torch.arange(dim).repeat_interleave(1 if period is None else 2)
         before = torch.cat([torch.full((context_dim,), -1), inputs]) + 1
         self.layers = nn.ModuleList()
-        self.reaching: list[list[int]] = []  # of each layer, how many units reach output i
+        self.reaching: list[list[int]] = []  # per layer, how many units output i depends on
         for i, o in linear_sizes([len(before), *hidden]):
             degrees = least + torch.arange(o) * (dim - least) // o
             self.layers.append(MaskedLinear(i, o, degrees[:, None] >= before))
@@ -176,7 +177,7 @@ class MADE(nn.Module):
             zero_(self.layers[-1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The outputs of all inputs, shape (size, D, N).
+        """Outputs, shape (size, D, N).
 
         Args:
             x: Inputs, shape (N, D).
@@ -190,7 +191,10 @@ class MADE(nn.Module):
         return _linear(h, last.masked(), last.bias).unflatten(0, (self.size, self.dim))
 
     def one_by_one(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """A function of the first i inputs, (N, i), that gives output i, (size, N)."""
+        """A function from the first i inputs, shape (N, i), to output i, shape (size, N).
+
+        It applies the masks to the weights once, and computes only what output i depends on.
+        """
         *weights, last = [(layer.masked(), layer.bias) for layer in self._masked_layers()]
         rows = last[0].unflatten(0, (self.size, self.dim)), last[1].unflatten(0, (self.size, -1))
 
@@ -215,12 +219,12 @@ class MADE(nn.Module):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer without the weights that the mask leaves out.
+    """A linear layer whose weights are multiplied by a mask.
 
     Args:
-        inputs: Size of the input's last axis.
-        outputs: Size of the output's.
-        mask: Which weights there are, shape (outputs, inputs).
+        inputs: Size of the last axis of the input.
+        outputs: Size of the last axis of the output.
+        mask: True for the weights that are kept, shape (outputs, inputs).
     """
 
     mask: Tensor
@@ -233,16 +237,16 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.masked(), self.bias)
 
     def masked(self) -> Tensor:
-        """The weights, 0 where the mask is."""
+        """The weight times the mask, shape (outputs, inputs)."""
         return self.weight * self.mask
 
 
 def on_circle(angle: Tensor, period: float | None) -> Tensor:
-    """(*, D) → (*, 2D), sine and cosine of each angle; without a period, as it is.
+    """The sine and cosine of each angle, shape (*, 2D); the input if there is no period.
 
     Args:
-        angle: Shape (*, D).
-        period: Of the angles; None where they are none.
+        angle: Angles, shape (*, D).
+        period: Length of the circle, or None.
     """
     if period is None:
         return angle
@@ -251,7 +255,7 @@ def on_circle(angle: Tensor, period: float | None) -> Tensor:
 
 
 def _linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of columns, (inputs, N) → (outputs, N)."""
+    """A linear layer on columns, (inputs, N) → (outputs, N)."""
     return torch.addmm(bias.unsqueeze(-1), weight, h)
 
 
@@ -264,16 +268,16 @@ def zero_(layer: nn.Module) -> None:
 class TimeFeatures(nn.Module):
     """Features of time: t, then sin(kπt) and cos(kπt) for k = 1, …, frequencies.
 
-    With no frequencies it is plain time; with some, a small net can change fast in t.
+    With them a small network can change fast with time.
 
     >>> TimeFeatures(frequencies=1)(torch.tensor(0.5)).tolist()
     [0.5, 1.0, -4.371138828673793e-08]
 
     Args:
-        frequencies: How many sine and cosine pairs.
+        frequencies: Number of pairs of sine and cosine; 0 for t alone.
 
     Raises:
-        ValueError: A negative number of frequencies.
+        ValueError: The number is negative.
     """
 
     multiples: Tensor
@@ -287,7 +291,7 @@ class TimeFeatures(nn.Module):
         self.register_buffer("multiples", multiples, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        """t: (*batch,) → (*batch, size)."""
+        """Features of t, shape (*batch,), of shape (*batch, size)."""
         t = t.unsqueeze(-1)
         if self.size == 1:
             return t
@@ -296,12 +300,12 @@ class TimeFeatures(nn.Module):
 
 
 class Condition(nn.Module):
-    """What a layer depends on beside its input: u = [τ(t), c].
+    """The conditioning input u = [τ(t), c] of a layer: features of time and the context.
 
-    In an ODE solve all rows share t: without a context u is then one vector, not a batch of them.
+    In an ODE solve all rows have the same t; without a context u is then a single vector.
 
     Args:
-        frequencies: As of `TimeFeatures`.
+        frequencies: Number of pairs of sine and cosine, see `TimeFeatures`.
         context_dim: Size of the context; 0 for none.
     """
 
@@ -311,12 +315,12 @@ class Condition(nn.Module):
         self.size = self.time.size + context_dim
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The features u, shape (size,) or (*batch, size).
+        """The conditioning input u, shape (size,) or (*batch, size).
 
         Args:
             t: Time, shape () or (*batch,).
-            x: Points, shape (*batch, D).
-            context: Condition that broadcasts to (*batch, C), or None.
+            x: Points, shape (*batch, D), whose dtype and batch shape are used.
+            context: Condition, broadcasting to (*batch, C), or None.
         """
         features = self.time(t.to(x.dtype))
         if context is None:

@@ -1,4 +1,4 @@
-"""How a flow and its parts print: what they are, on a screen's width."""
+"""Text for the `repr` of flows and their parts, within the width of a terminal."""
 
 import re
 import textwrap
@@ -11,26 +11,26 @@ KEPT = re.compile(r" (?=[\d×])|(?<=×) ")  # spaces at which no line is broken
 
 
 def named(part: object, *about: str) -> str:
-    """Type(about, …), broken at the screen's width; what is empty is left out.
+    """The text Type(about, …), wrapped.
 
     Args:
-        part: What is printed.
-        about: What is said of it.
+        part: The object.
+        about: What to say of it; empty texts are omitted.
     """
     return wrapped(f"{type(part).__name__}({joined(*about)})")
 
 
 def joined(*about: str) -> str:
-    """What is not empty, with commas between."""
+    """The texts that are not empty, separated by commas."""
     return ", ".join(text for text in about if text)
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """The text in lines of a screen's width, all but the first further indented.
+    """Wrap a text to lines of at most `WIDTH` characters.
 
     Args:
-        text: The text; white space in it does not count.
-        indent: What each line begins with.
+        text: The text.
+        indent: Indentation of the first line; the others have four spaces more.
     """
     text = KEPT.sub("\0", " ".join(text.split()))
     lines = textwrap.fill(
@@ -41,7 +41,7 @@ def wrapped(text: str, indent: str = "") -> str:
 
 
 def grouped(parts: Sequence[object]) -> str:
-    """Each part's text, those that repeat but once.
+    """The texts of parts, separated by commas, with repetitions as counts.
 
     >>> grouped(["a", "b", "a", "b", "a", "c", "c"])
     '2 × (a, b), a, 2 × c'
@@ -61,7 +61,7 @@ def grouped(parts: Sequence[object]) -> str:
 
 
 def _repeats(texts: Sequence[str], size: int) -> int:
-    """How often the first `size` texts come one after the other."""
+    """How often the first `size` texts are repeated in a row."""
     count = 1
     while texts[count * size : (count + 1) * size] == texts[:size]:
         count += 1
@@ -69,17 +69,17 @@ def _repeats(texts: Sequence[str], size: int) -> int:
 
 
 def shaped(shape: Sequence[int] | None, context_dim: int = 0) -> str:
-    """The size of a vector, or the shape of an image, and the size of its context.
+    """The size of a vector or the shape of an image, and the size of the context.
 
     Args:
-        shape: The event's shape, or None where any fits.
-        context_dim: Size of the context; 0 for none.
+        shape: Shape of an event.
+        context_dim: Size of the context; 0 is omitted.
     """
     size = str(tuple(shape)) if shape and len(shape) > 1 else "".join(map(str, shape or ()))
     return joined(size, f"context {context_dim}" if context_dim else "")
 
 
 def weights_of(module: nn.Module) -> str:
-    """How many numbers there are to train."""
+    """The number of trainable parameters of a module, as text."""
     count = sum(weight.numel() for weight in module.parameters())
     return f"{count:,} weight{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Which rows of a batch are finite: NaN and infinity stay in the rows that they came in."""
+"""Finite rows of a batch: NaN and infinity in a row do not affect the other rows."""
 
 import math
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 class FiniteRows:
-    """The rows of a batch whose numbers are all finite, and those that are not.
+    """The partition of a batch into rows that are finite and rows that are not.
 
-    A row that is not finite must reach no net, whose gradients it would make NaN, and no adaptive
-    solve, whose steps it would shorten. So `select` puts zeros in its place, or leaves it out, and
-    `restore` puts back what is known of it beforehand.
+    A row that is not finite would make the gradients of a network NaN, and would shorten the steps
+    of an adaptive solver. Therefore `select` replaces it by zeros or drops it before a
+    computation, and `restore` inserts its known result afterwards.
 
     Args:
-        values: The same rows, before and after a map, shape (*batch, *event).
-        event_dims: How many trailing axes form the event.
+        values: The same rows before and after a map, each of shape (*batch, *event).
+        event_dims: Number of trailing axes that form the event.
         context: Condition, shape (*batch, C), or None.
-        missing: Whether NaN in the context is meant.
-        drop: Whether bad rows are left out, which waits for the device.
+        missing: Whether NaN in the context stands for a missing value, and is allowed.
+        drop: Whether rows that are not finite are dropped, which synchronizes with the device.
 
     Attributes:
-        finite: Whether a row is finite, shape (*batch,).
-        dropped: Whether rows were left out.
-        log_density: Of a bad row: NaN where it holds NaN, -inf where it lies at infinity.
+        finite: Mask of the finite rows, shape (*batch,).
+        dropped: Whether rows were dropped.
+        log_density: Log-density of the other rows: NaN for NaN, -inf for infinity.
     """
 
     def __init__(
@@ -47,13 +47,11 @@ class FiniteRows:
         self.dropped = drop and not self.finite.all()
 
     def select(self, value: Any, axis: int = 0) -> Any:
-        """The rows of `value` to compute with; its batch begins at `axis`.
-
-        None, or one number for all rows, stays as it is.
+        """The rows to compute with; anything but a tensor is returned unchanged.
 
         Args:
-            value: A tensor of all rows.
-            axis: Where its batch begins.
+            value: A tensor with the batch's axes, or a value that all rows share.
+            axis: The first axis of the batch.
         """
         if not isinstance(value, Tensor):
             return value
@@ -62,12 +60,12 @@ class FiniteRows:
         return torch.where(self._over(value, axis), value, 0.0)
 
     def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
-        """`value`, computed for the selected rows, with `bad` in the others.
+        """A value for all rows from that of the selected rows.
 
         Args:
-            value: A tensor of the selected rows.
-            bad: What the others get: a number, or a tensor of all rows.
-            axis: Where its batch begins.
+            value: The value of the selected rows.
+            bad: The value of the other rows; a tensor has the shape of the batch.
+            axis: The first axis of the batch in `value`.
         """
         bad = bad.to(value.dtype) if isinstance(bad, Tensor) else bad
         if not self.dropped:
@@ -82,42 +80,42 @@ class FiniteRows:
         return (*[slice(None)] * axis, self.finite)
 
     def _over(self, value: Tensor, axis: int) -> Tensor:
-        """`finite`, with an axis of one for each of the event's."""
+        """The mask `finite` in a shape that broadcasts with `value`."""
         inner = value.dim() - axis - self.finite.dim()
         return self.finite.reshape([*self.finite.shape, *[1] * inner])
 
 
 class AllFinite:
-    """The rows of a batch that are all finite: nothing is selected, and nothing restored."""
+    """The counterpart of `FiniteRows` for a batch in which all rows are finite."""
 
     dropped, log_density = False, 0.0
 
     def select(self, value: Any, axis: int = 0) -> Any:
-        """The value as it is.
+        """Return the value; see `FiniteRows.select`.
 
         Args:
-            value: A tensor of all rows.
-            axis: Not needed.
+            value: A value.
+            axis: Not used.
         """
         return value
 
     def restore(self, value: Tensor, bad: Tensor | float = torch.nan, axis: int = 0) -> Tensor:
-        """The value as it is.
+        """Return the value; see `FiniteRows.restore`.
 
         Args:
-            value: A tensor of all rows.
-            bad: Not needed.
-            axis: Not needed.
+            value: A value.
+            bad: Not used.
+            axis: Not used.
         """
         return value
 
 
 def all_finite(*values: Tensor | None) -> bool:
-    """Whether all numbers are finite, by their sums: False, too, where these overflow."""
+    """Whether the sum of each tensor is finite, and so all its numbers; None is skipped."""
     return all(value is None or math.isfinite(value.detach().sum()) for value in values)
 
 
 def _size(value: Tensor, event_dims: int) -> Tensor:
-    """The largest |number| of each row: NaN where there is one, else infinity where there is."""
-    # 20 times faster than linalg.vector_norm(…, inf).
+    """The largest absolute value of each row, NaN for a row with NaN."""
+    # 20× faster than linalg.vector_norm(…, inf).
     return value.detach().abs().amax(tuple(range(-event_dims, 0)))

@@ -190,7 +190,7 @@ def straightness(
     """
     expect_counts("straightness", steps=steps)
     start = _starts("straightness", flow, n, generator)
-    transform, context = _continuous("straightness", flow, start, context)
+    transform, context = _continuous_part("straightness", flow, start, context)
     times = torch.linspace(0, 1, steps + 1, dtype=start.dtype, device=start.device)
     path = transform.trajectory(start, times.tolist(), context)
     line = path[-1] - path[0]
@@ -245,17 +245,15 @@ def _starts(who: str, flow: Flow, n: int, generator: Generator | None) -> Tensor
     return flow.base.sample((n,), generator=generator)
 
 
-def _continuous(
+def _continuous_part(
     who: str, flow: Flow, start: Tensor, context: Tensor | None
 ) -> tuple[Continuous, Tensor | None]:
     """The flow's inner, continuous part, and the context checked as in the flow's own calls."""
-    require_field(who, flow)
-    assert isinstance(flow.transform, Continuous)
-    return flow.transform, flow.inner_context(who, context, start.shape[:1])
+    return require_field(who, flow), flow.inner_context(who, context, start.shape[:1])
 
 
 def _energy_from(who: str, flow: Flow, start: Tensor, context: Tensor | None) -> Estimate:
-    transform, context = _continuous(who, flow, start, context)
+    transform, context = _continuous_part(who, flow, start, context)
     solved = transform.integrate(
         start, context, towards="data", divergence=None, integrands=(kinetic_energy,)
     )

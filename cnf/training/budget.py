@@ -72,7 +72,7 @@ class Budget:
         return {"step": self.step, "seconds": self.seconds, "ticks": self.ticks}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.ticks = [int(tick) for tick in state["ticks"]]
         if self.config.seconds is not None:  # more than there were: fewer have passed

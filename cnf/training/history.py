@@ -59,7 +59,7 @@ class History:
         return {"records": self.records, "preparing": self.preparing, "pairing": self.pairing}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self.records = [dict(record) for record in state["records"]]
         self.preparing = float(state.get("preparing", 0.0))  # older checkpoints hold records only
         self.pairing = float(state.get("pairing", 0.0))

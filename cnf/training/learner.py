@@ -89,7 +89,7 @@ class Learner:
         )
         autocast = fabric.device.type if config.precision == "bf16-mixed" else None
         self._loss = _LossModule(module, objective, autocast)
-        self._launched = fabric.setup_module(self._loss)
+        self._fabric_loss = fabric.setup_module(self._loss)
         self._optimizer: Any = fabric.setup_optimizers(optimizer)
         self.ema_module = module
         if config.ema is not None:
@@ -134,7 +134,7 @@ class Learner:
     def warm_up(self, rows: Prepared) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
         before = [buffer.clone() for buffer in self.module.buffers()]
-        self._backward(self._launched(rows).value)
+        self._backward(self._fabric_loss(rows).value)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
@@ -150,7 +150,7 @@ class Learner:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        loss = self._launched(rows)
+        loss = self._fabric_loss(rows)
         self._optimizer.zero_grad(set_to_none=True)
         self._backward(loss.value if share == 1.0 else share * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
@@ -220,7 +220,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state; the optimizer's settings are this run's own.
+        """Continue from a checkpoint's state; the optimizer's settings are this run's own.
 
         Raises:
             CheckpointError: A tensor is not of the shape and dtype that it must have.

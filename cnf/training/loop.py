@@ -92,7 +92,7 @@ def fit(
     listeners = Listeners(loggers, callbacks)
     trainer = _Trainer(module, goal, data, config, context, weight, validation, listeners)
     with trainer.folder, trainer.listeners:
-        trainer.take_up()
+        trainer.resume()
         try:
             return trainer.run()
         except BaseException as error:
@@ -156,7 +156,7 @@ class _Trainer:
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
 
-    def take_up(self) -> None:
+    def resume(self) -> None:
         """Go on from the folder's checkpoint, if that is wanted; say what runs."""
         self.resumes = self.fabric.broadcast(self.folder.resumes)
         if self.resumes:

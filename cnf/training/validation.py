@@ -162,7 +162,7 @@ class Validation:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self.done, self.stale = int(state["done"]), int(state["stale"])
         self.best, self.best_weights = float(state["best"]), state["weights"]
 

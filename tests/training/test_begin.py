@@ -5,7 +5,7 @@ import torch
 import yaml
 
 import cnf
-from cnf.objectives import OBJECTIVES, Batch, FlowMatching
+from cnf.objectives import OBJECTIVES, Batch, FlowMatching, MaximumLikelihood
 from cnf.training.history import History
 from cnf.training.progress import ProgressBar
 from cnf.training.stream import NoData, as_stream
@@ -91,6 +91,32 @@ def test_a_batch_of_pairs_needs_no_coupling(small, config, points):
     data = Batch(points, x0=torch.zeros(100, 2))
     history = cnf.fit(small(), FlowMatching(coupling=FEW), data, config())
     assert history.preparing < 0.1 and history.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("objective", "found"), [(FlowMatching(), "_path"), (MaximumLikelihood(), "as_trained")]
+)
+def test_what_a_loss_needs_of_a_flow_is_found_once_and_a_batch_prepared_once(
+    objective, found, small, config, points, monkeypatch
+):
+    calls = []
+
+    def spied(name):
+        inner = getattr(type(objective), name)
+
+        def spy(self, *args):
+            calls.append(name)
+            return inner(self, *args)
+
+        monkeypatch.setattr(type(objective), name, spy)
+
+    spied(found)
+    spied("prepare")
+    cnf.fit(small(), objective, points, config(validations=0))
+    assert calls.count("prepare") == 6
+    assert calls[: calls.index("prepare")].count(found) == 1
+    last = len(calls) - 1 - calls[::-1].index("prepare")
+    assert found not in calls[calls.index("prepare") : last]
 
 
 @pytest.mark.parametrize("kind", ["array", "dataset", "batches", "density"])

@@ -53,11 +53,11 @@ def test_words_become_flags_with_one_value(words, expected):
         ("--no-lr", "unknown flag --no-lr"),
     ],
 )
-def test_what_is_wrong_is_named(words, said):
+def test_error_names_the_wrong_word(words, said):
     with pytest.raises(ValueError, match=said.replace("?", r"\?")):
         normalized(words.split(), KINDS, ["data"])
 
 
-def test_arguments_that_are_missing_are_named_without_their_settings():
+def test_error_names_missing_arguments_as_they_are_typed():
     error = ValueError("the following arguments are required: config.steps, data")
     assert error_message(error, KINDS) == "expected STEPS and DATA"

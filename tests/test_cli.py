@@ -179,7 +179,7 @@ def test_another_test_part_is_named_when_a_run_goes_on(own, refused, tmp_path):
     assert "on other data than these (test was 0.1, is 0.3); give it the same" in said
 
 
-def test_a_table_that_has_moved_is_asked_for(own, call, refused, tmp_path):
+def test_error_for_a_moved_table_asks_for_it(own, call, refused, tmp_path):
     run = shutil.copytree(own / "run", tmp_path / "run")
     config, gone = run / "config.yaml", str(tmp_path / "gone.csv")
     config.write_text(config.read_text().replace(str(own / "own.csv"), gone))
@@ -190,7 +190,7 @@ def test_a_table_that_has_moved_is_asked_for(own, call, refused, tmp_path):
     assert call("evaluate", run, "--data", own / "own.csv")[0] == 0
 
 
-def test_rows_of_a_file_that_changed_are_not_said_to_be_unseen(own, call, refused, tmp_path):
+def test_rows_of_a_changed_file_are_not_reported_as_held_out(own, call, refused, tmp_path):
     run = shutil.copytree(own / "run", tmp_path / "run")
     rows = (own / "own.csv").read_text()
     (tmp_path / "own.csv").write_text(rows)
@@ -216,7 +216,7 @@ def test_check_reads_a_table_as_the_run_did(own, call):
     assert call("check", own / "run")[1] == said  # the run's own table, if it is still there
 
 
-def test_check_without_the_runs_table_says_which_context_it_took(own, call, tmp_path):
+def test_check_without_the_runs_table_names_the_context_it_used(own, call, tmp_path):
     shutil.copytree(own / "run", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("own.csv", "moved.csv"))
@@ -270,7 +270,7 @@ def test_samples_have_the_names_of_the_columns_and_the_context_asked_for(own, ca
         np.testing.assert_allclose(drawn, want.numpy(), rtol=1e-6)
 
 
-def test_context_keeps_the_digits_of_a_time_in_seconds(call, tmp_path, monkeypatch):
+def test_context_is_parsed_in_float64(call, tmp_path, monkeypatch):
     draw, start = np.random.default_rng(0), 1_700_000_000
     rows = [f"{start + k},{v:.4f}" for k, v in enumerate(draw.normal(size=150))]
     (tmp_path / "x.csv").write_text("\n".join(["time,x", *rows]))
@@ -290,9 +290,7 @@ def test_context_keeps_the_digits_of_a_time_in_seconds(call, tmp_path, monkeypat
     assert given[0].tolist() == [start + 77]  # float32 has multiples of 128 there
 
 
-def test_sample_looks_before_it_draws_whether_it_can_write(
-    call, run, refused, tmp_path, monkeypatch
-):
+def test_sample_checks_before_drawing_that_it_can_write(call, run, refused, tmp_path, monkeypatch):
     output = tmp_path / "new" / "x.csv"
     assert call("sample", run, output, "-n", "4")[0] == 0 and output.is_file()
     (tmp_path / "file").write_text("")
@@ -302,7 +300,7 @@ def test_sample_looks_before_it_draws_whether_it_can_write(
     assert "exists already; choose another name" in refused("sample", run, output)
 
 
-def test_context_that_cannot_be_is_named(own, refused, tmp_path):
+def test_invalid_context_is_named(own, refused, tmp_path):
     run, output = own / "run", tmp_path / "x.csv"
     assert "conditioned on kind; give --context" in refused("sample", run, output)
     assert "unknown kind 'c'; known: a, b" in refused("sample", run, output, "--context", "c")
@@ -397,7 +395,7 @@ def test_data_by_position_dashes_and_lists_repeat_the_run_of_underscores_and_fla
     assert configs[0] == configs[1] and "batch_size: 32" in configs[0]
 
 
-def test_pipe_gets_no_bar_and_warnings_are_a_line_of_their_words(tmp_path):
+def test_pipe_gets_no_progress_bar_and_warnings_of_one_line(tmp_path):
     table = tmp_path / "constant.csv"
     table.write_text("a,b\n" + "".join(f"{k % 7}.5,3\n" for k in range(80)))
     small = ["--model", "realnvp", "--options.layers", "2", "--steps", "3", "--device", "cpu"]
@@ -425,13 +423,13 @@ def test_no_command_shows_help_and_exits_2(call):
     assert code == 2 and all(name in said for name in cli.COMMANDS)
 
 
-def test_help_of_compare_names_those_who_run_unless_told(call):
+def test_help_of_compare_names_the_default_contestants(call):
     _, said, _ = call("compare", "--help")
     words = " ".join(said.split()).replace("- ", "-")  # as lines are broken
     assert ", ".join(RACE[:-1]) + f" and {RACE[-1]} if not given" in words
 
 
-def test_list_says_what_each_contestant_is(call):
+def test_list_describes_each_contestant(call):
     _, said, _ = call("list", "contestants")
     assert "the model ffjord, trained by maximum likelihood." in " ".join(said.split())
     assert "flow matching, then by maximum likelihood." in " ".join(said.split())
@@ -575,5 +573,5 @@ def test_resume_needs_nothing_but_the_run(how, call, run, tmp_path, monkeypatch)
     assert (folder / file).read_bytes() == (run / file).read_bytes()
 
 
-def test_resume_of_no_run_ends_in_one_line(refused, tmp_path):
+def test_resume_without_a_run_ends_in_one_line(refused, tmp_path):
     assert "no run to resume" in refused("train", "--resume", tmp_path / "nowhere")

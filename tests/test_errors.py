@@ -93,7 +93,7 @@ def test_event_of_the_right_shape_passes(shape):
         ),
     ],
 )
-def test_bad_event_is_refused_in_words(value, event, text):
+def test_event_of_wrong_shape_or_dtype_is_refused(value, event, text):
     with pytest.raises(ValueError) as caught:
         expect_event("f", "x", value, event)
     assert str(caught.value) == text
@@ -112,14 +112,14 @@ def test_finite_rows_pass(shape):
     expect_finite("fit", "x", torch.zeros(shape))
 
 
-def test_choice_is_refused_with_the_choices():
+def test_error_for_a_choice_lists_the_choices():
     expect_choice("f", "mode", "a", ("a", None))
     with pytest.raises(ValueError, match="f: expected mode to be one of 'a', None, got 'b'"):
         expect_choice("f", "mode", "b", ("a", None))
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, math.nan, math.inf])
-def test_not_positive_is_refused(bad):
+def test_numbers_that_are_not_positive_are_refused(bad):
     expect_positive("f", rate=1e-3, other=None)
     with pytest.raises(ValueError, match="f: expected rate > 0"):
         expect_positive("f", other=2, rate=bad)
@@ -139,13 +139,13 @@ class Halving(nn.Module):
     ],
     ids=["trajectory", "sde", "flow matching"],
 )
-def test_a_field_that_edits_its_input_is_refused_wherever_it_is_called(use):
+def test_field_that_modifies_its_input_is_refused_wherever_it_is_called(use):
     flow = Flow(StandardNormal((2,)), Continuous(Adapter(Halving(), (2,)), Solver("rk4", steps=2)))
     with torch.no_grad(), pytest.raises(ValueError, match="Halving: edits its input x in place"):
         use(flow, torch.ones(3, 2))
 
 
-def test_a_couplings_net_that_edits_its_input_is_refused():
+def test_conditioner_that_modifies_its_input_is_refused():
     coupling = Coupling(
         4, conditioner=lambda inputs, outputs: nn.Sequential(Halving(), nn.Linear(2, 4))
     )
@@ -187,7 +187,7 @@ SHORT = TrainConfig(steps=1, progress=False, device="cpu", validations=0)
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("way", WAYS)
-def test_an_edit_that_autograd_rejects_is_told_in_a_sentence(way, use):
+def test_operation_in_place_that_autograd_rejects_is_explained(way, use):
     field = Preconditioned(Adapter(Editing(way), (2,), call="concat"))
     flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
@@ -198,13 +198,13 @@ def test_an_edit_that_autograd_rejects_is_told_in_a_sentence(way, use):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_an_edit_of_what_concat_has_made_for_the_net_is_its_own(use):
+def test_network_may_modify_the_concatenated_input_in_place(use):
     field = Adapter(Editing("a part of the input"), (2,), call="concat")
     flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
     USES[use](flow, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))
 
 
-def test_other_errors_of_a_field_keep_their_words():
+def test_other_errors_of_a_field_are_not_changed():
     field = Adapter(nn.Linear(5, 2), (2,), call="concat")
     flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
     with pytest.raises(ValueError, match="Adapter: Linear .*mat1 and mat2 shapes"):

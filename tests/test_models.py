@@ -26,7 +26,7 @@ def test_build_gives_a_flow_of_that_size(name, context):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_standardizes_unless_told(name):
+def test_every_model_standardizes_by_default(name):
     x = torch.tensor([5e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(200, 2)
     flow = build(name, dim=2)
     flow.preprocess.fit(x)
@@ -64,7 +64,7 @@ def test_spec_follows_the_solver(name):
     assert again.transform.solver == flow.transform.solver
 
 
-def test_spec_is_not_the_callers_list():
+def test_spec_does_not_share_the_callers_list():
     hidden = [8, 8]
     flow = build("cnf", dim=2, hidden=hidden)
     hidden.append(8)
@@ -78,7 +78,7 @@ def test_misspelt_option_is_refused_and_the_known_are_named(name):
 
 
 @pytest.mark.parametrize("options", [{"dim": "2"}, {"dim": 2.0}, {"dim": 2, "context": "a"}])
-def test_sizes_that_are_no_whole_numbers_are_refused(options):
+def test_sizes_that_are_not_integers_are_refused(options):
     with pytest.raises(ValueError, match=r"expected (dim|context) to be a whole number >= [01]"):
         build("nsf", **options)
 

@@ -54,7 +54,7 @@ def test_unknown_name_lists_the_known_ones(table, bad):
     assert all(name in str(caught.value) for name in table)
 
 
-def test_a_spec_is_an_instance_a_name_a_class_or_a_mapping():
+def test_specification_is_an_instance_a_name_a_class_or_a_mapping():
     path = cnf.matching.paths.Bridge(sigma=0.5)
     build = cnf.matching.PATHS.build
     assert build(path) is path
@@ -84,7 +84,7 @@ def test_misspelt_options_are_refused_alike_everywhere(table):
         table.build(0.3, "me")
 
 
-def test_options_of_couplings_are_bound_and_those_close_are_proposed():
+def test_options_of_couplings_are_bound_and_close_names_are_proposed():
     coupling = cnf.matching.COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})
     assert coupling.keywords == {"weight": 3.0}
     assert spec(coupling) == {"name": "conditional-ot", "weight": 3.0}
@@ -92,11 +92,11 @@ def test_options_of_couplings_are_bound_and_those_close_are_proposed():
         cnf.matching.COUPLINGS.build({"name": "conditional-ot", "wieght": 3.0})
 
 
-def test_a_table_prints_its_names():
+def test_registry_prints_its_names():
     assert repr(cnf.dynamics.DIVERGENCES) == "divergences: exact, auto, hutchinson, hutch++"
 
 
-def test_a_model_of_any_callable_remembers_how_it_was_built():
+def test_model_registered_from_any_callable_has_its_specification():
     class Mine(cnf.Flow):
         def __init__(self, dim, *, width=8, **more):
             inner = cnf.models.realnvp(dim, hidden=(width,), **more)

@@ -110,17 +110,17 @@ def test_edm_grid_is_karras_levels_as_times(steps, options):
 
 
 @pytest.mark.parametrize("name", ["steps", "sigma_min", "sigma_max", "rho"])
-def test_edm_grid_wants_positive_numbers(name):
+def test_edm_grid_refuses_numbers_that_are_not_positive(name):
     with pytest.raises(ValueError, match=f"edm_grid: expected {name} > 0, got 0"):
         edm_grid(**{"steps": 4, name: 0})
 
 
-def test_edm_grid_wants_its_levels_in_order():
+def test_edm_grid_refuses_levels_in_the_wrong_order():
     with pytest.raises(ValueError, match="edm_grid"):
         edm_grid(4, sigma_min=80.0, sigma_max=0.002)
 
 
-def test_few_steps_are_a_flows_own_sampling():
+def test_few_steps_are_taken_by_a_flow_with_another_solver():
     flow, _ = gaussian_flow("velocity, linear")
     few = flow.with_solver(Solver("heun2", grid=edm_grid(8)))
     with cnf.dynamics.record() as stats:
@@ -149,13 +149,13 @@ def distance(flow, grid, method, context=None, points=512, seed=0):
     return (few.decode(z, context) - flow.decode(z, context)).norm(dim=1).mean().item()
 
 
-def test_a_learned_time_is_where_calculus_has_it():
+def test_learned_time_is_the_analytical_optimum():
     """Two Euler steps of 5t⁴ with the stop s come to (1 - s)·5s⁴, nearest to 1 at s = 0.8."""
     grid = learned_grid(late_flow(), 2, points=4)
     assert grid[0] == 0 and grid[2] == 1 and grid[1] == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_learned_grid_is_better_where_the_field_moves_at_one_end():
+def test_learned_grid_is_better_for_a_field_that_moves_at_one_end():
     flow = late_flow()
     for steps, method in ((3, "euler"), (6, "euler"), (3, "midpoint")):
         grid = learned_grid(flow, steps, method, points=4, generator=seeded())
@@ -179,7 +179,7 @@ def test_a_learned_grid_is_never_worse_on_its_own_points(method, steps, small_fl
     assert stats.forward == steps * (1 if method == "euler" else 2)
 
 
-def test_one_step_has_one_grid_and_repeats_with_its_generator(small_flow):
+def test_learned_grid_of_one_step_is_trivial_and_repeats_with_its_generator(small_flow):
     flow = small_flow("rnode", solver=Solver("rk4", steps=10))
     assert learned_grid(flow, 1) == (0.0, 1.0)
     before = torch.get_rng_state()
@@ -197,19 +197,19 @@ def test_a_grid_is_learned_under_a_context(shape, generator):
         learned_grid(late_flow(2), 2, points=4)
 
 
-def test_a_grid_is_learned_for_continuous_flows():
+def test_learned_grid_of_a_discrete_flow_is_refused():
     with pytest.raises(TypeError, match="learned_grid: expected a flow whose transform is a Cont"):
         learned_grid(cnf.models.build("realnvp", dim=2), 2)
     with pytest.raises(ValueError, match="Solver: expected a grid .* and dopri5"):
         learned_grid(late_flow(), 2, "dopri5", points=4)
 
 
-def test_no_steps_are_no_grid():
+def test_grid_of_no_steps_is_refused():
     with pytest.raises(ValueError, match="steps > 0, got 0"):
         learned_grid(late_flow(), 0, points=4)
 
 
-def test_steps_that_are_no_whole_number_are_refused():
+def test_numbers_of_steps_that_are_not_integers_are_refused():
     for name, grid in (
         ("edm_grid", lambda: edm_grid(2.5)),
         ("learned_grid", lambda: learned_grid(late_flow(), 2.5, points=4)),
@@ -233,7 +233,7 @@ class Rounded:
         return y.floor().long()
 
 
-def test_a_grid_is_learned_before_values_are_rounded():
+def test_learned_grid_compares_samples_before_rounding():
     grid = learned_grid(late_flow(dequantization=Rounded()), 2, points=4)
     assert grid[1] == pytest.approx(0.8, abs=0.01)
 
@@ -243,7 +243,7 @@ def test_a_grid_is_learned_before_values_are_rounded():
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("name", FLOWS)
-def test_an_sde_has_the_flows_law_whatever_its_noise(name, noise):
+def test_sde_has_the_marginal_of_the_flow_for_any_noise(name, noise):
     flow, path = gaussian_flow(name)
     x = sde(flow, 10_000, path=path, steps=200, noise=noise, generator=seeded())
     assert x.shape == (10_000, 2) and x.dtype == F64 and not x.requires_grad
@@ -253,13 +253,13 @@ def test_an_sde_has_the_flows_law_whatever_its_noise(name, noise):
 
 @pytest.mark.parametrize("g", [lambda t: 0.8, lambda t: 1.5 * (1 - t), lambda t: 1 + t.sin()])
 @pytest.mark.parametrize("name", FLOWS)
-def test_an_sde_has_the_flows_law_whatever_its_diffusion(name, g):
+def test_sde_has_the_marginal_of_the_flow_for_any_diffusion(name, g):
     flow, path = gaussian_flow(name)
     x = sde(flow, 10_000, path=path, steps=200, diffusion=g, generator=seeded())
     assert_law(x, M, S, 0.03)  # the head's score ends 0.01 before the data
 
 
-def test_noise_forgets_a_wrong_start_that_the_ode_keeps():
+def test_sde_corrects_a_wrong_base_that_the_ode_does_not():
     """What the noise is for: from a base of twice the spread, the SDE comes nearer to the data."""
     flow, _ = gaussian_flow("velocity, linear")
     wide = torch.distributions.Normal(torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64))
@@ -272,7 +272,7 @@ def test_noise_forgets_a_wrong_start_that_the_ode_keeps():
 
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("grid", [None, (0.0, 0.1, 0.5, 0.9, 1.0)])
-def test_without_noise_it_is_euler(name, grid):
+def test_sde_without_noise_is_the_euler_method(name, grid):
     flow, path = gaussian_flow(name)
     solver = Solver("euler", steps=7) if grid is None else Solver("euler", grid=grid)
     options = {"steps": 7} if grid is None else {"grid": grid}
@@ -281,7 +281,7 @@ def test_without_noise_it_is_euler(name, grid):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_one_step_by_hand():
+def test_one_step_of_the_sde_by_hand():
     """dx = (v + ½g²s) h + g√h·dW with g² = 2·noise·σ, on two unequal steps."""
     flow, _ = gaussian_flow("velocity, linear")
     grid, draws = (0.0, 0.3, 1.0), seeded(5)
@@ -300,7 +300,7 @@ def test_one_step_by_hand():
     torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
 
 
-def test_it_ends_in_data_space():
+def test_samples_of_the_sde_are_in_data_space():
     standardize = Standardize((2,)).double()
     flow, _ = gaussian_flow("velocity, linear", preprocess=standardize)
     standardize.loc.fill_(10.0)
@@ -312,7 +312,7 @@ def test_it_ends_in_data_space():
     assert rounded.dtype == torch.int64 and torch.equal(rounded, x.floor().long())
 
 
-def test_shapes_context_and_draws_are_those_of_sample(small_flow, generator):
+def test_sde_takes_shapes_context_and_generator_as_sample_does(small_flow, generator):
     flow = small_flow("cnf", context=3, solver=Solver("euler", steps=5))
     context = torch.randn(4, 3, generator=generator, dtype=F64)
     before = torch.get_rng_state()
@@ -345,7 +345,7 @@ def test_sde_of_a_guided_flow_is_guided(layers, small_flow, generator):
 
 
 @pytest.mark.parametrize("kind", ["predicts", "head"])
-def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomized):
+def test_sde_under_guidance_uses_the_path_of_the_field(kind, randomized):
     networks = [NullContext(MLPField(2, (5,), 2)) for _ in range(2)]
     field = Predicts(networks[0], "x1", "vp") if kind == "predicts" else WithScore(*networks)
     flow = randomized(Flow(None, Continuous(field), event_shape=(2,)))
@@ -360,7 +360,7 @@ def test_sde_under_guidance_keeps_to_the_fields_path(kind, randomized):
     [{"noise": -1.0}, {"steps": 0}, {"grid": (0.0, 0.5)}, {"grid": (0.0, 0.6, 0.5, 1.0)}],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(options):
+def test_settings_out_of_range_are_refused(options):
     flow, _ = gaussian_flow("velocity, linear")
     with pytest.raises(ValueError, match="sde"):
         sde(flow, 3, **options)

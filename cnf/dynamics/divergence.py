@@ -21,12 +21,14 @@ Velocity = Callable[[Tensor], Tensor]
 
 
 class Rates(NamedTuple):
-    """What one evaluation of a field gives.
+    """The result of one evaluation of a field.
 
     Attributes:
-        velocity: Shape (*batch, *event).
-        divergence: Shape (*batch,), or (*batch, channels) with one estimate for each probe.
-        products: εᵀJ for each probe, shape (probes, *batch, *event), where the estimate made them.
+        velocity: Velocity, shape (*batch, *event).
+        divergence: Divergence per unit time, shape (*batch,), or (*batch, channels) with an
+            estimate for each probe.
+        products: The products εᵀJ of each probe, shape (probes, *batch, *event), if they were
+            computed.
     """
 
     velocity: Tensor
@@ -37,19 +39,20 @@ class Rates(NamedTuple):
 def hutchinson(
     v: Velocity, x: Tensor, probe: Tensor, event_dims: int = 1
 ) -> tuple[Tensor, Tensor]:
-    r"""v(x) and the trace estimate :math:`\epsilon^\top J_v(x)\,\epsilon`, a VJP for each probe.
+    r"""Velocity v(x) and trace estimate :math:`\epsilon^\top J_v(x)\,\epsilon`, one VJP per probe.
 
-    Unbiased for :math:`E[\epsilon\epsilon^\top]=I`; exact for a diagonal Jacobian with Rademacher
-    probes.
+    The estimate is unbiased for :math:`E[\epsilon\epsilon^\top]=I`, and exact for a diagonal
+    Jacobian with Rademacher probes.
+
     Source: Hutchinson (1989); for CNFs Grathwohl et al. (2019), FFJORD,
     https://arxiv.org/abs/1810.01367.
 
     Args:
-        v: Map from (*batch, *event) to the same shape, rows independent.
+        v: Map from (*batch, *event) to the same shape, with independent rows.
         x: Points, shape (*batch, *event).
-        probe: Noise, shape (probes, *batch, *event), fixed for the whole ODE solve (else the
-            right-hand side is not a function of t); the estimate is the mean over probes.
-        event_dims: How many trailing axes form the event.
+        probe: Noise ε, shape (probes, *batch, *event), fixed for a whole ODE solve, as otherwise
+            the right-hand side would not be a function of t. The estimate is the mean over probes.
+        event_dims: Number of trailing axes that form the event.
 
     Returns:
         v(x), of x's shape, and the estimate, shape (*batch,).
@@ -91,17 +94,17 @@ def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor
 
 
 class Divergence(ABC):
-    """How ∇·v is computed along a solve.
+    """A method to compute the divergence ∇·v along a solve.
 
     Attributes:
-        channels: Shape of one row's divergence: () for one value, (k,) for k estimates.
+        channels: Shape of the divergence of a row: () for one value, (k,) for k estimates.
     """
 
     channels: tuple[int, ...]
 
     @abstractmethod
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """What a solve that starts at `x` keeps fixed: probes, shape (n, *x.shape), or None.
+        """Draw the probes of a solve that starts at `x`, shape (n, *x.shape), or return None.
 
         Args:
             x: Starting points, shape (*batch, *event).
@@ -117,7 +120,7 @@ class Divergence(ABC):
         context: Tensor | None,
         probe: Tensor | None,
     ) -> Rates:
-        """Velocity and divergence at (t, x), given what `draw` drew.
+        """Velocity and divergence at (t, x), with the probes of the solve.
 
         Args:
             field: The vector field.
@@ -135,9 +138,9 @@ DIVERGENCES = Registry("divergence", Divergence)
 @DIVERGENCES.register("exact")
 @dataclass(frozen=True)
 class Exact(Divergence):
-    """The field's own closed form where it has one, else D tangents in one forward-mode pass.
+    """The exact divergence: the field's closed form, else D tangents in one forward-mode pass.
 
-    `explain` says which, and what it costs.
+    `cnf.dynamics.explain` tells which of them applies to a field, and its cost.
     """
 
     channels = ()
@@ -159,26 +162,28 @@ class Exact(Divergence):
 @DIVERGENCES.register("hutchinson")
 @dataclass(frozen=True)
 class Hutchinson(Divergence):
-    r"""Hutchinson's estimate, see `hutchinson`; its probes are drawn once per solve.
+    r"""Hutchinson's estimate with probes that are drawn once per solve; see `hutchinson`.
 
-    With a sketch it is Hutch++: an orthonormal Q spans the products of `sketch` further probes,
-    the trace over Q is taken exactly, and the probes estimate what is left,
+    With a sketch it is Hutch++: the columns of Q are an orthonormal basis of the products of
+    `sketch` further probes, the trace over their span is exact, and the probes estimate the rest,
 
     .. math:: \mathrm{tr}\,Q^\top J Q + g^\top (I - QQ^\top) J (I - QQ^\top)\, g
 
-    unbiased for any Q; exact where the sketch holds the whole row space. Q carries no gradient.
+    which is unbiased for any Q, and exact if the span contains the whole row space. There is no
+    gradient through Q.
+
     Source: Meyer et al. (2021), https://arxiv.org/abs/2010.09649.
 
     Args:
-        probes: How many estimates, one log-density channel each: their mean is the answer, their
-            spread its error.
-        noise: "rademacher" (least variance) or "gaussian".
-        generator: Where the probes come from; torch's default generator if None.
-        probe: The probes themselves, shape (sketch + probes, *batch, *event), not drawn then.
-        sketch: Directions that are taken exactly; each costs two VJPs.
+        probes: Number of estimates, each with a log-density channel of its own; their mean is the
+            result, and their spread gives its error.
+        noise: "rademacher", which has the smaller variance, or "gaussian".
+        generator: Source of the probes; None for torch's global generator.
+        probe: The probes, shape (sketch + probes, *batch, *event); they are drawn if None.
+        sketch: Number of directions with an exact trace, each of which costs two VJPs.
 
     Raises:
-        ValueError: An unknown noise, no probe, or a negative sketch.
+        ValueError: The noise is unknown, there is no probe, or the sketch is negative.
     """
 
     probes: int = 1

@@ -1,4 +1,4 @@
-"""Solving ODEs: the one file that touches torchdiffeq."""
+"""Solving ODEs by torchdiffeq, which only this file calls."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,12 @@ FINEST = 5e-4  # of eps: with tolerances below it, rounding makes the step size 
 
 
 class Solution(NamedTuple):
-    """What `solve` returns: the final state, and the evaluations of the dynamics that it took."""
+    """The result of `solve`.
+
+    Attributes:
+        state: The final state.
+        nfe: Number of evaluations of the dynamics.
+    """
 
     state: State
     nfe: int
@@ -38,23 +43,28 @@ def solve(
 ) -> Solution:
     """Solve d state/dt = dynamics(t, state) from t0 to t1 (t1 < t0 is allowed).
 
-    Under `torch.compile`, under `torch.func` and while a CUDA graph is captured, a fixed-step
-    solve is one loop that each of them can hold, differentiated by backprop. `torch.compile`
-    leaves any other solve as it is; `torch.func` has none.
+    Under `torch.compile`, `torch.func` and the capture of a CUDA graph, a fixed-step solve is a
+    loop that each of them supports, differentiated by backprop. Other solves are not compiled by
+    `torch.compile`, and not possible under `torch.func`.
 
     Args:
-        dynamics: (t of shape (), state) → rates, one tensor for each of the state's, of its shape.
-        state: The initial state, tensors of one floating dtype, float32 or wider, rows along
-            their first axis (which only `norm="rows"` looks at).
-        t0: Time of `state`.
-        t1: Time of the answer.
-        solver: Method, tolerances, gradient mode.
-        params: Every tensor, besides the state, that the adjoint and checkpoints must send a
-            gradient to: parameters and the context.
+        dynamics: Function of t, shape (), and the state; it returns rates, one tensor of the same
+            shape for each of the state's tensors.
+        state: The initial state, tensors of one floating dtype, float32 or wider. For
+            `norm="rows"` their first axis is that of the rows.
+        t0: Initial time.
+        t1: Final time.
+        solver: Method, tolerances and gradient mode.
+        params: All tensors other than the state for which "adjoint" and "checkpoint" compute
+            gradients: parameters and the context.
+
+    Returns:
+        The final state and the number of evaluations.
 
     Raises:
-        SolverError: NaN in the field, a stiff field, too many evaluations, too narrow a dtype.
-        TypeError: A solve under `torch.func` whose steps are not known beforehand.
+        SolverError: The field returned NaN, is too stiff or needs too many evaluations, or the
+            dtype is too narrow.
+        TypeError: An adaptive or multistep method under `torch.func`.
     """
     path, nfe = solve_path(dynamics, state, [t0, t1], solver, params)
     return Solution(tuple(values[-1] for values in path), nfe)
@@ -67,14 +77,17 @@ def solve_path(
     solver: Solver,
     params: Sequence[Tensor],
 ) -> tuple[State, int]:
-    """As `solve`, with the state at each of `times` (monotone): shapes (len(times), …).
+    """Solve as `solve` does, with the state at several times.
 
     Args:
-        dynamics: As of `solve`.
-        state: As of `solve`, at times[0].
-        times: Times of the answers, monotone.
-        solver: As of `solve`.
-        params: As of `solve`.
+        dynamics: The dynamics, see `solve`.
+        state: The state at times[0].
+        times: Times at which the state is returned, monotone.
+        solver: Method, tolerances and gradient mode.
+        params: All tensors other than the state that need gradients, see `solve`.
+
+    Returns:
+        The states, tensors of shape (len(times), …), and the number of evaluations.
     """
     if fixed.captured():
         return _captured(dynamics, state, times, solver, params)

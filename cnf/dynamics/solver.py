@@ -1,4 +1,4 @@
-"""How an ODE is solved: the settings of a solve."""
+"""The settings with which an ODE is solved and differentiated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,45 +19,46 @@ GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
 @dataclass(frozen=True)
 class Solver:
-    """How an ODE is solved and differentiated.
+    """The settings with which an ODE is solved and differentiated.
 
     >>> Solver("rk4", steps=8, gradient="backprop").steps
     8
 
     Args:
-        method: Any of torchdiffeq's: adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2;
+        method: A method of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2;
             scipy_solver, SciPy's LSODA for stiff fields, on the CPU) or fixed-step (euler,
             midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams).
         rtol: Relative tolerance of the adaptive methods.
         atol: Absolute tolerance of the adaptive methods.
-        steps: Steps of a fixed-step method over the whole interval; required there, refused
-            elsewhere.
-        grid: The steps' ends, ascending from 0 to 1, where they are not to be equal, as
-            `cnf.sampling` makes them; not for Adams methods.
-        gradient: "backprop" differentiates the solver's own operations: fastest, any order, the
-            exact gradient of what was computed, memory growing with the evaluations.
-            "checkpoint" does so segment by segment: one segment's graph at a time, for every
-            evaluation made twice; an adaptive method starts anew in each. "adjoint" solves the
-            adjoint ODE backwards: memory flat in the evaluations, first derivatives only. "auto"
-            is backprop until the graph outgrows `memory`, then checkpoint (fixed-step methods),
-            then adjoint.
+        steps: Number of equal steps of a fixed-step method over the whole interval; required for
+            these methods (unless there is a grid), and refused for others.
+        grid: Times of unequal steps, increasing from 0 to 1, as `cnf.sampling` computes them; not
+            for Adams methods.
+        gradient: "backprop" differentiates the operations of the solver. It is the fastest, gives
+            the exact gradient of the numerical solution and derivatives of any order; its memory
+            grows with the number of evaluations. "checkpoint" does so for one segment at a time:
+            it stores the graph of a single segment and makes every evaluation twice; an adaptive
+            method restarts in each segment. "adjoint" solves the adjoint ODE backwards: its memory
+            does not depend on the number of evaluations, and it gives first derivatives only.
+            "auto" is backprop until the graph exceeds `memory`, then checkpoint for fixed-step
+            methods and adjoint for adaptive ones.
         adjoint_rtol: Relative tolerance of the backward solve; `rtol` if None.
         adjoint_atol: Absolute tolerance of the backward solve; `atol` if None.
-        adjoint_norm: What controls the backward solve's error: "seminorm" leaves out the
-            parameters' gradients, which nothing feeds back (Kidger et al. 2021,
-            https://arxiv.org/abs/2009.09457); "full" does not.
-        norm: Which error the tolerances bound: "rms" over all rows, so that a row's result
-            depends, within the tolerance, on the other rows; "rows", the worst row's.
-        memory: GiB that "auto" may keep for one solve's graph.
-        segments: Segments of "checkpoint".
-        compile: Run the dynamics (velocity, divergence and integrands together) through
-            `torch.compile`; the solver's loop stays as it is.
-        max_nfe: Evaluations of the dynamics allowed in one solve, and again in its backward solve,
-            before a `SolverError`.
+        adjoint_norm: The norm of the error in the backward solve: "seminorm" excludes the
+            gradients of the parameters, on which the dynamics do not depend (Kidger et al. 2021,
+            https://arxiv.org/abs/2009.09457); "full" includes them.
+        norm: The error that the tolerances bound: "rms" is over all rows, so that a row's result
+            depends on the other rows, within the tolerance; "rows" is that of the worst row.
+        memory: Memory in GiB that "auto" may use for the graph of a solve.
+        segments: Number of segments of "checkpoint".
+        compile: Whether `torch.compile` compiles the dynamics (velocity, divergence and
+            integrands together); the solver's loop is not compiled.
+        max_nfe: Largest number of evaluations of the dynamics in a solve, and again in its
+            backward solve, before a `SolverError`.
 
     Raises:
-        ValueError: An unknown method or gradient, a tolerance that is not positive, steps missing
-            or out of place.
+        ValueError: A method or gradient is unknown, a tolerance is not positive, or steps are
+            missing or not applicable.
     """
 
     method: str = "dopri5"

@@ -103,6 +103,9 @@ def of_tuple(app, what, name, obj, skip, options) -> bool | None:
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+MARKUP = re.compile(r"(?<!\\)[*|]|(?<=: \w)\.$")  # the last, of "dim: D.", begins a list A., B., …
+
+
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with backticks: `(*, D)` and log|det J| are no markup."""
     plain, example = [], False
@@ -110,7 +113,7 @@ def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
         example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
         parts = [line] if example else re.split(r"(``.*?``|:math:`.*?`|`.*?`)", line)
         if not example:
-            parts[::2] = [re.sub(r"(?<!\\)([*|])", r"\\\1", part) for part in parts[::2]]
+            parts[::2] = [MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
         plain.append("".join(parts))
         if line.strip() == "Returns:":  # no type stands there, as the annotation has it
             plain.append(" " * (len(line) - len(line.lstrip()) + 4) + "\\ ")
@@ -202,6 +205,7 @@ class RaceMedians(Generated):
 
 
 def first_sentence(entry) -> str:
+    entry = getattr(entry, "func", entry)  # of a partial
     made = entry if callable(entry) else type(entry)
     paragraph = (inspect.getdoc(made) or "").split("\n\n")[0]
     return re.split(r"(?<=\.) ", " ".join(paragraph.split()))[0]

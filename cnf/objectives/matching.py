@@ -86,13 +86,13 @@ class FlowMatching(Objective):
     times: Any = "uniform"
     weighting: str = "target"
     context_dropout: float = 0.0
-    _made: ClassVar[tuple[Any, Any]]  # coupling, law of t
+    _built: ClassVar[tuple[Any, Any]]  # coupling, law of t
 
     def __post_init__(self) -> None:
         # Made once: a step of small nets is short. No field: the settings stay what was given.
         fitted = isinstance(self.coupling, FittedCoupling)
         coupling = self.coupling if fitted else COUPLINGS.build(self.coupling, "FlowMatching")
-        object.__setattr__(self, "_made", (coupling, TIMES.build(self.times, "FlowMatching")))
+        object.__setattr__(self, "_built", (coupling, TIMES.build(self.times, "FlowMatching")))
         if self.path is not None:
             path = PATHS.build(self.path, "FlowMatching")
             if not isinstance(self.path, str):
@@ -107,7 +107,7 @@ class FlowMatching(Objective):
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "FlowMatching":
         """With a coupling that is fitted to the data, the same, fitted."""
-        flow, coupling, begun = as_flow("FlowMatching", module), self._made[0], copy(self)
+        flow, coupling, begun = as_flow("FlowMatching", module), self._built[0], copy(self)
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
         if data is not None and data.x0 is None:
             with torch.no_grad():
@@ -147,7 +147,7 @@ class FlowMatching(Objective):
             x0, x1, context, weight = self._paired(flow, batch, generator)
             device = x1.device if generator is None else generator.device
             u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
-            t, noise = self._made[1](u).to(x1.device), None
+            t, noise = self._built[1](u).to(x1.device), None
             if path.noisy:
                 z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
                 noise = z.to(x1.device)
@@ -166,7 +166,7 @@ class FlowMatching(Objective):
         self, flow: Flow, batch: Batch, generator: Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """x0, x1, the context as the field takes it, and the weight of each pair."""
-        coupling = self._made[0]
+        coupling = self._built[0]
         pairs = batch.x0 is None and getattr(coupling, "func", coupling) is not independent
         if pairs:
             # Weights of pairs would weigh the base too: it would no longer be what is sampled.

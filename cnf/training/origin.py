@@ -22,7 +22,7 @@ from cnf.training.config import TrainConfig
 FIXED = {"model", "options", "objective", "objective_options", "seed", "batch_size"}
 READING = {"data", "test", *(field.name for field in fields(Columns))}  # which rows they are
 BUDGETS = ("steps", "seconds", "ticks")  # a run in seconds is told as one in steps afterwards
-UNTOLD = {"progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks"}
+UNREPORTED = {"progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks"}
 PACKAGES = ("torch", "torchdiffeq", "numpy", "lightning-fabric")
 WHOLE = 64_000_000  # bytes; of larger tensors the first and last rows are hashed
 ENDS = 1_000  # rows
@@ -74,7 +74,7 @@ class Origin:
         """
         before, now = _flat(state["description"]), _flat(self.description)
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        changed = [name for name in changed if name.split(".")[0] not in UNTOLD]
+        changed = [name for name in changed if name.split(".")[0] not in UNREPORTED]
         both = [n for n in BUDGETS if None not in (before.get(n), now.get(n))]
         changed = [name for name in changed if name not in BUDGETS or name in both]
         told = {name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed}

@@ -36,14 +36,14 @@ def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str | None]]:
     y, _ = flow.inside(y)
     z = flow.base.sample((1_000,), seeded(0, -11)).to(y)
     spread = z.std(0).clamp(min=1e-12)
-    yield "x", _told("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
+    yield "x", _scale_warning("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
     if head.context is not None and flow.context_dim:
         inner = flow.inner_context("fit", head.context.to(like.device), None)
         assert inner is not None
-        yield "context", _told("context", flow.context_preprocess, inner, flow)
+        yield "context", _scale_warning("context", flow.context_preprocess, inner, flow)
 
 
-def _told(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> str | None:
+def _scale_warning(name: str, part: nn.Module | None, value: Tensor, flow: Flow) -> str | None:
     value = value.flatten(1)
     loc, scale = value.nanmean(0).abs(), (value - value.nanmean(0)).square().nanmean(0).sqrt()
     far = (loc > FAR) | (scale > FAR)

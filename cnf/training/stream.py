@@ -142,7 +142,7 @@ class RowStream(Stream):
         validation: Rows to validate on; a tenth of the data is held out if None.
     """
 
-    def __init__(self, rows: "Rows", config: TrainConfig, validation: Batch | None) -> None:
+    def __init__(self, rows: "IndexedRows", config: TrainConfig, validation: Batch | None) -> None:
         self.data, self.seed = rows, config.seed
         order = torch.randperm(len(rows), generator=seeded(config.seed, -2))
         held_out = 0
@@ -257,7 +257,7 @@ class NoData(Stream):
         return None
 
 
-class Rows:
+class IndexedRows:
     """A `Batch` or a map-style dataset, indexed by a tensor of row numbers."""
 
     def __init__(self, data: Any, missing: bool = False) -> None:
@@ -319,13 +319,13 @@ def as_stream(
     if data is None:
         return NoData(config)
     if isinstance(data, Batch):
-        return RowStream(Rows(weighty(as_batch(data, missing=missing))), config, held_out)
+        return RowStream(IndexedRows(weighty(as_batch(data, missing=missing))), config, held_out)
     if isinstance(data, Distribution | Base | Flow):
         data = Drawn(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return RowStream(Rows(data, missing), config, held_out)
+        return RowStream(IndexedRows(data, missing), config, held_out)
     if isinstance(data, Iterator):
         raise ValueError(
             "fit: expected an iterable that can be begun again, got an iterator; give a list of "
@@ -363,7 +363,7 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
         validation = validation.sample(10_000, seeded(-12))
     elif isinstance(validation, Dataset) and not isinstance(validation, IterableDataset):
         rows = min(limit, len(validation))  # pyright: ignore
-        validation = Rows(validation, missing)[torch.arange(rows)]
+        validation = IndexedRows(validation, missing)[torch.arange(rows)]
     elif inspect.isgeneratorfunction(validation):
         validation = validation()
     if isinstance(validation, Iterable) and not is_batch(validation):

@@ -7,8 +7,10 @@ from cnf.dynamics import DIVERGENCES, REGULARIZERS
 from cnf.dynamics.solver import ADAPTIVE, FIXED
 from cnf.fields import FIELDS
 from cnf.matching import COUPLINGS, PATHS, TIMES
+from cnf.metrics import METRICS
 from cnf.models import MODELS
 from cnf.objectives import OBJECTIVES
+from cnf.race import CONTESTANTS
 from cnf.transforms import TRANSFORMS
 
 KINDS: dict[str, Any] = {
@@ -22,5 +24,7 @@ KINDS: dict[str, Any] = {
     "regularizers": REGULARIZERS,
     "fields": FIELDS,
     "transforms": TRANSFORMS,
+    "contestants": CONTESTANTS,
+    "metrics": METRICS,
     "solvers": {name: None for name in sorted(ADAPTIVE + FIXED)},
 }

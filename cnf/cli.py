@@ -313,17 +313,13 @@ def list_names(kind: str | None = None) -> None:
     Args:
         kind: A single kind, such as models or densities; all if not given.
     """
-    from cnf.metrics import METRICS
-    from cnf.race import CONTESTANTS
-
     escape = optional("rich.markup", "cli").escape
-    kinds = {**KINDS, "contestants": CONTESTANTS, "metrics": METRICS}
-    if kind is not None and kind not in kinds:
-        raise UnknownNameError("kind", kind, kinds)
-    for name in [kind] if kind else kinds:
+    if kind is not None and kind not in KINDS:
+        raise UnknownNameError("kind", kind, KINDS)
+    for name in [kind] if kind else KINDS:
         table = optional("rich.table", "cli").Table(title=name, box=None, show_header=False)
         table.title_justify, table.title_style = "left", "bold"
-        for entry, thing in kinds[name].items():
+        for entry, thing in KINDS[name].items():
             about = getattr(thing, "about", None) or _first_line(thing)
             table.add_row(f"  {entry}", escape(about))
         _console().print(table)

@@ -15,7 +15,7 @@ ROOT = Path(cnf.__file__).parent
 FLOORS = {
     "cli": 10,
     "arguments": 1,
-    "catalog": 7,
+    "catalog": 9,
     "race": 9,
     "plotting": 8,
     "checks": 8,

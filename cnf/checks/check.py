@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from cnf.checks import density, parts
+from cnf.checks import behavior, density
+from cnf.checks.case import Case, NotApplicable, Outcome, reference
 from cnf.checks.gradients import gradients
-from cnf.checks.parts import Case, NotApplicable, Outcome, reference
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.errors import expect_counts, expect_event, expect_finite, some
@@ -23,15 +23,15 @@ __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
 
 # What a flow is asked, in this order: nothing else can be measured where log_prob is noise.
 CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
-    "determinism": parts.determinism,  # the same x gives the same log_prob
-    "finite": parts.finite,  # no NaN or infinity
-    "dtype": parts.dtype,  # float64 in, float64 out
+    "determinism": behavior.determinism,  # the same x gives the same log_prob
+    "finite": behavior.finite,  # no NaN or infinity
+    "dtype": behavior.dtype,  # float64 in, float64 out
     "mass": density.mass,  # ∫p = 1
     "log-determinant": density.log_determinant,  # ladj = log|det Jacobian|, both ways
-    "round trip": parts.round_trip,  # decode(encode(x)) = x
-    "consistency": parts.consistency,  # sample_and_log_prob = log_prob of the samples
-    "batch independence": parts.batch_independence,  # a row does not see its neighbors
-    "solver": parts.solver,  # a tighter solver gives the same
+    "round trip": behavior.round_trip,  # decode(encode(x)) = x
+    "consistency": behavior.consistency,  # sample_and_log_prob = log_prob of the samples
+    "batch independence": behavior.batch_independence,  # a row does not see its neighbors
+    "solver": behavior.solver,  # a tighter solver gives the same
     "gradients": gradients,  # reach every parameter, the same in train and in eval mode
 }
 
@@ -102,10 +102,10 @@ def check(
     n: int = 64,
     seed: int = 0,
 ) -> CheckReport:
-    """Whether a flow is right: ∫p = 1, log-determinants, round trip, gradients, independence of
-    the batch, solver, dtype.
+    r"""Check a flow: ∫p = 1, log-determinants, round trip, gradients, batch, solver and dtype.
 
-    Works on copies: the flow, its mode and gradients, and torch's random state stay as they are.
+    It works on copies: the flow, its mode, its gradients and torch's random state stay as they
+    are.
 
     >>> import cnf
     >>> report = check(cnf.models.build("realnvp", dim=2))
@@ -115,13 +115,14 @@ def check(
     Args:
         flow: Any flow; best after some training, or with random weights: in an identity, most of
             what can be wrong is zero.
-        x: Data, a tensor, array or table of shape (\\*batch, \\*event); at most n random rows are
+        x: Data, a tensor, array or table of shape (\*batch, \*event); at most n random rows are
             used. By default samples of the flow, a quarter of them from the tails.
-        context: Condition, a tensor, array or table of shape (\\*batch, C) or one that broadcasts
+        context: Condition, a tensor, array or table of shape (\*batch, C) or one that broadcasts
             to it; by default one row of numbers that are standard normal where
             `context_preprocess` has standardized.
         n: Points.
         seed: Seed of everything random.
+
     Raises:
         TypeError: Not a flow.
         ValueError: x or context of a wrong shape, or x empty or not finite.
@@ -251,8 +252,7 @@ def _tightened(flow: Flow) -> Flow:
 
 @contextmanager
 def _untouched(flow: Flow, seed: int) -> Iterator[None]:
-    """Draws of a flow's own (dropout, probes) are seeded, and leave torch's generators as they
-    were."""
+    """Seed a flow's own draws (dropout, probes), and leave torch's generators as they were."""
     device = reference(flow).device
     with torch.inference_mode(False), untouched(device):
         reseed(seed, device)

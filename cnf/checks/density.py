@@ -1,5 +1,4 @@
-"""The checks of the density itself: it integrates to one, and its log-determinants are those of
-the Jacobian."""
+"""The checks of the density: it integrates to one, and the log-determinants are right."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnf.checks.parts import NATS, Case, NotApplicable, Outcome, reference
+from cnf.checks.case import NATS, Case, NotApplicable, Outcome, reference
 from cnf.flow import Flow
 from cnf.metrics.flows import log_prob_chunked
 from cnf.transforms.base import Compose, Transform
@@ -50,8 +49,11 @@ def _wide(case: Case, samples: Tensor) -> Tensor:
 def _integral(
     log_prob: Callable[[Tensor], Tensor], samples: Tensor, wide: Tensor
 ) -> tuple[float, float]:
-    """∫exp(log_prob) over the box of `wide`, and its error: the difference between the two halves
-    of a chequerboard. Coarse cells are refined where mass or a sample lies, and next to them."""
+    """∫exp(log_prob) over the box of `wide`, and its error.
+
+    The error is the difference between the two halves of a checkerboard. Coarse cells are refined
+    where mass or a sample lies, and next to them.
+    """
     dim = samples.shape[1]
     side = 48 if dim == 2 else 512
     box = torch.cat([samples, wide])
@@ -91,7 +93,7 @@ def _integral(
 
 
 def log_determinant(case: Case) -> list[Outcome]:
-    """ladj is log|det| of the Jacobian, both ways, in the flow and with its own solver.
+    """The ladj is log|det| of the Jacobian, both ways, in the flow and with its own solver.
 
     The Jacobian is taken by central differences of the map itself: an inverse found by iteration
     has no graph to differentiate, and a field that hides its input from autograd would deceive

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from cnf.checks.parts import Case, NotApplicable, Outcome, in_mode
+from cnf.checks.case import Case, NotApplicable, Outcome, in_mode
 from cnf.flow import Flow
 
 # Of a parameter's own size: the first for what an adaptive solver leaves, the last for a wild map.

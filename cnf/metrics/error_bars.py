@@ -43,7 +43,7 @@ def log_prob_with_error(
     confidence: float = 0.95,
     generator: Generator | None = None,
 ) -> LogProb:
-    """log p(x) of any flow, without gradients, with the errors of estimate and solver.
+    """The log-density of any flow, without gradients, with the errors of estimate and solver.
 
     It warns where a fixed-step solver's mean is off by more than `fit` allows, 0.05 nats.
 
@@ -60,6 +60,7 @@ def log_prob_with_error(
         divergence: An estimator, such as `Hutchinson(probes=32)`; None for the flow's own.
         confidence: Of the interval, Student's t over the probes.
         generator: Source of the probes and of the dequantization's draw.
+
     Raises:
         TypeError: An estimator for a flow whose transform is not a single `Continuous`.
     """
@@ -114,7 +115,7 @@ def _doubled(divergence: Divergence) -> Divergence:
 def _scored(
     flow: Flow, x: Tensor, context: Tensor | None, divergence: Divergence | None, seed: int
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(x), and, where it is estimated, each probe's, shape (probes, *batch)."""
+    """The log-density, and, where it is estimated, each probe's, shape (probes, *batch)."""
     generator = Generator(x.device).manual_seed(seed)
     if not isinstance(flow.transform, Continuous):
         return flow.log_prob(x, context, divergence=divergence, generator=generator), None

@@ -59,7 +59,12 @@ def log_prob_chunked(
 ) -> Tensor:
     """`flow.log_prob(x, context)` without gradients, `chunk` points at a time: nats, shape (N,).
 
-    A context with a row for every point follows its points; any other is passed on whole.
+    Args:
+        flow: A flow, or anything else with a `log_prob`.
+        x: Points, shape (N, *event).
+        context: Condition; one with a row for every point follows its points, any other is passed
+            on whole.
+        chunk: Points evaluated at once.
     """
     expect_counts("log_prob_chunked", chunk=chunk)
     rowwise = context is not None and context.dim() > 1 and len(context) == len(x)
@@ -126,6 +131,7 @@ def path_energy(
         n: Paths.
         generator: Source of their starts.
         context: Condition, shape (C,) or (n, C).
+
     Raises:
         TypeError: the flow is not continuous.
     """
@@ -150,6 +156,7 @@ def normalized_path_energy(
         x0: Source samples, shape (N, D): where the paths start.
         x1: Target samples, shape (M, D), in data space.
         context: Condition, shape (C,) or (N, C).
+
     Raises:
         TypeError: the flow is not continuous.
         ValueError: source and target are the same set, so that there is nothing to normalize by.
@@ -185,6 +192,7 @@ def straightness(
         generator: Source of their starts.
         context: Condition, shape (C,) or (n, C).
         steps: Intervals of the time grid.
+
     Raises:
         TypeError: the flow is not continuous.
     """
@@ -208,6 +216,12 @@ def nfe(
     """Evaluations of the vector field that one `sample` and one `log_prob` of n points take.
 
     An adaptive solver takes one step size for the whole batch, so the counts depend on n.
+
+    Args:
+        flow: The flow.
+        n: Points.
+        generator: Source of the base samples.
+        context: Condition, shape (C,) or (n, C).
     """
     start = _starts("nfe", flow, n, generator)
     with ode.record() as sampling:

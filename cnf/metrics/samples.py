@@ -40,6 +40,10 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     print the square. For up to about 10,000 points (half a minute of one core, 4.5 GB):
     memory grows as N·M, time faster. On the CPU.
 
+    Args:
+        x: One set, shape (N, D).
+        y: The other, shape (M, D).
+
     Raises:
         ValueError: the sets are empty, not finite, or of different D; or POT's answer is not known
             to be the optimum.
@@ -71,6 +75,7 @@ def wasserstein2_floor(
         n: Points in each of the two sets.
         generator: Source of all draws.
         repeats: Independent pairs of sets.
+
     Returns:
         Mean over the repeats and its standard error (NaN for one), in the units of the data.
     """
@@ -92,7 +97,8 @@ def sliced_wasserstein2(
     https://doi.org/10.1007/s10851-014-0506-3.
 
     Args:
-        x, y: The sets, shapes (N, D) and (M, D).
+        x: One set, shape (N, D).
+        y: The other, shape (M, D).
         projections: Random directions.
         generator: Source of the directions.
     """
@@ -149,7 +155,8 @@ def mmd(
     `biased=True` gives that number.
 
     Args:
-        x, y: The sets, shapes (N, D) and (M, D); at least two points each unless biased.
+        x: One set, shape (N, D), of at least two points unless biased.
+        y: The other, shape (M, D), likewise.
         bandwidths: The σ, in the units of the data.
         biased: V-statistic, never negative, too large by at most K·(1/N + 1/M) for K kernels.
     """
@@ -178,6 +185,11 @@ def energy_distance(x: Tensor, y: Tensor, biased: bool = False) -> float:
     for equal laws: it can be negative. `biased=True` is the V-statistic, the distance of the two
     empirical laws, never negative. Source: Székely and Rizzo (2013),
     https://doi.org/10.1016/j.jspi.2013.03.018.
+
+    Args:
+        x: One set, shape (N, D), of at least two points unless biased.
+        y: The other, shape (M, D), likewise.
+        biased: V-statistic.
     """
     x, y = _pair("energy_distance", x, y)
     return -_discrepancy("energy_distance", torch.sum, x, y, biased)
@@ -203,6 +215,9 @@ def c2st(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0, max_points: int = 
         max_points: At most so many random points of each class, to bound the time; accuracy grows
             with it for unequal laws, so compare numbers of the same size only. Its standard error
             is about 0.5/√(2·points).
+
+    Raises:
+        ValueError: The sets are empty, not finite or of different D, or smaller than the folds.
     """
     x, y = _pair("c2st", x.cpu(), y.cpu())
     n = min(len(x), len(y), max_points)

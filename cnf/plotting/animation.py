@@ -42,8 +42,10 @@ def animate(
         points: How many particles.
         frames: How many pictures.
         seed: Of the particles' starts.
+
     Returns:
         The file.
+
     Raises:
         ValueError: A flow of another than vectors of two or more dimensions.
         SolverError: The ODE could not be solved.

@@ -59,9 +59,11 @@ def unlike(window: Tensor) -> bool:
 def frame(
     ax: "Axes", window: Tensor, title: str, note: str = "", names: Sequence[str] = ()
 ) -> None:
-    """Fix what an axis shows, and write a title and a smaller note above. Both coordinates have
-    one scale, or each its own where the window's sides are unlike; ticks stand at coordinates
-    with names or scales of their own."""
+    """Fix what an axis shows, and write a title and a smaller note above.
+
+    Both coordinates have one scale, or each its own where the window's sides are unlike; ticks
+    stand at coordinates with names or scales of their own.
+    """
     (left, bottom), (right, top) = window.tolist()
     ax.set(xlim=(left, right), ylim=(bottom, top))
     ax.set(aspect="auto" if unlike(window) else "equal")

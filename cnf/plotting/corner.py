@@ -22,13 +22,15 @@ COLUMNS = 4
 def plot_corners(
     true: Tensor, samples: Mapping[str, Tensor | str], names: Sequence[str] = ()
 ) -> "Figure":
-    """A corner for each flow: its samples over the true ones in every pair of the first four
-    columns, and histograms of each column on the diagonal.
+    """A corner plot for each flow, of its samples over the true ones.
+
+    It shows every pair of the first four columns, and histograms of each on the diagonal.
 
     Args:
         true: True samples, shape (N, D).
         samples: Title → samples (N, D), or words where there are none.
         names: Of the columns.
+
     Returns:
         The figure.
     """

@@ -30,6 +30,7 @@ def plot_learning(
         curves: Title → a curve for each seed, of (seconds, score).
         ylabel: Name of the score.
         log: Whether its axis is logarithmic, and around zero linear where a score is negative.
+
     Returns:
         The figure.
     """
@@ -72,6 +73,7 @@ def plot_nfe_curves(
         curves: Title → a curve as `nfe_curve` gives it, or one for each seed.
         floor: What two sets of true samples score: a gray line.
         ylabel: Name of the distance.
+
     Returns:
         The figure.
     """

@@ -37,8 +37,10 @@ def plot_density(
         ax: Where to draw; a new figure with a color bar by default.
         vmax: Density of the brightest color; by default the largest on the grid.
         resolution: Cells along the longer side.
+
     Returns:
         The figure.
+
     Raises:
         ValueError: It is not two-dimensional.
     """
@@ -71,8 +73,10 @@ def plot_densities(
         flows: Title → flow.
         notes: Title → what is written under it.
         resolution: Cells along the longer side.
+
     Returns:
         The figure.
+
     Raises:
         ValueError: The data are not two-dimensional.
     """

@@ -46,6 +46,7 @@ def plot_samples(data: Any, flows: Mapping[str, Flow], points: int = 3000) -> "F
         data: A known density or `Points`, as `cnf.data.load` gives them.
         flows: Title → flow; a conditional one is drawn from under the contexts of the points.
         points: How many of each.
+
     Returns:
         The figure.
     """
@@ -73,8 +74,7 @@ def plot_samples(data: Any, flows: Mapping[str, Flow], points: int = 3000) -> "F
 def _histograms(
     data: Any, flows: Mapping[str, Flow], true: Tensor, drawn: Mapping[str, Tensor | str]
 ) -> "Figure":
-    """Samples of one dimension, shape (N, 1): the true ones filled, each flow's as an outline,
-    under the lines of exact densities."""
+    """Histograms of samples of one dimension, (N, 1), under the lines of exact densities."""
     low, high = data.support[:, 0].tolist()
     grid, bins = torch.linspace(low, high, 400, dtype=torch.float64), np.linspace(low, high, 61)
     exact = {}

@@ -80,8 +80,10 @@ def device_of(flow: Flow) -> torch.device:
 
 
 def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What `make` returns, or words: one contestant whose ODE cannot be solved must not cost the
-    others their pictures."""
+    """What `make` returns, or in words why there is nothing.
+
+    One flow whose ODE cannot be solved must not cost the others their pictures.
+    """
     try:
         return make(*arguments, **options)
     except SolverError as error:

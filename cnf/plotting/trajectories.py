@@ -27,6 +27,7 @@ def layer_path(flow: Flow, z: Tensor) -> Tensor:
     Args:
         flow: An unconditional flow of vectors.
         z: Base samples, shape (*batch, D).
+
     Returns:
         Positions, shape (layers + 1, *batch, D).
     """
@@ -40,13 +41,16 @@ def layer_path(flow: Flow, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def particle_path(flow: Flow, z: Tensor, times: Tensor) -> Tensor:
-    """Where particles are at `times`, in data space: along the ODE of a continuous flow, on the
-    straight line from layer to layer of any other, whose layers take equal time.
+    """Where particles are at `times`, in data space.
+
+    They move along the ODE of a continuous flow, and on straight lines from layer to layer of any
+    other, whose layers take equal time.
 
     Args:
         flow: An unconditional flow of vectors.
         z: Base samples, shape (N, D).
         times: Ascending from 0 to 1, shape (T,).
+
     Returns:
         Positions, shape (T, N, D).
     """
@@ -72,8 +76,10 @@ def plot_trajectories(
         flows: Title → unconditional flow.
         particles: How many paths.
         points: Times along each.
+
     Returns:
         The figure.
+
     Raises:
         ValueError: The data have one dimension.
     """

@@ -65,6 +65,7 @@ def compare(
         w2_points: Points for the exact W2 (its cost grows with the cube).
         resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
+
     Raises:
         ValueError: An unknown contestant, a budget that is missing or not positive, a folder that
             exists, or that holds another race; every contestant failed.

@@ -64,6 +64,7 @@ def entrants(contestants: Any) -> dict[str, Contestant]:
         contestants: None for those of `RACE`; or a sequence of names in `CONTESTANTS`,
             `Contestant`s and (title, model, objective or stages); or a mapping of one's own names
             to these.
+
     Raises:
         ValueError: An unknown name, or one that comes twice.
         TypeError: None of these.

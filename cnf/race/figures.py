@@ -65,6 +65,7 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
     Args:
         results: Of a race.
         folder: Where to; it is made if need be.
+
     Returns:
         Name of the picture → its file, as in `density.png` and `flow-realnvp.gif`. Densities,
         paths and animations are for two dimensions only, quality against evaluations of the field

@@ -136,7 +136,7 @@ class Judge:
         return sliced(self.standardized(self.target.x), self.standardized(drawn))
 
     def standardized(self, x: Tensor) -> Tensor:
-        """x on the columns that distances are measured on."""
+        """Points on the columns that distances are measured on."""
         return (x.double() - self.center) / self.scale
 
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:

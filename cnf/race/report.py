@@ -22,6 +22,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
     Args:
         results: Of a race.
         folder: Where to; results.csv and results.json are written too where they are missing.
+
     Returns:
         The page.
     """
@@ -61,8 +62,10 @@ def page_of(results: Results, figures: dict[str, Path]) -> str:
 
 
 def _rows(results: Results, shown: list[Score]) -> list[dict[str, Any]]:
-    """A row per contestant, best first; every cell's text, its number to sort by, and whether it
-    is the best of its column."""
+    """A row per contestant, best first.
+
+    A cell has its text, its number to sort by, and whether it is the best of its column.
+    """
     best = {score.key: _best(results, score) for score in shown}
     rows = []
     for name in results.ranking():

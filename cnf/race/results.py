@@ -180,6 +180,10 @@ class Results:
         """Of the mean over seeds, from seeds and test points together.
 
         All seeds see the same test points, so that more seeds do not shrink the error over points.
+
+        Args:
+            contestant: Its name.
+            key: As in `Entry.score`.
         """
         entries = self.of(contestant)
         values = [entry.score(key) for entry in entries]

@@ -22,7 +22,7 @@ test: $(READY)
 check: $(READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
-	$(RUN) -m basedpyright
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 
 # Warnings are errors: every link between pages and to the API has to be there.
 docs: $(READY_FOR_DOCS)

@@ -1,6 +1,7 @@
 """Flow matching of every target and path: its loss by hand, and what minimizes it."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -347,3 +348,25 @@ def test_the_objective_is_described_and_told_again(path, tmp_path):
     cnf.fit(flow, objective, torch.randn(16, 2), config, context=torch.ones(16, 1))
     told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert OBJECTIVES.build({"name": told["objective"], **told["objective_options"]}) == objective
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "minibatch-ot"}, {"context_dropout": 0.5}])
+def test_the_loss_has_the_gradient_of_a_net_that_makes_the_context(options, small_flow, generator):
+    null = {"null_context": True} if "context_dropout" in options else {}
+    flow = small_flow("cnf", context=2, **null)
+    x, seen = (torch.randn(12, 2, generator=generator, dtype=F64) for _ in range(2))
+    weight = torch.randn(2, 2, generator=generator, dtype=F64, requires_grad=True)
+
+    def loss(weight):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # minibatch-ot does not look at contexts
+            draws = torch.Generator().manual_seed(0)
+            return FlowMatching(**options)(flow, Batch(x, seen @ weight), draws).value
+
+    (found,) = torch.autograd.grad(loss(weight), weight)
+    step = torch.zeros_like(found)
+    step[0, 1] = 1e-6
+    with torch.no_grad():
+        numeric = (loss(weight + step) - loss(weight - step)) / 2e-6
+    torch.testing.assert_close(found[0, 1], numeric, rtol=1e-6, atol=1e-8)
+    assert numeric.abs() > 1e-4

@@ -51,9 +51,10 @@ class Objective(ABC):
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None
     ) -> Prepared:
-        """The batch with everything random that the loss needs: tensors only, no gradients.
+        """The batch with everything random that the loss needs: tensors only.
 
-        A loss that draws nothing takes it as it is.
+        Only a context keeps its gradient, as it may come from a net that is trained with the flow.
+        A loss that draws nothing takes the batch as it is.
 
         Args:
             module: What is trained.

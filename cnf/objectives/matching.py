@@ -143,29 +143,32 @@ class FlowMatching(Objective):
         """
         flow, field, path = self._resolve(module)
         expect_rows("FlowMatching", flow, batch.x)
+        x0, x1, context, weight = self._paired(flow, batch, generator)
         with torch.no_grad():
-            x0, x1, context, weight = self._paired(flow, batch, generator)
             device = x1.device if generator is None else generator.device
             u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
             t, noise = self._built[1](u).to(x1.device), None
             if path.noisy:
                 z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
                 noise = z.to(x1.device)
-            if self.context_dropout:
-                if context is None or not field.optional_context:
-                    raise ValueError(
-                        "FlowMatching: context_dropout needs a model built with "
-                        "null_context=True, and data with a context"
-                    )
-                dropped = torch.rand(len(x1), generator=generator, device=device)
-                dropped = (dropped < self.context_dropout).to(x1.device)
-                context = context.masked_fill(dropped[:, None], torch.nan)
+        if self.context_dropout:
+            if context is None or not field.optional_context:
+                raise ValueError(
+                    "FlowMatching: context_dropout needs a model built with null_context=True, "
+                    "and data with a context"
+                )
+            dropped = torch.rand(len(x1), generator=generator, device=device)
+            dropped = (dropped < self.context_dropout).to(x1.device)
+            context = context.masked_fill(dropped[:, None], torch.nan)
         return MatchedPairs(x0, x1, t, context, weight, noise)
 
     def _paired(
         self, flow: Flow, batch: Batch, generator: Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """x0, x1, the context as the field takes it, and the weight of each pair."""
+        """x0, x1, the context as the field takes it, and the weight of each pair.
+
+        The context keeps its gradient, as it may come from a net that is trained.
+        """
         coupling = self._built[0]
         pairs = batch.x0 is None and getattr(coupling, "func", coupling) is not independent
         if pairs:
@@ -174,16 +177,19 @@ class FlowMatching(Objective):
         rows = batch.x.shape[:1]
         context = flow.inner_context("FlowMatching", batch.context, rows)
         if pairs and isinstance(coupling, FittedCoupling):
-            x0 = flow.base.sample(rows, generator)
-            return x0, *coupling.partners(flow, x0, context, generator), batch.weight
-        x1 = flow.inside(batch.x, generator)[0]
-        x0 = flow.base.sample(rows, generator) if batch.x0 is None else batch.x0
+            with torch.no_grad():
+                x0 = flow.base.sample(rows, generator)
+                return x0, *coupling.partners(flow, x0, context, generator), batch.weight
+        with torch.no_grad():
+            x1 = flow.inside(batch.x, generator)[0]
+            x0 = flow.base.sample(rows, generator) if batch.x0 is None else batch.x0
         if x0.shape != x1.shape:
             shapes = f"{tuple(x1.shape)}, got {tuple(x0.shape)}"
             raise ValueError(f"FlowMatching: expected x0 of x1's shape {shapes}")
         if not pairs:
             return x0, x1, context, batch.weight
-        i, j, weight = coupling(x0, x1, context, generator)
+        with torch.no_grad():
+            i, j, weight = coupling(x0, x1, context, generator)
         x0 = x0 if i is None else x0[i]
         if j is not None:  # what belongs to a data point follows it
             x1, context = x1[j], None if context is None else context[j]

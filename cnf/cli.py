@@ -104,20 +104,19 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     source, share = _data(run, data)
     density = None if isinstance(source, Points) else source
     target = None
-    if isinstance(source, Points) and data is None:
-        test, other, which = _test_points(source, share, run)
-        test, other = (part.take(torch.arange(min(points, len(part.x)))) for part in (test, other))
-    elif isinstance(source, Points):
-        rows = torch.randperm(len(source.x), generator=seeded(0, -16))[:points]
-        test, middle = source.take(rows), len(rows) // 2
-        target, other = (source.take(half) for half in (rows[:middle], rows[middle:]))
-        which = (
-            f"{len(rows):,} of {len(source.x):,} rows of {source.name}, samples against half of "
-            "them"
-        )
+    if density is not None:
+        test, other = (density.sample(points, seeded(number, -9)) for number in (1, 2))
+        which = f"{points:,} draws from {density.name}"
     else:
-        test, other = (source.sample(points, seeded(number, -9)) for number in (1, 2))
-        which = f"{points:,} draws from {source.name}"
+        test, other, which = _test_points(source, share, run if data is None else None)
+        rows = torch.randperm(len(test.x), generator=seeded(0, -16))[:points]
+        count = f"{len(rows):,}"
+        if other is None:  # samples are compared with one half, which the other half is, too
+            halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+            target, other = (test.take(half) for half in halves)
+            count += f" of {len(test.x):,}"
+        test = test.take(rows)
+        which = f"{count} rows{which}"
     with status("scoring") as say:
         judge = Judge(test, other, density, target=target)
         scores = judge.scores(flow, say=say)
@@ -129,26 +128,26 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     _console().print(scores_table(scores, judge.floor))
 
 
-def _test_points(source: Points, share: float, run: Path) -> tuple[Points, Points, str]:
-    """Points to score, others for the floor, and a description of the former.
+def _test_points(
+    source: Points, share: float, run: Path | None
+) -> tuple[Points, Points | None, str]:
+    """Points to score, others for the floor if there are any, and a description of the former.
 
     Args:
         source: All points.
         share: Part of them that training held out.
-        run: The folder of the run that was trained on the rest.
+        run: The folder of the run that was trained on the rest; None if none was.
     """
+    if run is None:
+        return source, None, f" of {source.name}, samples against half of them"
     rest, test = source.split(share)
     known = _expect_trained_on(run, rest)
-    if len(test.x) > 1:
-        if known:
-            return test, rest, f"{len(test.x):,} rows that training never saw"
-        doubt = f"as {source.name} is now; this run does not tell whether the file has changed"
-        return test, rest, f"{len(test.x):,} rows put aside before training, {doubt}"
-    test, rest = (
-        source.take(torch.arange(0, len(source.x), 2)),
-        source.take(torch.arange(1, len(source.x), 2)),
-    )
-    return test, rest, f"{len(test.x):,} rows that training has seen; give others by --data"
+    if len(test.x) < 2:
+        return source, None, " that training has seen; give others by --data"
+    if known:
+        return test, rest, " that training never saw"
+    doubt = f"as {source.name} is now; this run does not tell whether the file has changed"
+    return test, rest, f" put aside before training, {doubt}"
 
 
 def _expect_trained_on(run: Path, rest: Points) -> bool:

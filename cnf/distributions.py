@@ -190,7 +190,7 @@ def expect_volume(distribution: Distribution, who: str = "Flow", what: str = "ba
     for one in (distribution, part):
         try:
             support = _innermost(one.support)
-        except NotImplementedError:
+        except NotImplementedError:  # torch does not know its support, as of some transforms
             continue
         if getattr(support, "is_discrete", False):
             raise ValueError(

@@ -7,6 +7,8 @@ from functools import partial
 from inspect import Parameter, isclass, signature
 from typing import Any, TypeVar
 
+import numpy as np
+
 from cnf.errors import UnknownNameError
 
 __all__ = ["Registry", "spec"]
@@ -176,6 +178,8 @@ def spec(value: Any) -> Any:
     """
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {key: spec(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -162,6 +162,20 @@ def test_other_rows_are_all_scored_few_of_them_too_and_without_weights(own, call
         assert math.isnan(scores["w2"]) == (count < 10)
 
 
+def test_a_run_that_held_nothing_out_is_scored_on_all_of_its_rows(call, tmp_path):
+    x = torch.randn(60, 2, dtype=torch.float64)
+    x[1::2] += 5  # alternating, so that half of the rows would be a biased part
+    (tmp_path / "own.csv").write_text("\n".join(f"{a!r},{b!r}" for a, b in x.tolist()))
+    budget = ["--model", "realnvp", "--options.layers", "2", "--steps", "2", "--no-progress"]
+    run = tmp_path / "run"
+    assert call("train", tmp_path / "own.csv", "--test", "0", *budget, "--folder", run)[0] == 0
+    code, said, errors = call("evaluate", run)
+    assert code == 0 and "60 of 60 rows that training has seen" in said, errors
+    scores = json.loads((run / "evaluation.json").read_text())
+    nll = -float(cnf.load(run).log_prob(x).mean().detach())
+    assert scores["nll"] == pytest.approx(nll, abs=1e-4)
+
+
 def test_weights_may_be_missing_in_rows_to_score(call, tmp_path):
     rows = [f"{a:.5f},{b:.5f},1" for a, b in torch.randn(60, 2).tolist()]
     (tmp_path / "own.csv").write_text("\n".join(["a,b,w", *rows]))

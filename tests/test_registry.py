@@ -1,7 +1,9 @@
 """Tables of names."""
 
 import functools
+import json
 
+import numpy as np
 import pytest
 
 import cnf
@@ -111,3 +113,10 @@ def test_model_registered_from_any_callable_has_its_specification():
     assert models["partial"](dim=2).spec["options"] == {"dim": 2}
     with pytest.raises(ValueError, match="partial: expected dim=…, the size of one data point"):
         models["partial"]()
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    assert spec((np.int64(3), np.float32(0.5), np.bool_(True))) == [3, 0.5, True]
+    flow = cnf.models.realnvp(np.int64(2), context=np.int64(1), layers=np.int64(2))
+    assert json.loads(json.dumps(flow.spec))["options"] == {"dim": 2, "context": 1, "layers": 2}
+    assert cnf.load(cnf.save(flow, tmp_path / "flow.safetensors")).context_dim == 1

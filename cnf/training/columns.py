@@ -15,6 +15,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.precision import collapsing
 from cnf.training.batches import Placement
+from cnf.training.stream import Drawn
 
 NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
 ATOM = 0.1  # of the rows with one and the same value
@@ -25,7 +26,7 @@ OUTLYING = 30.0  # standard deviations, in those that the quartiles of a normal 
 LEVELS = (1, 255, 256)  # of gray, in a unit
 
 
-def inspect(module: nn.Module, head: Batch, placed: Placement, data: Any, own: bool) -> None:
+def check_columns(module: nn.Module, head: Batch, placed: Placement, data: Any, own: bool) -> None:
     """Warn of columns that make no density; raise where the module's dtype merges values.
 
     Args:
@@ -37,7 +38,8 @@ def inspect(module: nn.Module, head: Batch, placed: Placement, data: Any, own: b
     """
     names = data.columns if isinstance(data, Points) else column_names(data)
     continuous = isinstance(module, Flow) and module.dequantization is None
-    source = data.distribution if isinstance(data, FromTorch) else data
+    source = data.inner if isinstance(data, Drawn) else data
+    source = source.distribution if isinstance(source, FromTorch) else source
     if continuous and isinstance(source, Distribution):
         expect_volume(source, "fit", "data")
     if own and continuous:

@@ -17,7 +17,7 @@ from cnf.random import mixed, reseed, seeded, untouched
 from cnf.training import checkpoint
 from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
-from cnf.training.columns import inspect
+from cnf.training.columns import check_columns
 from cnf.training.config import TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
@@ -139,7 +139,7 @@ class _Trainer:
         self.placed = Placement(module, self.fabric.device)
         if self.stream.head is not None:
             own = self.main and not isinstance(self.stream, DensityStream)
-            inspect(module, self.stream.head, self.placed, data, own)
+            check_columns(module, self.stream.head, self.placed, data, own)
             fit_preprocessing(module, self.stream.head)
         self.learner = Learner(module, objective, config, self.fabric)
         self.origin = Origin(

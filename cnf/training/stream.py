@@ -106,7 +106,7 @@ class Drawn:
         if isinstance(self.inner, FromTorch):
             try:
                 return float(self.inner.distribution.entropy())
-            except NotImplementedError:
+            except NotImplementedError:  # torch has no formula: by draws, below
                 pass
         drawn = self.sample(ENTROPY_DRAWS, torch.Generator().manual_seed(0))
         return -float(self.log_prob(drawn).double().mean())

@@ -211,3 +211,5 @@ def test_distributions_without_a_density_are_no_data(name, small, config):
     made = torch.distributions.Independent(made, 1) if name == "Poisson" else made
     with pytest.raises(ValueError, match=f"fit: expected data to .*, got a {name}"):
         cnf.fit(small("realnvp"), MaximumLikelihood(), made, config())
+    with pytest.raises(ValueError, match=f"every contestant failed: .* got a {name}"):
+        cnf.compare(made, ["realnvp"], steps=2, progress=False, w2_points=20, test_points=40)

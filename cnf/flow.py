@@ -367,7 +367,7 @@ class Flow(nn.Module):
 
         Args:
             z: Base samples, shape (*batch, *event).
-            times: Times, monotone.
+            times: Times, ascending from 0 and at most 1.
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
         expect_event("Flow.trajectory", "z", z, self.event_shape)

@@ -3,7 +3,6 @@
 from cnf.metrics.error_bars import LogProb, log_prob_with_error
 from cnf.metrics.estimate import Estimate
 from cnf.metrics.flows import (
-    Evaluations,
     gap,
     log_prob_chunked,
     nfe,
@@ -13,7 +12,7 @@ from cnf.metrics.flows import (
     round_trip_error,
     straightness,
 )
-from cnf.metrics.metric import METRICS, Metric, Score, Trial, metric
+from cnf.metrics.metric import METRICS, Evaluations, Metric, Score, Trial, metric
 from cnf.metrics.nfe_curves import nfe_curve, nfe_table
 from cnf.metrics.samples import (
     c2st,

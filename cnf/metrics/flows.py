@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from itertools import repeat
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -19,9 +19,8 @@ from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
 from cnf.flow import Flow, evaluating, require_field
 from cnf.metrics.estimate import Estimate
-from cnf.metrics.metric import Score, Trial, metric
+from cnf.metrics.metric import Evaluations, Score, Trial, metric
 from cnf.metrics.samples import wasserstein2
-from cnf.random import seeded
 from cnf.transforms.continuous import Continuous
 
 P = ParamSpec("P")
@@ -33,13 +32,6 @@ class Density(Protocol):
 
     @property
     def log_prob(self) -> Callable[..., Tensor]: ...
-
-
-class Evaluations(NamedTuple):
-    """Evaluations of the vector field in one call; 0 for a flow that solves no ODE."""
-
-    sample: int
-    log_prob: int
 
 
 def _evaluated(measure: Callable[P, R]) -> Callable[P, R]:
@@ -349,7 +341,7 @@ def _parameters(trial: Trial) -> int:
     ),
 )  # fmt: skip
 def _nfe_sample(trial: Trial) -> int:
-    return _evaluations(trial).sample
+    return trial.evaluations.sample
 
 
 @metric(
@@ -357,13 +349,7 @@ def _nfe_sample(trial: Trial) -> int:
     Score("nfe_log_prob", "NFE, log_prob", "Evaluations of the field; 0: no ODE", note="count"),
 )
 def _nfe_log_prob(trial: Trial) -> int:
-    return _evaluations(trial).log_prob
-
-
-def _evaluations(trial: Trial) -> Evaluations:
-    _, context = _few(trial)
-    count = COUNT if context is None else len(context)
-    return nfe(trial.flow, count, seeded(0, -6), context)
+    return trial.evaluations.log_prob
 
 
 @metric(

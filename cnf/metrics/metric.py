@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Generator, Tensor
 
@@ -44,6 +44,13 @@ class Score:
     margin: float = 0.0
 
 
+class Evaluations(NamedTuple):
+    """Evaluations of the vector field in one call; 0 for a flow that solves no ODE."""
+
+    sample: int
+    log_prob: int
+
+
 @dataclass(frozen=True)
 class Trial:
     """A flow in eval mode, and the points that a race measures it at.
@@ -59,6 +66,7 @@ class Trial:
         drawn: As many samples of the flow, likewise.
         context: Of the samples, shape (M, C), or None.
         scale: The unit of each column, which broadcasts to x.
+        evaluations: Of the field, in one `sample` and one `log_prob` of 1,000 points.
         generator: Source of the starts of paths, from which metrics draw in turn.
     """
 
@@ -71,6 +79,7 @@ class Trial:
     drawn: Tensor
     context: Tensor | None
     scale: Tensor
+    evaluations: Evaluations
     generator: Generator
 
 

@@ -91,10 +91,11 @@ def compare(
     entries, failed = [], _unfit(contestants, density)
     for name in [name for name in contestants if contestants[name].title not in failed]:
         contestant = contestants[name]
+        told = {**race, "contestant": contestant.made_of}
         for seed in seeds:
             say(f"{contestant.title}, seed {seed}")
             run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
-            if run and (finished := _finished(run, contestant, race, density)):
+            if run and (finished := _finished(run, contestant, told, density)):
                 entries.append(finished)
                 continue
             config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
@@ -106,7 +107,7 @@ def compare(
                 continue
             entries.append(entry)
             if run:
-                _keep(run, entry, race)
+                _keep(run, entry, told)
     if not entries:
         reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
         raise ValueError(f"compare: every contestant failed: {reasons}")
@@ -148,7 +149,7 @@ def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
             _built(contestant, density, 0)
         except (ValueError, TypeError) as error:
             found[contestant.title] = str(error)
-            if density.dim == 1:
+            if density.dim == 1 and isinstance(contestant.model, str):
                 found[contestant.title] = (
                     f"{contestant.title} needs two dimensions or more, these data have one; "
                     "nsf-ar takes one"
@@ -173,15 +174,19 @@ def _finished(
     """
     try:
         kept = json.loads((run / ENTRY).read_text())
-        entry, before = kept["entry"], kept["race"]
+        # Version 0.1 did not record who the contestant was.
+        entry, before = kept["entry"], {"contestant": race["contestant"], **kept["race"]}
         curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
         few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
         into = None if isinstance(contestant.model, str) else _built(contestant, density, 0)
         found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run, into=into))
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
-    differs = [f"{key} was {before.get(key)!r}, is {race[key]!r}" for key in race
-               if before.get(key) != race[key]]  # fmt: skip
+    differs = [
+        "another contestant of this name" if key == "contestant"
+        else f"{key} was {before.get(key)!r}, is {race[key]!r}"
+        for key in race if before.get(key) != race[key]
+    ]  # fmt: skip
     if differs:
         raise ValueError(f"compare: {run} ran in another race: {', '.join(differs)}")
     return found

@@ -1,13 +1,14 @@
 """Who runs in the race: a model and the way it is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow
 from cnf.objectives import OBJECTIVES, FlowMatching, MaximumLikelihood, Objective
-from cnf.registry import Registry
+from cnf.registry import Registry, spec
+from cnf.training.origin import hash_of_weights, objective_name
 
 CONTESTANTS = Registry("contestant")
 # Unless told.
@@ -51,10 +52,20 @@ class Contestant:
     @property
     def about(self) -> str:
         """Who it is, in a sentence."""
-        names = [OBJECTIVES.name_of(stage.objective) or "" for stage in self.stages]
-        ways = ", then by ".join(name.replace("-", " ") for name in names)
+        names = [objective_name(stage.objective).replace("-", " ") for stage in self.stages]
+        ways = ", then by ".join(names)
         model = f"the model {self.model}" if isinstance(self.model, str) else "one's own model"
         return f"{self.title}: {model}, trained by {ways}."
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What tells it from others of its name, as JSON holds it; a flow by its weights, too."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.model, Flow):
+            told["model"] = [repr(self.model), hash_of_weights(self.model)]
+        elif not isinstance(self.model, str):
+            told["model"] = getattr(self.model, "__qualname__", type(self.model).__name__)
+        return spec(told)
 
 
 def entrants(contestants: Any) -> dict[str, Contestant]:
@@ -86,7 +97,8 @@ def _entrant(given: Any) -> tuple[str, Contestant]:
         return given.title, given
     if isinstance(given, Sequence) and len(given) == 3:
         title, model, stages = given
-        if not (isinstance(stages, Sequence) and all(isinstance(one, Stage) for one in stages)):
+        staged = isinstance(stages, Sequence) and len(stages) > 0
+        if not (staged and all(isinstance(one, Stage) for one in stages)):
             stages = (Stage(OBJECTIVES.build(stages, "compare")),)
         return title, Contestant(title, model, tuple(stages))
     raise TypeError(

@@ -10,7 +10,8 @@ from torch import Tensor
 from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow, evaluating
-from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked
+from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked, nfe
+from cnf.metrics.flows import COUNT
 from cnf.metrics.nfe_curves import Curve, nfe_curve
 from cnf.metrics.samples import sliced
 from cnf.objectives import Batch
@@ -93,9 +94,12 @@ class Judge:
         shape = (len(target.x),) if target.context is None else ()
         drawn = flow.sample(shape, target.context, generator=seeded(seed, -8)).cpu()
         true, drawn = self.standardized(self.target.x), self.standardized(drawn)
+        context = None if test.context is None else test.context[:COUNT]
+        count = COUNT if context is None else len(context)
+        evaluations = nfe(flow, count, seeded(0, -6), context)
         return Trial(
             flow, exact, test, log_q, self.log_density, true, drawn, target.context, self.scale,
-            seeded(0, -5),
+            evaluations, seeded(0, -5),
         )  # fmt: skip
 
     def measure(self, metric: Metric, trial: Trial) -> dict[str, float]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+CLOCKS = ("preparing", "pairing", "validating")
 Callback = Callable[[dict[str, float]], object]
 
 
@@ -56,13 +57,14 @@ class History:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"records": self.records, "preparing": self.preparing, "pairing": self.pairing}
+        clocks = {name: getattr(self, name) for name in CLOCKS}
+        return {"records": self.records, **clocks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.records = [dict(record) for record in state["records"]]
-        self.preparing = float(state.get("preparing", 0.0))  # older checkpoints hold records only
-        self.pairing = float(state.get("pairing", 0.0))
+        for name in CLOCKS:  # which older checkpoints do not hold
+            setattr(self, name, float(state.get(name, 0.0)))
 
 
 class Listeners:

@@ -168,12 +168,29 @@ def hash_of_rows(batch: Batch) -> str:
     digest = hashlib.sha256()
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             small = value.numel() * value.element_size() <= WHOLE
             rows = value if small else torch.cat([value[:ENDS], value[-ENDS:]])
-            flat = rows.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)
+            digest.update(_label(name, value))
+            digest.update(_bytes(rows))
     return digest.hexdigest()
+
+
+def hash_of_weights(module: nn.Module) -> str:
+    """A hash of a module's parameters and buffers: names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(_label(name, value))
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _label(name: str, value: Tensor) -> bytes:
+    return f"{name} {tuple(value.shape)} {value.dtype}".encode()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    flat = value.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data
 
 
 def draws_of(density: Any, seed: int) -> Tensor | None:

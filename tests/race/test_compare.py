@@ -439,3 +439,43 @@ def test_ones_own_flow_model_and_stages_run_beside_named_ones(tmp_path):
         race([flow], "moons", steps=4)
     with pytest.raises(ValueError, match="expected names that differ"):
         race(["nsf", "nsf"], "moons", steps=4)
+
+
+def test_a_race_goes_on_with_the_very_contestants_that_it_had(tmp_path):
+    def mine(seed, lr=1e-3):
+        torch.manual_seed(seed)
+        flow = cnf.Flow(None, cnf.models.realnvp(2, layers=2).transform, event_shape=(2,))
+        return {"mine": ("Mine", flow, [Stage(cnf.MaximumLikelihood(), settings={"lr": lr})])}
+
+    race(mine(0), "moons", tmp_path, steps=2)
+    race(mine(0), "moons", tmp_path, steps=2, resume=True)
+    for other in (mine(1), mine(0, lr=1e-2)):
+        with pytest.raises(ValueError, match="in another race: another contestant of this name"):
+            race(other, "moons", tmp_path, steps=2, resume=True)
+    entry = next((tmp_path / "race").rglob("entry.json"))  # as version 0.1 wrote it
+    kept = json.loads(entry.read_text())
+    del kept["race"]["contestant"]
+    entry.write_text(json.dumps(kept))
+    race(mine(1), "moons", tmp_path, steps=2, resume=True)
+
+
+def test_a_contestant_without_stages_and_one_of_ones_own_in_one_dimension_are_told_why():
+    with pytest.raises(TypeError, match="compare: expected objective to be one of .* got a list"):
+        race([("Mine", "realnvp", [])], "moons", steps=2)
+    with pytest.raises(ValueError, match="Mine: no net for one dimension"):
+        race([("Mine", refusing, "flow-matching")], torch.randn(200, 1), steps=2)
+
+
+def refusing(dim):
+    raise ValueError("no net for one dimension")
+
+
+def test_evaluations_are_counted_once_for_both_scores(monkeypatch):
+    calls = []
+    judge_module = importlib.import_module("cnf.race.judge")
+    count = judge_module.nfe
+    monkeypatch.setattr(judge_module, "nfe", lambda *a: calls.append(a) or count(*a))
+    toy = cnf.data.toy("moons")
+    judge = judge_module.Judge(toy.sample(50), toy.sample(50), toy, w2_points=20)
+    scores = judge.scores(cnf.models.cnf(2, hidden=(8,), solver=cnf.Solver("rk4", steps=3)))
+    assert len(calls) == 1 and scores["nfe_sample"] == scores["nfe_log_prob"] == 12

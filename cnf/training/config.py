@@ -95,7 +95,13 @@ class TrainConfig:
         for field in fields(self):
             if getattr(self, field.name) is None and NoneType not in get_args(field.type):
                 raise ValueError(f"{who}: expected {field.name} to be given, got None")
-        # Numpy's scalars become Python's: YAML cannot hold them.
+        self._settle_numbers(who)
+        self._expect_ranges(who)
+        self._expect_engine(who)
+        self._expect_run(who)
+
+    def _settle_numbers(self, who: str) -> None:
+        """Make NumPy's scalars Python's, as YAML cannot hold them; 60 seconds without a budget."""
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, float | np.floating) and value.is_integer():
@@ -107,6 +113,9 @@ class TrainConfig:
             setattr(self, name, None if value is None else _real(who, name, value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
+
+    def _expect_ranges(self, who: str) -> None:
+        """Raise unless budget, optimizer and averaging are possible."""
         if self.steps is not None and self.seconds is not None:
             raise ValueError(
                 f"{who}: expected a budget in steps or in seconds, not both, "
@@ -123,6 +132,9 @@ class TrainConfig:
                 raise ValueError(f"{who}: expected 0 <= {name} < 1, got {value!r}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"{who}: expected weight_decay >= 0, got {self.weight_decay!r}")
+
+    def _expect_engine(self, who: str) -> None:
+        """Raise unless precision, device and strategy are known; a device is kept as text."""
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(
                 f"{who}: expected precision to be one of {', '.join(map(repr, PRECISIONS))}, or "
@@ -140,6 +152,9 @@ class TrainConfig:
                 f"{who}: expected a strategy that reruns the script, such as 'ddp', "
                 f"got {self.strategy!r}"
             )
+
+    def _expect_run(self, who: str) -> None:
+        """Raise unless folder, resuming and processes fit together; a folder is kept as a path."""
         if self.ticks is not None and self.seconds is not None:
             raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")
         expect_choice(who, "resume", self.resume, (True, False, "auto"))

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from cnf.errors import UnknownNameError, expect_choice, expect_counts, expect_positive
+from cnf.errors import expect_choice, expect_counts, expect_positive
+from cnf.registry import expect_options, options_of
 
 BATCH_SIZE = 1024
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -181,10 +182,7 @@ def as_config(config: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
             "fit: expected config to be a TrainConfig or a mapping of its settings, got "
             f"{config!r}; write cnf.TrainConfig(steps=1000)"
         )
-    known = [field.name for field in fields(TrainConfig)]
-    for name in config or {}:
-        if name not in known:
-            raise UnknownNameError("TrainConfig setting", name, known)
+    expect_options("TrainConfig", config or {}, options_of(TrainConfig))
     return TrainConfig(**(config or {}))
 
 

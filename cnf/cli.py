@@ -25,7 +25,7 @@ from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
 from cnf.objectives import OBJECTIVES
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
 from cnf.training.origin import hash_of_rows
@@ -97,7 +97,7 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
             that the run was trained on: of your own points, those that training held out.
         points: Largest number of test points.
     """
-    from cnf.race.judge import Judge
+    from cnf.race.judge import Judge, draw_test_points
     from cnf.race.tables import scores_table
 
     flow = load(run)
@@ -105,11 +105,11 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
     density = None if isinstance(source, Points) else source
     target = None
     if density is not None:
-        test, other = (density.sample(points, seeded(number, -9)) for number in (1, 2))
+        test, other = draw_test_points(density, points)
         which = f"{points:,} draws from {density.name}"
     else:
         test, other, which = _test_points(source, share, run if data is None else None)
-        rows = torch.randperm(len(test.x), generator=seeded(0, -16))[:points]
+        rows = torch.randperm(len(test.x), generator=stream(0, "rows to evaluate"))[:points]
         count = f"{len(rows):,}"
         if other is None:  # samples are compared with one half, which the other half is, too
             halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]

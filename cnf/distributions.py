@@ -22,7 +22,7 @@ from torch.distributions import (
 from cnf.data.arrays import as_numbers, is_rows
 from cnf.errors import expect_event, expect_finite, expect_generator, expect_shape
 from cnf.printing import named, shaped
-from cnf.random import reseed, untouched
+from cnf.random import device_of, draw, preserved, reseed
 
 LOG_2PI = math.log(2 * math.pi)
 SURFACES = tuple(  # supports with fewer dimensions than a sample has numbers
@@ -86,16 +86,13 @@ class Base(nn.Module, ABC):
 
     def _drawn(
         self,
-        draw: Callable[..., Tensor],
+        sampler: Callable[..., Tensor],
         shape: Sequence[int],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw by `torch.randn` or `torch.rand` on the generator's device, and move the result."""
         expect_generator("sample", generator)
-        like = self._like
-        device = like.device if generator is None else generator.device
-        drawn = draw(tuple(shape), generator=generator, device=device, dtype=like.dtype)
-        return drawn.to(like.device)
+        return draw(sampler, shape, generator, like=self._like)
 
 
 class StandardNormal(Base):
@@ -151,7 +148,7 @@ class FromTorch(Base):
         # torch.distributions draw from the global generators only.
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         device = self._device()
-        with untouched(device):
+        with preserved(device):
             reseed(int(seed), device)
             return self.distribution.sample(shape)
 
@@ -324,7 +321,7 @@ class GaussianMixture(Base):
     ) -> Tensor:
         shape = expect_shape("sample", sample_shape)
         count = math.prod(shape)
-        weights = self.weights.to(self.weights.device if generator is None else generator.device)
+        weights = self.weights.to(device_of(generator, self.weights))
         rows = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
         rows = rows[:count].reshape(shape).to(self.means.device)
         noise = self._drawn(torch.randn, (*shape, *self.event_shape), generator)
@@ -439,8 +436,7 @@ class Empirical(Base):
     def sample(
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        device = self.points.device if generator is None else generator.device
-        shape = expect_shape("sample", sample_shape)
+        shape, device = expect_shape("sample", sample_shape), device_of(generator, self.points)
         rows = torch.randint(len(self.points), shape, generator=generator, device=device)
         return self.points[rows.to(self.points.device)]
 

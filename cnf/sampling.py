@@ -19,6 +19,7 @@ from cnf.fields.predicts import path_of
 from cnf.fields.wrappers import wrapped
 from cnf.flow import Flow, require_field
 from cnf.matching.paths import PATHS, Path
+from cnf.random import draw
 
 Grid = tuple[float, ...]
 MIN_STEP = 1e-5  # shortest step of a learned grid, in units of time
@@ -196,8 +197,7 @@ def sde(
         def drift(t: Tensor = t, x: Tensor = x, g: Any = g) -> Tensor:
             return field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
 
-        device = x.device if generator is None else generator.device
-        dw = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+        dw = draw(torch.randn, x.shape, generator, like=x)
         x = x + h * unedited(field, drift, t=t, x=x, context=context) + h**0.5 * g * dw
     x, _ = flow.outside(x)
     return x if flow.dequantization is None else flow.dequantization.decode(x)

@@ -323,8 +323,8 @@ def test_invalid_context_is_named(own, refused, tmp_path):
 
 def test_interrupted_train_resumes_to_the_same_bytes(call, run, tmp_path, monkeypatch):
     folder, steps = tmp_path / "new", []
-    seed = "cnf.training.loop.seeded"
-    seeded = cnf.training.loop.seeded
+    seed = "cnf.training.loop.stream_seed"
+    seeded = cnf.training.loop.stream_seed
 
     def press(*numbers):
         steps.append(numbers)
@@ -567,7 +567,7 @@ def test_ctrl_c_in_train_exits_130_and_says_how_to_resume(tmp_path):
 
 @pytest.mark.parametrize("how", ["run", "config"])
 def test_resume_needs_nothing_but_the_run(how, call, run, tmp_path, monkeypatch):
-    folder, seeded, steps = tmp_path / "my $run", cnf.training.loop.seeded, []
+    folder, seeded, steps = tmp_path / "my $run", cnf.training.loop.stream_seed, []
 
     def end(*numbers):
         steps.append(numbers)
@@ -576,7 +576,7 @@ def test_resume_needs_nothing_but_the_run(how, call, run, tmp_path, monkeypatch)
         return seeded(*numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cnf.training.loop.seeded", end)
+        patch.setattr("cnf.training.loop.stream_seed", end)
         code, said, _ = call("train", "--config", run / "config.yaml", "--folder", folder)
     assert code == 128 + signal.SIGTERM
     assert f"cnf train --resume '{folder}'" in said

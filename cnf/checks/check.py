@@ -16,7 +16,7 @@ from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.errors import expect_counts, expect_event, expect_finite, some
 from cnf.flow import Flow
-from cnf.random import reseed, untouched
+from cnf.random import preserved, reseed
 from cnf.transforms.continuous import Continuous
 
 __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
@@ -254,6 +254,6 @@ def _tightened(flow: Flow) -> Flow:
 def _untouched(flow: Flow, seed: int) -> Iterator[None]:
     """Seed a flow's own draws (dropout, probes), and leave torch's generators as they were."""
     device = reference(flow).device
-    with torch.inference_mode(False), untouched(device):
+    with torch.inference_mode(False), preserved(device):
         reseed(seed, device)
         yield

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import expect_event, expect_generator, is_count
+from cnf.random import device_of
 
 
 class Toy(ABC):
@@ -119,19 +120,19 @@ def expect_count(who: str, n: object) -> None:
 
 def uniform(*shape: int, generator: torch.Generator | None) -> Tensor:
     """Draw uniform numbers in [0, 1), in float64 and on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
 
 
 def normal(*shape: int, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal numbers, in float64 and on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
 
 
 def choice(options: int, n: int, generator: torch.Generator | None) -> Tensor:
     """Draw n indices from 0 to options - 1, equally likely, on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     return torch.randint(options, (n,), generator=generator, device=device)
 
 

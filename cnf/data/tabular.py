@@ -22,6 +22,7 @@ from cnf.data.arrays import EXACT, as_numbers, column_names, index_columns
 from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
 from cnf.errors import expect_finite, expect_generator, expect_weights, optional
+from cnf.random import device_of
 
 YEARS = range(1800, 2200)
 DECIMAL = re.compile(r"[.eE]")  # in a line of numbers
@@ -119,7 +120,7 @@ class Points:
         """
         expect_count(f"{self.name}.sample", n)
         expect_generator(f"{self.name}.sample", generator)
-        device = generator.device if generator is not None else None
+        device = device_of(generator)
         if self.weight is None:
             return torch.randint(len(self.x), (n,), generator=generator, device=device)
         edges = self.weight.double().cumsum(0).to(device or "cpu")

@@ -15,6 +15,7 @@ from cnf.errors import expect_choice
 from cnf.fields.base import HasDivergence, VectorField, exact_divergence
 from cnf.fields.trace import has_forward_mode
 from cnf.fields.wrappers import Wrapper
+from cnf.random import draw
 from cnf.registry import Registry
 
 Velocity = Callable[[Tensor], Tensor]
@@ -220,13 +221,9 @@ class Hutchinson(Divergence):
             return self.probe
         generator = generator or self.generator
         shape = (self.sketch + self.probes, *x.shape)
-        device = x.device if generator is None else generator.device
         if self.noise == "gaussian":
-            probe = torch.randn(shape, generator=generator, device=device, dtype=x.dtype)
-        else:
-            bits = torch.randint(0, 2, shape, generator=generator, device=device)
-            probe = bits.to(x.dtype) * 2 - 1
-        return probe.to(x.device)
+            return draw(torch.randn, shape, generator, like=x)
+        return draw(partial(torch.randint, 0, 2), shape, generator, like=x) * 2 - 1
 
     def rates(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cnf.random import untouched
+from cnf.random import preserved
 
 Velocity = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
             return True
         at = x.clone() if x.is_inference() else x.detach()
         try:
-            with torch.inference_mode(False), untouched(x.device):
+            with torch.inference_mode(False), preserved(x.device):
                 with torch.no_grad():  # attention may take another kernel here
                     _pushed(v, at, 1)
                 with torch.enable_grad():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cnf.errors import expect_positive, optional
+from cnf.random import device_of
 from cnf.registry import Registry
 
 COUPLINGS = Registry("coupling")
@@ -341,8 +342,7 @@ def _optimal_plan(who: str, cost: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
 
 def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | None) -> Pairing:
     """Pair each x0 with an x1 drawn from its row of the plan, weighted by the row's mass."""
-    device = x1.device if generator is None else generator.device
-    masses = torch.from_numpy(plan).to(device)
+    masses = torch.from_numpy(plan).to(device_of(generator, x1))
     rows = masses.sum(1)
     if not torch.isfinite(rows).all() or rows.sum() <= 0:
         raise ValueError("coupling: the plan came out empty or NaN; raise reg")

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.errors import expect_weights
+from cnf.random import draw
 
 
 class Prepared(Protocol):
@@ -120,10 +121,9 @@ def resampled(batch: Batch, generator: Generator | None = None) -> Batch:
     if batch.weight is None:
         return batch
     n, weight = len(batch.x), batch.weight.double()
-    device = weight.device if generator is None else generator.device
-    within = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    within = draw(torch.rand, (n,), generator, like=weight)
     ends = weight.cumsum(0)
-    places = (torch.arange(n, device=weight.device) + within.to(weight.device)) * (ends[-1] / n)
+    places = (torch.arange(n, device=weight.device) + within) * (ends[-1] / n)
     rows = torch.searchsorted(ends, places, right=True).clamp(max=n - 1)
     drawn = batch.map(lambda value: value[rows])
     return drawn.but(weight=(ends[-1:] > 0).to(batch.x.dtype).expand(n))

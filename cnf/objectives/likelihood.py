@@ -18,6 +18,7 @@ from cnf.errors import expect_positive
 from cnf.flow import Flow, require_field
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
+from cnf.random import draw
 from cnf.transforms.base import transforms_in
 from cnf.transforms.continuous import Continuous, Recipe
 
@@ -126,9 +127,8 @@ class MaximumLikelihood(Objective):
         expect_rows("MaximumLikelihood", flow, batch.x)
         probe, stop = divergence.draw(batch.x.to(flow.dtype), generator), None
         if self.steer:
-            device = batch.x.device if generator is None else generator.device
-            stop = self.steer * torch.rand((), generator=generator, device=device)
-            stop = stop.to(batch.x).expand(len(batch.x))
+            stop = self.steer * draw(torch.rand, (), generator, like=batch.x)
+            stop = stop.expand(len(batch.x))
         probe = None if probe is None else probe.movedim(0, 1)
         return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop)
 

@@ -22,6 +22,7 @@ from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, resampled, weighted_mean
+from cnf.random import draw
 
 
 @dataclass
@@ -145,19 +146,15 @@ class FlowMatching(Objective):
         expect_rows("FlowMatching", flow, batch.x)
         x0, x1, context, weight = self._paired(flow, batch, generator)
         with torch.no_grad():
-            device = x1.device if generator is None else generator.device
-            u = torch.rand(len(x1), generator=generator, device=device, dtype=x1.dtype)
-            t, noise = self._built[1](u).to(x1.device), None
-            if path.noisy:
-                z = torch.randn(x1.shape, generator=generator, device=device, dtype=x1.dtype)
-                noise = z.to(x1.device)
+            t = self._built[1](draw(torch.rand, x1.shape[:1], generator, like=x1))
+            noise = draw(torch.randn, x1.shape, generator, like=x1) if path.noisy else None
         if self.context_dropout:
             if context is None or not field.optional_context:
                 raise ValueError(
                     "FlowMatching: context_dropout needs a model built with null_context=True, "
                     "and data with a context"
                 )
-            dropped = torch.rand(len(x1), generator=generator, device=device)
+            dropped = draw(torch.rand, x1.shape[:1], generator, like=x1)
             dropped = (dropped < self.context_dropout).to(x1.device)
             context = context.masked_fill(dropped[:, None], torch.nan)
         return MatchedPairs(x0, x1, t, context, weight, noise)

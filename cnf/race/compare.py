@@ -19,14 +19,14 @@ from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.race.contestants import Contestant, entrants
-from cnf.race.judge import TIGHT, Judge
+from cnf.race.judge import TIGHT, Judge, draw_test_points
 from cnf.race.results import Entry, Results
-from cnf.random import reseed, seeded, untouched
+from cnf.random import VERSION, preserved, reseed
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.interrupt import Interrupted
-from cnf.training.origin import DRAWS, environment, hash_of_rows
+from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
-from cnf.training.stream import Drawn
+from cnf.training.stream import Drawn, drawn_to_validate
 
 TEST_POINTS = 10_000
 VALIDATION_POINTS = 4_000
@@ -86,7 +86,7 @@ def compare(
     race = {
         "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
         "test_points": len(judge.test.x),
-        "rows": _fingerprint(density),
+        "rows": _fingerprint(density), "random streams": VERSION,
     }  # fmt: skip
     entries, failed = [], _unfit(contestants, density)
     for name in [name for name in contestants if contestants[name].title not in failed]:
@@ -136,8 +136,8 @@ def _fingerprint(density: Any) -> Any:
     if isinstance(density, Points):
         return hash_of_rows(Batch(density.x, density.context, weight=density.weight))
     if isinstance(density, Drawn):
-        drawn = density.sample(DRAWS, seeded(0, -15)).flatten().tolist()
-        return [f"{number:.4g}" for number in drawn]
+        drawn = draws_of(density)
+        return None if drawn is None else [f"{number:.4g}" for number in drawn.flatten().tolist()]
     return None
 
 
@@ -197,7 +197,7 @@ def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
     if isinstance(density, Toy):  # which need no preprocessing
         options |= contestant.toy_options
     cpu = torch.device("cpu")  # where models are built
-    with untouched(cpu):
+    with preserved(cpu):
         reseed(seed, cpu)  # contestants with the same field start from the same weights
         if isinstance(contestant.model, Flow):
             return copy.deepcopy(contestant.model)
@@ -264,8 +264,7 @@ def _train(
 def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, Any]:
     """The judge, and what is trained on: the density, or four fifths of one's own points."""
     if density.entropy is not None:
-        test, other = (density.sample(test_points, seeded(number, -9)) for number in (1, 2))
-        return Judge(test, other, density, w2_points), density
+        return Judge(*draw_test_points(density, test_points), density, w2_points), density
     train, test = density.split(0.2)
     return Judge(test, train, None, w2_points), train
 
@@ -285,7 +284,7 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
     """Held-out gap (NLL for one's own points) against seconds of training, over all stages."""
     truth = 0.0
     if density.entropy is not None:  # the very points that training was validated on
-        held_out = density.sample(VALIDATION_POINTS, seeded(seed, -1))
+        held_out = drawn_to_validate(density, VALIDATION_POINTS, seed)
         truth = -float(density.log_prob(held_out).mean())
     curve, before = [], 0.0
     for history in histories:

@@ -16,7 +16,7 @@ from cnf.metrics.nfe_curves import Curve, nfe_curve
 from cnf.metrics.samples import sliced
 from cnf.objectives import Batch
 from cnf.race.results import measured
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.diagnosis import warn_of_few_steps
 from cnf.transforms.continuous import is_continuous
 
@@ -92,14 +92,14 @@ class Judge:
         exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
         log_q = log_prob_chunked(exact, test.x, test.context).cpu()
         shape = (len(target.x),) if target.context is None else ()
-        drawn = flow.sample(shape, target.context, generator=seeded(seed, -8)).cpu()
+        drawn = flow.sample(shape, target.context, generator=stream(seed, "samples")).cpu()
         true, drawn = self.standardized(self.target.x), self.standardized(drawn)
         context = None if test.context is None else test.context[:COUNT]
         count = COUNT if context is None else len(context)
-        evaluations = nfe(flow, count, seeded(0, -6), context)
+        evaluations = nfe(flow, count, stream(0, "evaluations"), context)
         return Trial(
             flow, exact, test, log_q, self.log_density, true, drawn, target.context, self.scale,
-            evaluations, seeded(0, -5),
+            evaluations, stream(0, "metrics"),
         )  # fmt: skip
 
     def measure(self, metric: Metric, trial: Trial) -> dict[str, float]:
@@ -155,6 +155,16 @@ class Judge:
         )
 
 
+def draw_test_points(density: Any, n: int) -> tuple[Tensor, Tensor]:
+    """The draws from a known density that flows are scored on, and as many for the floor.
+
+    Args:
+        density: The density.
+        n: How many.
+    """
+    return density.sample(n, stream(0, "test")), density.sample(n, stream(0, "floor"))
+
+
 def _as_points(x: Tensor | Points) -> Points:
     return x if isinstance(x, Points) else Points(x)
 
@@ -164,7 +174,7 @@ def _unweighted(points: Points) -> Points:
     return (
         points
         if points.weight is None
-        else points.take(points.draw(len(points.x), seeded(0, -10)))
+        else points.take(points.draw(len(points.x), stream(0, "rows by weight")))
     )
 
 

@@ -44,7 +44,7 @@ class TrainConfig:
         clip: Largest norm of the gradient; null for no clipping.
         ema: Decay of the moving average of the weights; null for none. What is validated and kept
             is the average.
-        seed: Every draw of step k is seeded by (seed, k).
+        seed: Of every draw; what step k draws depends on the seed and k alone.
         validations: How many times, evenly over the budget, held-out data are scored; 0 for never.
         validation_rows: Rows scored at most; of one's own data a tenth at most is held out.
         patience: Stop after so many validations without a better one, and keep the best weights;

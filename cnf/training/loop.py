@@ -13,7 +13,7 @@ from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
-from cnf.random import mixed, reseed, seeded, untouched
+from cnf.random import preserved, reseed, stream, stream_seed
 from cnf.training import checkpoint
 from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
@@ -173,7 +173,7 @@ class _Trainer:
         )  # fmt: skip
         self.module.train()
         self._save()  # from now on the run can be resumed
-        with untouched(self.fabric.device), interruptible() as interrupted, self.bar:
+        with preserved(self.fabric.device), interruptible() as interrupted, self.bar:
             self._begin()
             loss = None
             while not (budget.done or validation.exhausted):
@@ -204,7 +204,7 @@ class _Trainer:
 
         start = time.perf_counter()
         with self.bar.doing("preparing"):
-            begun = self.objective.begin(self.module, rows, seeded(self.config.seed, -7))
+            begun = self.objective.begin(self.module, rows, stream(self.config.seed, "coupling"))
         self.objective = begun
         self.learner.begin(begun)
         if not self.resumes:
@@ -215,21 +215,20 @@ class _Trainer:
 
     def _warm_up(self) -> None:
         """Compile, on rows of a step's shape that a stream does not lose for it."""
-        generator, stream = seeded(self.config.seed, -13), self.stream
-        only_once = isinstance(stream, IterableStream)
-        batch = stream.head if only_once else stream.batch(0, generator)
+        generator = stream(self.config.seed, "warm-up")
+        only_once = isinstance(self.stream, IterableStream)
+        batch = self.stream.head if only_once else self.stream.batch(0, generator)
         assert batch is not None
         self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
 
     def _rows(self, step: int) -> tuple[Prepared, float]:
         """This process's rows of a step, and the weight of their loss."""
         seed, device = self.config.seed, self.fabric.device
-        # For what the module itself draws (dropout).
-        reseed(mixed(seed, step, self.fabric.global_rank, 1), device)
-        generator = seeded(seed, step)
+        reseed(stream_seed(seed, "module", step, self.fabric.global_rank), device)  # dropout
+        generator = stream(seed, "step", step)
         batch = self.placed(self.stream.batch(step, generator))
         if step == 0:
-            self.learner.initialize(batch, seeded(seed, -11))
+            self.learner.initialize(batch, stream(seed, "initialization"))
         return self.learner.prepare(batch, generator)
 
     def _spend(self, seconds: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cnf.data import Columns, Points
 from cnf.errors import DISTRIBUTION, CheckpointError
 from cnf.objectives import OBJECTIVES, Batch, Objective
+from cnf.random import VERSION, stream
 from cnf.registry import spec
 from cnf.training.config import TrainConfig
 
@@ -61,17 +62,24 @@ class Origin:
     def __init__(self, description: dict[str, Any], data: Any, device: torch.device) -> None:
         self.description, self.data = description, data
         self.made_by = {"torch": str(torch.__version__), "device": device.type}
+        self.random = VERSION
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"description": self.description, "data": self.data, "made_by": self.made_by}
+        return vars(self)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Refuse what is another run, and tell what else differs.
 
         Raises:
-            CheckpointError: Model, objective, seed, batch size or data are others.
+            CheckpointError: Model, objective, seed, batch size or data are others, or a version of
+                cnf with other random streams began it.
         """
+        if state.get("random") != self.random:
+            raise CheckpointError(
+                "was begun by a version of cnf that drew other random numbers and held out other "
+                "rows; begin a new run, which may start from these weights: flow = cnf.load(run)"
+            )
         before, now = _flat(state["description"]), _flat(self.description)
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         changed = [name for name in changed if name.split(".")[0] not in UNREPORTED]
@@ -193,14 +201,12 @@ def _bytes(value: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def draws_of(density: Any, seed: int) -> Tensor | None:
+def draws_of(density: Any) -> Tensor | None:
     """A few draws: numbers rather than a hash, since machines differ in their last digits.
 
     None where a density draws otherwise each time, whatever the generator.
     """
-    one, two = (
-        density.sample(DRAWS, torch.Generator().manual_seed(seed)).cpu().double() for _ in range(2)
-    )
+    one, two = (density.sample(DRAWS, stream(0, "fingerprint")).cpu().double() for _ in range(2))
     return one if torch.equal(one, two) else None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cnf.errors import some
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
@@ -34,7 +34,7 @@ def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str | None]]:
     like = flow.base._like
     y = head.x.to(like.device)
     y, _ = flow.inside(y)
-    z = flow.base.sample((1_000,), seeded(0, -11)).to(y)
+    z = flow.base.sample((1_000,), stream(0, "spread of the base")).to(y)
     spread = z.std(0).clamp(min=1e-12)
     yield "x", _scale_warning("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
     if head.context is not None and flow.context_dim:

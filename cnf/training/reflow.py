@@ -9,7 +9,7 @@ from cnf.errors import expect_counts
 from cnf.fields import Piecewise, Predicts, WithScore
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.batches import as_context
 from cnf.training.config import TrainConfig
 from cnf.training.loop import History, fit
@@ -43,7 +43,7 @@ def pairs(flow: Flow, n: int, context: Any = None, seed: int = 0) -> Batch:
                 f"{tuple(context.shape)}; give as many rows as pairs, or n={len(context)}"
             )
         context = context.to(flow.base._like.device)
-    generator, starts, ends = seeded(seed, -10), [], []
+    generator, starts, ends = stream(seed, "pairs of reflow"), [], []
     for first in range(0, n, CHUNK):
         count = min(CHUNK, n - first)
         rows = None if context is None else context[first : first + count]

@@ -147,13 +147,9 @@ def restore(folder: Path, parts: dict[str, Part]) -> None:
         CheckpointError: It is broken, or does not fit them.
     """
     state = checkpoint.load_state(folder)
-    if "history" not in state:  # written before the parts of a run had one form
-        description = state.get("description", {})
-        origin = {"description": description, "data": None, "made_by": None}
-        state = {**state, "history": {"records": state.get("records")}, "origin": origin}
     try:
         for name, part in parts.items():
-            part.restore(state[name])
+            part.restore(state.get(name, {}))
     except CheckpointError as error:
         raise CheckpointError(f"resume: {folder} {error}") from None
     except Exception as error:  # a state that was made by hand may hold anything

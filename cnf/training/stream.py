@@ -19,7 +19,7 @@ from cnf.data.arrays import is_rows
 from cnf.distributions import Base, FromTorch, as_base
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.random import mixed, reseed, seeded, untouched
+from cnf.random import preserved, reseed, stream, stream_seed
 from cnf.training.batches import as_batch, in_memory, is_batch, joined, weighty
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
@@ -112,25 +112,36 @@ class Drawn:
         return -float(self.log_prob(drawn).double().mean())
 
 
+def drawn_to_validate(density: Any, n: int, seed: int) -> Tensor:
+    """The draws from a density that training with this seed is validated on, shape (n, D).
+
+    Args:
+        density: The density.
+        n: How many.
+        seed: Of training.
+    """
+    return density.sample(n, stream(seed, "validation"))
+
+
 class DensityStream(Stream):
     """Fresh draws from a density each step, and one fixed draw to validate on."""
 
     def __init__(self, density: Any, config: TrainConfig, validation: Batch | None) -> None:
         self.density, self.seed = density, config.seed
         self.size = config.batch_size or BATCH_SIZE
-        held_out = seeded(config.seed, -1)
-        drawn = Batch(density.sample(config.validation_rows, held_out))
-        self.validation = drawn if validation is None else validation
-        self.head = Batch(density.sample(10_000, held_out))
+        if validation is None:
+            validation = Batch(drawn_to_validate(density, config.validation_rows, config.seed))
+        self.validation = validation
+        self.head = Batch(density.sample(10_000, stream(config.seed, "head")))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return Batch(self.density.sample(self.size, generator))
 
     def rows(self, n: int) -> Batch:
-        return Batch(self.density.sample(n, seeded(self.seed, -6)))
+        return Batch(self.density.sample(n, stream(self.seed, "rows of a coupling")))
 
     def fingerprint(self) -> Any:
-        return draws_of(self.density, mixed(-11))
+        return draws_of(self.density)
 
 
 class RowStream(Stream):
@@ -144,7 +155,7 @@ class RowStream(Stream):
 
     def __init__(self, rows: "IndexedRows", config: TrainConfig, validation: Batch | None) -> None:
         self.data, self.seed = rows, config.seed
-        order = torch.randperm(len(rows), generator=seeded(config.seed, -2))
+        order = torch.randperm(len(rows), generator=stream(config.seed, "split"))
         held_out = 0
         if validation is None and config.validations:
             held_out = min(len(rows) // 10, config.validation_rows)
@@ -165,8 +176,8 @@ class RowStream(Stream):
         per_epoch = len(self.train) // self.size
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch:
-            shuffle = torch.randperm(len(self.train), generator=seeded(self.seed, -3 - epoch))
-            self._epoch, self._order = epoch, self.train[shuffle]
+            order = torch.randperm(len(self.train), generator=stream(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, self.train[order]
         return self.data[self._order[place * self.size : (place + 1) * self.size]]
 
     def rows(self, n: int) -> Batch:
@@ -209,8 +220,8 @@ class IterableStream(Stream):
         self._iterator, self._pass, self._next, self._place = self._begin(0), 0, 0, 0
 
     def _begin(self, number: int) -> Iterator[Any]:
-        with untouched(CPU):
-            reseed(mixed(self.seed, -5, number), CPU)
+        with preserved(CPU):
+            reseed(stream_seed(self.seed, "pass", number), CPU)
             iterator = iter(self.batches)
             first = next(iterator, None)  # samplers seed themselves at the first item
         if first is None:
@@ -360,7 +371,7 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
     if isinstance(validation, Distribution | Base | Flow):
         validation = Drawn(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
-        validation = validation.sample(10_000, seeded(-12))
+        validation = validation.sample(10_000, stream(0, "validation of one's own"))
     elif isinstance(validation, Dataset) and not isinstance(validation, IterableDataset):
         rows = min(limit, len(validation))  # pyright: ignore
         validation = IndexedRows(validation, missing)[torch.arange(rows)]

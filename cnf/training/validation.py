@@ -11,7 +11,7 @@ from torch import nn
 from cnf.errors import DivergedError
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
 
@@ -96,7 +96,7 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> float:
-        generator, total = seeded(self.config.seed, -4), 0.0  # of dequantization
+        generator, total = stream(self.config.seed, "dequantization"), 0.0
         for rows in self._chunks(CHUNK):
             log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
@@ -137,7 +137,7 @@ class Validation:
             self.compare_solvers(module, rows, "training")
 
     def _loss(self, module: nn.Module) -> float:
-        generator, total = seeded(self.config.seed, -4), 0.0  # the same draws every time
+        generator, total = stream(self.config.seed, "held-out loss"), 0.0
         for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for
             batch = self.objective.prepare(module, rows, generator)
             total += _mass(rows) * self.objective(module, batch).value.item()

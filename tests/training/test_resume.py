@@ -367,6 +367,24 @@ def test_state_that_does_not_fit_is_a_checkpoint_error(kind, small, config, poin
         cnf.fit(small(), cnf.FlowMatching(), points, config(steps=4, resume=True, **settings))
 
 
+@pytest.mark.parametrize("before", [1, None, "no origin"])
+def test_run_of_other_random_streams_is_refused_and_its_flow_loads(
+    before, small, config, points, tmp_path
+):
+    settings = {"folder": tmp_path / "run"}
+    cnf.fit(small(), cnf.FlowMatching(), points, config(steps=2, **settings))
+    path = tmp_path / "run" / "checkpoints" / "state.pt"
+    state = checkpoint.load_state(path)
+    if before == "no origin":
+        del state["origin"]
+    else:
+        state["origin"]["random"] = before
+    checkpoint.save_state(state, path)
+    with pytest.raises(cnf.CheckpointError, match="drew other random numbers and held out other"):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(steps=4, resume=True, **settings))
+    assert torch.isfinite(cnf.load(tmp_path / "run").sample(3)).all()
+
+
 def test_mid_run_checkpoint_holds_the_averaged_weights(small, config, points, tmp_path):
     folder, seen = tmp_path / "run", []
 

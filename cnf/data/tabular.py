@@ -249,7 +249,11 @@ def table_kind(path: Path) -> str | None:
 
 
 def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
-    """Read a text file; columns in `labels` stay text, as the file spells them."""
+    """Read a text file; columns in `labels` stay text, as the file spells them.
+
+    pyarrow.csv reads five times as fast, but skips no comments, splits at no runs of spaces and
+    knows no file without a header from one with; and numbers are read without an extra.
+    """
     try:
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig") as file:

@@ -62,6 +62,7 @@ def animate(
     images = _frames(moving, times, window, title, names, color)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # matplotlib's PillowWriter rests equally long at each picture and has no palette of ours.
     rests = [600] + [60] * (len(images) - 2) + [2000]
     images[0].save(
         path, save_all=True, append_images=images[1:], duration=rests, loop=0, optimize=True

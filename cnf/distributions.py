@@ -39,7 +39,7 @@ class Base(nn.Module, ABC):
     """The base distribution of a flow.
 
     Args:
-        event_shape: Shape of a sample z.
+        event_shape: Shape of a sample z; D is (D,).
 
     Attributes:
         event_shape: Shape of a sample z.
@@ -49,9 +49,9 @@ class Base(nn.Module, ABC):
     has_density = True
     _like: Tensor  # follows the module's dtype and device
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = expect_shape(type(self).__name__, event_shape, "event_shape")
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
     @property

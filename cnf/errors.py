@@ -148,7 +148,7 @@ def expect_finite(who: str, name: str, value: Tensor, numbers: Tensor | None = N
     if rows:
         raise ValueError(
             f"{who}: expected {name} to be finite, got NaN or infinity in {len(rows)} of "
-            f"{len(value)} rows (rows {some(rows)}); drop or impute them"
+            f"{len(value)} rows (rows {abbreviated(rows)}); drop or impute them"
         )
 
 
@@ -185,10 +185,13 @@ def expect_unmasked(who: str, name: str, value: Any) -> None:
         return
     where = np.argwhere(np.ma.getmaskarray(value))
     rows = np.unique(where[:, 0]).tolist()
-    columns = f", columns {some(np.unique(where[:, 1]).tolist())}" if where.shape[1] > 1 else ""
+    columns = ""
+    if where.shape[1] > 1:
+        columns = f", columns {abbreviated(np.unique(where[:, 1]).tolist())}"
     raise ValueError(
         f"{who}: expected {name} without masked entries, got {len(rows)} of {len(value)} rows "
-        f"with some (rows {some(rows)}{columns}); drop these rows, or fill them: {name}.filled(…)"
+        f"with some (rows {abbreviated(rows)}{columns}); drop these rows, or fill them: "
+        f"{name}.filled(…)"
     )
 
 
@@ -219,7 +222,9 @@ def _author(module: torch.nn.Module) -> str:
     return type(getattr(module, "net", module)).__name__
 
 
-def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None) -> Any:
+def call_without_edits(
+    module: torch.nn.Module, call: Callable[[], Any], **given: Tensor | None
+) -> Any:
     """Return `call()`; raise ValueError if `module` modifies its inputs in place.
 
     There is no check in compiled code and in inference mode, where tensors have no version.
@@ -248,7 +253,7 @@ def unedited(module: torch.nn.Module, call: Callable[[], Any], **given: Tensor |
     return found
 
 
-def some(values: Sequence[Any]) -> str:
+def abbreviated(values: Sequence[Any]) -> str:
     """The first five values, separated by commas, for a message."""
     return ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
 
@@ -263,14 +268,14 @@ def is_count(n: Any) -> bool:
     return is_whole(n) and n >= 0
 
 
-def expect_shape(who: str, sample_shape: Any) -> tuple[int, ...]:
-    """Return the sample shape as a tuple, an int n as (n,); raise ValueError if it is none."""
-    shape = (sample_shape,) if is_count(sample_shape) else sample_shape
-    if isinstance(shape, tuple | list) and all(map(is_count, shape)):
-        return tuple(shape)
+def expect_shape(who: str, shape: Any, name: str = "sample_shape") -> tuple[int, ...]:
+    """Return a shape as a tuple, an int n as (n,); raise ValueError if it is none."""
+    sizes = (shape,) if is_count(shape) else shape
+    if isinstance(sizes, tuple | list) and all(map(is_count, sizes)):
+        return tuple(sizes)
     raise ValueError(
-        f"{who}: expected sample_shape to be a whole number of at least 0, or a tuple of such, "
-        f"got {sample_shape!r}"
+        f"{who}: expected {name} to be a whole number of at least 0, or a tuple of such, "
+        f"got {shape!r}"
     )
 
 

@@ -159,12 +159,17 @@ class Flow(nn.Module):
         return self.base._like.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Of weights, base samples and contexts."""
+        return self.base._like.device
+
+    @property
     def data_dtype(self) -> torch.dtype:
         """Of samples: `dtype`, or that of the data `preprocess` was fitted to if it is wider."""
         dtype = self.dtype
         for part in () if self.preprocess is None else transforms_in(self.preprocess):
             dtype = torch.promote_types(getattr(part, "dtype", dtype), dtype)
-        limit = widest(self.base._like.device)
+        limit = widest(self.device)
         return dtype if torch.promote_types(dtype, limit) == limit else self.dtype
 
     @property
@@ -523,7 +528,7 @@ class Flow(nn.Module):
         return FiniteRows(values, len(self.event_shape), context, missing, drop)
 
     def _expect_device(self, who: str, name: str, value: Tensor) -> None:
-        device = self.base._like.device
+        device = self.device
         if value.device != device:
             raise ValueError(
                 f"Flow.{who}: expected {name} on {device}, the flow's device, got one on "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_counts, expect_positive, unedited
+from cnf.errors import call_without_edits, expect_counts, expect_positive
 from cnf.fields import Guided, WithScore, score
 from cnf.fields.predicts import path_of
 from cnf.fields.wrappers import wrapped
@@ -198,7 +198,7 @@ def sde(
             return field(t, x, context) + 0.5 * g**2 * score(field, t, x, context, path)
 
         dw = draw(torch.randn, x.shape, generator, like=x)
-        x = x + h * unedited(field, drift, t=t, x=x, context=context) + h**0.5 * g * dw
+        x = x + h * call_without_edits(field, drift, t=t, x=x, context=context) + h**0.5 * g * dw
     x, _ = flow.outside(x)
     return x if flow.dequantization is None else flow.dequantization.decode(x)
 

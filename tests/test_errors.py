@@ -24,7 +24,7 @@ from cnf.errors import (
 from cnf.fields import Adapter, Preconditioned
 from cnf.flow import Flow
 from cnf.objectives import Batch, FlowMatching
-from cnf.transforms import Continuous, Coupling
+from cnf.transforms import ActNorm, Continuous, Coupling, Standardize
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,3 +209,25 @@ def test_other_errors_of_a_field_are_not_changed():
     flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
     with pytest.raises(ValueError, match="Adapter: Linear .*mat1 and mat2 shapes"):
         flow.log_prob(torch.ones(3, 2))
+
+
+SHAPED = {
+    "base": StandardNormal,
+    "field": lambda shape: Adapter(nn.Identity(), shape),
+    "actnorm": ActNorm,
+    "standardize": Standardize,
+}
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+def test_event_shape_of_one_number_is_that_of_a_vector(kind):
+    assert SHAPED[kind](3).event_shape == SHAPED[kind]((3,)).event_shape == (3,)
+
+
+@pytest.mark.parametrize("kind", SHAPED)
+@pytest.mark.parametrize("shape", ["3", 2.5, (2, -1), None])
+def test_event_shape_that_is_none_is_named(kind, shape):
+    if shape is None and kind in ("actnorm", "standardize"):
+        pytest.skip("None is where any shape fits")
+    with pytest.raises(ValueError, match=r"expected event_shape to be a whole number.*got"):
+        SHAPED[kind](shape)

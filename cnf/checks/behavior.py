@@ -7,7 +7,7 @@ import torch
 
 from cnf.checks.case import NATS, Case, NotApplicable, Outcome, in_mode, reference
 from cnf.dynamics.divergence import DIVERGENCES, Hutchinson
-from cnf.errors import some
+from cnf.errors import abbreviated
 from cnf.transforms.continuous import Continuous
 
 _NOISE = 1e-5  # relative; more than what non-deterministic sums on a GPU leave in float32
@@ -76,7 +76,7 @@ def finite(case: Case) -> Outcome:
     """No NaN or infinity in the log-density of the data."""
     x, _, context = case.rows(case.flow)
     bad = (~case.flow.log_prob(x, context).isfinite()).nonzero().flatten().tolist()
-    words = f"log_prob is NaN or infinite in {len(bad)} of {len(x)} rows ({some(bad)})"
+    words = f"log_prob is NaN or infinite in {len(bad)} of {len(x)} rows ({abbreviated(bad)})"
     words = words if bad else f"log_prob is finite in all {len(x)} rows"
     remedy = (
         "look for a log of zero or less, a division by zero, data outside the flow's support, "

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from cnf.checks import behavior, density
+from cnf.checks import behavior, log_density
 from cnf.checks.case import Case, NotApplicable, Outcome, reference
 from cnf.checks.gradients import gradients
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
-from cnf.errors import expect_counts, expect_event, expect_finite, some
+from cnf.errors import abbreviated, expect_counts, expect_event, expect_finite
 from cnf.flow import Flow
 from cnf.random import preserved, reseed
 from cnf.transforms.continuous import Continuous
@@ -26,8 +26,8 @@ CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
     "determinism": behavior.determinism,  # the same x gives the same log_prob
     "finite": behavior.finite,  # no NaN or infinity
     "dtype": behavior.dtype,  # float64 in, float64 out
-    "mass": density.mass,  # ∫p = 1
-    "log-determinant": density.log_determinant,  # ladj = log|det Jacobian|, both ways
+    "mass": log_density.mass,  # ∫p = 1
+    "log-determinant": log_density.log_determinant,  # ladj = log|det Jacobian|, both ways
     "round trip": behavior.round_trip,  # decode(encode(x)) = x
     "consistency": behavior.consistency,  # sample_and_log_prob = log_prob of the samples
     "batch independence": behavior.batch_independence,  # a row does not see its neighbors
@@ -153,7 +153,7 @@ def check(
 
 def _of_context(flow: Flow, row: Tensor) -> str:
     """Which context was taken where none was given, and in which units."""
-    numbers = some([f"{number:.2g}" for number in row.tolist()])
+    numbers = abbreviated([f"{number:.2g}" for number in row.tolist()])
     units = "in the units of the data's contexts"
     if flow.context_preprocess is not None:
         units = "in scales from the mean, as context_preprocess gives contexts"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cnf.data.cells import Cells
-from cnf.data.curves import BlurredSquare, Curves, Gaussian, Rings
 from cnf.data.density import Toy
+from cnf.data.noisy_curves import BlurredSquare, Curves, Gaussian, Rings
 from cnf.data.pinwheel import Pinwheel
 from cnf.registry import Registry
 

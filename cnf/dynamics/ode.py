@@ -10,8 +10,8 @@ import torchdiffeq
 from torch import Tensor
 
 from cnf.dynamics import fixed
-from cnf.dynamics.checkpoint import checkpointed
 from cnf.dynamics.monitor import Dynamics, InstrumentedDynamics, State, TooMuchMemory, record
+from cnf.dynamics.rematerialize import checkpointed
 from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import expect_choice
+from cnf.errors import expect_choice, expect_shape
 from cnf.fields.trace import trace_of_jacobian
 from cnf.printing import named, shaped
 from cnf.registry import Registry
@@ -29,9 +29,9 @@ class VectorField(nn.Module, ABC):
 
     optional_context = False
 
-    def __init__(self, event_shape: Sequence[int], context_dim: int = 0) -> None:
+    def __init__(self, event_shape: int | Sequence[int], context_dim: int = 0) -> None:
         super().__init__()
-        self.event_shape = tuple(event_shape)
+        self.event_shape = expect_shape(type(self).__name__, event_shape, "event_shape")
         self.context_dim = context_dim
 
     @property
@@ -131,7 +131,7 @@ class Adapter(VectorField):
     def __init__(
         self,
         net: nn.Module,
-        event_shape: Sequence[int],
+        event_shape: int | Sequence[int],
         context_dim: int = 0,
         call: str = "t, x",
     ) -> None:

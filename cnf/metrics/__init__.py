@@ -1,5 +1,13 @@
 """What is measured: of samples, of flows, with error bars, against evaluations of the field."""
 
+from cnf.metrics.distances import (
+    c2st,
+    energy_distance,
+    mmd,
+    sliced_wasserstein2,
+    wasserstein2,
+    wasserstein2_floor,
+)
 from cnf.metrics.error_bars import LogProb, log_prob_with_error
 from cnf.metrics.estimate import Estimate
 from cnf.metrics.flows import (
@@ -14,14 +22,6 @@ from cnf.metrics.flows import (
 )
 from cnf.metrics.metric import METRICS, Evaluations, Metric, Score, Trial, metric
 from cnf.metrics.nfe_curves import nfe_curve, nfe_table
-from cnf.metrics.samples import (
-    c2st,
-    energy_distance,
-    mmd,
-    sliced_wasserstein2,
-    wasserstein2,
-    wasserstein2_floor,
-)
 
 __all__ = [
     "METRICS",

@@ -18,9 +18,9 @@ from cnf.dynamics import ode
 from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
 from cnf.flow import Flow, evaluating, require_field
+from cnf.metrics.distances import wasserstein2
 from cnf.metrics.estimate import Estimate
 from cnf.metrics.metric import Evaluations, Score, Trial, metric
-from cnf.metrics.samples import wasserstein2
 from cnf.transforms.continuous import Continuous
 
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ from torch import Tensor
 from cnf.dynamics import record
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow, evaluating
-from cnf.metrics.samples import sliced
+from cnf.metrics.distances import sliced
 from cnf.random import stream
 from cnf.transforms.continuous import is_continuous
 

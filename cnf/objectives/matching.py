@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from cnf.errors import expect_choice, unedited
+from cnf.errors import call_without_edits, expect_choice
 from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, path_of
 from cnf.fields.wrappers import wrapped
@@ -221,7 +221,9 @@ class FlowMatching(Objective):
         if torch.compiler.is_compiling() or field in _WATCHED:
             found = [call()]
         else:
-            found = [unedited(field, call, t=sample.t, x=sample.xt, context=pairs.context)]
+            found = [
+                call_without_edits(field, call, t=sample.t, x=sample.xt, context=pairs.context)
+            ]
             _WATCHED.add(field)
         if isinstance(field, WithScore):
             assert pairs.noise is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from cnf.errors import expect_counts, optional
 from cnf.flow import Flow
 from cnf.plotting.axes import frame, unlike, window_of
-from cnf.plotting.style import FAINT, INK, device_of, styled
+from cnf.plotting.style import FAINT, INK, styled
 from cnf.plotting.trajectories import particle_path
 
 
@@ -56,7 +56,7 @@ def animate(
     start = flow.base.sample((points,), generator=torch.Generator().manual_seed(seed))
     ease = torch.linspace(0, 1, max(2, frames))
     times = ease * ease * (3 - 2 * ease)
-    moving = particle_path(flow, start.to(device_of(flow)), times)[..., :2].cpu()
+    moving = particle_path(flow, start.to(flow.device), times)[..., :2].cpu()
     if window is None:
         window = window_of(flow, moving)
     images = _frames(moving, times, window, title, names, color)

@@ -1,14 +1,14 @@
-"""Figures and axes: panels of the plane, logarithmic axes with plain numbers, legends below."""
+"""What pictures share: panels of the plane, logarithmic axes with plain numbers, legends below."""
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cnf.errors import optional
+from cnf.errors import SolverError, optional
 from cnf.plotting.style import FAINT
 
 if TYPE_CHECKING:
@@ -99,6 +99,29 @@ def say_failed(ax: "Axes", why: str) -> None:
         0.5, 0.5, textwrap.fill(why, 26), ha="center", va="center", color=FAINT, fontsize=10,
         transform=ax.transAxes, wrap=True,
     )  # fmt: skip
+
+
+def axis_names(density: Any) -> tuple[str, ...]:
+    """The columns of one's own points, where they have names."""
+    return getattr(density, "columns", None) or ()
+
+
+def is_known(data: Any) -> bool:
+    """Whether data are a known density, and not one's own points."""
+    return data.entropy is not None
+
+
+def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What `make` returns, or in words why there is nothing.
+
+    One flow whose ODE cannot be solved must not cost the others their pictures.
+    """
+    try:
+        return make(*arguments, **options)
+    except SolverError as error:
+        return f"The ODE could not be solved: {error.cause}"
+    except Exception as error:
+        return f"It could not be drawn: {error}"
 
 
 def scatter(

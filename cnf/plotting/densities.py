@@ -9,8 +9,18 @@ from torch import Tensor
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow
 from cnf.metrics.flows import log_prob_chunked
-from cnf.plotting.axes import frame, panels, say_failed, scatter, unlike, window_of
-from cnf.plotting.style import attempt, axis_names, is_known, styled
+from cnf.plotting.axes import (
+    attempt,
+    axis_names,
+    frame,
+    is_known,
+    panels,
+    say_failed,
+    scatter,
+    unlike,
+    window_of,
+)
+from cnf.plotting.style import styled
 from cnf.transforms.continuous import Continuous
 
 if TYPE_CHECKING:

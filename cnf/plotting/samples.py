@@ -11,7 +11,10 @@ from cnf.flow import Flow
 from cnf.plotting.axes import (
     HEIGHT,
     WIDTH,
+    attempt,
+    axis_names,
     frame,
+    is_known,
     legend_below,
     new_figure,
     panels,
@@ -21,16 +24,7 @@ from cnf.plotting.axes import (
 )
 from cnf.plotting.corner import plot_corners
 from cnf.plotting.densities import density_at
-from cnf.plotting.style import (
-    TRUTH,
-    attempt,
-    axis_names,
-    color_of,
-    dash_of,
-    device_of,
-    is_known,
-    styled,
-)
+from cnf.plotting.style import TRUTH, color_of, dash_of, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,4 +113,4 @@ def _samples(flow: Flow, data: Any, points: int) -> Tensor:
     if "context" not in data.sizes:
         return flow.sample((points,), generator=generator).cpu()
     context = data.take(data.draw(points, generator)).context
-    return flow.sample((), context.to(device_of(flow)), generator=generator).cpu()
+    return flow.sample((), context.to(flow.device), generator=generator).cpu()

@@ -1,16 +1,9 @@
-"""How the pictures and the page look: one palette, one set of fonts, one way to write numbers."""
+"""How the pictures and the page look: one palette, one set of fonts, one order of colors."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from cnf.errors import SolverError, optional
-from cnf.flow import Flow
-
-if TYPE_CHECKING:
-    pass
+from cnf.errors import optional
 
 # Okabe and Ito's palette, told apart by color-blind readers; its yellow is too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B4BA0")
@@ -62,31 +55,3 @@ def color_of(place: int) -> str:
 def dash_of(place: int) -> Any:
     """The line style of what comes at this place: solid until the colors repeat."""
     return DASHES[place // len(PALETTE) % len(DASHES)]
-
-
-def axis_names(density: Any) -> tuple[str, ...]:
-    """The columns of one's own points, where they have names."""
-    return getattr(density, "columns", None) or ()
-
-
-def is_known(data: Any) -> bool:
-    """Whether data are a known density, and not one's own points."""
-    return data.entropy is not None
-
-
-def device_of(flow: Flow) -> torch.device:
-    """Where the flow lives."""
-    return next((tensor.device for tensor in flow.parameters()), torch.device("cpu"))
-
-
-def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What `make` returns, or in words why there is nothing.
-
-    One flow whose ODE cannot be solved must not cost the others their pictures.
-    """
-    try:
-        return make(*arguments, **options)
-    except SolverError as error:
-        return f"The ODE could not be solved: {error.cause}"
-    except Exception as error:
-        return f"It could not be drawn: {error}"

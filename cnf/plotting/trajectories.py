@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cnf.errors import optional
 from cnf.flow import Flow
-from cnf.plotting.axes import frame, panels, say_failed, scatter, window_of
-from cnf.plotting.style import FAINT, RULE, attempt, axis_names, color_of, device_of, styled
+from cnf.plotting.axes import attempt, axis_names, frame, panels, say_failed, scatter, window_of
+from cnf.plotting.style import FAINT, RULE, color_of, styled
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous, is_continuous, reconfigured
 
@@ -122,7 +122,7 @@ def _layers(transform: Transform) -> list[Transform]:
 def _path(flow: Flow, particles: int, points: int) -> Tensor:
     """Paths of the first two coordinates, shape (T, N, 2): at even times, or after each layer."""
     z = flow.base.sample((particles,), generator=torch.Generator().manual_seed(0))
-    z = z.to(device_of(flow))
+    z = z.to(flow.device)
     if isinstance(flow.transform, Continuous):
         return flow.trajectory(z, torch.linspace(0, 1, points))[..., :2].cpu().double()
     return layer_path(flow, z)[..., :2].cpu().double()

@@ -13,8 +13,8 @@ from cnf.plotting import (
     plot_samples,
     plot_trajectories,
 )
-from cnf.plotting.axes import window_of
-from cnf.plotting.style import attempt, axis_names, styled
+from cnf.plotting.axes import attempt, axis_names, window_of
+from cnf.plotting.style import styled
 from cnf.race.results import Results
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from cnf.data import Points
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow, evaluating
 from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked, nfe
+from cnf.metrics.distances import sliced
 from cnf.metrics.flows import COUNT
 from cnf.metrics.nfe_curves import Curve, nfe_curve
-from cnf.metrics.samples import sliced
 from cnf.objectives import Batch
 from cnf.race.results import measured
 from cnf.random import stream
@@ -180,5 +180,4 @@ def _unweighted(points: Points) -> Points:
 
 def _placed(points: Points, flow: Flow) -> Points:
     """The points on a flow's device."""
-    device = next(flow.parameters()).device
-    return points.take(torch.arange(len(points.x), device=device))
+    return points.take(torch.arange(len(points.x), device=flow.device))

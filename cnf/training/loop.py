@@ -17,7 +17,7 @@ from cnf.random import preserved, reseed, stream, stream_seed
 from cnf.training import checkpoint
 from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
-from cnf.training.columns import check_columns
+from cnf.training.column_checks import check_columns
 from cnf.training.config import TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import some
+from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import stream
@@ -31,14 +31,12 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
 @torch.no_grad()
 def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str | None]]:
     """Name and warning of data and contexts that are not near unit scale where nets see them."""
-    like = flow.base._like
-    y = head.x.to(like.device)
-    y, _ = flow.inside(y)
+    y, _ = flow.inside(head.x.to(flow.device))
     z = flow.base.sample((1_000,), stream(0, "spread of the base")).to(y)
     spread = z.std(0).clamp(min=1e-12)
     yield "x", _scale_warning("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
     if head.context is not None and flow.context_dim:
-        inner = flow.inner_context("fit", head.context.to(like.device), None)
+        inner = flow.inner_context("fit", head.context.to(flow.device), None)
         assert inner is not None
         yield "context", _scale_warning("context", flow.context_preprocess, inner, flow)
 
@@ -71,4 +69,4 @@ def _scale_warning(name: str, part: nn.Module | None, value: Tensor, flow: Flow)
 
 
 def _columns(far: Tensor) -> str:
-    return some(far.nonzero().flatten().tolist())
+    return abbreviated(far.nonzero().flatten().tolist())

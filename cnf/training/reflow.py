@@ -42,7 +42,7 @@ def pairs(flow: Flow, n: int, context: Any = None, seed: int = 0) -> Batch:
                 f"pairs: expected a context for each of n={n} pairs, shape ({n}, C), got "
                 f"{tuple(context.shape)}; give as many rows as pairs, or n={len(context)}"
             )
-        context = context.to(flow.base._like.device)
+        context = context.to(flow.device)
     generator, starts, ends = stream(seed, "pairs of reflow"), [], []
     for first in range(0, n, CHUNK):
         count = min(CHUNK, n - first)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import expect_context, expect_event
+from cnf.errors import expect_context, expect_event, expect_shape
 from cnf.printing import grouped, named, shaped
 from cnf.registry import Registry
 from cnf.transforms.recompute import Step, recomputed
@@ -32,11 +32,16 @@ class Transform(nn.Module, ABC):
     recomputable = True
 
     def __init__(
-        self, event_dims: int = 1, context_dim: int = 0, event_shape: Sequence[int] | None = None
+        self,
+        event_dims: int = 1,
+        context_dim: int = 0,
+        event_shape: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.event_shape = None if event_shape is None else tuple(event_shape)
-        self.event_dims = event_dims if event_shape is None else len(event_shape)
+        self.event_shape, self.event_dims = None, event_dims
+        if event_shape is not None:
+            self.event_shape = expect_shape(type(self).__name__, event_shape, "event_shape")
+            self.event_dims = len(self.event_shape)
         self.context_dim = context_dim
 
     @abstractmethod

@@ -18,7 +18,7 @@ from cnf.dynamics import ode
 from cnf.dynamics.divergence import DIVERGENCES, Divergence
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_choice, explain_edit, unedited
+from cnf.errors import call_without_edits, expect_choice, explain_edit
 from cnf.fields.base import VectorField
 from cnf.precision import with_current_autocast
 from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
@@ -251,7 +251,9 @@ def _leaving_inputs(
             return rates(field, t, x, context)
         if field not in known:
             known.add(field)
-            return unedited(field, lambda: rates(field, t, x, context), t=t, x=x, context=context)
+            return call_without_edits(
+                field, lambda: rates(field, t, x, context), t=t, x=x, context=context
+            )
         try:
             return rates(field, t, x, context)
         except RuntimeError as error:  # an edit may only show in a later Jacobian product

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.errors import unedited
+from cnf.errors import call_without_edits
 from cnf.nets import MLP, on_circle
 from cnf.transforms.base import TRANSFORMS
 from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
@@ -96,7 +96,7 @@ class Coupling(TwoWayScheme):
         if isinstance(self.net, MLP):
             raw = self.net.columns(seen)
         else:  # without context and period its input is a view of x
-            raw = unedited(self.net, lambda: self.net(seen).T, x=seen)
+            raw = call_without_edits(self.net, lambda: self.net(seen).T, x=seen)
         raw = raw.unflatten(0, (self.transformer.size, len(moved)))
         moved, ladj = move(moved, *self._constrained(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])

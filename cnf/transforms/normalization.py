@@ -38,11 +38,11 @@ class Standardize(Transform):
     scale: Tensor
     fitted: Tensor
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        zeros = torch.zeros(_by_channel(event_shape))
+        shape, self.places = _by_channel(self.event_shape)
+        zeros = torch.zeros(shape)
         zeros = zeros.to(widest(zeros.device))
-        self.places = math.prod(event_shape[1:])
         self.register_buffer("loc", zeros)
         self.register_buffer("scale", torch.ones_like(zeros))
         self.register_buffer("fitted", torch.tensor(False))
@@ -151,12 +151,11 @@ class ActNorm(Transform):
 
     initialized: Tensor
 
-    def __init__(self, event_shape: Sequence[int]) -> None:
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        shape = _by_channel(event_shape)
+        shape, self.places = _by_channel(self.event_shape)
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
-        self.places = math.prod(event_shape[1:])
         self.register_buffer("initialized", torch.tensor(False))
         self.initializing = False
         self.register_load_state_dict_pre_hook(_read_seen)
@@ -244,9 +243,11 @@ class BatchNorm(Transform):
         return 0.5 * (variance + self.eps).log() - self.gain
 
 
-def _by_channel(event_shape: Sequence[int]) -> tuple[int, ...]:
-    """(D,) or, one number for each channel, (C, 1, 1)."""
-    return (event_shape[0], *[1] * (len(event_shape) - 1))
+def _by_channel(event_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], int]:
+    """(D,) or, one number for each channel, (C, 1, 1); and how many places share a number."""
+    assert event_shape is not None
+    channels, *places = event_shape
+    return (channels, *[1] * len(places)), math.prod(places)
 
 
 @contextmanager

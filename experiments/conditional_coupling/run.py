@@ -21,7 +21,7 @@ from torch import Tensor
 import cnf
 from cnf.fields import ResidualField
 from cnf.matching import COUPLINGS
-from cnf.metrics.samples import wasserstein2
+from cnf.metrics.distances import wasserstein2
 from cnf.random import seeded
 from cnf.training.origin import environment
 from cnf.transforms import Continuous

@@ -22,9 +22,9 @@ import cnf
 from cnf.dynamics.solver import Solver
 from cnf.fields import MLPField, VectorField, WithScore
 from cnf.matching import COUPLINGS, Pairing
+from cnf.metrics.distances import wasserstein2
 from cnf.metrics.flows import path_energy
 from cnf.metrics.nfe_curves import nfe_curve
-from cnf.metrics.samples import wasserstein2
 from cnf.random import seeded
 from cnf.training.origin import environment
 from cnf.transforms import Continuous

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cnf.data import TOYS, toy
-from cnf.data.curves import Curves
+from cnf.data.noisy_curves import Curves
 from cnf.data.pinwheel import TURN, preimages, twist
 
 # ± .002: the published table (closed form for the checkerboard, quadrature for the others)

@@ -7,7 +7,7 @@ from scipy.stats import norm
 import cnf
 from cnf.matching import COUPLINGS, SemiDiscrete, semidiscrete
 from cnf.matching.semidiscrete import _approximate_assignment, _evenly_spaced, _exact_assignment
-from cnf.metrics.samples import wasserstein2
+from cnf.metrics.distances import wasserstein2
 
 F64 = torch.float64
 

@@ -9,9 +9,8 @@ import sklearn.neural_network
 import torch
 from torch import Generator
 
-from cnf.metrics import samples as distances
-from cnf.metrics.estimate import Estimate
-from cnf.metrics.samples import (
+from cnf.metrics import distances
+from cnf.metrics.distances import (
     c2st,
     energy_distance,
     mmd,
@@ -19,6 +18,7 @@ from cnf.metrics.samples import (
     wasserstein2,
     wasserstein2_floor,
 )
+from cnf.metrics.estimate import Estimate
 
 DISTANCES = [wasserstein2, sliced_wasserstein2, mmd, energy_distance, c2st]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cnf
-from cnf.training.columns import warn_of_degenerate, warn_of_numbering, warn_of_outliers
+from cnf.training.column_checks import warn_of_degenerate, warn_of_numbering, warn_of_outliers
 
 F64 = torch.float64
 NAMES = ["a", "b", "c", "d"]

@@ -1,12 +1,16 @@
 """Errors, and checks that raise them: who, what was expected, what was given, what to try."""
 
+import contextlib
 import difflib
 import importlib
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from itertools import pairwise
 from numbers import Integral
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +22,8 @@ __all__ = ["CheckpointError", "DivergedError", "SolverError", "UnknownNameError"
 
 WEIGHTS = (1e-30, 1e30)  # least and largest for the maximum of the weights of rows
 DISTRIBUTION = "torch-cnf"  # the name of the package on the index
+# Code between a user's line and a warning: this package's, and what wraps its functions.
+INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
 
 
 class SolverError(RuntimeError):
@@ -213,6 +219,18 @@ def explain_edit(module: torch.nn.Module, error: RuntimeError) -> None:
             "needs; write h = h * 0.5, not h.mul_(0.5), and torch.cat or torch.where, not "
             f"h[..., 0] = … (torch: {told})"
         ) from error
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the user's that led here, which is what the warning shows.
+
+    Args:
+        text: Who, what was expected, what came, what to do.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def _author(module: torch.nn.Module) -> str:

@@ -1,7 +1,6 @@
 """A flow: a base distribution and a transform, with what stands between it and the data."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,7 +16,14 @@ from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_context, expect_event, expect_generator, expect_shape, expect_times
+from cnf.errors import (
+    expect_context,
+    expect_event,
+    expect_generator,
+    expect_shape,
+    expect_times,
+    warn,
+)
 from cnf.fields.base import VectorField
 from cnf.precision import collapsing, widest
 from cnf.printing import shaped, weights_of, wrapped
@@ -480,7 +486,7 @@ class Flow(nn.Module):
         """
         if of not in self._warned:
             self._warned.add(of)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
     def _notice(self, y: Tensor, context: Tensor | None) -> None:
         """Warn of points that nothing was fitted near to.
@@ -651,11 +657,10 @@ def _warn_of_merged(name: str, rows: Tensor, part: nn.Module | None, dtype: torc
         columns = [] if transformed() else collapsing(rows, dtype)
     if columns:
         option = {"x": "preprocess", "context": "context_preprocess"}[name]
-        warnings.warn(
+        warn(
             f"Flow: {dtype} merges values of {name} in columns {columns}, so that results there "
             f"mean little; give {name} in float64 to a flow that was fitted to it with "
-            f"{option}='standardize', or subtract a constant from these columns",
-            stacklevel=2,
+            f"{option}='standardize', or subtract a constant from these columns"
         )
 
 

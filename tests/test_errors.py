@@ -23,6 +23,7 @@ from cnf.errors import (
 )
 from cnf.fields import Adapter, Preconditioned
 from cnf.flow import Flow
+from cnf.models import build
 from cnf.objectives import Batch, FlowMatching
 from cnf.transforms import ActNorm, Continuous, Coupling, Standardize
 
@@ -231,3 +232,15 @@ def test_event_shape_that_is_none_is_named(kind, shape):
         pytest.skip("None is where any shape fits")
     with pytest.raises(ValueError, match=r"expected event_shape to be a whole number.*got"):
         SHAPED[kind](shape)
+
+
+def test_warning_shows_the_line_of_the_user():
+    flow = build("nsf", dim=2)
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 3.0
+    with pytest.warns(UserWarning) as heard:
+        fit(flow, "maximum-likelihood", x, TrainConfig(steps=1, progress=False))
+        with torch.no_grad():
+            flow.log_prob(x * 1e6)
+    assert {warning.filename for warning in heard} == {__file__}
+    assert len({warning.lineno for warning in heard}) == 2

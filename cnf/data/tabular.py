@@ -7,7 +7,6 @@ import gzip
 import io
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor
 from cnf.data.arrays import EXACT, as_numbers, column_names, index_columns
 from cnf.data.columns import Columns, Table, as_column, as_text, integers, is_missing, is_number
 from cnf.data.density import expect_count
-from cnf.errors import expect_finite, expect_generator, expect_weights, optional
+from cnf.errors import expect_finite, expect_generator, expect_weights, optional, warn
 from cnf.random import device_of
 
 YEARS = range(1800, 2200)
@@ -309,10 +308,9 @@ def _numbers_columns(who: str, first: list[str], below: Sequence[str]) -> bool:
     if all(DECIMAL.search(line) for line in below):
         return True
     if len(cells) > 2:
-        warnings.warn(
+        warn(
             f"{who}: the first line, {first[0]},{first[1]},…, is read as a row; if these are the "
-            "columns' names, give them a letter: x0,x1,…",
-            stacklevel=2,
+            "columns' names, give them a letter: x0,x1,…"
         )
     return False
 

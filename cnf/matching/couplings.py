@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_positive, optional
+from cnf.errors import expect_positive, optional, warn
 from cnf.random import device_of
 from cnf.registry import Registry
 
@@ -355,10 +355,9 @@ def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | Non
 
 def _warn_context_ignored(name: str, context: Tensor | None) -> None:
     if context is not None:
-        warnings.warn(
+        warn(
             f"{name} pairs without looking at the context, so a conditional model starts "
-            'from the wrong distribution when it samples; take coupling="conditional-ot"',
-            stacklevel=3,
+            'from the wrong distribution when it samples; take coupling="conditional-ot"'
         )
 
 

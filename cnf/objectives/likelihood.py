@@ -1,6 +1,5 @@
 """Maximum likelihood, with the penalties that keep a continuous flow easy to solve."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from cnf.dynamics.divergence import DIVERGENCES, Divergence
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_positive
+from cnf.errors import expect_positive, warn
 from cnf.flow import Flow, require_field
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
@@ -97,11 +96,10 @@ class MaximumLikelihood(Objective):
     ) -> "MaximumLikelihood":
         flow = as_flow("MaximumLikelihood", module)
         if unfit := list(_not_functions(flow)):
-            warnings.warn(
+            warn(
                 f"fit: likelihood solves an ODE whose field must be one function of (t, x) row by "
                 f"row, and it holds {'; '.join(unfit)}: the log-densities that it trains are "
-                "wrong; take these out, or train by FlowMatching()",
-                stacklevel=2,
+                "wrong; take these out, or train by FlowMatching()"
             )
         begun = copy(self)
         object.__setattr__(begun, "_begun", (flow, self._resolve(flow)))

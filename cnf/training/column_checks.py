@@ -1,6 +1,5 @@
 """What columns of one's own data may hold that a density cannot be learned from."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.distributions import Distribution
 from cnf.data import Points
 from cnf.data.arrays import column_names
 from cnf.distributions import FromTorch, expect_volume
+from cnf.errors import warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.precision import collapsing
@@ -95,11 +95,10 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     else:
         return
     if found:
-        warnings.warn(
+        warn(
             f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
             f"without end and means nothing; {remedy} noise as wide as the steps between values "
-            "(dequantization)",
-            stacklevel=4,
+            "(dequantization)"
         )
 
 
@@ -118,11 +117,10 @@ def warn_of_outliers(head: Tensor, names: Sequence[str] | None) -> None:
     away = _away(rows)
     found = (away.square().mean(0).sqrt() > OUTLYING).nonzero().flatten().tolist()
     if found:
-        warnings.warn(
+        warn(
             f"fit: {_named(found, names)}: a few rows are so far out (the farthest "
             f"{away[:, found].max():.2g} standard deviations of the middle half) that beside them "
-            "all others are nearly one point; drop these rows, or model the logarithm",
-            stacklevel=4,
+            "all others are nearly one point; drop these rows, or model the logarithm"
         )
 
 
@@ -193,11 +191,10 @@ def warn_of_numbering(head: Tensor, names: Sequence[str] | None) -> None:
         if pairs > ALIKE * span and not column.frac().any() and len(column.unique()) == len(rows)
     ]
     if found:
-        warnings.warn(
+        warn(
             f"fit: {_named(found, names)} number{'s' * (len(found) == 1)} the rows, as an index "
             "does (whole numbers, no two alike), which is nothing to model; name the columns to "
-            "model, without such",
-            stacklevel=4,
+            "model, without such"
         )
 
 

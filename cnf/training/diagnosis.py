@@ -4,11 +4,10 @@ Rows may be mapped outside of the base's support, and fixed steps may be too few
 """
 
 import math
-import warnings
 
 import torch
 
-from cnf.errors import SolverError
+from cnf.errors import SolverError, warn
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch
 from cnf.objectives.batch import weighted_mean
@@ -60,11 +59,10 @@ def warn_of_difference(
         return False
     parts = [part for part in flow.modules() if isinstance(part, Continuous)]
     solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
-    warnings.warn(
+    warn(
         f"{who}: the NLL of {rows} is {now:.4g} nats by the {whose}'s solver ({solvers}) and "
         f"{then:.4g} by twice the steps: the difference is the solver's error, which likelihood "
-        "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')",
-        stacklevel=3,
+        "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')"
     )
     return True
 

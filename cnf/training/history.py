@@ -1,10 +1,11 @@
 """What a training run has done, and who is told of it as it goes: loggers and callbacks."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from cnf.errors import warn
 
 CLOCKS = ("preparing", "pairing", "validating")
 Callback = Callable[[dict[str, float]], object]
@@ -135,7 +136,4 @@ def surviving(who: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warnings.warn(
-            f"fit: {who} cannot write its last records ({error}); the run itself is not touched",
-            stacklevel=3,
-        )
+        warn(f"fit: {who} cannot write its last records ({error}); the run itself is not touched")

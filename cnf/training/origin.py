@@ -4,7 +4,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import warnings
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.data import Columns, Points
-from cnf.errors import DISTRIBUTION, CheckpointError
+from cnf.errors import DISTRIBUTION, CheckpointError, warn
 from cnf.objectives import OBJECTIVES, Batch, Objective
 from cnf.random import VERSION, stream
 from cnf.registry import spec
@@ -99,10 +98,7 @@ class Origin:
         made = {n: (a, self.made_by[n]) for n, a in (state["made_by"] or {}).items()}
         words = [*told.values(), *(f"{n} was {a}, is {b}" for n, (a, b) in made.items() if a != b)]
         if words:
-            warnings.warn(
-                f"fit: the run goes on with other settings than it had: {', '.join(words)}",
-                stacklevel=2,
-            )
+            warn(f"fit: the run goes on with other settings than it had: {', '.join(words)}")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Where batches come from: a density, rows in memory, a dataset, an iterable of batches."""
 
 import inspect
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from cnf.data import Points, load
 from cnf.data.arrays import is_rows
 from cnf.distributions import Base, FromTorch, as_base
+from cnf.errors import warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import preserved, reseed, stream, stream_seed
@@ -182,10 +182,9 @@ class RowStream(Stream):
 
     def rows(self, n: int) -> Batch:
         if n < len(self.train):
-            warnings.warn(
+            warn(
                 f"fit: the coupling pairs with {n} of the {len(self.train)} rows, and trains on "
-                'these only; give it more: {"name": …, "rows": …}',
-                stacklevel=2,
+                'these only; give it more: {"name": …, "rows": …}'
             )
         return self.data[self.train[:n]]
 

@@ -1,14 +1,13 @@
 """Held-out scores during training, and when to stop for want of a better one."""
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from cnf.errors import DivergedError
+from cnf.errors import DivergedError, warn
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.random import stream
@@ -83,11 +82,10 @@ class Validation:
         began = records[0].get("nll", math.inf)  # of few rows, so roughly known
         if last > min(scores[best] + WORSE, began + 10 * WORSE):
             told = told if scores[best] < began else f"it began at {began:.3g}"
-            warnings.warn(
+            warn(
                 f"fit: the held-out NLL ends at {last:.3g} nats, and {told}: the flow overfits, "
                 "or training diverges; stop early (patience=3, which keeps the best weights), "
-                "take fewer steps, a lower lr, or a smaller flow",
-                stacklevel=2,
+                "take fewer steps, a lower lr, or a smaller flow"
             )
 
     @property
@@ -110,7 +108,7 @@ class Validation:
             return
         if why := outside_of_base(flow, self._rows):
             self.warned_of_base = True
-            warnings.warn(f"fit: the held-out NLL is infinite: {why}", stacklevel=2)
+            warn(f"fit: the held-out NLL is infinite: {why}")
 
     def _compares(self, fraction: float) -> bool:
         """Whether this is the last validation, or the 1st, 2nd, 4th, 8th, and so on."""

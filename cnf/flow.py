@@ -135,6 +135,9 @@ class Flow(nn.Module):
         self.dequantization = dequantization
         self.context_preprocess = context_preprocess
         self.event_shape = tuple(event_shape or self.base.event_shape)
+        if self.base.event_shape != self.event_shape:  # it would broadcast to wrong densities
+            got = f"{type(self.base).__name__} of {self.base.event_shape}"
+            raise ValueError(f"Flow: expected a base of {self.event_shape}, got {got}")
         for part in (transform, preprocess):
             if part is not None and part.event_shape not in (None, self.event_shape):
                 got = f"{type(part).__name__} of {part.event_shape}"

@@ -10,6 +10,7 @@ from torch.distributions import Independent, Normal
 
 import cnf
 from cnf import Flow
+from cnf.distributions import StandardNormal, UniformAngles
 from cnf.fields import Adapter, MLPField
 from cnf.transforms import (
     ActNorm,
@@ -103,6 +104,15 @@ def test_parts_of_other_event_shapes_are_refused():
     for parts in ((Coupling(3), None), (Coupling(2), Standardize((3,)))):
         with pytest.raises(ValueError, match=r"expected a transform of \(2,\), got .* of \(3,\)"):
             Flow(None, *parts, event_shape=(2,))
+
+
+@pytest.mark.parametrize(
+    "base", [StandardNormal(3), StandardNormal(1), UniformAngles(3), Normal(torch.zeros(1), 1.0)]
+)
+def test_base_of_another_event_shape_is_refused(base):
+    """Its log_prob would broadcast, or sum over other variables, to a density that is wrong."""
+    with pytest.raises(ValueError, match=r"expected a base of \(2,\), got .* of \([13],\)"):
+        cnf.models.coupling_flow(2, base=base)
 
 
 def test_image_flow_counts_its_event(generator):

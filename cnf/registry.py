@@ -1,19 +1,19 @@
 """Registries of named classes and functions, which the commands, tests and documentation read."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import Parameter, isclass, signature
 from typing import Any, TypeVar
 
-import numpy as np
-
 from cnf.errors import UnknownNameError
 
 __all__ = ["Registry", "spec"]
 
 T = TypeVar("T")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Registry(Mapping[str, Any]):
@@ -170,7 +170,8 @@ def spec(value: Any) -> Any:
     """The specification of a value in terms of JSON, from which `Registry.build` restores it.
 
     An instance of a registered class becomes its name and fields, without those that are None or
-    empty mappings.
+    empty mappings. One's own functions and objects, which no registry builds, become their `repr`
+    without the address in memory, which differs between processes.
 
     >>> import cnf
     >>> spec(cnf.matching.paths.Bridge(sigma=0.5))
@@ -178,11 +179,11 @@ def spec(value: Any) -> Any:
     """
     if value is None or isinstance(value, str | int | float):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
+    if hasattr(value, "tolist"):  # numbers and arrays of NumPy, tensors
+        return value.tolist()
     if isinstance(value, Mapping):
         return {key: spec(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence):
         return [spec(item) for item in value]
     found = (table.name_of(value) for table in _TABLES)
     name = next((name for name in found if name is not None), None)
@@ -192,4 +193,4 @@ def spec(value: Any) -> Any:
         values = {field.name: getattr(value, field.name) for field in fields(value)}
         options = {k: spec(v) for k, v in values.items() if v is not None and v != {}}
         return {"name": name, **options} if name else options
-    return name or repr(value)
+    return name or _ADDRESS.sub("", repr(value))

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import cnf
 from cnf.errors import UnknownNameError
@@ -113,6 +114,23 @@ def test_model_registered_from_any_callable_has_its_specification():
     assert models["partial"](dim=2).spec["options"] == {"dim": 2}
     with pytest.raises(ValueError, match="partial: expected dim=…, the size of one data point"):
         models["partial"]()
+
+
+def test_the_spec_of_ones_own_function_is_the_same_in_every_process():
+    def one(x0, x1, context=None, generator=None):
+        raise NotImplementedError
+
+    told = spec(cnf.FlowMatching(coupling=one))["coupling"]
+    assert "one" in told and "0x" not in told
+
+
+@pytest.mark.parametrize(
+    "widths", [np.array([3, 5]), range(3, 6, 2), torch.tensor([3, 5])], ids=str
+)
+def test_sequences_of_any_kind_are_saved_as_lists(widths, tmp_path):
+    flow = cnf.models.realnvp(2, hidden=widths, layers=2)
+    again = cnf.load(cnf.save(flow, tmp_path / "flow.safetensors"))
+    assert again.spec["options"]["hidden"] == [3, 5]
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):

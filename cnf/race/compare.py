@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.race.contestants import Contestant, entrants
 from cnf.race.judge import TIGHT, Judge, draw_test_points
-from cnf.race.results import Entry, Results
+from cnf.race.results import Entry, Results, distinct
 from cnf.random import VERSION, preserved, reseed
 from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.interrupt import Interrupted
@@ -76,7 +76,7 @@ def compare(
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
         validation_rows=VALIDATION_POINTS,
     )  # fmt: skip
-    contestants = entrants(contestants)
+    contestants, seeds = entrants(contestants), _listed(seeds)
     density, folder = _source(data), folder and Path(folder)
     if folder and not resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(
@@ -88,8 +88,10 @@ def compare(
         "test_points": len(judge.test.x),
         "rows": _fingerprint(density), "random streams": VERSION,
     }  # fmt: skip
-    entries, failed = [], _unfit(contestants, density)
-    for name in [name for name in contestants if contestants[name].title not in failed]:
+    titles = distinct({name: contestant.title for name, contestant in contestants.items()})
+    unfit = _unfit(contestants, density)
+    entries, failed = [], {titles[name]: reason for name, reason in unfit.items()}
+    for name in [name for name in contestants if name not in unfit]:
         contestant = contestants[name]
         told = {**race, "contestant": contestant.made_of}
         for seed in seeds:
@@ -102,7 +104,7 @@ def compare(
             try:
                 entry = _raced(name, contestant, judge, train, density, config)
             except Exception as error:  # it must not cost the others their race
-                failed[f"{contestant.title}, seed {seed}"] = str(error) or type(error).__name__
+                failed[f"{titles[name]}, seed {seed}"] = str(error) or type(error).__name__
                 say(f"failed: {error}")
                 continue
             entries.append(entry)
@@ -115,7 +117,7 @@ def compare(
         data=density.name, density=density, entries=entries, floor=judge.floor,
         entropy=getattr(density, "entropy", None),
         settings={
-            "seconds": seconds, "steps": steps, "seeds": list(seeds),
+            "seconds": seconds, "steps": steps, "seeds": seeds,
             "test_points": len(judge.test.x), "w2_points": w2_points,
             "evaluation_solver": str(TIGHT), "failed": failed,
         },
@@ -124,6 +126,12 @@ def compare(
     if folder:
         results.save(folder)
     return results
+
+
+def _listed(seeds: Any) -> list[int]:
+    if not isinstance(seeds, Iterable) or not (found := list(seeds)):
+        raise ValueError(f"compare: expected seeds to be numbers, such as (0, 1), got {seeds!r}")
+    return found
 
 
 def _source(data: Any) -> Any:
@@ -142,15 +150,15 @@ def _fingerprint(density: Any) -> Any:
 
 
 def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
-    """Contestants that cannot be built for such data, by title, and why."""
+    """Contestants that cannot be built for such data, by name, and why."""
     found = {}
-    for contestant in contestants.values():
+    for name, contestant in contestants.items():
         try:
             _built(contestant, density, 0)
         except (ValueError, TypeError) as error:
-            found[contestant.title] = str(error)
+            found[name] = str(error)
             if density.dim == 1 and isinstance(contestant.model, str):
-                found[contestant.title] = (
+                found[name] = (
                     f"{contestant.title} needs two dimensions or more, these data have one; "
                     "nsf-ar takes one"
                 )

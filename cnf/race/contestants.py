@@ -1,6 +1,6 @@
 """Who runs in the race: a model and the way it is trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,16 +77,22 @@ def entrants(contestants: Any) -> dict[str, Contestant]:
             to these.
 
     Raises:
-        ValueError: An unknown name, or one that comes twice.
-        TypeError: None of these.
+        ValueError: An unknown name, one that comes twice, or none at all.
+        TypeError: None of these, or a name or title that is no text.
     """
-    if isinstance(contestants, Mapping):
-        return {name: _entrant(given)[1] for name, given in contestants.items()}
     given = RACE if contestants is None else contestants
-    pairs = [_entrant(one) for one in ([given] if isinstance(given, str) else given)]
+    if isinstance(given, Mapping):
+        pairs = [(name, _entrant(one)[1]) for name, one in given.items()]
+    else:
+        alone = isinstance(given, str) or not isinstance(given, Iterable)
+        pairs = [_entrant(one) for one in ([given] if alone else given)]
     found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"compare: expected names that differ, got {[name for name, _ in pairs]}")
+    if not found or len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"compare: expected contestants, of names that differ, got {names}")
+    for text in (*found, *(contestant.title for contestant in found.values())):
+        if not isinstance(text, str):
+            raise TypeError(f"compare: expected names and titles to be text, got {text!r}")
     return found
 
 

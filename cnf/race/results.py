@@ -39,6 +39,15 @@ def measured() -> list[Metric]:
     return sorted(METRICS.values(), key=lambda metric: metric.score.key not in DECIDING)
 
 
+def distinct(titles: dict[str, str]) -> dict[str, str]:
+    """The titles by name, with the name behind each that another has too."""
+    every = list(titles.values())
+    return {
+        name: f"{title} ({name})" if every.count(title) > 1 else title
+        for name, title in titles.items()
+    }
+
+
 @dataclass
 class Entry:
     """One contestant's run with one seed.
@@ -109,12 +118,7 @@ class Results:
     @property
     def titles(self) -> dict[str, str]:
         """Contestant → its title, and its name where another has the same title."""
-        titles = {name: self.of(name)[0].title for name in self.contestants}
-        shared = [title for title in titles.values() if list(titles.values()).count(title) > 1]
-        return {
-            name: f"{title} ({name})" if title in shared else title
-            for name, title in titles.items()
-        }
+        return distinct({name: self.of(name)[0].title for name in self.contestants})
 
     @property
     def colors(self) -> dict[str, str]:

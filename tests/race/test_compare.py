@@ -220,6 +220,9 @@ def test_ones_own_contestant_races_by_its_name():
         ({"contestants": ["realnvpp"]}, "Did you mean 'realnvp'"),
         ({"steps": -1}, "steps > 0"),
         ({"seconds": 5.0}, "not both"),
+        ({"contestants": []}, "expected contestants, "),
+        ({"seeds": ()}, "expected seeds to be numbers, "),
+        ({"seeds": 3}, "expected seeds to be numbers, "),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, words, tmp_path):
@@ -443,7 +446,7 @@ def test_ones_own_flow_model_and_stages_run_beside_named_ones(tmp_path):
         assert one.scores["gap"] == other.scores["gap"]
     with pytest.raises(TypeError, match=r"a contestant to be a name, .* \(title, model, obj"):
         race([flow], "moons", steps=4)
-    with pytest.raises(ValueError, match="expected names that differ"):
+    with pytest.raises(ValueError, match="of names that differ, got"):
         race(["nsf", "nsf"], "moons", steps=4)
 
 
@@ -470,6 +473,26 @@ def test_a_contestant_without_stages_and_one_of_ones_own_in_one_dimension_are_to
         race([("Mine", "realnvp", [])], "moons", steps=2)
     with pytest.raises(ValueError, match="Mine: no net for one dimension"):
         race([("Mine", refusing, "flow-matching")], torch.randn(200, 1), steps=2)
+
+
+def test_a_contestant_of_the_title_of_one_that_cannot_be_built_races_all_the_same():
+    mine = {name: ("Mine", model, "maximum-likelihood") for name, model in
+            (("a", refusing), ("b", "planar"), ("c", refusing))}  # fmt: skip
+    results = race(mine, "moons", steps=2)
+    assert results.contestants == ["b"]
+    assert list(results.settings["failed"]) == ["Mine (a)", "Mine (c)"]
+
+
+def test_every_contestant_runs_with_every_seed_of_a_generator():
+    results = race(["planar", "radial"], "moons", steps=2, seeds=(seed for seed in (3, 5)))
+    assert [entry.seed for entry in results.entries] == [3, 5, 3, 5]
+    assert results.settings["seeds"] == [3, 5]
+
+
+@pytest.mark.parametrize("title", [None, 3, ("Mine",)])
+def test_a_title_that_is_no_text_is_refused(title):
+    with pytest.raises(TypeError, match="compare: expected names and titles to be text, got"):
+        race([(title, "planar", "maximum-likelihood")], "moons", steps=2)
 
 
 def refusing(dim):

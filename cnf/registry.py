@@ -96,7 +96,7 @@ class Registry(Mapping[str, Any]):
         name, options = spec["name"], {k: v for k, v in spec.items() if k != "name"}
         entry = self[name]
         called = self.base is not None or isclass(entry)
-        expect_options(name, options, options_of(entry, called))
+        expect_options_of(entry, name, options, called)
         return entry(**options) if called else partial(entry, **options)
 
     def _expected(self, who: str | None) -> str:
@@ -143,6 +143,21 @@ def options_of(entry: Callable[..., Any], called: bool = True) -> list[str]:
     if called:
         kinds.append(Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, p in signature(entry).parameters.items() if p.kind in kinds]
+
+
+def expect_options_of(
+    entry: Callable[..., Any], who: str, options: Iterable[str], called: bool = True
+) -> None:
+    """Raise ValueError for the first option that an entry does not take, as of `options_of`.
+
+    Args:
+        entry: A class or function; one with **options of its own takes any.
+        who: Whose options they are, for the message.
+        options: Names that were given.
+        called: As of `options_of`.
+    """
+    if all(p.kind is not Parameter.VAR_KEYWORD for p in signature(entry).parameters.values()):
+        expect_options(who, options, options_of(entry, called))
 
 
 def _shown(value: Any) -> str:

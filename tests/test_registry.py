@@ -1,7 +1,9 @@
 """Tables of names."""
 
+import collections
 import functools
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +116,39 @@ def test_model_registered_from_any_callable_has_its_specification():
     assert models["partial"](dim=2).spec["options"] == {"dim": 2}
     with pytest.raises(ValueError, match="partial: expected dim=…, the size of one data point"):
         models["partial"]()
+
+
+def test_model_with_options_of_any_name_is_built_by_name_and_loaded(monkeypatch, tmp_path):
+    models = Models("model")
+    monkeypatch.setattr(sys.modules["cnf.models.build"], "MODELS", models)
+    models.register("open")(lambda dim, name="x", **options: cnf.models.nsf(dim, **options))
+    flow = cnf.models.build("open", dim=2, name="y", bins=3)
+    assert flow.spec["options"] == {"dim": 2, "name": "y", "bins": 3}
+    again = cnf.load(cnf.save(flow, tmp_path / "flow.safetensors"))
+    assert again.spec == flow.spec
+    with pytest.raises(TypeError, match="open: too many positional arguments"):
+        models["open"](2, "y", 3)
+
+
+def test_models_whose_arguments_have_no_names_or_that_give_no_flow_are_refused():
+    models = Models("model")
+    for builder in (lambda *sizes: cnf.models.nsf(*sizes), lambda dim, /: cnf.models.nsf(dim)):
+        with pytest.raises(ValueError, match="mine: expected arguments that can be given by name"):
+            models.register("mine")(builder)
+    models.register("mine")(lambda dim: None)
+    with pytest.raises(TypeError, match="mine: expected a model to return a Flow, got NoneType"):
+        models["mine"](2)
+
+
+def test_class_with_options_of_any_name_is_built_from_a_mapping():
+    table = Registry("count", collections.Counter)
+
+    @table.register("words")
+    class Words(collections.Counter):
+        def __init__(self, **counts):
+            super().__init__(counts)
+
+    assert table.build({"name": "words", "a": 3}) == {"a": 3}
 
 
 def test_the_spec_of_ones_own_function_is_the_same_in_every_process():

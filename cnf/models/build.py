@@ -6,9 +6,9 @@ from inspect import Parameter, isclass, signature
 from typing import Any, ParamSpec
 
 from cnf.distributions import Base
-from cnf.errors import expect_choice, is_count
+from cnf.errors import expect_choice, is_count, is_whole
 from cnf.flow import Flow
-from cnf.registry import Registry, expect_options, options_of, spec
+from cnf.registry import Registry, expect_options_of, spec
 from cnf.transforms.base import Transform
 from cnf.transforms.context import StandardizeContext
 from cnf.transforms.normalization import Standardize
@@ -33,6 +33,9 @@ class Models(Registry):
             name: The name of the model.
             example: A factory of small instances for tests.
 
+        Raises:
+            ValueError: The name is registered already, or an argument cannot be given by its name.
+
         >>> @MODELS.register("mine")
         ... def mine(dim: int, *, width: int = 8) -> Flow:
         ...     return build("realnvp", dim=dim, hidden=(width, width))
@@ -43,15 +46,27 @@ class Models(Registry):
 
         def add(builder: Callable[P, Flow]) -> Callable[P, Flow]:
             arguments = signature(builder)
+            for parameter in arguments.parameters.values():
+                if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.VAR_POSITIONAL):
+                    raise ValueError(
+                        f"{name}: expected arguments that can be given by name, as `build` and "
+                        f"`cnf.load` do, got {parameter}; write def …(dim, *, …)"
+                    )
 
             @wraps(builder)
             def built(*args: P.args, **options: P.kwargs) -> Flow:
-                given = arguments.bind_partial(*args, **options).arguments
+                try:
+                    given = arguments.bind_partial(*args, **options).arguments
+                except TypeError as error:
+                    raise TypeError(f"{name}: {error}") from None
                 for key, parameter in arguments.parameters.items():
                     if parameter.kind is Parameter.VAR_KEYWORD:
                         given |= given.pop(key, {})
                 _expect_sizes(name, given, arguments.parameters)
                 flow = builder(*args, **options)
+                if not isinstance(flow, Flow):
+                    kind = type(flow).__name__
+                    raise TypeError(f"{name}: expected a model to return a Flow, got {kind}")
                 told = {key: spec(value) for key, value in given.items()}
                 flow.spec = {"model": name, "options": told}
                 return flow
@@ -65,7 +80,7 @@ class Models(Registry):
 MODELS = Models("model")
 
 
-def build(name: str, **options: Any) -> Flow:
+def build(name: str, /, **options: Any) -> Flow:
     """Build a model by name, as configurations do: `build("nsf", dim=2)` is `cnf.models.nsf(2)`.
 
     >>> build("cnf", dim=2, hidden=(64, 64), context=3).context_dim
@@ -80,7 +95,7 @@ def build(name: str, **options: Any) -> Flow:
         ValueError: The name is unknown, or the model does not have an option.
     """
     builder = MODELS[name]
-    expect_options(name, options, options_of(builder))
+    expect_options_of(builder, name, options)
     return builder(**options)
 
 
@@ -128,7 +143,7 @@ def _expect_sizes(who: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
             raise ValueError(
                 f"{who}: expected {name} to be a whole number >= {least}, got {size!r}"
             )
-    if "hidden" in known and isinstance(given.get("hidden"), int):
+    if "hidden" in known and is_whole(given.get("hidden")):
         raise ValueError(
             f"{who}: expected hidden to be a list of widths, such as (64, 64), got "
             f"{given['hidden']}"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnf.errors import is_count
 from cnf.registry import Registry
 
 
@@ -69,9 +70,9 @@ for _name, _function, _with_derivative in (
 
 
 def linear_sizes(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs (inputs, outputs) of consecutive layers; raise ValueError for a width below 1."""
+    """Pairs (inputs, outputs) of consecutive layers; raise ValueError for a bad width."""
     for size in sizes:
-        if size < 1:
+        if not is_count(size) or size < 1:
             raise ValueError(f"MLP: expected every width >= 1, got {tuple(sizes)}")
     return list(zip(sizes[:-1], sizes[1:], strict=True))
 

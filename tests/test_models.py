@@ -4,12 +4,14 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import cnf
 from cnf.models import MODELS, build
 from cnf.registry import options_of
+from cnf.transforms import Coupling, RationalQuadratic
 
 
 def fitting(name, **wanted):
@@ -102,6 +104,12 @@ def test_unknown_name_and_missing_dim_are_refused():
         ("cnf", {"solver": {"method": "rk4"}}),
         ("cnf", {"preprocess": "whitened"}),
         ("realnvp", {"layers": 0}),
+        ("realnvp", {"layers": "2"}),
+        ("glow", {"layers": 1.5}),
+        ("cnf", {"layers": 1.5}),
+        ("realnvp", {"hidden": (8, 1.5)}),
+        ("maf", {"hidden": "64"}),
+        ("nsf", {"hidden": np.int64(8)}),
         ("realnvp", {"dim": 1}),
     ],
     ids=str,
@@ -109,6 +117,13 @@ def test_unknown_name_and_missing_dim_are_refused():
 def test_bad_option_values_are_refused(name, options):
     with pytest.raises(ValueError):
         build(name, **{"dim": 2, **options})
+
+
+@pytest.mark.parametrize("transformer", ["affine", RationalQuadratic, Coupling(2)])
+@pytest.mark.parametrize("model", [cnf.models.coupling_flow, cnf.models.autoregressive_flow])
+def test_a_transformer_that_is_no_map_is_refused(model, transformer):
+    with pytest.raises(TypeError, match="expected transformer to be an elementwise map, such as"):
+        model(2, transformer)
 
 
 def test_solver_may_be_given_as_its_arguments():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cnf.dynamics.solver import Solver
+from cnf.errors import expect_counts
 from cnf.fields import (
     ConvField,
     EndTime,
@@ -254,8 +255,7 @@ def _continuous(
 
 
 def _stacked(block: Callable[[], VectorField], layers: int) -> VectorField:
-    if layers < 1:
-        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    expect_counts("models", layers=layers)
     return block() if layers == 1 else Piecewise([block() for _ in range(layers)])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cnf.errors import expect_counts
 from cnf.flow import Flow
 from cnf.models.build import MODELS, assembled
 from cnf.models.stacks import half, stacked
@@ -50,8 +51,7 @@ def glow(
     Raises:
         ValueError: Not exactly one of dim and shape is given, or a size does not fit.
     """
-    if layers < 1:
-        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    expect_counts("models", layers=layers)
     if shape is None:
         assert dim is not None
         if levels is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from cnf.distributions import Base, UniformAngles
-from cnf.errors import expect_choice
+from cnf.errors import expect_choice, expect_counts
 from cnf.flow import Flow
 from cnf.models.build import assembled
 from cnf.transforms.base import Compose, Transform
@@ -49,8 +49,7 @@ def layered(
         ValueError: `between` is unknown, or there is no layer.
     """
     expect_choice("models", "between", between, HALVES if halves else ORDERS)
-    if layers < 1:
-        raise ValueError(f"models: expected layers >= 1, got {layers}")
+    expect_counts("models", layers=layers)
     mixers: dict[str | None, Callable[[int], list[Transform]]] = {
         None: lambda k: [],
         "reverse": lambda k: [Permutation(dim)],

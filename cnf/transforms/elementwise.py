@@ -152,6 +152,11 @@ class Scheme(Transform):
         shape = (dim,) if event_dims == 1 else None
         super().__init__(event_dims, context_dim, shape)
         self.dim = dim
+        if not isinstance(transformer, ElementwiseMap | None):
+            raise TypeError(
+                f"{type(self).__name__}: expected transformer to be an elementwise map, such as "
+                f"cnf.transforms.RationalQuadratic(bins=8), got {transformer!r}"
+            )
         self.transformer = transformer or Affine()
         self.parametrize = parametrize or self.transformer.parametrize
 

@@ -90,6 +90,8 @@ def test_unknown_name_and_missing_dim_are_refused():
         build("relnvp", dim=2)
     with pytest.raises(ValueError, match="cnf: expected dim="):
         build("cnf")
+    with pytest.raises(ValueError, match="cnf: expected dim=… or shape="):
+        build("cnf", dim=2, shape=(1, 4, 4))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cnf
-from cnf.random import draw, stream, stream_seed
+from cnf.random import device_of, draw, stream, stream_seed
 
 
 def test_stream_is_decided_by_seed_purpose_and_place():
@@ -43,6 +43,13 @@ def test_no_two_places_draw_from_one_stream():
     purposes = Counter(name for text in source for name in called.findall(text))
     assert len(purposes) > 10
     assert [name for name, count in purposes.items() if count > 1] == []
+
+
+def test_draws_without_a_generator_are_made_where_they_go():
+    like = torch.empty(0, device="meta")
+    assert device_of(None, like) == like.device
+    assert device_of(torch.Generator(), like) == torch.device("cpu")
+    assert device_of(None) is None
 
 
 @pytest.mark.parametrize("sampler", [torch.rand, torch.randn])

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import cnf
 from cnf.errors import UnknownNameError
@@ -89,6 +88,21 @@ def test_misspelt_options_are_refused_alike_everywhere(table):
         table.build(0.3, "me")
 
 
+@pytest.mark.parametrize("other", [int, Registry, cnf.FlowMatching])
+@pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
+def test_a_class_of_another_kind_is_refused(table, other):
+    if table.name_of(other) is None:
+        with pytest.raises(
+            TypeError, match=f"^{table.kind}: expected {table.kind} to be .* got <"
+        ):
+            table.build(other)
+
+
+def test_the_spec_leaves_out_what_is_not_set():
+    assert spec(cnf.MaximumLikelihood(penalties={})) == spec(cnf.MaximumLikelihood())
+    assert "penalties" not in spec(cnf.MaximumLikelihood(penalties={}))
+
+
 def test_options_of_couplings_are_bound_and_close_names_are_proposed():
     coupling = cnf.matching.COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})
     assert coupling.keywords == {"weight": 3.0}
@@ -160,7 +174,7 @@ def test_the_spec_of_ones_own_function_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize(
-    "widths", [np.array([3, 5]), range(3, 6, 2), torch.tensor([3, 5])], ids=str
+    "widths", [np.array([3, 5]), range(3, 6, 2), collections.deque([3, 5])], ids=str
 )
 def test_sequences_of_any_kind_are_saved_as_lists(widths, tmp_path):
     flow = cnf.models.realnvp(2, hidden=widths, layers=2)

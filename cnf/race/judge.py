@@ -57,7 +57,7 @@ class Judge:
             self.scale = torch.where(spread > 0, spread, 1.0)
         other = self.standardized(_unweighted(_as_points(reference)).x[: len(self.target.x)])
         self.floor = {
-            metric.score.key: self.distance(metric, other)
+            metric.score.key: _scored(metric, self.distance(metric, other))[metric.score.key]
             for metric in measured()
             if metric.needs == "samples"
         }
@@ -110,13 +110,10 @@ class Judge:
             trial: What `trial` gives.
         """
         if metric.needs == "samples":
-            return {metric.score.key: self.distance(metric, trial.drawn)}
-        found = metric.function(trial)
-        if isinstance(found, Estimate):
-            return {metric.score.key: found.value, f"{metric.score.key}_error": found.error}
-        return {} if found is None else {metric.score.key: float(found)}
+            return _scored(metric, self.distance(metric, trial.drawn))
+        return _scored(metric, metric.function(trial))
 
-    def distance(self, metric: Metric, drawn: Tensor) -> float:
+    def distance(self, metric: Metric, drawn: Tensor) -> float | Estimate:
         """Of standardized samples to the test points; NaN where either are too few.
 
         Args:
@@ -127,7 +124,7 @@ class Judge:
         if min(len(drawn), len(true)) < FEWEST:
             return math.nan
         count = None if metric.points is None else metric.points * self.w2_points
-        return float(metric.function(true[:count], drawn[:count]))
+        return metric.function(true[:count], drawn[:count])
 
     def warn_of_few_steps(self, who: str, flow: Flow) -> None:
         """Warn where the flow's own fixed steps give another NLL than the tight solver's score."""
@@ -163,6 +160,13 @@ def draw_test_points(density: Any, n: int) -> tuple[Tensor, Tensor]:
         n: How many.
     """
     return density.sample(n, stream(0, "test")), density.sample(n, stream(0, "floor"))
+
+
+def _scored(metric: Metric, found: Any) -> dict[str, float]:
+    """What a metric gave, as `Judge.measure` returns it."""
+    if isinstance(found, Estimate):
+        return {metric.score.key: found.value, f"{metric.score.key}_error": found.error}
+    return {} if found is None else {metric.score.key: float(found)}
 
 
 def _as_points(x: Tensor | Points) -> Points:

@@ -61,6 +61,19 @@ def test_metric_of_samples_shows_up_in_table_page_verdict_and_file(shift, tmp_pa
     assert results.floor["shift"] > 0  # of two sets of true samples
 
 
+def test_metric_of_samples_has_its_error(registered):
+    registered._entries.clear()
+
+    @metric("samples", Score("apart", "Apart", "Distance between the two means"))
+    def apart(true, drawn):
+        return Estimate(float((true.mean(0) - drawn.mean(0)).norm()), 0.25)
+
+    judge = Judge(torch.zeros(50, 2), torch.ones(50, 2), cnf.data.toy("moons"))
+    assert judge.floor == {"apart": pytest.approx(2**0.5)}
+    scores = judge.scores(cnf.models.realnvp(2).eval())
+    assert scores["apart"] > 0 and scores["apart_error"] == 0.25
+
+
 def test_metric_of_a_flow_has_its_error_and_is_left_out_where_it_does_not_apply(registered):
     registered._entries.clear()
 

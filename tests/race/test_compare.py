@@ -128,11 +128,12 @@ def test_curve_is_the_gap_on_the_validation_points_over_the_seconds_of_all_stage
     stages = [
         cnf.training.History([{"seconds": 1.0, "val_nll": entropy + 0.5}, {"seconds": 9.0}]),
         cnf.training.History([{"seconds": 2.0, "val_nll": entropy + 0.25}]),
+        cnf.training.History([{"seconds": 3.0, "val_nll": entropy + 0.125}]),
     ]
-    stages[0].seconds = 10.0
-    (first, gap), (second, less) = racing._curve(stages, toy, seed)
-    assert (first, second) == (1, 12)
-    assert (gap, less) == (pytest.approx(0.5, abs=1e-6), pytest.approx(0.25, abs=1e-6))
+    stages[0].seconds, stages[1].seconds = 10.0, 5.0
+    seconds, gaps = zip(*racing._curve(stages, toy, seed), strict=True)
+    assert seconds == (1, 12, 18)
+    assert gaps == pytest.approx((0.5, 0.25, 0.125), abs=1e-6)
 
 
 def test_seeds_have_a_mean_and_an_error():

@@ -20,6 +20,13 @@ def test_error_is_the_larger_of_seeds_and_points(race):
     assert all(map(math.isnan, results.mean("cnf", "gap")))
 
 
+def test_standard_error_of_the_mean_is_of_seeds_and_points_together(race):
+    """Gaps of .10, .11, .12, each ± .004 over points that are the same for all seeds."""
+    error = race(seeds=(0, 1, 2)).standard_error("cnf", "gap")
+    assert error == pytest.approx(math.hypot(0.004, 0.01 / math.sqrt(3)))
+    assert race(seeds=(0,)).standard_error("cnf", "gap") == 0.004
+
+
 def test_two_seeds_read_the_same_in_terminal_page_pictures_and_verdict(race):
     """.010 and .020, each ± .05: the error over points is the larger, and has one digit."""
     results = race(names=("cnf",))

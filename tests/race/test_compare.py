@@ -240,6 +240,20 @@ def test_existing_folder_is_not_overwritten(tmp_path):
         race(["realnvp"], "moons", tmp_path)
 
 
+def test_settings_for_a_known_density_come_before_those_for_all_data():
+    mine = Contestant("Mine", "planar", (), {"layers": 2}, {"layers": 3})
+    known, rows = (cnf.data.load(data) for data in ("moons", torch.randn(50, 2, generator=DRAW)))
+    counts = [len(racing._built(mine, source, 0).transform.transforms) for source in (known, rows)]
+    assert counts == [3, 2]
+
+
+def test_each_seed_is_scored_on_samples_of_its_own():
+    judge = Judge(torch.randn(100, 2, generator=DRAW), torch.randn(100, 2, generator=DRAW))
+    flow = cnf.models.realnvp(2, layers=2)
+    first, again, other = (judge.trial(flow, seed).drawn for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_perfect_flow_scores_the_floor():
     normal = torch.randn(1000, 2, generator=DRAW)
     judge = Judge(normal[:500], normal[500:], w2_points=300)

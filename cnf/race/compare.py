@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,59 +71,44 @@ def compare(
         ValueError: An unknown contestant, a budget that is missing or not positive, a folder that
             exists, or that holds another race; every contestant failed.
     """
-    if resume and folder is None:
-        raise ValueError("compare: resume=True needs folder=…, the race to go on with")
+    folder = _folder(folder, resume)
     base = TrainConfig(  # refuses a bad budget before anything is made
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
         validation_rows=VALIDATION_POINTS,
     )  # fmt: skip
-    contestants, seeds = entrants(contestants), _listed(seeds)
-    density, folder = _source(data), folder and Path(folder)
-    if folder and not resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"compare: {folder} exists already; choose another folder, or resume that race"
-        )
+    contestants, seeds, density = entrants(contestants), _listed(seeds), _source(data)
     judge, train = _prepared(density, test_points, w2_points)
-    race = {
-        "data": density.name, "seconds": seconds, "steps": steps, "w2_points": w2_points,
-        "test_points": len(judge.test.x),
-        "rows": _fingerprint(density), "random streams": VERSION,
-    }  # fmt: skip
+    settings = {"seconds": seconds, "steps": steps, "w2_points": w2_points}
+    settings["test_points"] = len(judge.test.x)
+    race = {"data": density.name, **settings, "rows": _fingerprint(density)}
+    race["random streams"] = VERSION
     titles = distinct({name: contestant.title for name, contestant in contestants.items()})
     unfit = _unfit(contestants, density)
     entries, failed = [], {titles[name]: reason for name, reason in unfit.items()}
-    for name in [name for name in contestants if name not in unfit]:
-        contestant = contestants[name]
-        told = {**race, "contestant": contestant.made_of}
-        for seed in seeds:
-            say(f"{contestant.title}, seed {seed}")
-            run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
-            if run and (finished := _finished(run, contestant, told, density)):
-                entries.append(finished)
-                continue
-            config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
-            try:
-                entry = _raced(name, contestant, judge, train, density, config)
-            except Exception as error:  # it must not cost the others their race
-                failed[f"{titles[name]}, seed {seed}"] = str(error) or type(error).__name__
-                say(f"failed: {error}")
-                continue
-            entries.append(entry)
-            if run:
-                _keep(run, entry, told)
+    fitting = {name: one for name, one in contestants.items() if name not in unfit}
+    for (name, contestant), seed in product(fitting.items(), seeds):
+        title = f"{titles[name]}, seed {seed}"
+        say(title)
+        run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
+        made_of = {**race, "contestant": contestant.made_of}
+        if run and (finished := _finished(run, contestant, made_of, density)):
+            entries.append(finished)
+            continue
+        config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
+        try:
+            entry = _raced(name, contestant, judge, train, density, config)
+        except Exception as error:  # it must not cost the others their race
+            failed[title] = str(error) or type(error).__name__
+            say(f"failed: {error}")
+            continue
+        entries.append(entry)
+        if run:
+            _keep(run, entry, made_of)
     if not entries:
         reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
         raise ValueError(f"compare: every contestant failed: {reasons}")
-    results = Results(
-        data=density.name, density=density, entries=entries, floor=judge.floor,
-        entropy=getattr(density, "entropy", None),
-        settings={
-            "seconds": seconds, "steps": steps, "seeds": seeds,
-            "test_points": len(judge.test.x), "w2_points": w2_points,
-            "evaluation_solver": str(TIGHT), "failed": failed,
-        },
-        machine=environment(),
-    )  # fmt: skip
+    settings |= {"seeds": seeds, "evaluation_solver": str(TIGHT), "failed": failed}
+    results = _results(density, judge, entries, settings)
     if folder:
         results.save(folder)
     return results
@@ -132,6 +118,28 @@ def _listed(seeds: Any) -> list[int]:
     if not isinstance(seeds, Iterable) or not (found := list(seeds)):
         raise ValueError(f"compare: expected seeds to be numbers, such as (0, 1), got {seeds!r}")
     return found
+
+
+def _folder(folder: str | Path | None, resume: bool) -> Path | None:
+    """The race's folder, which must be empty unless that race is resumed."""
+    if not folder:
+        if resume:
+            raise ValueError("compare: resume=True needs folder=…, the race to go on with")
+        return None
+    folder = Path(folder)
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"compare: {folder} exists already; choose another folder, or resume that race"
+        )
+    return folder
+
+
+def _results(
+    density: Any, judge: Judge, entries: list[Entry], settings: dict[str, Any]
+) -> Results:
+    return Results(
+        density.name, density, entries, judge.floor, density.entropy, settings, environment()
+    )
 
 
 def _source(data: Any) -> Any:
@@ -238,10 +246,7 @@ def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, floa
     """
     judge, _ = _prepared(density, TEST_POINTS, w2_points=1_000)
     entry = Entry(title, title, 0, judge.scores(flow), curve, judge.few_steps(flow), flow)
-    return Results(
-        density.name, density, [entry], judge.floor, density.entropy,
-        {"test_points": len(judge.test.x)}, environment(),
-    )  # fmt: skip
+    return _results(density, judge, [entry], {"test_points": len(judge.test.x)})
 
 
 def _train(

@@ -71,7 +71,7 @@ def cnf(
         waves = (32 if dim <= 4 else 0) if fourier is None else fourier
         return MLPField(dim, hidden, context, activation, frequencies, fourier=waves)
 
-    field = Preconditioned(_stacked(block, layers))
+    field = Preconditioned(_blocks(block, layers))
     recipe = Recipe(solver=Solver() if solver is None else None)
     solver = Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6})
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
@@ -127,7 +127,7 @@ def ffjord(
 
     solver = Solver.of(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
-    field = _stacked(block, layers)
+    field = _blocks(block, layers)
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
@@ -187,7 +187,7 @@ def rnode(
         Solver("rk4", steps=4 * layers) if solver is None else None,
     )
     solver = Solver.of(solver)
-    field = _stacked(block, layers)
+    field = _blocks(block, layers)
     return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
 
 
@@ -254,7 +254,7 @@ def _continuous(
     return assembled(transform, field.event_shape, preprocess, context_preprocess)
 
 
-def _stacked(block: Callable[[], VectorField], layers: int) -> VectorField:
+def _blocks(block: Callable[[], VectorField], layers: int) -> VectorField:
     expect_counts("models", layers=layers)
     return block() if layers == 1 else Piecewise([block() for _ in range(layers)])
 

@@ -192,10 +192,9 @@ def coupling_flow(
     """
 
     def layer(k: int) -> Transform:
-        kept = half(dim, k)
         return Coupling(
-            dim, kept, transformer, hidden=hidden, context_dim=context, activation=activation,
-            period=period,
+            dim, half(dim, k), transformer, hidden=hidden, context_dim=context,
+            activation=activation, period=period,
         )  # fmt: skip
 
     stack = layered(layer, layers, dim, between)

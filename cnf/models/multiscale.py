@@ -1,6 +1,7 @@
 """Glow, for vectors and for images at several scales."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cnf.errors import expect_counts
 from cnf.flow import Flow
@@ -52,15 +53,14 @@ def glow(
         ValueError: Not exactly one of dim and shape is given, or a size does not fit.
     """
     expect_counts("models", layers=layers)
+    net = {"hidden": hidden, "context_dim": context, "activation": activation}
     if shape is None:
         assert dim is not None
         if levels is not None:
             raise ValueError("glow: levels are those of an image: expected shape=…, got dim=…")
         steps: list[Transform] = []
         for k in range(layers):
-            coupling = Coupling(
-                dim, half(dim, k), hidden=hidden, context_dim=context, activation=activation
-            )
+            coupling = Coupling(dim, half(dim, k), **net)
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
         return stacked(steps, dim, preprocess, context_preprocess)
     levels = 2 if levels is None else levels
@@ -69,27 +69,27 @@ def glow(
             f"glow: expected shape (C, H, W) with H and W divisible by 2^levels = {2**levels}, "
             f"got {tuple(shape)}"
         )
-
-    def conv(channels: int) -> Transform:
-        keep = channels // 2
-        return ConvCoupling(
-            channels, keep, hidden=hidden, context_dim=context, activation=activation
-        )
-
-    def level(shape: tuple[int, int, int], left: int) -> Transform:
-        channels, height, width = 4 * shape[0], shape[1] // 2, shape[2] // 2
-        steps: list[Transform] = [Inverse(Squeeze())]
-        if left > 1:
-            half = channels // 2
-            steps += [OnChannels(level((half, height, width), left - 1), half), conv(channels)]
-        for _ in range(layers):
-            steps += [
-                conv(channels),
-                PerPixel(LU(channels, rotated=True)),
-                ActNorm((channels, height, width)),
-            ]
-        return Compose([*steps, Squeeze()])
-
-    channels, height, width = shape
-    transform = level((channels, height, width), levels)
+    transform = _levels(shape, levels, layers, net)
     return assembled(transform, tuple(shape), preprocess, context_preprocess)
+
+
+def _levels(shape: Sequence[int], levels: int, layers: int, net: Mapping[str, Any]) -> Transform:
+    """An image's first level, the others inside it on half of the channels.
+
+    Args:
+        shape: Shape of the image.
+        levels: Number of levels.
+        layers: Number of steps in each.
+        net: Options of each coupling's conditioner.
+    """
+    channels, height, width = 4 * shape[0], shape[1] // 2, shape[2] // 2
+    kept = channels // 2
+    steps: list[Transform] = [Inverse(Squeeze())]
+    if levels > 1:
+        inner = _levels((kept, height, width), levels - 1, layers, net)
+        steps += [OnChannels(inner, kept), ConvCoupling(channels, kept, **net)]
+    for _ in range(layers):
+        coupling = ConvCoupling(channels, kept, **net)
+        rotation = PerPixel(LU(channels, rotated=True))
+        steps += [coupling, rotation, ActNorm((channels, height, width))]
+    return Compose([*steps, Squeeze()])

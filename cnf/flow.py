@@ -150,7 +150,7 @@ class Flow(nn.Module):
                 f"context, got {size}"
             )
         self._warned: set[str] = set()  # shared by copies with another solver
-        self._noticed = 0  # calls that could have warned
+        self._calls = 0  # that could have warned
         self.spec: dict[str, Any] | None = None  # the call of models.build; saved in checkpoints
 
     def __repr__(self) -> str:
@@ -212,7 +212,7 @@ class Flow(nn.Module):
         """
         with evaluating(self), initializing(self.transform) as fresh:
             if fresh:
-                _, y, context, _ = self._enter(x, context, "initialize", generator)
+                _, y, context, _ = self._enter(x, context, "Flow.initialize", generator)
                 self._without_ladj.inverse(y, context)
 
     def log_prob(
@@ -245,8 +245,8 @@ class Flow(nn.Module):
             SolverError: An ODE solve failed.
         """
         estimator = None if divergence is None else DIVERGENCES.build(divergence)
-        rows, y, context, outer = self._enter(x, context, "log_prob", generator)
-        self._notice(y, context)
+        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
+        self._warn_of_misuse(y, context)
         transform = self.transform
         if estimator is not None:
             transform = reconfigured(transform, divergence=_for_rows(estimator, rows))
@@ -278,7 +278,7 @@ class Flow(nn.Module):
             generator: As of `log_prob`.
         """
         transform = require_field("Flow.log_prob_and_integral", self)
-        rows, y, context, outer = self._enter(x, context, "log_prob", generator)
+        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
         solved = transform.integrate(
             y, context, towards="base", divergence=_for_rows(divergence, rows),
             integrands=integrands, stop=stop,
@@ -308,7 +308,7 @@ class Flow(nn.Module):
             generator: Source of the draw; torch's default generator if None.
         """
         with torch.no_grad():
-            return self._decoded(*self.draw_base(sample_shape, context, generator, "sample"))
+            return self._decoded(*self.draw_base(sample_shape, context, generator, "Flow.sample"))
 
     def rsample(
         self,
@@ -324,7 +324,7 @@ class Flow(nn.Module):
             context: Condition, shape (*batch, C), or None.
             generator: Source of the draw; torch's default generator if None.
         """
-        return self._decoded(*self.draw_base(sample_shape, context, generator, "rsample"))
+        return self._decoded(*self.draw_base(sample_shape, context, generator, "Flow.rsample"))
 
     def sample_and_log_prob(
         self,
@@ -340,7 +340,7 @@ class Flow(nn.Module):
             context: Condition, shape (*batch, C), or None.
             generator: Source of the draw; torch's default generator if None.
         """
-        z, context = self.draw_base(sample_shape, context, generator, "sample_and_log_prob")
+        z, context = self.draw_base(sample_shape, context, generator, "Flow.sample_and_log_prob")
         if self.dequantization is not None:
             raise TypeError(
                 "Flow.sample_and_log_prob: a dequantized flow has no density of its samples; "
@@ -358,7 +358,7 @@ class Flow(nn.Module):
             x: Data, shape (*batch, *event).
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
-        rows, y, context, _ = self._enter(x, context, "encode", None)
+        rows, y, context, _ = self._enter(x, context, "Flow.encode", None)
         z, _ = by_chunks(self.transform, self._without_ladj.inverse, y, context)
         return rows.restore(z)
 
@@ -369,10 +369,7 @@ class Flow(nn.Module):
             z: Base samples, shape (*batch, *event).
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
-        expect_event("Flow.decode", "z", z, self.base.event_shape)
-        self._expect_like("decode", z)
-        context = self.inner_context("Flow.decode", context, z.shape[: self._batch(z)])
-        return self._decoded(z, context)
+        return self._decoded(z, self._context_of("Flow.decode", z, context))
 
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None
@@ -384,12 +381,9 @@ class Flow(nn.Module):
             times: Times, ascending from 0 and at most 1.
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
-        expect_event("Flow.trajectory", "z", z, self.event_shape)
-        self._expect_like("trajectory", z)
         transform = require_field("Flow.trajectory", self)
         times = expect_times("Flow.trajectory", times)
-        context = self.inner_context("Flow.trajectory", context, z.shape[: self._batch(z)])
-        rows, z, context = self._start(z, context)
+        rows, z, context = self._start(z, self._context_of("Flow.trajectory", z, context))
         path = transform.trajectory(z, times, context) if len(times) > 1 else z.unsqueeze(0)
         return rows.restore(self.outside(path)[0], axis=1)
 
@@ -468,14 +462,14 @@ class Flow(nn.Module):
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """Data `inside`, checked, their context, and what that adds to the log-density."""
-        expect_event(f"Flow.{who}", "x", x, self.event_shape)
+        expect_event(who, "x", x, self.event_shape)
         self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:
             raise ValueError(
-                f"Flow.{who}: expected x of dtype {self.dtype}, the flow's, or wider, got "
+                f"{who}: expected x of dtype {self.dtype}, the flow's, or wider, got "
                 f"{x.dtype}; convert one of them: x.to({self.dtype}) or flow.to({x.dtype})"
             )
-        context = self.inner_context(f"Flow.{who}", context, x.shape[: self._batch(x)])
+        context = self.inner_context(who, context, x.shape[: x.dim() - len(self.event_shape)])
         y, outer = self.inside(x, generator)
         rows = self._rows([x] if y is x else [x, y], context)
         return rows, rows.select(y), rows.select(context), rows.select(outer)
@@ -491,21 +485,21 @@ class Flow(nn.Module):
             self._warned.add(of)
             warn(text)
 
-    def _notice(self, y: Tensor, context: Tensor | None) -> None:
-        """Warn of points that nothing was fitted near to.
+    def _warn_of_misuse(self, y: Tensor, context: Tensor | None) -> None:
+        """Warn of rows far from all that the flow was fitted to, and of dropout in train mode.
 
         On a GPU, which it would wait for, only in the 1st, 2nd, 4th, 8th, … call.
         """
         if torch.is_grad_enabled() or type(y) is not Tensor or captured():
             return
-        self._noticed += 1
+        self._calls += 1
         if self.training and "dropout" not in self._warned and _drops_out(self):
             self.warn_once(
                 "dropout",
                 "Flow.log_prob: the flow is in train mode and holds a Dropout, so that each call "
                 "gives another density; call flow.eval() first",
             )
-        if y.is_meta or not (y.is_cpu or self._noticed.bit_count() == 1):
+        if y.is_meta or not (y.is_cpu or self._calls.bit_count() == 1):
             return
         parts = (("x", self.preprocess, y), ("context", self.context_preprocess, context))
         for name, part, value in parts:
@@ -540,21 +534,21 @@ class Flow(nn.Module):
         device = self.device
         if value.device != device:
             raise ValueError(
-                f"Flow.{who}: expected {name} on {device}, the flow's device, got one on "
+                f"{who}: expected {name} on {device}, the flow's device, got one on "
                 f"{value.device}; move one of them: {name}.to({str(device)!r}) or "
                 f"flow.to({str(value.device)!r})"
             )
 
-    def _expect_like(self, who: str, z: Tensor) -> None:
+    def _context_of(self, who: str, z: Tensor, context: Tensor | None) -> Tensor | None:
+        """The inner context of base samples that a caller gives, which are checked too."""
+        expect_event(who, "z", z, self.base.event_shape)
         self._expect_device(who, "z", z)
         if z.dtype != self.dtype:
             raise ValueError(
-                f"Flow.{who}: expected z of dtype {self.dtype}, the flow's, got {z.dtype}; "
+                f"{who}: expected z of dtype {self.dtype}, the flow's, got {z.dtype}; "
                 f"convert one of them: z.to({self.dtype}) or flow.to({z.dtype})"
             )
-
-    def _batch(self, value: Tensor) -> int:
-        return value.dim() - len(self.event_shape)
+        return self.inner_context(who, context, z.shape[: z.dim() - len(self.event_shape)])
 
     def inner_context(
         self, who: str, context: Tensor | None, batch: Sequence[int] | None
@@ -581,7 +575,7 @@ class Flow(nn.Module):
         if context is None and self.transform.optional_context:
             return None
         given = expect_context(who, context, self.context_dim)
-        self._expect_device(who.removeprefix("Flow."), "the context", given)
+        self._expect_device(who, "the context", given)
         rows = given.reshape(-1, self.context_dim)
         _warn_of_merged("context", rows, self.context_preprocess, self.dtype)
         inner = given if self.context_preprocess is None else self.context_preprocess(given)
@@ -598,7 +592,7 @@ class Flow(nn.Module):
 
     def draw_base(
         self, sample_shape: Shape, context: Tensor | None, generator: torch.Generator | None,
-        who: str = "draw_base",
+        who: str = "Flow.draw_base",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Base samples as `sample` begins with, and their `inner_context`.
 
@@ -608,9 +602,9 @@ class Flow(nn.Module):
             generator: As of `sample`.
             who: Who asks, for errors.
         """
-        shape = expect_shape(f"Flow.{who}", sample_shape)
-        expect_generator(f"Flow.{who}", generator)
-        context = self.inner_context(f"Flow.{who}", context, None)
+        shape = expect_shape(who, sample_shape)
+        expect_generator(who, generator)
+        context = self.inner_context(who, context, None)
         if context is not None:
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)

@@ -27,7 +27,7 @@ from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.interrupt import Interrupted
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
-from cnf.training.stream import Drawn, drawn_to_validate
+from cnf.training.stream import DistributionData, validation_draws
 
 TEST_POINTS = 10_000
 VALIDATION_POINTS = 4_000
@@ -144,14 +144,14 @@ def _results(
 
 def _source(data: Any) -> Any:
     """The data as a `Toy`, `Points`, or what has the interface of a `Toy`."""
-    return Drawn(data) if isinstance(data, Distribution | Base | Flow) else load(data)
+    return DistributionData(data) if isinstance(data, Distribution | Base | Flow) else load(data)
 
 
 def _fingerprint(density: Any) -> Any:
     """What tells data of one name from others; None where the name tells all."""
     if isinstance(density, Points):
         return hash_of_rows(Batch(density.x, density.context, weight=density.weight))
-    if isinstance(density, Drawn):
+    if isinstance(density, DistributionData):
         drawn = draws_of(density)
         return None if drawn is None else [f"{number:.4g}" for number in drawn.flatten().tolist()]
     return None
@@ -297,7 +297,7 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
     """Held-out gap (NLL for one's own points) against seconds of training, over all stages."""
     truth = 0.0
     if density.entropy is not None:  # the very points that training was validated on
-        held_out = drawn_to_validate(density, VALIDATION_POINTS, seed)
+        held_out = validation_draws(density, VALIDATION_POINTS, seed)
         truth = -float(density.log_prob(held_out).mean())
     curve, before = [], 0.0
     for history in histories:

@@ -15,7 +15,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.precision import collapsing
 from cnf.training.batches import Placement
-from cnf.training.stream import Drawn
+from cnf.training.stream import DistributionData
 
 NEAR = 1e-4  # of a column's spread that others do not explain: less, and they explain all of it
 ATOM = 0.1  # of the rows with one and the same value
@@ -38,7 +38,7 @@ def check_columns(module: nn.Module, head: Batch, placed: Placement, data: Any, 
     """
     names = data.columns if isinstance(data, Points) else column_names(data)
     continuous = isinstance(module, Flow) and module.dequantization is None
-    source = data.inner if isinstance(data, Drawn) else data
+    source = data.inner if isinstance(data, DistributionData) else data
     source = source.distribution if isinstance(source, FromTorch) else source
     if continuous and isinstance(source, Distribution):
         expect_volume(source, "fit", "data")

@@ -53,7 +53,7 @@ class Stream(ABC):
         """What tells these data from others, as plain data or a tensor; None if nothing does."""
 
 
-class Drawn:
+class DistributionData:
     """A torch distribution, a base or a flow as a density to learn: the interface of a `Toy`.
 
     Args:
@@ -112,7 +112,7 @@ class Drawn:
         return -float(self.log_prob(drawn).double().mean())
 
 
-def drawn_to_validate(density: Any, n: int, seed: int) -> Tensor:
+def validation_draws(density: Any, n: int, seed: int) -> Tensor:
     """The draws from a density that training with this seed is validated on, shape (n, D).
 
     Args:
@@ -130,7 +130,7 @@ class DensityStream(Stream):
         self.density, self.seed = density, config.seed
         self.size = config.batch_size or BATCH_SIZE
         if validation is None:
-            validation = Batch(drawn_to_validate(density, config.validation_rows, config.seed))
+            validation = Batch(validation_draws(density, config.validation_rows, config.seed))
         self.validation = validation
         self.head = Batch(density.sample(10_000, stream(config.seed, "head")))
 
@@ -331,7 +331,7 @@ def as_stream(
     if isinstance(data, Batch):
         return RowStream(IndexedRows(weighty(as_batch(data, missing=missing))), config, held_out)
     if isinstance(data, Distribution | Base | Flow):
-        data = Drawn(data)
+        data = DistributionData(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -368,7 +368,7 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
     if isinstance(validation, Points):
         validation = in_memory(validation, missing=missing)
     if isinstance(validation, Distribution | Base | Flow):
-        validation = Drawn(validation)
+        validation = DistributionData(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
         validation = validation.sample(10_000, stream(0, "validation of one's own"))
     elif isinstance(validation, Dataset) and not isinstance(validation, IterableDataset):

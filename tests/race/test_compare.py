@@ -395,7 +395,7 @@ def test_torch_distribution_races_by_its_gap_and_is_standardized(tmp_path):
     assert results.entropy == pytest.approx(GAUSSIAN.entropy().item())
     flow = results.of("rnode")[0].flow
     assert flow.preprocess is not None  # a toy needs none
-    test = racing.draw_test_points(racing.Drawn(GAUSSIAN), 400)[0]
+    test = racing.draw_test_points(racing.DistributionData(GAUSSIAN), 400)[0]
     tight = flow.with_solver(TIGHT)
     expected = (GAUSSIAN.log_prob(test) - tight.log_prob(test)).double().mean().item()
     assert results.mean("rnode", "gap")[0] == pytest.approx(expected, abs=1e-4)
@@ -407,7 +407,7 @@ def test_torch_distribution_races_by_its_gap_and_is_standardized(tmp_path):
 
 def test_entropy_without_a_formula_is_a_mean_over_draws():
     parts = Independent(Normal(torch.tensor([[-50.0, 0.0], [50.0, 0.0]]), torch.ones(2, 2)), 1)
-    mixture = racing.Drawn(MixtureSameFamily(Categorical(torch.ones(2)), parts))
+    mixture = racing.DistributionData(MixtureSameFamily(Categorical(torch.ones(2)), parts))
     exact = math.log(2) + 1 + math.log(2 * math.pi)  # of two Gaussians that never meet
     assert mixture.entropy == pytest.approx(exact, abs=0.02)  # 1/√100,000 = 0.003 a draw
     assert mixture.support[0, 0] < -50 and mixture.support[1, 0] > 50

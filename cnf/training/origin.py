@@ -79,26 +79,34 @@ class Origin:
                 "was begun by a version of cnf that drew other random numbers and held out other "
                 "rows; begin a new run, which may start from these weights: flow = cnf.load(run)"
             )
-        before, now = _flat(state["description"]), _flat(self.description)
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        changed = [name for name in changed if name.split(".")[0] not in UNREPORTED]
-        both = [n for n in BUDGETS if None not in (before.get(n), now.get(n))]
-        changed = [name for name in changed if name not in BUDGETS or name in both]
-        told = {name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed}
-        fixed = [told[name] for name in changed if name.split(".")[0] in FIXED]
+        changed = _changes(_flat(state["description"]), _flat(self.description))
+        fixed = [words for name, words in changed.items() if name.split(".")[0] in FIXED]
         if fixed:
             raise CheckpointError(f"is another run: {', '.join(fixed)}")
         if not same_data(state["data"], self.data):
-            reading = [words for name, words in told.items() if name.split(".")[0] in READING]
-            why = ", ".join(reading) or f"{now.get('data')!r} is not what it was"
+            reading = [words for name, words in changed.items() if name.split(".")[0] in READING]
+            why = ", ".join(reading) or f"{self.description.get('data')!r} is not what it was"
             raise CheckpointError(
                 f"was trained on other data than these ({why}); give it the same, or begin a new "
                 "run"
             )
         made = {n: (a, self.made_by[n]) for n, a in (state["made_by"] or {}).items()}
-        words = [*told.values(), *(f"{n} was {a}, is {b}" for n, (a, b) in made.items() if a != b)]
+        others = [f"{n} was {a}, is {b}" for n, (a, b) in made.items() if a != b]
+        words = [*changed.values(), *others]
         if words:
             warn(f"fit: the run goes on with other settings than it had: {', '.join(words)}")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Settings that differ, by dotted name, in words; a budget only where both runs have it."""
+    both = [name for name in BUDGETS if None not in (before.get(name), now.get(name))]
+    return {
+        name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+        and name.split(".")[0] not in UNREPORTED
+        and (name not in BUDGETS or name in both)
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What made the numbers: a run's configuration, its data and its machine."""
 
 import hashlib
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -176,33 +178,23 @@ def _processor() -> str:
 
 
 def hash_of_rows(batch: Batch) -> str:
-    """A hash of rows: names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            small = value.numel() * value.element_size() <= WHOLE
-            rows = value if small else torch.cat([value[:ENDS], value[-ENDS:]])
-            digest.update(_label(name, value))
-            digest.update(_bytes(rows))
-    return digest.hexdigest()
+    """A hash of rows: names, shapes, dtypes and bytes; of large tensors those at both ends."""
+    return _hash({name: value for name, value in vars(batch).items() if value is not None}, WHOLE)
 
 
 def hash_of_weights(module: nn.Module) -> str:
     """A hash of a module's parameters and buffers: names, shapes, dtypes and bytes."""
+    return _hash(module.state_dict())
+
+
+def _hash(tensors: Mapping[str, Tensor], whole: float = math.inf) -> str:
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(_label(name, value))
-        digest.update(_bytes(value))
+    for name, value in tensors.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        rows = value if value.nbytes <= whole else torch.cat([value[:ENDS], value[-ENDS:]])
+        flat = rows.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _label(name: str, value: Tensor) -> bytes:
-    return f"{name} {tuple(value.shape)} {value.dtype}".encode()
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat = value.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data
 
 
 def draws_of(density: Any) -> Tensor | None:

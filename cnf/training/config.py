@@ -92,84 +92,86 @@ class TrainConfig:
     ticks: list[int] | None = None
 
     def __post_init__(self) -> None:
-        who = "TrainConfig"
         for field in fields(self):
             if getattr(self, field.name) is None and NoneType not in get_args(field.type):
-                raise ValueError(f"{who}: expected {field.name} to be given, got None")
-        self._settle_numbers(who)
-        self._expect_ranges(who)
-        self._expect_engine(who)
-        self._expect_run(who)
+                raise ValueError(f"TrainConfig: expected {field.name} to be given, got None")
+        self._settle_numbers()
+        self._expect_ranges()
+        self._expect_engine()
+        self._expect_run()
 
-    def _settle_numbers(self, who: str) -> None:
+    def _settle_numbers(self) -> None:
         """Make NumPy's scalars Python's, as YAML cannot hold them; 60 seconds without a budget."""
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, float | np.floating) and value.is_integer():
                 value = int(value)  # 1e4 is meant for a whole number
-            expect_counts(who, least, **{name: value})
+            expect_counts("TrainConfig", least, **{name: value})
             setattr(self, name, None if value is None else int(value))
         for name in _REAL:
             value = getattr(self, name)
-            setattr(self, name, None if value is None else _real(who, name, value))
+            setattr(self, name, None if value is None else _real(name, value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
 
-    def _expect_ranges(self, who: str) -> None:
+    def _expect_ranges(self) -> None:
         """Raise unless budget, optimizer and averaging are possible."""
         if self.steps is not None and self.seconds is not None:
             raise ValueError(
-                f"{who}: expected a budget in steps or in seconds, not both, "
+                "TrainConfig: expected a budget in steps or in seconds, not both, "
                 f"got steps={self.steps}, seconds={self.seconds}"
             )
         expect_positive(
-            who, seconds=self.seconds, lr=self.lr, clip=self.clip,
+            "TrainConfig", seconds=self.seconds, lr=self.lr, clip=self.clip,
             checkpoint_seconds=self.checkpoint_seconds,
         )  # fmt: skip
-        expect_choice(who, "optimizer", self.optimizer, ("adam", "adamw"))
-        expect_choice(who, "schedule", self.schedule, ("cosine", "constant"))
+        expect_choice("TrainConfig", "optimizer", self.optimizer, ("adam", "adamw"))
+        expect_choice("TrainConfig", "schedule", self.schedule, ("cosine", "constant"))
         for name, value in (("warmup", self.warmup), ("ema", self.ema)):
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{who}: expected 0 <= {name} < 1, got {value!r}")
+                raise ValueError(f"TrainConfig: expected 0 <= {name} < 1, got {value!r}")
         if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"{who}: expected weight_decay >= 0, got {self.weight_decay!r}")
+            raise ValueError(f"TrainConfig: expected weight_decay >= 0, got {self.weight_decay!r}")
 
-    def _expect_engine(self, who: str) -> None:
+    def _expect_engine(self) -> None:
         """Raise unless precision, device and strategy are known; a device is kept as text."""
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(
-                f"{who}: expected precision to be one of {', '.join(map(repr, PRECISIONS))}, or "
-                f"None for the module's own, got {self.precision!r}; float16, and bfloat16 "
+                f"TrainConfig: expected precision to be one of {', '.join(map(repr, PRECISIONS))},"
+                f" or None for the module's own, got {self.precision!r}; float16, and bfloat16 "
                 "throughout, are too narrow for log-determinants: take 'bf16-mixed'"
             )
-        expect_choice(who, "device", str(self.device), DEVICES)
+        expect_choice("TrainConfig", "device", str(self.device), DEVICES)
         self.device = str(self.device)
         if not isinstance(self.strategy, str):
             raise ValueError(
-                f"{who}: expected strategy to be a name, such as 'ddp', got {self.strategy!r}"
+                "TrainConfig: expected strategy to be a name, such as 'ddp', got "
+                f"{self.strategy!r}"
             )
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(
-                f"{who}: expected a strategy that reruns the script, such as 'ddp', "
+                "TrainConfig: expected a strategy that reruns the script, such as 'ddp', "
                 f"got {self.strategy!r}"
             )
 
-    def _expect_run(self, who: str) -> None:
+    def _expect_run(self) -> None:
         """Raise unless folder, resuming and processes fit together; a folder is kept as a path."""
         if self.ticks is not None and self.seconds is not None:
-            raise ValueError(f"{who}: ticks repeat a run that had seconds; give them with steps")
-        expect_choice(who, "resume", self.resume, (True, False, "auto"))
+            raise ValueError(
+                "TrainConfig: ticks repeat a run that had seconds; give them with steps"
+            )
+        expect_choice("TrainConfig", "resume", self.resume, (True, False, "auto"))
         if self.resume and self.folder is None:
             raise ValueError(
-                f"{who}: resume={self.resume!r} needs folder=…, the run to go on with"
+                f"TrainConfig: resume={self.resume!r} needs folder=…, the run to go on with"
             )
         if (self.batch_size or BATCH_SIZE) % self.devices:
             raise ValueError(
-                f"{who}: expected batch_size divisible by devices, "
+                "TrainConfig: expected batch_size divisible by devices, "
                 f"got {self.batch_size or BATCH_SIZE} and {self.devices}"
             )
         if not isinstance(self.folder, str | PathLike | None):
-            raise ValueError(f"{who}: expected folder to be a path, got {self.folder!r}")
+            raise ValueError(f"TrainConfig: expected folder to be a path, got {self.folder!r}")
         self.folder = None if self.folder is None else Path(self.folder)
 
 
@@ -186,10 +188,10 @@ def as_config(config: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
     return TrainConfig(**(config or {}))
 
 
-def _real(who: str, name: str, value: Any) -> float:
+def _real(name: str, value: Any) -> float:
     try:
         if not isinstance(value, bool | np.bool_):
             return float(value)
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise ValueError(f"{who}: expected {name} to be a number, got {value!r}")
+    raise ValueError(f"TrainConfig: expected {name} to be a number, got {value!r}")

@@ -81,16 +81,11 @@ class Learner:
         self.lr = config.lr or objective.learning_rate(module)
         self.parameters = list(objective.parameters(module))
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(
-            self.parameters,
-            lr=self.lr,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        adam = kind(self.parameters, lr=self.lr, weight_decay=config.weight_decay, fused=True)
         autocast = fabric.device.type if config.precision == "bf16-mixed" else None
         self._loss = _LossModule(module, objective, autocast)
         self._fabric_loss = fabric.setup_module(self._loss)
-        self._optimizer: Any = fabric.setup_optimizers(optimizer)
+        self._optimizer: Any = fabric.setup_optimizers(adam)
         self.ema_module = module
         if config.ema is not None:
             self.ema_module = copy.deepcopy(module).requires_grad_(False)
@@ -99,7 +94,7 @@ class Learner:
         self._ema_buffers, self._buffers = list(self.ema_module.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
         self._batch: Batch | None = None  # of this step
-        self._skipped: Batch | None = None
+        self._skipped_batch: Batch | None = None
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
         """Set a flow's `ActNorm`s from the first rows, which every process has whole."""
@@ -154,7 +149,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         self._backward(loss.value if share == 1.0 else share * loss.value)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
-        if not torch.isfinite(norm + self._everyones(loss.value.detach())):
+        if not torch.isfinite(norm + self._over_processes(loss.value.detach())):
             self._skip(loss)
             return loss
         self._bad_in_a_row = 0
@@ -169,7 +164,7 @@ class Learner:
             explain_edit(self.module, error)
             raise
 
-    def _everyones(self, loss: Tensor) -> Tensor:
+    def _over_processes(self, loss: Tensor) -> Tensor:
         """The loss, NaN or infinite where that of any process is: all must skip the same steps.
 
         A NaN row has a gradient of 0, so that the gradient's norm does not tell.
@@ -192,7 +187,7 @@ class Learner:
                 torch._foreach_copy_(self._ema_buffers, self._buffers)  # pyright: ignore
 
     def _skip(self, loss: Loss) -> None:
-        self._skipped = self._batch
+        self._skipped_batch = self._batch
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
@@ -203,8 +198,8 @@ class Learner:
         if self._bad_in_a_row and 2 * self._bad_in_a_row >= steps:
             remedy = f"lower lr={self.lr:g}, clip harder, or check the data's scale"
             value = loss.value.item()
-            if value == math.inf and isinstance(self.module, Flow) and self._skipped:
-                remedy = outside_of_base(self.module, self._skipped) or remedy
+            if value == math.inf and isinstance(self.module, Flow) and self._skipped_batch:
+                remedy = outside_of_base(self.module, self._skipped_batch) or remedy
             raise DivergedError(
                 f"fit: the loss or its gradient was NaN or infinite in {self._bad_in_a_row} steps "
                 f"in a row (loss {value:.4g}); {remedy}"

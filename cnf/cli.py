@@ -30,7 +30,7 @@ from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
 from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
-from cnf.training.run import free_folder, read_manifest, recorded, scored_rows
+from cnf.training.run import free_folder, read_config, read_manifest, read_scores
 
 # The objective of a model and its options; that of the others is maximum likelihood.
 DEFAULT_OBJECTIVES = {"cnf": ("flow-matching", {"times": "skewed"})}
@@ -189,7 +189,7 @@ def sample(
     flow = load(run)
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
-    reading = _columns(recorded(run)) if (run / "config.yaml").is_file() else Columns()
+    reading = _columns(read_config(run)) if (run / "config.yaml").is_file() else Columns()
     given = None
     if context is not None:  # in float64: float32 would round a time in seconds
         given = torch.tensor(reading.parse("sample", context), dtype=torch.float64)
@@ -209,14 +209,14 @@ def plot(run: Path, data: str | None = None) -> None:
         data: Density, picture or file of points to plot for comparison; the training data if not
             given.
     """
-    from cnf.race.compare import measured
+    from cnf.race.compare import as_results
     from cnf.race.figures import save_figures
 
     flow, (source, _) = load(run), _data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
     entropy = source.entropy or 0.0
-    curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in scored_rows(run)]
-    results = measured(flow, source, run.stem, curve)
+    curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in read_scores(run)]
+    results = as_results(flow, source, run.stem, curve)
     for path in save_figures(results, folder).values():
         print(str(path))
 
@@ -456,7 +456,7 @@ def _data(run: Path, data: str | None) -> tuple[Any, float]:
     """
     if data is not None and not (run / "config.yaml").is_file():
         return densities.load(data), 0.0
-    settings = recorded(run)
+    settings = read_config(run)
     name = data or settings["data"]
     columns = _columns(settings) if densities.table_kind(Path(name)) else None
     found = _training_data(name, columns) if data is None else _other_data(name, columns)
@@ -487,7 +487,7 @@ def _training_data(name: str, columns: Columns | None) -> Any:
 def _has_training_table(run: Path) -> bool:
     """Whether the table that a run was trained on still exists."""
     known = (run / "config.yaml").is_file()
-    return known and Path(recorded(run)["data"]).is_file()
+    return known and Path(read_config(run)["data"]).is_file()
 
 
 def _columns(settings: dict[str, Any]) -> Columns:

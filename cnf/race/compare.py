@@ -235,7 +235,7 @@ def _raced(
     return Entry(name, contestant.title, config.seed, scores, curve, few, flow)
 
 
-def measured(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:
+def as_results(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:
     """One trained flow as `Results`, for its own figures.
 
     Args:

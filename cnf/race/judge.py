@@ -15,7 +15,7 @@ from cnf.metrics.distances import sliced
 from cnf.metrics.flows import COUNT
 from cnf.metrics.nfe_curves import Curve, nfe_curve
 from cnf.objectives import Batch
-from cnf.race.results import measured
+from cnf.race.results import race_metrics
 from cnf.random import stream
 from cnf.training.diagnosis import warn_of_few_steps
 from cnf.transforms.continuous import is_continuous
@@ -58,7 +58,7 @@ class Judge:
         other = self.standardized(_unweighted(_as_points(reference)).x[: len(self.target.x)])
         self.floor = {
             metric.score.key: _scored(metric, self.distance(metric, other))[metric.score.key]
-            for metric in measured()
+            for metric in race_metrics()
             if metric.needs == "samples"
         }
 
@@ -76,7 +76,7 @@ class Judge:
         with evaluating(flow), torch.no_grad():
             say("log-likelihood")
             trial = self.trial(flow, seed)
-            for metric in measured():
+            for metric in race_metrics():
                 say(metric.score.label)
                 scores |= self.measure(metric, trial)
         return scores

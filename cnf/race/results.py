@@ -34,7 +34,7 @@ TRAINING = (
 )  # fmt: skip
 
 
-def measured() -> list[Metric]:
+def race_metrics() -> list[Metric]:
     """What a race measures of every flow, in the order of its tables."""
     return sorted(METRICS.values(), key=lambda metric: metric.score.key not in DECIDING)
 
@@ -149,7 +149,7 @@ class Results:
                 note=score.note.format(**counts),
                 margin=memory if score.key == "peak_memory_mb" else score.margin,
             )
-            for score in [*(metric.score for metric in measured()), *TRAINING]
+            for score in [*(metric.score for metric in race_metrics()), *TRAINING]
             if score.key == self.score
             or not all(math.isnan(entry.score(score.key)) for entry in self.entries)
         ]

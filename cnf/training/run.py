@@ -208,7 +208,7 @@ def free_folder(wanted: Path) -> Path:
     return folder
 
 
-def scored_rows(folder: Path) -> list[dict[str, str]]:
+def read_scores(folder: Path) -> list[dict[str, str]]:
     """The rows of a run's metrics.csv that hold a held-out NLL; none without that file."""
     path = folder / "metrics.csv"
     if not path.is_file():
@@ -225,7 +225,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml; a ValueError where there are none with its data."""
     path, yaml = folder / "config.yaml", optional("yaml", "train")
     if not path.is_file():

@@ -136,6 +136,11 @@ class Results:
         return "nll" if self.entropy is None else "gap"
 
     @property
+    def score_name(self) -> str:
+        """The score that decides, in words."""
+        return "NLL" if self.score == "nll" else "gap"
+
+    @property
     def columns(self) -> list[Score]:
         """The scores for which somebody has a number, and the deciding one, in order."""
         memory = 0.05 if self.machine.get("gpu") else 0.25  # of a process: torch and leftovers too
@@ -213,8 +218,7 @@ class Results:
     def score_text(self, contestant: str) -> str:
         """The deciding score in words, such as "gap 0.012 ± 0.003 nats"."""
         score = self.mean(contestant, self.score)
-        name = "gap" if self.score == "gap" else "NLL"
-        return f"{name} {score} nats" if math.isfinite(score.value) else "failed"
+        return f"{self.score_name} {score} nats" if math.isfinite(score.value) else "failed"
 
     def save(self, folder: Path) -> None:
         """Write results.csv (a row per contestant and seed) and results.json (no flows)."""

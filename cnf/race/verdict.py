@@ -89,7 +89,7 @@ def lead(results: Results) -> list[str]:
         verb = "has" if len(bad) == 1 else "have"
         sentences.append(
             f"{_joined([names[name] for name in bad])} {verb} no finite "
-            f"{_score_name(results)} for at least one seed and cannot win: "
+            f"{results.score_name} for at least one seed and cannot win: "
             f"{'it' if len(bad) == 1 else 'they'} failed."
         )
     if len(results.settings.get("seeds", [0])) == 1:
@@ -189,10 +189,6 @@ def _names(results: Results) -> dict[str, str]:
 
 def _name_value(results: Results, decided: Contest) -> str:
     return f"{'a gap' if results.score == 'gap' else 'an NLL'} of {decided.value}"
-
-
-def _score_name(results: Results) -> str:
-    return "gap" if results.score == "gap" else "NLL"
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -143,13 +143,7 @@ class Judge:
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
         """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
         points = _placed(self.target, flow)
-        return nfe_curve(
-            flow,
-            points.x,
-            context=points.context,
-            distance=self.sliced,
-            seed=seed,
-        )
+        return nfe_curve(flow, points.x, context=points.context, distance=self.sliced, seed=seed)
 
 
 def draw_test_points(density: Any, n: int) -> tuple[Tensor, Tensor]:
@@ -175,11 +169,9 @@ def _as_points(x: Tensor | Points) -> Points:
 
 def _unweighted(points: Points) -> Points:
     """As many rows drawn by their weights; the points themselves where they have none."""
-    return (
-        points
-        if points.weight is None
-        else points.take(points.draw(len(points.x), stream(0, "rows by weight")))
-    )
+    if points.weight is None:
+        return points
+    return points.take(points.draw(len(points.x), stream(0, "rows by weight")))
 
 
 def _placed(points: Points, flow: Flow) -> Points:

@@ -72,13 +72,8 @@ def _rows(results: Results, shown: list[Score]) -> list[dict[str, Any]]:
         cells = []
         for score in shown:
             mean = results.mean(name, score.key)
-            cells.append(
-                {
-                    "text": str(mean),
-                    "value": repr(float(mean.value)),
-                    "best": mean.value == best[score.key],
-                }
-            )
+            value, is_best = repr(float(mean.value)), mean.value == best[score.key]
+            cells.append({"text": str(mean), "value": value, "best": is_best})
         rows.append({"name": name, "cells": cells})
     return rows
 
@@ -100,8 +95,7 @@ def _picture(results: Results, name: str, file: Path) -> dict[str, Any]:
     width, height = struct.unpack_from(layout, data, start)
     moving = kind == "gif"
     if moving:
-        title = results.titles[name.removeprefix("flow-")]
-        caption = ""
+        title, caption = results.titles[name.removeprefix("flow-")], ""
     else:
         title, caption = _captions(results)[name]
     return {
@@ -148,10 +142,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
             f"Exact densities beside {truth}. {scale} Look for bridges between parts that should "
             "be apart, blurred edges, and mass where there should be none.",
         ),
-        "samples": (
-            "Samples",
-            samples,
-        ),
+        "samples": ("Samples", samples),
         "trajectories": (
             "From noise to data",
             "The same noise, carried to data by each. Straight and even paths need few solver "

@@ -10,28 +10,30 @@ from cnf.dynamics.divergence import DIVERGENCES, Hutchinson
 from cnf.errors import abbreviated
 from cnf.transforms.continuous import Continuous
 
+MODES = {False: "eval", True: "train"}  # `module.training` in words
 _NOISE = 1e-5  # relative; more than what non-deterministic sums on a GPU leave in float32
 
 
 def determinism(case: Case) -> list[Outcome]:
     """The right-hand side is a function of (t, x), and log_prob of x: nothing is drawn anew."""
-    if any(_estimates(part) for part in case.continuous):
+    divergences = [DIVERGENCES.build(part.divergence or "exact") for part in case.continuous]
+    if any(isinstance(divergence, Hutchinson) for divergence in divergences):
         words = "log_prob is an estimate (Hutchinson) without being asked for one"
         remedy = (
             "build Continuous with divergence='exact' and ask for the estimate where it is wanted:"
             " log_prob(x, divergence=Hutchinson(probes=8))"
         )
         return [Outcome(math.inf, 0.0, words, remedy)]
-    outcomes = [_right_hand_side(case, part, mode) for part in case.continuous for mode in (0, 1)]
+    outcomes = [_right_hand_side(case, part, mode) for part in case.continuous for mode in MODES]
     if not all(outcome.passed for outcome in outcomes):
         return outcomes  # a solve of noise would take for ever
-    for mode in (False, True):
+    for mode in MODES:
         flow = in_mode(case.flow, mode)
         x, _, context = case.rows(flow, 16)
         change = (flow.log_prob(x, context) - flow.log_prob(x, context)).abs().max()
         size = 1 + flow.log_prob(x, context).abs().max()
         words = (
-            f"log_prob of the same points, twice in {_named(mode)} mode: {change:.2g} nats apart"
+            f"log_prob of the same points, twice in {MODES[mode]} mode: {change:.2g} nats apart"
         )
         remedy = (
             "dropout, or a divergence estimated with new probes in every call; log_prob must be "
@@ -43,12 +45,12 @@ def determinism(case: Case) -> list[Outcome]:
     return outcomes
 
 
-def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
-    part = copy.deepcopy(part).train(bool(mode))
+def _right_hand_side(case: Case, part: Continuous, mode: bool) -> Outcome:
+    part = copy.deepcopy(part).train(mode)
     like = reference(case.flow)
     draw = torch.randn(8, *part.field.event_shape, generator=case.generator).to(like)
     context = torch.randn(8, part.context_dim, generator=case.generator).to(like)
-    divergence = DIVERGENCES.build("exact" if part.divergence is None else part.divergence)
+    divergence = DIVERGENCES.build(part.divergence or "exact")
     probe = divergence.draw(draw)
     time = draw.new_tensor(0.4)
     shown = context if part.context_dim else None
@@ -59,17 +61,13 @@ def _right_hand_side(case: Case, part: Continuous, mode: int) -> Outcome:
     ]
     what = "velocity" if change[0] > _NOISE else "divergence"
     words = (
-        f"the field's {what} at one (t, x), twice in {_named(mode)} mode: {max(change):.2g} apart"
+        f"the field's {what} at one (t, x), twice in {MODES[mode]} mode: {max(change):.2g} apart"
     )
     remedy = (
         "noise is drawn anew on every evaluation, so that the ODE's right-hand side is no "
         "function of (t, x): draw it once per solve (in Divergence.draw), and take dropout out"
     )
     return Outcome(max(change), _NOISE, words, remedy)
-
-
-def _estimates(part: Continuous) -> bool:
-    return isinstance(DIVERGENCES.build(part.divergence or "exact"), Hutchinson)
 
 
 def finite(case: Case) -> Outcome:
@@ -136,7 +134,7 @@ def consistency(case: Case) -> Outcome:
 def batch_independence(case: Case) -> list[Outcome]:
     """log_prob(x)[i] is log_prob(x[i:i+1]), in train and in eval mode."""
     outcomes = []
-    for mode in (False, True):
+    for mode in MODES:
         flow = in_mode(case.exact, mode)
         x, _, context = case.rows(flow)
         whole = flow.log_prob(x, context)
@@ -147,7 +145,7 @@ def batch_independence(case: Case) -> list[Outcome]:
         ]
         error = (torch.cat(alone) - whole[picks]).abs().max().item()
         words = (
-            f"log_prob of a row alone, in {_named(mode)} mode: {error:.2g} nats from the batch's"
+            f"log_prob of a row alone, in {MODES[mode]} mode: {error:.2g} nats from the batch's"
         )
         remedy = (
             "a row depends on its neighbors: batch statistics (BatchNorm, x.mean(0)), or a "
@@ -172,7 +170,3 @@ def solver(case: Case) -> list[Outcome]:
         Outcome(nats.item(), NATS, f"the solver's error in log_prob is {nats:.2g} nats", remedy),
         Outcome(share.item(), NATS, f"its error in samples is {share:.2g} of the spread", remedy),
     ]
-
-
-def _named(mode: int) -> str:
-    return "train" if mode else "eval"

@@ -321,7 +321,8 @@ def _of_paths(measure: Callable[..., Estimate], trial: Trial) -> float:
     Score("round_trip", "Round trip", "Largest |decode(encode(x)) − x|", note="max error"),
 )
 def _round_trip(trial: Trial) -> float:
-    x, context = _few(trial)
+    x, context = trial.test.x[:COUNT], trial.test.context
+    context = None if context is None else context[:COUNT]
     return round_trip_error(trial.exact, x, context, trial.scale.to(x))
 
 
@@ -376,11 +377,6 @@ def _ms_sample(trial: Trial) -> float:
 )  # fmt: skip
 def _ms_log_prob(trial: Trial) -> float:
     return _milliseconds(lambda: trial.flow.log_prob(trial.test.x, trial.test.context))
-
-
-def _few(trial: Trial) -> tuple[Tensor, Tensor | None]:
-    context = trial.test.context
-    return trial.test.x[:COUNT], None if context is None else context[:COUNT]
 
 
 def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:

@@ -37,28 +37,10 @@ def as_batch(
             if value is not None:
                 _expect_numbers(who, name if key == "x" else key, value, missing, numbers)
         return item
-    if isinstance(item, Mapping):
-        known = [field.name for field in fields(Batch)]
-        if "x" not in item or not set(item) <= set(known):
-            raise ValueError(
-                f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
-                f"{', '.join(map(str, item))}; rename them"
-            )
-        parts = dict(item)
-    else:
-        pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
-        given = item if pair else [item]
-        if not 1 <= len(given) <= 2:
-            raise ValueError(
-                f"{who}: expected a batch to be x or (x, context), got {len(given)} parts; name "
-                'them: {"x": …, "context": …, "weight": …}'
-            )
-        parts = dict(zip(("x", "context"), given, strict=False))
-    told = {"x": name}
     tensors = {
-        k: _checked(who, told.get(k, k), v, missing, numbers)
-        for k, v in parts.items()
-        if v is not None
+        key: _checked(who, name if key == "x" else key, value, missing, numbers)
+        for key, value in _by_name(who, item).items()
+        if value is not None
     }
     rows = len(tensors["x"])
     for key, value in tensors.items():
@@ -69,6 +51,26 @@ def as_batch(
     weight = tensors.pop("weight", None)
     batch = Batch(**tensors)  # without the weight: chance may draw weights of 0
     return batch if weight is None else batch.but(weight=_weights(who, weight, rows, numbers))
+
+
+def _by_name(who: str, item: Any) -> dict[str, Any]:
+    """The parts of a mapping, of a pair (x, context), or of x alone, as a Batch names them."""
+    if isinstance(item, Mapping):
+        known = [field.name for field in fields(Batch)]
+        if "x" in item and set(item) <= set(known):
+            return dict(item)
+        raise ValueError(
+            f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
+            f"{', '.join(map(str, item))}; rename them"
+        )
+    pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
+    given = item if pair else [item]
+    if not 1 <= len(given) <= 2:
+        raise ValueError(
+            f"{who}: expected a batch to be x or (x, context), got {len(given)} parts; name "
+            'them: {"x": …, "context": …, "weight": …}'
+        )
+    return dict(zip(("x", "context"), given, strict=False))
 
 
 def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool = False) -> Batch:

@@ -98,7 +98,7 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
         if len(own["x"]) < 2:
             shape = tuple(own["x"].shape)
             raise ValueError(f"fit: expected data of two rows or more, got shape {shape}")
-    return weighty(as_batch(own, missing=missing))
+    return drop_zero_weights(as_batch(own, missing=missing))
 
 
 def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
@@ -173,27 +173,23 @@ def is_batch(value: Any) -> bool:
     return isinstance(value, Batch | Mapping) or is_rows(value)
 
 
-def joined(batches: Iterable[Batch], n: int) -> Batch:
+def first_rows(batches: Iterable[Batch], n: int) -> Batch:
     """The first n rows of some batches."""
-    found: list[Batch] = []
+    found, count = [], 0
     for batch in batches:
         found.append(batch)
-        if sum(len(part.x) for part in found) >= n:
+        count += len(batch.x)
+        if count >= n:
             break
     if not found:
         raise ValueError("fit: expected batches to validate on, got an empty iterable")
-    parts = [vars(batch) for batch in found]
-    return Batch(
-        **{
-            name: torch.cat([part[name] for part in parts])[:n]
-            for name, value in parts[0].items()
-            if value is not None
-        }
-    )
+    names = [name for name, value in vars(found[0]).items() if value is not None]
+    columns = {name: [vars(batch)[name] for batch in found] for name in names}
+    return Batch(**{name: torch.cat(parts)[:n] for name, parts in columns.items()})
 
 
-def weighty(rows: Batch) -> Batch:
-    """The rows less those of weight 0, which say nothing."""
+def drop_zero_weights(rows: Batch) -> Batch:
+    """The rows without those of weight 0, which do not count in any mean."""
     if rows.weight is None:
         return rows
     expect_weights("fit", rows.weight)
@@ -204,7 +200,7 @@ def weighty(rows: Batch) -> Batch:
 def _weights(who: str, weight: Tensor, n: int, numbers: Tensor | None) -> Tensor:
     if weight.shape != (n,):
         raise ValueError(f"{who}: expected weight of shape ({n},), got {tuple(weight.shape)}")
-    if weight.any():  # of a table all must not be 0, see `weighty`; of a batch chance may have it
+    if weight.any():  # chance may draw a batch of zeros; a table of them is refused in `in_memory`
         expect_weights(who, weight, numbers)
     return weight
 

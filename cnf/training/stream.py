@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
 from os import PathLike
@@ -20,7 +20,7 @@ from cnf.errors import warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import preserved, reseed, stream, stream_seed
-from cnf.training.batches import as_batch, in_memory, is_batch, joined, weighty
+from cnf.training.batches import as_batch, drop_zero_weights, first_rows, in_memory, is_batch
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
 
@@ -196,17 +196,13 @@ class RowStream(Stream):
 
 
 class IterableStream(Stream):
-    """An iterable of batches, begun again when it ends; a resumed run skips what it has seen.
+    """Batches of an iterable or a generator function, begun again when it ends.
 
     Each pass is begun under a seed of its own, so that a shuffling DataLoader repeats.
     """
 
     def __init__(
-        self,
-        batches: Iterable[Any],
-        config: TrainConfig,
-        validation: Batch | None,
-        missing: bool = False,
+        self, batches: Any, config: TrainConfig, validation: Batch | None, missing: bool = False
     ) -> None:
         self.batches, self.validation, self.seed = batches, validation, config.seed
         self.missing = missing
@@ -221,7 +217,8 @@ class IterableStream(Stream):
     def _begin(self, number: int) -> Iterator[Any]:
         with preserved(CPU):
             reseed(stream_seed(self.seed, "pass", number), CPU)
-            iterator = iter(self.batches)
+            generated = inspect.isgeneratorfunction(self.batches)
+            iterator = self.batches() if generated else iter(self.batches)
             first = next(iterator, None)  # samplers seed themselves at the first item
         if first is None:
             raise ValueError(f"fit: the iterable of batches is empty in pass {number + 1}")
@@ -248,7 +245,7 @@ class IterableStream(Stream):
         return hash_of_rows(self.head)
 
     def rows(self, n: int) -> Batch:
-        return joined((self._checked(item, k) for k, item in enumerate(self._begin(0))), n)
+        return first_rows((self._checked(item, k) for k, item in enumerate(self._begin(0))), n)
 
 
 class NoData(Stream):
@@ -329,7 +326,8 @@ def as_stream(
     if data is None:
         return NoData(config)
     if isinstance(data, Batch):
-        return RowStream(IndexedRows(weighty(as_batch(data, missing=missing))), config, held_out)
+        data = IndexedRows(drop_zero_weights(as_batch(data, missing=missing)))
+        return RowStream(data, config, held_out)
     if isinstance(data, Distribution | Base | Flow):
         data = DistributionData(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
@@ -341,9 +339,7 @@ def as_stream(
             "fit: expected an iterable that can be begun again, got an iterator; give a list of "
             "batches, or the generator function itself, without calling it"
         )
-    if inspect.isgeneratorfunction(data):
-        data = _Generated(data)
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) or inspect.isgeneratorfunction(data):
         return IterableStream(data, config, held_out, missing)
     raise TypeError(
         "fit: expected data to be a density or its name, a file, an array or a table, a Batch, a "
@@ -377,21 +373,9 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
     elif inspect.isgeneratorfunction(validation):
         validation = validation()
     if isinstance(validation, Iterable) and not is_batch(validation):
-        validation = joined(
-            (
-                as_batch(item, missing=missing, who=f"fit: batch {place} of validation")
-                for place, item in enumerate(validation)
-            ),
-            limit,
+        batches = (
+            as_batch(item, missing=missing, who=f"fit: batch {place} of validation")
+            for place, item in enumerate(validation)
         )
-    return weighty(as_batch(validation, "validation", missing))
-
-
-class _Generated:
-    """The batches of a generator function, which is called for each pass."""
-
-    def __init__(self, function: Callable[[], Iterator[Any]]) -> None:
-        self.function = function
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.function()
+        validation = first_rows(batches, limit)
+    return drop_zero_weights(as_batch(validation, "validation", missing))

@@ -267,10 +267,14 @@ class _Trainer:
         if score is not None:
             record[self.validation.name] = score
         history.records.append(record)
+        self._tell(record)
+
+    def _tell(self, record: dict[str, float]) -> None:
+        """Hand a record to TensorBoard, loggers and callbacks; where one fails, save the run."""
         try:
             self.folder.log(record)
             self.listeners.tell(record)
-        except Exception as error:  # of a full disk, a service, a callback: no step may be lost
+        except Exception as error:  # a full disk, a service, a callback: no step may be lost
             try:
                 self._save()
             except (CheckpointError, DivergedError) as unsaved:
@@ -302,9 +306,13 @@ class _Trainer:
         if self.folder.folder is not None:
             checkpoint.save(self.module, self.folder.checkpoints)
         self._describe(history.reason)
+        self._say_ended()
+
+    def _say_ended(self) -> None:
+        history = self.history
         if history.reason == "interrupted":
             saved = self.config.folder and f"saved; resume it in {self.config.folder}"
-            self.bar.say(f"Interrupted at step {budget.step}: {saved or 'not saved'}.")
+            self.bar.say(f"Interrupted at step {history.steps}: {saved or 'not saved'}.")
         if history.validating > max(SLOW, history.seconds):
             self.bar.say(
                 f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s: "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 WIDTH = 79
-KEPT = re.compile(r" (?=[\d×])|(?<=×) ")  # spaces at which no line is broken
+NO_BREAK = re.compile(r" (?=[\d×])|(?<=×) ")  # spaces at which a line is not broken
 
 
 def named(part: object, *about: str) -> str:
@@ -32,7 +32,7 @@ def wrapped(text: str, indent: str = "") -> str:
         text: The text.
         indent: Indentation of the first line; the others have four spaces more.
     """
-    text = KEPT.sub("\0", " ".join(text.split()))
+    text = NO_BREAK.sub("\0", " ".join(text.split()))
     lines = textwrap.fill(
         text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}    ",
         break_on_hyphens=False, break_long_words=False,

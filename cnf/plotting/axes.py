@@ -43,8 +43,7 @@ def panels(
     rows = math.ceil(count / columns)
     tall = side * (1.0 if unlike(window) else min(height / width, 2.0)) + 0.75
     figure = new_figure(side * columns, rows * tall + below, layout="compressed")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    axes = list(grid)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[count:]:
         spare.remove()
     return figure, axes[:count]

@@ -98,10 +98,8 @@ class Listeners:
 
     def tell(self, record: dict[str, float]) -> None:
         """Hand on a record; what a listener raises ends the run, after a checkpoint."""
-        metrics, step = (
-            {k: value for k, value in record.items() if k != "step"},
-            int(record["step"]),
-        )
+        metrics = {name: value for name, value in record.items() if name != "step"}
+        step = int(record["step"])
         for logger in self._loggers:
             with naming(f"the logger {type(logger).__name__}", step):
                 logger.log_metrics(dict(metrics), step)

@@ -100,7 +100,7 @@ class Validation:
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
         if total == math.inf:
             self._explain_infinity(flow)
-        return total / _mass(self._rows)
+        return total / _total_weight(self._rows)
 
     def _explain_infinity(self, flow: Flow) -> None:
         """Warn, once, where the score is infinite because of the base's support."""
@@ -138,8 +138,8 @@ class Validation:
         generator, total = stream(self.config.seed, "held-out loss"), 0.0
         for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for
             batch = self.objective.prepare(module, rows, generator)
-            total += _mass(rows) * self.objective(module, batch).value.item()
-        return total / _mass(self._rows)
+            total += _total_weight(rows) * self.objective(module, batch).value.item()
+        return total / _total_weight(self._rows)
 
     def _chunks(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self._rows.x), size):
@@ -165,6 +165,6 @@ class Validation:
         self.best, self.best_weights = float(state["best"]), state["weights"]
 
 
-def _mass(rows: Batch) -> float:
+def _total_weight(rows: Batch) -> float:
     """The sum of the rows' weights; each counts as one where there are none."""
     return len(rows.x) if rows.weight is None else rows.weight.double().sum().item()

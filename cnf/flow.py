@@ -164,17 +164,17 @@ class Flow(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, base samples and contexts."""
+        """The dtype of weights, base samples and contexts."""
         return self.base._like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of weights, base samples and contexts."""
+        """The device of weights, base samples and contexts."""
         return self.base._like.device
 
     @property
     def data_dtype(self) -> torch.dtype:
-        """Of samples: `dtype`, or that of the data `preprocess` was fitted to if it is wider."""
+        """The dtype of samples: `dtype`, or that which `preprocess` was fitted to if wider."""
         dtype = self.dtype
         for part in () if self.preprocess is None else transforms_in(self.preprocess):
             dtype = torch.promote_types(getattr(part, "dtype", dtype), dtype)
@@ -409,7 +409,7 @@ class Flow(nn.Module):
         return x.to(self.dtype), total
 
     def outside(self, y: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What the transform gives, in data space, and log|det| of that, shape (*batch,), or 0."""
+        """The transform's output in data space, and log|det| of that, shape (*batch,), or 0."""
         return (y, 0.0) if self.preprocess is None else self.preprocess(y.to(self.data_dtype))
 
     def with_solver(self, solver: Solver | Mapping[str, Any] | str) -> "Flow":

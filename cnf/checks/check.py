@@ -239,7 +239,7 @@ def _samples(flow: Flow, z: Tensor, context: Tensor | None) -> Tensor:
 
 
 def _tightened(flow: Flow) -> Flow:
-    """Under dopri5 at 1e-8, which is as good as exact here, with the same way to gradients."""
+    """The flow under dopri5 at 1e-8, as good as exact here, with the same way to gradients."""
     solvers = [part.solver for part in flow.modules() if isinstance(part, Continuous)]
     if not solvers:
         return flow

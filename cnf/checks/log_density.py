@@ -182,7 +182,7 @@ def _culprit(flow: Flow, x: Tensor, context: Tensor | None) -> str:
 
 
 def _whole(flow: Flow) -> Transform:
-    """From base to data, for a flow whose data are of its own dtype."""
+    """The map from base to data, for a flow whose data are of its own dtype."""
     parts = [flow.transform, flow.preprocess]
     return Compose([part for part in parts if part is not None])
 

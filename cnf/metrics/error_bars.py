@@ -127,7 +127,7 @@ def _scored(
 
 
 def _reference(flow: Flow) -> Flow:
-    """In float64, every ODE's solver refined, also of a base or a dequantization."""
+    """The flow in float64, every solver refined, also of a base or a dequantization."""
     flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):

@@ -87,11 +87,11 @@ class Objective(ABC):
         return flow
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return module.parameters()
 
     def learning_rate(self, module: nn.Module) -> float:
-        """Adam's, where none is given."""
+        """Adam's learning rate, where none is given."""
         return self.lr
 
 

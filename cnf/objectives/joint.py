@@ -71,12 +71,12 @@ class Joint(Objective):
         return any(term.solves for term in self.terms)
 
     def as_trained(self, flow: Flow) -> Flow:
-        """Under the solver of the first term that has one of its own."""
+        """The flow under the solver of the first term that has one of its own."""
         found = (term.as_trained(flow) for term in self.terms)
         return next((under for under in found if under is not flow), flow)
 
     def learning_rate(self, module: nn.Module) -> float:
-        """The lowest of the terms'."""
+        """The lowest of the terms' learning rates."""
         return min(term.learning_rate(module) for term in self.terms)
 
     def begin(self, module: nn.Module, rows: Any, generator: Generator) -> "Joint":
@@ -121,6 +121,6 @@ class Joint(Objective):
         return torch.stack(losses).sum(0)
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
-        """What any term trains, once."""
+        """The parameters that any term trains, each once."""
         found = {id(p): p for term in self.terms for p in term.parameters(module)}
         return iter(found.values())

@@ -177,12 +177,12 @@ class MaximumLikelihood(Objective):
         return flow if solver is None else flow.with_solver(solver)
 
     def learning_rate(self, module: nn.Module) -> float:
-        """The model's recipe's, or this objective's."""
+        """The learning rate of the model's recipe, or this objective's."""
         return _recipe(as_flow("MaximumLikelihood", module)).lr or self.lr
 
 
 def _recipe(flow: Flow) -> Recipe:
-    """That of the flow's continuous parts, which must be one."""
+    """The recipe of the flow's continuous parts, which must share one."""
     parts = transforms_in(flow.transform)
     first, *others = [p.recipe for p in parts if isinstance(p, Continuous)] or [Recipe()]
     if any(other != first for other in others):

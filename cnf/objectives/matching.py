@@ -107,7 +107,7 @@ class FlowMatching(Objective):
     def begin(
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "FlowMatching":
-        """With a coupling that is fitted to the data, the same, fitted."""
+        """This objective, its coupling fitted to the data if it is one that can be."""
         flow, coupling, begun = as_flow("FlowMatching", module), self._built[0], copy(self)
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
         if data is not None and data.x0 is None:
@@ -214,7 +214,7 @@ class FlowMatching(Objective):
         return torch.stack([_squares(*both) for both in self._regressed(module, batch)]).sum(0)
 
     def _regressed(self, module: nn.Module, pairs: MatchedPairs) -> list[tuple[Tensor, Tensor]]:
-        """What is predicted and what it should be: the velocity, and a score's head's noise."""
+        """Predictions and their targets: of the velocity, and of a score head's noise."""
         _, field, path = self._resolve(module)
         sample = path.sample(pairs.x0, pairs.x1, pairs.t, pairs.noise)
         call = partial(self._predicted, field, path, sample, pairs)
@@ -266,7 +266,7 @@ class FlowMatching(Objective):
         return path
 
     def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
-        """The field's; the base stays as it is."""
+        """The field's parameters; the base stays as it is."""
         flow = as_flow("FlowMatching", module)
         return require_field("FlowMatching", flow, _INSTEAD).field.parameters()
 

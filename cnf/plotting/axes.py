@@ -50,7 +50,7 @@ def panels(
 
 
 def unlike(window: Tensor) -> bool:
-    """Whether its sides are of so different lengths that one scale for both shows nothing."""
+    """Whether a window's sides are so unlike that one scale for both would show nothing."""
     width, height = (window[1] - window[0]).tolist()
     return not 0.2 < height / width < 5
 
@@ -83,7 +83,7 @@ def frame(
 
 
 def few_ticks(ax: "Axes", most: int = 3) -> None:
-    """Small ticks with whole numbers: no power of ten apart from them, which would hit a title."""
+    """Set small ticks, without a power of ten apart from them, which would hit a title."""
     ticker = optional("matplotlib.ticker", "evaluation")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10]))
@@ -93,7 +93,7 @@ def few_ticks(ax: "Axes", most: int = 3) -> None:
 
 
 def say_failed(ax: "Axes", why: str) -> None:
-    """Words in place of a picture that could not be made."""
+    """Write words in place of a picture that could not be made."""
     ax.text(
         0.5, 0.5, textwrap.fill(why, 26), ha="center", va="center", color=FAINT, fontsize=10,
         transform=ax.transAxes, wrap=True,
@@ -101,7 +101,7 @@ def say_failed(ax: "Axes", why: str) -> None:
 
 
 def axis_names(density: Any) -> tuple[str, ...]:
-    """The columns of one's own points, where they have names."""
+    """The names of the columns of one's own points, where they have some."""
     return getattr(density, "columns", None) or ()
 
 
@@ -126,7 +126,7 @@ def attempt(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 def scatter(
     ax: "Axes", points: Tensor, color: str, size: float = 3.0, alpha: float = 0.35
 ) -> None:
-    """Small translucent dots at the first two coordinates of points (N, D)."""
+    """Draw small translucent dots at the first two coordinates of points (N, D)."""
     x, y = points[:, :2].cpu().double().unbind(-1)
     ax.scatter(x.numpy(), y.numpy(), s=size, c=color, alpha=alpha, linewidths=0, zorder=2)
 
@@ -156,7 +156,7 @@ def window_of(density: Any, *others: Tensor) -> Tensor:
 
 
 def sparse_log(axis: Any, limits: tuple[float, float]) -> None:
-    """Plain numbers at 1, 2 and 5 of each power of ten, fewer of them on a long axis; no 10⁻²."""
+    """Set ticks at 1, 2 and 5 of each power of ten, fewer on a long axis, as plain numbers."""
     ticker = optional("matplotlib.ticker", "evaluation")
     low, high = limits
     if low > 0:
@@ -171,7 +171,7 @@ def sparse_log(axis: Any, limits: tuple[float, float]) -> None:
 
 
 def powers_of_two(ax: "Axes", largest: float) -> None:
-    """An x axis of evaluations: ticks at 1, 2, 4, … up to the largest, at least 32."""
+    """Set the ticks of evaluations at 1, 2, 4, … up to the largest, at least 32."""
     ticker = optional("matplotlib.ticker", "evaluation")
     top = max(largest, 32)
     ticks = [2**k for k in range(math.floor(math.log2(top)) + 1)]
@@ -182,7 +182,7 @@ def powers_of_two(ax: "Axes", largest: float) -> None:
 
 
 def legend_below(figure: "Figure", ax: "Axes") -> None:
-    """Below the axes, so that nothing is hidden and the picture stays narrow."""
+    """Put the legend below the axes, where it hides nothing and the picture stays narrow."""
     handles, labels = ax.get_legend_handles_labels()
     columns = 1 if max(map(len, labels), default=0) > 26 else 2
     rows = math.ceil(len(labels) / columns)

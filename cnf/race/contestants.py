@@ -11,7 +11,7 @@ from cnf.registry import Registry, spec
 from cnf.training.origin import hash_of_weights, objective_name
 
 CONTESTANTS = Registry("contestant")
-# Unless told.
+# Who runs where nobody is named.
 RACE = ("cnf-likelihood", "cnf-flow-matching", "cnf-both", "ffjord", "realnvp", "nsf")
 
 

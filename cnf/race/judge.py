@@ -114,7 +114,7 @@ class Judge:
         return _scored(metric, metric.function(trial))
 
     def distance(self, metric: Metric, drawn: Tensor) -> float | Estimate:
-        """Of standardized samples to the test points; NaN where either are too few.
+        """The distance of standardized samples to the test points; NaN where either are too few.
 
         Args:
             metric: One that needs samples.

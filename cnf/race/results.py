@@ -186,7 +186,7 @@ class Results:
         )
 
     def standard_error(self, contestant: str, key: str) -> float:
-        """Of the mean over seeds, from seeds and test points together.
+        """The standard error of the mean over seeds, from seeds and test points together.
 
         All seeds see the same test points, so that more seeds do not shrink the error over points.
 

@@ -113,7 +113,7 @@ def as_context(who: str, context: Any, missing: bool = False) -> Tensor:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of a module's parameters; torch's default where it has none."""
+    """The dtype of a module's parameters; torch's default where it has none."""
     return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
 
 

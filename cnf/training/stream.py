@@ -81,7 +81,7 @@ class DistributionData:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """The number of variables D."""
         shape = self.inner.event_shape
         if len(shape) != 1:
             raise ValueError(
@@ -102,7 +102,7 @@ class DistributionData:
 
     @cached_property
     def entropy(self) -> float:
-        """In nats: torch's formula, else the mean of -log p over 100,000 draws."""
+        """The entropy in nats: torch's formula, else the mean of -log p over 100,000 draws."""
         if isinstance(self.inner, FromTorch):
             try:
                 return float(self.inner.distribution.entropy())
@@ -189,7 +189,7 @@ class RowStream(Stream):
         return self.data[self.train[:n]]
 
     def fingerprint(self) -> str:
-        """Of rows in memory, else of those that preprocessing is fitted to."""
+        """A hash of rows in memory, else of those that preprocessing is fitted to."""
         rows = self.data.data
         assert self.head is not None
         return hash_of_rows(rows if isinstance(rows, Batch) else self.head)
@@ -198,7 +198,8 @@ class RowStream(Stream):
 class IterableStream(Stream):
     """Batches of an iterable or a generator function, begun again when it ends.
 
-    Each pass is begun under a seed of its own, so that a shuffling DataLoader repeats.
+    A resumed run skips what it has seen. Each pass is begun under a seed of its own, so that a
+    shuffling DataLoader repeats.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Autoregressive layers: each variable's map is set by the variables before it."""
+"""Autoregressive layers: the map of each variable depends on the variables before it."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,20 +17,23 @@ from cnf.transforms.elementwise import ElementwiseMap, Parameters, Scheme
 class Autoregressive(Scheme):
     """x_i = m(z_i; θ_i(x_1, …, x_{i-1}, c)): triangular Jacobian, log|det| = Σ_i log m'.
 
-    Data → base is one pass of the net (MAF); base → data takes one pass for each variable, each
-    computing that variable's parameters only. Its `Inverse` exchanges the two costs (IAF).
+    Data → base is one pass of the conditioner (MAF). Base → data takes one pass for each variable,
+    which computes the parameters of that variable only. Its `Inverse` exchanges the two costs
+    (IAF).
+
     Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057; Kingma et al. (2016),
     https://arxiv.org/abs/1606.04934.
 
     Args:
         dim: D.
         transformer: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from what the conditioner gives, shape
-            (transformer.size, D, N) or (transformer.size, N); `transformer.parametrize` if None.
-        hidden: Widths of the conditioner θ, a `MADE`.
+        parametrize: Function from the conditioner's output, of shape (transformer.size, D, N) or
+            (transformer.size, N), to the map's parameters; `transformer.parametrize` if None.
+        hidden: Widths of the hidden layers of the conditioner θ, a `MADE`.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        period: Of the variables, where they are angles: the conditioner sees sines and cosines.
+        period: Period of the variables, if they are angles: the conditioner's inputs are then
+            their sines and cosines.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a transform is; composition and inversion."""
+"""The interface of transforms, their composition and their inversion."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,15 @@ TRANSFORMS = Registry("transform")
 class Transform(nn.Module, ABC):
     """A bijection between base z and data x, with log|det Jacobian| of each direction.
 
-    Abstract or final: a subclass implements `forward` and `inverse` and overrides nothing that is
-    implemented.
+    Classes are abstract or final: a subclass implements `forward` and `inverse`, and overrides no
+    method that is implemented.
 
     Attributes:
-        event_dims: How many trailing axes form the event: 1 for vectors, 3 for images.
-        event_shape: Shape of one event; None where any fits.
+        event_dims: Number of trailing axes that form the event: 1 for vectors, 3 for images.
+        event_shape: Shape of one event; None if any shape is accepted.
         context_dim: Size of the context; 0 for an unconditional transform.
-        optional_context: Whether a conditional transform also takes context=None.
-        recomputable: Whether the two directions are inverses while it trains, too.
+        optional_context: Whether a conditional transform also accepts context=None.
+        recomputable: Whether the two directions are inverses of each other in train mode as well.
     """
 
     optional_context = False
@@ -63,7 +63,7 @@ class Transform(nn.Module, ABC):
         """
 
     def _expect(self, name: str, value: Tensor, context: Tensor | None = None) -> None:
-        """Raise ValueError unless `value`, z or x by name, is an event and a context is there."""
+        """Raise ValueError if the value has another event shape, or there is no context for it."""
         shape, size = self.event_shape, self.context_dim
         if shape is not None and value.shape[value.dim() - len(shape) :] != shape:
             expect_event(self._who(name), name, value, shape)
@@ -73,7 +73,7 @@ class Transform(nn.Module, ABC):
             expect_context(self._who(name), context, size)
 
     def extra_repr(self) -> str:
-        """What `repr` says; `torch.nn.Module.__repr__(transform)` shows the nets inside, too."""
+        """The text of `repr`; `torch.nn.Module.__repr__(transform)` also shows the networks."""
         return shaped(self.event_shape, self.context_dim)
 
     def __repr__(self) -> str:
@@ -84,17 +84,18 @@ class Transform(nn.Module, ABC):
 
 
 class Compose(Transform):
-    """f_n ∘ … ∘ f_1, listed from base to data; log-determinants add.
+    """The composition f_n ∘ … ∘ f_1, listed from base to data; the log-determinants add up.
 
     Args:
-        transforms: One or more transforms of the same event dims (and, for vectors, the same D),
-            conditional ones with contexts of one size.
-        recompute: Keep no activations for the backward pass, but recompute them by inversion:
-            memory that does not grow with the number of transforms, for one more pass through
-            the inverses.
+        transforms: One or more transforms with the same number of event axes (and, for vectors,
+            the same D). All conditional ones have the same context size.
+        recompute: Whether the backward pass recomputes the activations by inversion instead of
+            storing them. Memory then does not grow with the number of transforms, at the cost of
+            one pass through the inverses.
 
     Raises:
-        ValueError: No transform, or transforms that do not fit each other or `recompute`.
+        ValueError: There is no transform, the transforms do not fit each other, or `recompute` is
+            set with a transform that has no inverse in train mode.
     """
 
     def __init__(self, transforms: Sequence[Transform], recompute: bool = False) -> None:
@@ -105,7 +106,10 @@ class Compose(Transform):
             raise ValueError(f"Compose: expected one event_dims for all, got {sorted(dims)}")
         lossy = [type(t).__name__ for t in transforms if not t.recomputable]
         if recompute and lossy:
-            raise ValueError(f"Compose: recompute=True, but in training {lossy[0]} has no inverse")
+            raise ValueError(
+                f"Compose: expected transforms that are invertible in train mode, as "
+                f"recompute=True needs, got {lossy[0]}; set recompute=False"
+            )
         sizes = {t.context_dim for t in transforms} - {0}
         if len(sizes) > 1:
             raise ValueError(f"Compose: expected one context_dim for all, got {sorted(sizes)}")
@@ -121,15 +125,17 @@ class Compose(Transform):
         self.transforms = nn.ModuleList(transforms)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._through([Step(t, t.forward, t.inverse) for t in self._parts()], z, context)
+        return self._apply_steps(
+            [Step(t, t.forward, t.inverse) for t in self._parts()], z, context
+        )
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = reversed(self._parts())
-        return self._through([Step(t, t.inverse, t.forward) for t in parts], x, context)
+        return self._apply_steps([Step(t, t.inverse, t.forward) for t in parts], x, context)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Fit each part that has a `fit` to data x, (N, *event), through the parts after it."""
+        """Fit each part that has a `fit` to data x, (N, *event), under the parts after it."""
         for part in reversed(self._parts()):
             if hasattr(part, "fit"):
                 part.fit(x)  # pyright: ignore
@@ -137,13 +143,13 @@ class Compose(Transform):
 
     @property
     def fitted(self) -> bool:
-        """Whether anything in it has been fitted."""
+        """Whether any part has been fitted."""
         return any(getattr(part, "fitted", False) for part in self._parts())
 
     def extra_repr(self) -> str:
         return grouped(self._parts())
 
-    def _through(
+    def _apply_steps(
         self, steps: list[Step], value: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.recompute and torch.is_grad_enabled():
@@ -179,9 +185,9 @@ class Inverse(Transform):
 
 
 def transforms_in(transform: Transform) -> Iterator[nn.Module]:
-    """The transform and the modules that it is made of, without what is inside of their nets.
+    """The transform and its parts, without the layers of their networks.
 
-    This is 20 times faster than `modules`. A module that is used twice comes twice.
+    This is 20× faster than `modules`. A module that is used twice is returned twice.
     """
     found: list[nn.Module] = [transform]
     while found:

@@ -1,4 +1,4 @@
-"""Large batches, chunk by chunk, where no graph is kept."""
+"""Evaluation of large batches in chunks, if gradients are disabled."""
 
 import math
 from weakref import WeakKeyDictionary
@@ -10,26 +10,27 @@ from cnf.transforms.base import Transform
 from cnf.transforms.continuous import is_continuous
 from cnf.transforms.recompute import Direction
 
-BYTES = 2**28  # of working memory, by the estimate below
-COPIES = 8  # of the widest layer's output, that are alive at once
+BYTES = 2**28  # working memory of a chunk, as estimated below
+COPIES = 8  # number of tensors of the widest layer's size that exist at once
 
 
 def by_chunks(
     transform: Transform, direction: Direction, value: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """direction(value, context), a few thousand rows at a time where there are many.
+    """Compute direction(value, context) in chunks of a few thousand rows.
 
-    Only where gradients are off. The rows of a chunk share the steps of an adaptive solve.
+    A batch is split only if gradients are disabled. In an adaptive ODE solve, the rows of a chunk
+    share the step sizes.
 
     Args:
-        transform: What is mapped by, in one of its directions or with another setting.
-        direction: The map.
+        transform: The transform, which determines the size of a chunk.
+        direction: One of its directions, possibly with other settings.
         value: Points, shape (*batch, *event).
         context: Condition, shape (*batch, C), or None.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return direction(value, context)
-    if transform.training and not transform.recomputable:  # statistics are the whole batch's
+    if transform.training and not transform.recomputable:  # uses statistics of the whole batch
         return direction(value, context)
     rows = rows_at_once(transform, value)
     return _chunked(direction, value, context, transform.event_dims, rows)
@@ -39,19 +40,19 @@ _widest: WeakKeyDictionary[Transform, tuple[int, int]] = WeakKeyDictionary()
 
 
 def rows_at_once(transform: Transform, value: Tensor) -> int:
-    """Rows whose widest layer takes `BYTES`, from the sizes of the weights."""
+    """Number of rows whose activations take `BYTES`, estimated from the shapes of the weights."""
     event = value.shape[value.dim() - transform.event_dims :]
     size, places = math.prod(event), math.prod(event[1:])
     if transform not in _widest:  # reading each weight's shape takes as long as a small batch
         _widest[transform] = _widest_layers(transform)
     dense, convolution = _widest[transform]
-    tangents = size if is_continuous(transform) and places == 1 else 1  # of an exact divergence
+    tangents = size if is_continuous(transform) and places == 1 else 1  # of the exact divergence
     row = COPIES * max(size, dense, convolution * places) * tangents * value.element_size()
     return max(1, BYTES // row)
 
 
 def _widest_layers(transform: Transform) -> tuple[int, int]:
-    """Outputs of the widest dense layer, and channels of the widest convolution; 0 for none."""
+    """Widths of the widest dense layer and of the widest convolution; 0 if there is none."""
     shapes = [weight.shape for weight in transform.parameters() if weight.dim()]
     dense, convolutions = ([s[0] for s in shapes if (len(s) == 4) == is4] for is4 in (False, True))
     return max(dense, default=0), max(convolutions, default=0)

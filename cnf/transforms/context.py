@@ -1,4 +1,4 @@
-"""Location and scale of a context, fitted once, so that nets see numbers of unit size."""
+"""Standardization of contexts, fitted once, so that networks get inputs of unit scale."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from cnf.transforms.normalization import Standardize
 
 
 class StandardizeContext(nn.Module):
-    """c → (c - loc)/scale, as `Standardize` does to data; not trained.
+    """The map c → (c - loc)/scale of contexts, as `Standardize` is of data; it is not trained.
 
-    A column of zeros and ones, such as a label's, stays as it is. NaN, a value that is missing,
-    stays NaN and does not count. Until it is fitted it is the identity.
+    A column of zeros and ones, such as that of a label, is not changed. NaN, a missing value,
+    stays NaN and has no effect on the statistics. Before it is fitted, the map is the identity.
 
     >>> import torch
     >>> seconds = 1.7e9 + torch.tensor([[0.0], [60.0], [120.0]], dtype=torch.float64)
@@ -22,7 +22,7 @@ class StandardizeContext(nn.Module):
     [-1.0, 0.0, 1.0]
 
     Args:
-        size: C, the size of a context.
+        size: Size C of the context.
     """
 
     def __init__(self, size: int) -> None:
@@ -31,7 +31,7 @@ class StandardizeContext(nn.Module):
         self.columns = Standardize((size,))
 
     def fit(self, context: Tensor) -> None:
-        """Set location and scale from contexts, shape (N, C), if they are not set yet."""
+        """Set location and scale from contexts, shape (N, C), unless they are set already."""
         expect_context("fit", context, self.size)
         if self.fitted:
             return
@@ -41,7 +41,7 @@ class StandardizeContext(nn.Module):
             if ((known != 0) & (known != 1)).any():
                 loc[k] = known.mean()
                 if known.amax() > known.amin():
-                    scale[k] = known.std()  # a constant keeps scale 1
+                    scale[k] = known.std()  # a constant column has scale 1
         self.columns.settle(loc, scale, context.dtype)
 
     @property
@@ -56,7 +56,7 @@ class StandardizeContext(nn.Module):
 
     @property
     def unresolved(self) -> tuple[int, ...]:
-        """The columns whose values float32 would merge."""
+        """Indices of the columns whose distinct values would be equal in float32."""
         return self.columns.unresolved
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The flow of a vector field, as a transform."""
+"""The flow of a vector field as a transform: a continuous normalizing flow."""
 
 import copy
 import dataclasses
@@ -25,15 +25,17 @@ from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
 
 
 class Integral(NamedTuple):
-    """A solved trajectory.
+    """The result of an ODE solve by `Continuous.integrate`.
 
     Attributes:
         value: The end point, shape (*batch, *event).
-        ladj: log|det| of the direction solved, shape (*batch,), in nats; NaN where no divergence
-            was asked for.
-        integrals: One (*batch,) tensor for each integrand, ∫ over time whatever the direction.
-        nfe: Evaluations of the field.
-        estimates: `ladj` by each probe alone, shape (probes, *batch); None where it is exact.
+        ladj: log|det Jacobian| of the direction solved, shape (*batch,), in nats; NaN if
+            divergence is None.
+        integrals: The integral of each integrand over increasing time, shape (*batch,), whichever
+            direction is solved.
+        nfe: Number of evaluations of the field.
+        estimates: The estimate of `ladj` by each probe, shape (probes, *batch); None if it is
+            exact.
     """
 
     value: Tensor
@@ -45,13 +47,14 @@ class Integral(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How likelihood trains a continuous flow, unless the objective says otherwise.
+    """Defaults for training a continuous flow by likelihood; arguments of the objective override.
 
     Args:
-        divergence: Such as "hutchinson"; evaluation stays exact.
+        divergence: Method for the divergence in training, such as "hutchinson"; evaluation stays
+            exact.
         penalties: Weights of regularizers by name, such as {"kinetic": 0.01}.
-        solver: A solver for training only; the transform's own if None.
-        lr: Learning rate; the objective's if None.
+        solver: Solver for training; that of the transform if None.
+        lr: Learning rate; that of the objective if None.
     """
 
     divergence: str | Divergence = "exact"
@@ -62,20 +65,25 @@ class Recipe:
 
 @TRANSFORMS.register("continuous")
 class Continuous(Transform):
-    r"""z at t = 0 carried to x at t = 1 by dx/dt = v(t, x, c).
+    r"""The solution map of the ODE dx/dt = v(t, x, c), from z at t = 0 to x at t = 1.
 
-    :math:`\log|\det \partial x/\partial z| = \int_0^1 \nabla\cdot v(t, x_t)\,dt`; the inverse runs
-    the same ODE from 1 to 0. Stacked blocks are one `Continuous` of a `Piecewise` field: the
-    solver starts anew at each of its knots, with an equal share of its steps.
+    Its log-determinant is
+    :math:`\log|\det \partial x/\partial z| = \int_0^1 \nabla\cdot v(t, x_t)\,dt`. The inverse
+    solves the same ODE from 1 to 0. Stacked blocks are one `Continuous` with a `Piecewise` field:
+    the solver restarts at each knot, and divides its steps equally among the blocks.
+
     Source: Chen et al. (2018), Neural Ordinary Differential Equations,
     https://arxiv.org/abs/1806.07366.
 
     Args:
-        field: The velocity.
+        field: The vector field v.
         solver: Method, tolerances and gradient mode; dopri5 at 1e-5 by default.
-        divergence: How ∇·v is computed: "exact" (default), a `Divergence`, or None for no
-            log-determinant (it is NaN then).
-        recipe: How likelihood trains it.
+        divergence: How ∇·v is computed: "exact" (the default), another name in `DIVERGENCES`, a
+            `Divergence`, or None for no log-determinant (it is then NaN).
+        recipe: Defaults for training by likelihood.
+
+    Raises:
+        TypeError: The field is not a `VectorField`.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class Continuous(Transform):
         if not isinstance(field, VectorField):
             raise TypeError(
                 f"Continuous: expected field to be a VectorField, got a {type(field).__name__}; "
-                "wrap a net of one's own: cnf.fields.Adapter(net, event_shape=(D,))"
+                "wrap your own network: cnf.fields.Adapter(net, event_shape=(D,))"
             )
         super().__init__(context_dim=field.context_dim, event_shape=field.event_shape)
         self.optional_context = field.optional_context
@@ -118,18 +126,19 @@ class Continuous(Transform):
         integrands: Sequence[Integrand] = (),
         stop: float | None = None,
     ) -> Integral:
-        """Solve from one end to the other, with log-determinant and integrals along the way.
+        """Solve the ODE from one end to the other, with the log-determinant and integrals.
 
         Args:
             value: Starting points, shape (*batch, *event).
             context: Condition, shape (*batch, context_dim).
             towards: "data" runs t from 0 to 1, "base" from 1 to 0.
             divergence: As in the constructor.
-            integrands: Functions of a `Point`, → (*batch,), integrated over time beside the state.
-            stop: A time inside [0, 1] to stop at, instead of the other end.
+            integrands: Functions from a `Point` to shape (*batch,), which are integrated over time
+                together with the state.
+            stop: Time in [0, 1] at which to stop; the other end if None.
 
         Raises:
-            ValueError: An unknown direction or divergence, or a time outside of [0, 1].
+            ValueError: The direction or divergence is unknown, or `stop` is not in [0, 1].
         """
         expect_choice("Continuous.integrate", "towards", towards, ("data", "base"))
         ends = (0.0, 1.0) if towards == "data" else (1.0, 0.0)
@@ -139,7 +148,7 @@ class Continuous(Transform):
         estimator = None if divergence is None else DIVERGENCES.build(divergence)
         probe = None if estimator is None else estimator.draw(value)
         batch = value.shape[: value.dim() - self.event_dims]
-        # One batch axis, of rows, for the solver and the field.
+        # The solver and the field get a single batch axis.
         x = value.reshape(-1, *self.field.event_shape)
         if context is not None:
             context = context.expand(*batch, -1).reshape(x.shape[0], self.context_dim)
@@ -170,16 +179,16 @@ class Continuous(Transform):
         stop: float,
         context: Tensor | None,
     ) -> tuple[ode.State, int]:
-        """The state at `stop`, piece by piece of the field, and the evaluations that it took."""
-        nfe, rates = 0, _leaving_inputs(rates)
-        for t0, t1, piece in self._between(start, stop):
+        """Solve block by block of the field; the state at `stop` and the evaluations."""
+        nfe, rates = 0, _checking_inputs(rates)
+        for t0, t1, piece in self._stretches(start, stop):
 
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
                 return rates(piece, t, state[0], context)
 
             dynamics = with_current_autocast(dynamics, state[0])
             state, evaluations = ode.solve(
-                dynamics, state, t0, t1, self._share(t0, t1), self._params(context)
+                dynamics, state, t0, t1, self._solver_on(t0, t1), self._params(context)
             )
             nfe += evaluations
         return state, nfe
@@ -187,24 +196,24 @@ class Continuous(Transform):
     def trajectory(
         self, value: Tensor, times: Sequence[float], context: Tensor | None = None
     ) -> Tensor:
-        """The ODE at `times` (monotone), from `value` at times[0]: (times, *batch, *event).
+        """The solution of the ODE at several times, shape (times, *batch, *event).
 
         Args:
-            value: Starting points, at times[0], shape (*batch, *event).
-            times: Times in [0, 1], monotone.
+            value: Points at times[0], shape (*batch, *event).
+            times: Monotone times in [0, 1].
             context: Condition, shape (*batch, C), or None.
 
         Raises:
-            ValueError: A time outside of [0, 1].
+            ValueError: A time is not in [0, 1].
         """
         if not all(0 <= t <= 1 for t in times):
             raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
-        # A time within float32's rounding of a knot is that knot: no solve is that short.
+        # A time that is a knot up to rounding in float32 is moved to it, as no solve is so short.
         knots = self.field.knots[1:]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
         path, stamps = [value.unsqueeze(0)], [times[0]]
-        rates = _leaving_inputs(partial(_rates, None, (), None))
-        for t0, t1, piece in self._between(times[0], times[-1]):
+        rates = _checking_inputs(partial(_rates, None, (), None))
+        for t0, t1, piece in self._stretches(times[0], times[-1]):
 
             def dynamics(t: Tensor, state: ode.State, piece: VectorField = piece) -> ode.State:
                 return rates(piece, t, state[0], context)
@@ -212,14 +221,14 @@ class Continuous(Transform):
             dynamics = with_current_autocast(dynamics, value)
             stretch = [t0, *(t for t in times if min(t0, t1) < t < max(t0, t1)), t1]
             (points,), _ = ode.solve_path(
-                dynamics, (path[-1][-1],), stretch, self._share(t0, t1), self._params(context)
+                dynamics, (path[-1][-1],), stretch, self._solver_on(t0, t1), self._params(context)
             )
             path.append(points[1:])
             stamps += stretch[1:]
         return torch.cat(path)[[k for k, t in enumerate(stamps) if t in times]]  # without knots
 
-    def _between(self, start: float, stop: float) -> list[tuple[float, float, VectorField]]:
-        """(t0, t1, field) of each stretch from start to stop, in the order of the solve."""
+    def _stretches(self, start: float, stop: float) -> list[tuple[float, float, VectorField]]:
+        """The blocks between start and stop, as (t0, t1, field), in the order of the solve."""
         low, high = min(start, stop), max(start, stop)
         found = [
             (max(a, low), min(b, high), self.field.block(k))
@@ -228,25 +237,25 @@ class Continuous(Transform):
         ]
         return found if start < stop else [(b, a, piece) for a, b, piece in reversed(found)]
 
-    def _share(self, t0: float, t1: float) -> Solver:
-        """The solver with its steps, which are for the whole of [0, 1], for this part of it."""
+    def _solver_on(self, t0: float, t1: float) -> Solver:
+        """The solver with its share of the steps, which are given for [0, 1], from t0 to t1."""
         steps = self.solver.steps
         if steps is None or self.solver.grid is not None:
             return self.solver
         return replace(self.solver, steps=max(1, math.ceil(steps * abs(t1 - t0) - 1e-6)))
 
     def _params(self, context: Tensor | None) -> list[Tensor]:
-        # The context too: the adjoint gives no gradient to a tensor that is not listed.
+        # With the context: the adjoint computes no gradient for a tensor that is not listed.
         return [*self.field.parameters(), *([] if context is None else [context])]
 
 
-def _leaving_inputs(
+def _checking_inputs(
     rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
 ) -> Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State]:
-    """`rates`, which raise at a field's first evaluation if it edits its inputs in place."""
+    """Wrap `rates` such that it raises ValueError if the field modifies its inputs in place."""
     known: set[VectorField] = set()
 
-    def watched(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
+    def checked(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> ode.State:
         if torch.compiler.is_compiling():
             return rates(field, t, x, context)
         if field not in known:
@@ -256,11 +265,11 @@ def _leaving_inputs(
             )
         try:
             return rates(field, t, x, context)
-        except RuntimeError as error:  # an edit may only show in a later Jacobian product
+        except RuntimeError as error:  # autograd may find a modification only in a later product
             explain_edit(field, error)
             raise
 
-    return watched
+    return checked
 
 
 def _rates(
@@ -272,7 +281,7 @@ def _rates(
     x: Tensor,
     context: Tensor | None,
 ) -> ode.State:
-    """Velocity, divergence and integrands at (t, x); the field may compute in bfloat16."""
+    """Velocity, divergence and integrands at (t, x), in x's dtype under autocast as well."""
     if divergence is None:
         v, products = field(t, x, context).to(x.dtype), None
         rates = (v,)
@@ -294,9 +303,10 @@ def _compiled_rates(
     field: VectorField,
     *at: Tensor | None,
 ) -> ode.State:
-    """`_rates`, compiled for this field alone.
+    """Evaluate `_rates`, compiled separately for each field.
 
-    torch.compile counts its recompilations for each code object, and stops after a few.
+    torch.compile limits the number of recompilations of a code object, so that fields that share
+    one would soon not be compiled.
     """
     if field not in _compiled_for:
         own = FunctionType(_rates.__code__.replace(), _rates.__globals__)
@@ -305,15 +315,15 @@ def _compiled_rates(
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:
-    """The same transform and weights, with solver=… or divergence=… in every `Continuous`.
+    """A copy with the same weights and another solver or divergence in every `Continuous`.
 
-    A solver so given trains it as well, whatever its recipe said. The copy of a `Continuous` takes
-    7 μs. A context variable would need none, but torch.compile cannot trace one, and does not
-    notice a change of a thread-local variable.
+    Such a solver is also used in training, instead of that of the recipe. To copy a `Continuous`
+    takes 7 μs. A context variable would avoid it, but torch.compile cannot trace one, and does
+    not notice a change of a thread-local variable.
 
     Args:
         transform: The transform.
-        settings: solver=…, divergence=…
+        settings: The new attributes, solver=… or divergence=….
     """
     if not is_continuous(transform):
         return transform
@@ -324,19 +334,19 @@ def reconfigured(transform: Transform, **settings: Any) -> Transform:
         if "solver" in settings:
             part.recipe = replace(part.recipe, solver=None)
 
-    return _changed(transform, change)
+    return _with_changes(transform, change)
 
 
 def refined(transform: Transform) -> Transform:
-    """The same transform and weights, each ODE under its solver's `refined` settings."""
+    """A copy with the same weights and the `refined` solver in every `Continuous`."""
 
     def change(part: Continuous) -> None:
         part.solver = part.solver.refined()
 
-    return _changed(transform, change)
+    return _with_changes(transform, change)
 
 
-def _changed(transform: Transform, change: Callable[[Continuous], None]) -> Transform:
+def _with_changes(transform: Transform, change: Callable[[Continuous], None]) -> Transform:
     def copied(module: nn.Module) -> nn.Module:
         if not isinstance(module, Transform | nn.ModuleList):
             return module
@@ -353,17 +363,17 @@ def _changed(transform: Transform, change: Callable[[Continuous], None]) -> Tran
 
 
 def is_continuous(transform: Transform) -> bool:
-    """Whether a `Continuous` stands anywhere in it."""
+    """Whether the transform contains a `Continuous`."""
     return next(_solvers(transform), None) is not None
 
 
 def has_fixed_steps(transform: Transform) -> bool:
-    """Whether an ODE in it is solved in steps that no error controls."""
+    """Whether it contains an ODE that is solved without step-size control."""
     return any(solver.fixed for solver in _solvers(transform))
 
 
 def is_adaptive(transform: Transform) -> bool:
-    """Whether an ODE in it chooses its steps, by all rows together."""
+    """Whether it contains an ODE with step-size control, whose steps all rows share."""
     return any(not solver.fixed for solver in _solvers(transform))
 
 

@@ -1,4 +1,4 @@
-"""Coupling layers: one part of the vector and the context set the map of the other part."""
+"""Coupling layers: one part of the vector and the context determine the map of the rest."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,22 +20,23 @@ class Coupling(TwoWayScheme):
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
     Args:
-        dim: D, two or more (with D = 1 there is no part to condition on but the context, which
-            must then be there).
-        keep: Indices of the part a that passes unchanged; the even ones by default.
+        dim: D, at least 2; with a context also 1, as the context is then what the map is
+            conditioned on.
+        keep: Indices of the part a that is left unchanged; the even ones by default.
         transformer: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from what the conditioner gives, shape
-            (transformer.size, D_b, N); `transformer.parametrize` if None.
-        hidden: Widths of the conditioner θ, an MLP.
+        parametrize: Function from the conditioner's output, of shape (transformer.size, D_b, N),
+            to the map's parameters; `transformer.parametrize` if None.
+        hidden: Widths of the hidden layers of the conditioner θ, an MLP.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        period: Of the variables, where they are angles: the conditioner sees sines and cosines.
-        conditioner: Makes a θ of one's own from its numbers of inputs and outputs: a module that
-            sends (N, inputs) to (N, outputs), instead of the MLP of `hidden` and `activation`.
-            Where its last layer starts at zero, the coupling starts at the identity.
+        period: Period of the variables, if they are angles: the conditioner's inputs are then
+            their sines and cosines.
+        conditioner: Function from the numbers of inputs and outputs to a module θ that maps
+            (N, inputs) to (N, outputs); it replaces the MLP of `hidden` and `activation`. If its
+            last layer is zero at the start, the coupling is the identity at the start.
 
     Raises:
-        ValueError: Nothing would move, or nothing stay to condition on.
+        ValueError: No variable would be transformed, or none would be left to condition on.
     """
 
     order: Tensor
@@ -62,19 +63,19 @@ class Coupling(TwoWayScheme):
         moved = [index for index in range(dim) if index not in kept]
         if not kept and dim == 1 and not context_dim:
             raise ValueError(
-                "Coupling: expected two dimensions or more, or a context, got dim=1, of which "
-                "nothing stays to condition on; take an autoregressive model, such as nsf-ar"
+                "Coupling: expected two dimensions or more, or a context, got dim=1, which leaves "
+                "nothing to condition on; take an autoregressive model, such as nsf-ar"
             )
         unknown = len(set(kept)) < len(kept) or not set(kept) <= set(range(dim))
         if unknown or not moved or not (kept or context_dim):
             raise ValueError(
-                f"Coupling: expected some of {dim} dimensions to move and some to stay "
-                f"(or a context), got keep={tuple(kept)}"
+                f"Coupling: expected keep to be some but not all of the indices 0, …, {dim - 1}, "
+                f"each once (none only with a context), got keep={tuple(kept)}"
             )
         self.kept_last = kept[0] > 0 if kept else False
         order = torch.tensor(moved + kept if self.kept_last else kept + moved)
         self.sizes = [len(moved), len(kept)] if self.kept_last else [len(kept), len(moved)]
-        self.ordered = bool((order == torch.arange(dim)).all())  # two blocks: nothing to sort
+        self.ordered = bool((order == torch.arange(dim)).all())  # no permutation is needed
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("restore", torch.argsort(order), persistent=False)
         inputs = len(kept) * (1 if period is None else 2) + context_dim
@@ -84,23 +85,26 @@ class Coupling(TwoWayScheme):
         else:
             self.net = conditioner(inputs, outputs)
 
-    def _moved(
-        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    def _transformed(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         columns, context = self._columns(value, context)
-        parts = self._sorted(columns, self.order).split(self.sizes)
+        parts = self._permuted(columns, self.order).split(self.sizes)
         kept, moved = reversed(parts) if self.kept_last else parts
-        seen = on_circle(kept.T, self.period)
+        conditioning = on_circle(kept.T, self.period)
         if context is not None:
-            seen = torch.cat([seen, context], -1)
+            conditioning = torch.cat([conditioning, context], -1)
         if isinstance(self.net, MLP):
-            raw = self.net.columns(seen)
-        else:  # without context and period its input is a view of x
-            raw = call_without_edits(self.net, lambda: self.net(seen).T, x=seen)
+            raw = self.net.columns(conditioning)
+        else:  # without a context and a period its input is a view of x
+            raw = call_without_edits(self.net, lambda: self.net(conditioning).T, x=conditioning)
         raw = raw.unflatten(0, (self.transformer.size, len(moved)))
-        moved, ladj = move(moved, *self._constrained(raw, value))
+        moved, ladj = direction(moved, *self._constrained(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])
-        return self._rows(self._sorted(parts, self.restore), ladj, value)
+        return self._rows(self._permuted(parts, self.restore), ladj, value)
 
-    def _sorted(self, columns: Tensor, order: Tensor) -> Tensor:
+    def _permuted(self, columns: Tensor, order: Tensor) -> Tensor:
         return columns if self.ordered else columns.index_select(0, order)

@@ -1,4 +1,4 @@
-"""Elementwise maps and the schemes that set their parameters: a base of couplings and the like."""
+"""Elementwise maps (transformers) and the base classes of the layers that apply them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,11 +19,12 @@ Parameters = tuple[Tensor, ...]
 class ElementwiseMap(ABC):
     """An increasing function of one variable, given its (constrained) parameters.
 
-    Parameters lead, variables follow: a parameter of all variables lies in one piece of memory,
-    several times faster than a handful of numbers for each variable side by side.
+    The axis of the parameters comes first, so that each parameter of all variables is contiguous
+    in memory. This is several times faster than the parameters of a variable next to each other.
 
     Attributes:
-        size: How many raw numbers `parametrize` wants for each variable.
+        size: Number of unconstrained numbers from which `parametrize` computes the parameters of
+            a variable.
     """
 
     size: int
@@ -33,7 +34,7 @@ class ElementwiseMap(ABC):
 
     @abstractmethod
     def parametrize(self, raw: Tensor) -> Parameters:
-        """Parameters from any numbers, shape (size, *); zeros give the identity."""
+        """Parameters from unconstrained numbers, shape (size, *); zeros give the identity."""
 
     @abstractmethod
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ class Affine(ElementwiseMap):
         self.bound = bound
 
     def parametrize(self, raw: Tensor) -> Parameters:
-        """The shift m and the log-scale s, which a tanh holds within ±bound."""
+        """The shift m and the log-scale s, which is limited to ±bound by a tanh."""
         shift, log_scale = raw.unbind(0)
         return shift, self.bound * torch.tanh(log_scale / self.bound)
 
@@ -128,15 +129,15 @@ class Inverted(ElementwiseMap):
 
 
 class Scheme(Transform):
-    """A transform that sends variables through an elementwise map, the transformer.
+    """A transform that applies an elementwise map, the transformer, to the variables.
 
-    Subclasses differ in the conditioner, which sets the map's parameters.
+    Subclasses differ in the conditioner, which computes the map's parameters.
 
     Args:
-        dim: D, or the channels of an image.
+        dim: D, or the number of channels of an image.
         transformer: The map; affine if None.
-        parametrize: Makes the map's parameters from raw numbers, shape (transformer.size, *);
-            `transformer.parametrize` if None.
+        parametrize: Function from unconstrained numbers, of shape (transformer.size, *), to the
+            map's parameters; `transformer.parametrize` if None.
         context_dim: Size of the context; 0 for none.
         event_dims: 1 for vectors, 3 for images.
     """
@@ -166,54 +167,58 @@ class Scheme(Transform):
         return joined(shaped((self.dim,), self.context_dim), repr(self.transformer), hidden)
 
     def _constrained(self, raw: Tensor, value: Tensor) -> Parameters:
-        """The map's parameters in the value's dtype: a net may compute in bfloat16, a map not."""
+        """The map's parameters in the value's dtype, as a network may compute in bfloat16."""
         return self.parametrize(raw.to(value.dtype))
 
     def _columns(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(*batch, D) → (D, N), one piece of memory for each variable; context as (N, C)."""
+        """(*batch, D) → (D, N), contiguous for each variable, and the context as (N, C)."""
         if context is not None:
             context = context.expand(*value.shape[:-1], -1).reshape(-1, self.context_dim)
         rows = value if value.dim() == 2 else value.reshape(-1, self.dim)
         return rows.T.contiguous(), context
 
     def _rows(self, columns: Tensor, ladj: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(D, N) and each variable's part of the log-determinant, back in the batch's shape."""
+        """The values and the sum of the log-slopes, both (D, N), in the shape of the batch."""
         rows, ladj = columns.T, ladj.sum(0)
-        if like.dim() == 2:  # the usual case, without operations that would change nothing
+        if like.dim() == 2:  # the usual case, in fewer operations
             return rows, ladj
         return rows.reshape(like.shape), ladj.reshape(like.shape[:-1])
 
 
 class TwoWayScheme(Scheme):
-    """A scheme whose conditioner sees the same in both directions, which differ in the map's."""
+    """A scheme whose conditioner has the same input in both directions."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z, context)
-        return self._moved(self.transformer.forward, z, context)
+        return self._transformed(self.transformer.forward, z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
-        return self._moved(self.transformer.inverse, x, context)
+        return self._transformed(self.transformer.inverse, x, context)
 
     @abstractmethod
-    def _moved(
-        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    def _transformed(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The value moved by the map's `forward` or `inverse`, and the log-determinant."""
+        """The value under the map's `forward` or `inverse`, and the log-determinant."""
 
 
 @TRANSFORMS.register(
     "elementwise", example=lambda dim, context_dim=0: Elementwise(dim, context_dim=context_dim)
 )
 class Elementwise(TwoWayScheme):
-    """x_i = m(z_i; θ_i), the same for all points or, with a context, θ(c).
+    """x_i = m(z_i; θ_i), with the same θ for all points or, with a context, θ(c).
 
     Args:
         dim: D.
         transformer: The elementwise map m; affine if None.
-        parametrize: Makes the map's parameters from raw numbers, shape (transformer.size, D, N),
-            or (transformer.size, D, 1) without a context; `transformer.parametrize` if None.
-        hidden: Widths of the net from the context.
+        parametrize: Function from unconstrained numbers, of shape (transformer.size, D, N), or
+            (transformer.size, D, 1) without a context, to the map's parameters;
+            `transformer.parametrize` if None.
+        hidden: Widths of the hidden layers of the conditioner, an MLP of the context.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
     """
@@ -235,8 +240,11 @@ class Elementwise(TwoWayScheme):
         if context_dim:
             self.net = MLP(context_dim, numbers, hidden, activation, zero_last=True)
 
-    def _moved(
-        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    def _transformed(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         columns, context = self._columns(value, context)
         raw = self.raw
@@ -246,4 +254,4 @@ class Elementwise(TwoWayScheme):
         assert raw is not None
         parameters = self._constrained(raw.unflatten(0, (self.transformer.size, self.dim)), value)
         parameters = [p.expand(*p.shape[:-1], columns.shape[1]) for p in parameters]
-        return self._rows(*move(columns, *parameters), value)
+        return self._rows(*direction(columns, *parameters), value)

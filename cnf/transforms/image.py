@@ -1,4 +1,4 @@
-"""Parts of image flows: squeezing, the same map at each pixel, convolutional couplings."""
+"""Layers of image flows: squeezing, maps of each pixel, convolutional couplings."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,9 +12,9 @@ from cnf.transforms.recompute import Direction
 
 
 class Squeeze(Transform):
-    """Base → data: (4C, H, W) → (C, 2H, 2W), four channels to a square of four pixels.
+    """The permutation (4C, H, W) → (C, 2H, 2W), base → data; log|det| = 0.
 
-    It is a permutation: log|det| = 0.
+    Four channels become a square of four pixels.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
     """
@@ -33,18 +33,20 @@ class Squeeze(Transform):
 
 
 class PerPixel(Transform):
-    """A transform of vectors applied to the channels of each pixel: with `LU`, a 1×1 convolution.
+    """A transform of vectors, applied to the channels of each pixel; with `LU` a 1×1 convolution.
 
     Args:
-        transform: Of vectors of C numbers, without a context.
+        transform: An unconditional transform of vectors of C numbers.
 
     Raises:
-        ValueError: A conditional transform, or one of images.
+        ValueError: The transform is conditional, or one of images.
     """
 
     def __init__(self, transform: Transform) -> None:
         if transform.event_dims != 1 or transform.context_dim:
-            raise ValueError("PerPixel: expected an unconditional transform of vectors")
+            raise ValueError(
+                f"PerPixel: expected an unconditional transform of vectors, got {transform}"
+            )
         super().__init__(event_dims=3)
         self.recomputable = transform.recomputable
         self.transform = transform
@@ -66,11 +68,11 @@ class PerPixel(Transform):
 
 
 class OnChannels(Transform):
-    """A transform of the first channels; the others pass.
+    """A transform of the first channels, which leaves the others unchanged.
 
     Args:
-        transform: Of images.
-        channels: How many it takes.
+        transform: A transform of images.
+        channels: Number of channels that it transforms.
     """
 
     def __init__(self, transform: Transform, channels: int) -> None:
@@ -97,23 +99,24 @@ class OnChannels(Transform):
 
 
 class ConvCoupling(TwoWayScheme):
-    """A coupling of images: the kept channels, and the context, set the map of the others.
+    """A coupling of images: the first channels and the context determine the map of the others.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the conditioner is that
     of Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
     Args:
-        channels: C.
-        keep: How many of the first channels pass unchanged.
+        channels: Number of channels C.
+        keep: Number of first channels that are left unchanged.
         transformer: The elementwise map; affine if None.
-        parametrize: Makes the map's parameters from what the conditioner gives, shape
-            (transformer.size, N, C - keep, H, W); `transformer.parametrize` if None.
-        hidden: Channels of the conditioner's two inner layers.
-        context_dim: Size of the context, which enters as constant channels; 0 for none.
+        parametrize: Function from the conditioner's output, of shape
+            (transformer.size, N, C - keep, H, W), to the map's parameters;
+            `transformer.parametrize` if None.
+        hidden: Channels of the conditioner's two hidden layers.
+        context_dim: Size of the context, which is appended as constant channels; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
 
     Raises:
-        ValueError: Nothing would move or stay, or other than two widths.
+        ValueError: `keep` is not between 1 and C - 1, or there are not two widths.
     """
 
     def __init__(
@@ -144,18 +147,21 @@ class ConvCoupling(TwoWayScheme):
         )
         zero_(self.layers[-1])
 
-    def _moved(
-        self, move: Callable[..., tuple[Tensor, Tensor]], value: Tensor, context: Tensor | None
+    def _transformed(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         images = value.reshape(-1, *value.shape[-3:])
         kept, moved = images.split(self.sizes, 1)
-        seen = kept
+        conditioning = kept
         if context is not None:
             flat = context.expand(*value.shape[:-3], -1).reshape(images.shape[0], self.context_dim)
             planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
-            seen = torch.cat([kept, planes], 1)
-        raw = self._net(seen).unflatten(1, (self.transformer.size, -1)).movedim(1, 0)
-        moved, ladj = move(moved, *self._constrained(raw, value))
+            conditioning = torch.cat([kept, planes], 1)
+        raw = self._net(conditioning).unflatten(1, (self.transformer.size, -1)).movedim(1, 0)
+        moved, ladj = direction(moved, *self._constrained(raw, value))
         images = torch.cat([kept, moved], 1)
         return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
 

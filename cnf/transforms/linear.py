@@ -1,4 +1,4 @@
-"""Linear transforms of vectors: permutations, triangular factors, orthogonal matrices."""
+"""Linear transforms of vectors: permutations, LU factors and orthogonal matrices."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ class Permutation(Transform):
         order: A permutation of 0, …, D - 1; the reversed order if None.
 
     Raises:
-        ValueError: An order that is no permutation.
+        ValueError: The order is not a permutation.
     """
 
     order: Tensor
@@ -36,24 +36,26 @@ class Permutation(Transform):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
-        return _picked(z, self.order), z.new_zeros(z.shape[:-1])
+        return _reorder(z, self.order), z.new_zeros(z.shape[:-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        return _picked(x, self.restore), x.new_zeros(x.shape[:-1])
+        return _reorder(x, self.restore), x.new_zeros(x.shape[:-1])
 
 
 @TRANSFORMS.register("lu", example=lambda dim: LU(dim))
 class LU(Transform):
     """z = P L U x + b with L unit lower and U upper triangular; log|det ∂z/∂x| = Σ log U_ii.
 
-    Data → base is one product, base → data two triangular solves.
+    Data → base is one matrix product, and base → data two triangular solves.
+
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
     Args:
         dim: D.
-        rotated: Start at a random rotation (drawn from torch's generator), as Glow does, instead
-            of the identity; P is that rotation's pivoting.
+        rotated: Whether the initial matrix is a random rotation, drawn from torch's global
+            generator, as in Glow; otherwise it is the identity. P is the permutation of its LU
+            factorization, and is not trained.
     """
 
     order: Tensor
@@ -93,17 +95,17 @@ class LU(Transform):
 
 
 class Orthogonal(Transform):
-    """x = Q z with an orthogonal Q; log|det| = 0. Subclasses say which Q."""
+    """x = Q z with an orthogonal matrix Q, which a subclass defines; log|det| = 0."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
-        return self._times(self.matrix, z)
+        return self._multiply(self.matrix, z)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        return self._times(lambda: self.matrix().T, x)
+        return self._multiply(lambda: self.matrix().T, x)
 
-    def _times(self, matrix: Callable[[], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+    def _multiply(self, matrix: Callable[[], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
         with no_autocast(value):
             return F.linear(value, matrix()), value.new_zeros(value.shape[:-1])
 
@@ -114,16 +116,17 @@ class Orthogonal(Transform):
 
 @TRANSFORMS.register("householder", example=lambda dim: Householder(dim, 2))
 class Householder(Orthogonal):
-    """Q as a product of reflections I - 2 v vᵀ/‖v‖²; it starts at random.
+    """An orthogonal matrix as a product of reflections I - 2 v vᵀ/‖v‖², random at the start.
 
-    The vectors are any; those of torch's `parametrizations.orthogonal` are triangular, and could
-    neither be read from old files nor be trained by the same steps.
+    The vectors are unconstrained. torch's `parametrizations.orthogonal` has triangular ones, for
+    which old files could not be read and training would take other steps.
+
     Source: Tomczak & Welling (2016), https://arxiv.org/abs/1611.09630.
 
     Args:
         dim: D.
-        reflections: How many, K: the determinant is (-1)^K, and D - 1 or D of them reach every
-            orthogonal matrix with that one.
+        reflections: Number of reflections K. The determinant is (-1)^K; every orthogonal matrix is
+            a product of D - 1 or D reflections, depending on the sign of its determinant.
     """
 
     def __init__(self, dim: int, reflections: int) -> None:
@@ -139,10 +142,10 @@ class Householder(Orthogonal):
 
 @TRANSFORMS.register("rotation", example=lambda dim: Rotation(dim))
 class Rotation(Orthogonal):
-    """Q = exp(A - Aᵀ), a rotation; it starts at the identity.
+    """A rotation as the matrix exponential Q = exp(A - Aᵀ), the identity at the start.
 
-    torch's `parametrizations.orthogonal` trains half of A only, so that steps and files would
-    differ, and is 1.3 times slower for D = 2 and twice for D = 64.
+    torch's `parametrizations.orthogonal` trains one triangle of A only, so that training steps and
+    files would differ; it is 1.3× slower for D = 2 and 2× slower for D = 64.
 
     Args:
         dim: D.
@@ -157,11 +160,11 @@ class Rotation(Orthogonal):
 
 
 def householder_product(vectors: Tensor, columns: int | None = None) -> Tensor:
-    """The first columns of a product of reflections along K vectors.
+    """The first columns of a product of Householder reflections.
 
     Args:
-        vectors: Shape (*batch, K, D).
-        columns: M; None for all D.
+        vectors: Normal vectors of the K reflections, shape (*batch, K, D).
+        columns: Number of columns M; all D if None.
 
     Returns:
         Orthonormal columns, shape (*batch, D, M).
@@ -174,6 +177,6 @@ def householder_product(vectors: Tensor, columns: int | None = None) -> Tensor:
     return product
 
 
-def _picked(value: Tensor, order: Tensor) -> Tensor:
-    """Variables in another order, each in one piece of memory, as the layers beside lay them."""
+def _reorder(value: Tensor, order: Tensor) -> Tensor:
+    """The variables in another order, each contiguous in memory as in coupling layers."""
     return value.movedim(-1, 0).index_select(0, order).movedim(0, -1)

@@ -1,4 +1,4 @@
-"""Location and scale: of the data, fitted once; of the first batch; of every batch."""
+"""Normalization by statistics: of all data, of the first batch, or of every batch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,25 +13,27 @@ from cnf.transforms.base import TRANSFORMS, Transform
 
 @TRANSFORMS.register("standardize", example=lambda dim: Standardize((dim,)))
 class Standardize(Transform):
-    """x = z·scale + loc: the inverse gives data zero mean and unit variance; not trained.
+    """x = z·scale + loc, whose inverse standardizes data to mean 0 and variance 1; not trained.
 
-    Each variable has its own location and scale, of images each channel: pixels at the border,
-    which hardly vary, would be far out wherever they do.
+    Each variable has its own location and scale. For images each channel has, as statistics of
+    single pixels would turn small variations of nearly constant border pixels into outliers.
 
-    Until it is fitted it is the identity. `fit` sets it once; a second call changes nothing, so
-    that training a flow again (fine-tuning) keeps the meaning of its weights.
+    Before it is fitted, the transform is the identity. Only the first call of `fit` sets location
+    and scale, so that the weights of a flow keep their meaning when it is trained again
+    (fine-tuning).
 
-    Location and scale are float64 whatever the dtype of the flow, and stay so under `float()` and
-    `half()`: in float32, a location of 10⁸ would be off by up to 4. The result has the dtype of
-    the argument. A device without float64 (MPS) holds them in float32, and data that this would
-    merge are refused there.
+    Location and scale are float64 for a flow of any dtype, and remain so under `float()` and
+    `half()`: in float32 a location of 10⁸ would have an error of up to 4. The result has the dtype
+    of the argument. On a device without float64 (MPS) they are float32, and data whose distinct
+    values would then be equal are refused.
 
     Args:
         event_shape: Shape of one x: (D,), or (C, H, W).
 
     Attributes:
-        dtype: float64 where it was fitted to float64 data, else float32; kept in checkpoints.
-        unresolved: The columns whose values float32 would merge, known once it is fitted.
+        dtype: float64 if it was fitted to float64 data, else float32; stored in checkpoints.
+        unresolved: Indices of the columns whose distinct values would be equal in float32; empty
+            before it is fitted.
     """
 
     loc: Tensor
@@ -48,29 +50,29 @@ class Standardize(Transform):
         self.register_buffer("fitted", torch.tensor(False))
         self.dtype, self.unresolved = torch.float32, ()
         self.register_load_state_dict_pre_hook(_default_dtype)
-        self.register_load_state_dict_post_hook(_resolve)
+        self.register_load_state_dict_post_hook(_find_unresolved)
 
     def fit(self, x: Tensor) -> None:
-        """Set location and scale from data `x`, shape (N, *event), if they are not set yet."""
+        """Set location and scale from data x, shape (N, *event), unless they are set already."""
         if self.fitted:
             return
         rows = x.to(self.loc.dtype)
         over = [0, *range(2, x.dim())]
         scale = self.scale
-        if x.shape[0] > 1:  # a constant column keeps scale 1
+        if x.shape[0] > 1:  # a constant column has scale 1
             scale = torch.where(rows.amax(over) > rows.amin(over), rows.std(over), 1.0)
         self.settle(rows.mean(over), scale, x.dtype)
 
     def settle(self, loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Set location and scale for good, found from data of `dtype`.
+        """Set location and scale to given statistics, and mark the transform as fitted.
 
         Args:
-            loc: Of each column, or channel.
-            scale: Of the same shape.
-            dtype: Of the data.
+            loc: Location of each column or channel.
+            scale: Scale, of the same shape.
+            dtype: Dtype of the data.
 
         Raises:
-            ValueError: A column's squares overflow or underflow.
+            ValueError: The squares of a column overflow or underflow.
         """
         lost = (loc.isinf() | scale.isinf() | (scale == 0)).flatten()
         if lost.any():
@@ -82,7 +84,7 @@ class Standardize(Transform):
         self.scale.copy_(scale.view_as(self.loc))
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.fitted.fill_(True)
-        _resolve(self)
+        _find_unresolved(self)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
@@ -96,7 +98,7 @@ class Standardize(Transform):
         return f"{super().extra_repr()}, {'' if self.fitted else 'not '}fitted"
 
     def get_extra_state(self) -> Tensor:
-        """An empty tensor, whose dtype is what is kept."""
+        """An empty tensor of the data's dtype, which is thus stored in checkpoints."""
         return torch.empty(0, dtype=self.dtype)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -124,29 +126,30 @@ class Standardize(Transform):
 
 
 def _default_dtype(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Files of version 0.1 lack the dtype, as their data were float32."""
+    """Insert the dtype float32, which files of version 0.1 lack."""
     state.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.float32))
 
 
-def _resolve(module: nn.Module, _: object = None) -> None:
-    """Once, so that no call has to ask a GPU."""
+def _find_unresolved(module: nn.Module, _: object = None) -> None:
+    """Set `unresolved`, once, so that no call has to synchronize with a GPU."""
     assert isinstance(module, Standardize)
-    rounding = torch.finfo(torch.float32).eps / 4 * module.loc.abs()  # on average
+    rounding = torch.finfo(torch.float32).eps / 4 * module.loc.abs()  # RMS rounding error
     coarse = (rounding > COARSE * module.scale).flatten()
     module.unresolved = tuple(coarse.nonzero().flatten().tolist())
 
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
 class ActNorm(Transform):
-    """x = z·exp(s) + m for each channel, trained.
+    """x = z·exp(s) + m with trained s and m for each channel, initialized from data.
 
-    It is the identity until data that pass through it while `initializing` set s and m, so that
-    their z have mean 0 and variance 1. Once trained, s and m are not set again.
+    The first batch that its inverse maps inside `initializing` sets s and m, such that z has mean
+    0 and variance 1. Before that it is the identity. If s or m is not zero, because it was
+    trained, they are not set again.
 
     Source: Kingma & Dhariwal (2018), Glow, https://arxiv.org/abs/1807.03039.
 
     Args:
-        event_shape: (D,), or (C, H, W) with one s and m for each of C channels.
+        event_shape: Shape of one x: (D,), or (C, H, W) with one s and m for each of C channels.
     """
 
     initialized: Tensor
@@ -158,7 +161,7 @@ class ActNorm(Transform):
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.register_buffer("initialized", torch.tensor(False))
         self.initializing = False
-        self.register_load_state_dict_pre_hook(_read_seen)
+        self.register_load_state_dict_pre_hook(_rename_seen)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("z", z)
@@ -186,25 +189,25 @@ class ActNorm(Transform):
         return (self.places * self.log_scale.sum()).expand(batch)
 
 
-def _read_seen(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """In files of version 0.1 `initialized` is called `seen`."""
+def _rename_seen(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Rename the entry `seen` of files of version 0.1 to `initialized`."""
     if f"{prefix}seen" in state:
         state[f"{prefix}initialized"] = state.pop(f"{prefix}seen")
 
 
 @TRANSFORMS.register("batchnorm", example=lambda dim: BatchNorm(dim).eval())
 class BatchNorm(Transform):
-    """z = exp(g)·(x - mean)/√(variance + ε) + b, with statistics of the batch.
+    """z = exp(g)·(x - mean)/√(variance + ε) + b, with the statistics of the batch.
 
-    Evaluation takes running statistics, and so does base → data, which is the inverse of data →
-    base in evaluation only.
+    In eval mode data → base uses the running statistics, and base → data always does. Therefore
+    the two directions are inverses of each other in eval mode only.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
     Args:
         dim: D.
-        momentum: Part of a batch's statistics in the running ones.
-        eps: ε.
+        momentum: Weight of a batch in the running statistics, in (0, 1].
+        eps: ε, which is added to the variance.
     """
 
     recomputable = False
@@ -230,7 +233,7 @@ class BatchNorm(Transform):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and rows.shape[0] > 1:
             variance, mean = torch.var_mean(rows, 0, correction=0)
-            if torch.is_grad_enabled():  # a call without gradients does not train
+            if torch.is_grad_enabled():  # without gradients it is not a training step
                 with torch.no_grad():
                     unbiased = variance * (rows.shape[0] / (rows.shape[0] - 1))
                     self.mean.lerp_(mean, self.momentum)
@@ -244,7 +247,7 @@ class BatchNorm(Transform):
 
 
 def _by_channel(event_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], int]:
-    """(D,) or, one number for each channel, (C, 1, 1); and how many places share a number."""
+    """Shape (D,), or (C, 1, 1) for images, and the number of pixels that share a statistic."""
     assert event_shape is not None
     channels, *places = event_shape
     return (channels, *[1] * len(places)), math.prod(places)
@@ -252,9 +255,9 @@ def _by_channel(event_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], i
 
 @contextmanager
 def initializing(module: nn.Module) -> Iterator[bool]:
-    """Inside, data that pass through `inverse` set each `ActNorm` that is not initialized.
+    """Let the data that are mapped by `inverse` initialize each `ActNorm` that is not initialized.
 
-    It gives whether there is any.
+    The context manager returns whether there is any.
     """
     actnorms = (part for part in module.modules() if isinstance(part, ActNorm))
     fresh = [part for part in actnorms if not part.initialized]

@@ -1,6 +1,6 @@
-"""Flows of low rank: planar, Sylvester and radial, with both directions.
+"""Planar, Sylvester and radial flows, with both directions.
 
-The parameters are the layer's own or, with a context, linear in it: amortized posteriors.
+With a context the parameters are affine functions of it, as amortized posteriors need.
 """
 
 import math
@@ -15,17 +15,17 @@ from cnf.transforms.base import TRANSFORMS, Transform
 from cnf.transforms.linear import householder_product
 from cnf.transforms.roots import tanh_root
 
-ONE = math.log(math.expm1(1))  # softplus of it is one
-MARGIN = 8  # units of rounding that keep a determinant above zero
+INVERSE_SOFTPLUS_OF_ONE = math.log(math.expm1(1))  # the x with softplus(x) = 1
+MARGIN = 8  # distance from the constraint in units of eps, so that determinants stay positive
 
 
 class Amortized(nn.Module):
-    """A vector of numbers: parameters, or linear in the context.
+    """Parameter vectors: trained ones or, with a context, affine functions of it.
 
     Args:
-        sizes: How many numbers for each of what is returned.
+        sizes: Sizes of the vectors.
         context_dim: Size of the context; 0 for none.
-        scale: Standard deviation of the numbers at the start.
+        scale: Standard deviation of the initial weights and biases.
     """
 
     def __init__(self, sizes: Sequence[int], context_dim: int = 0, scale: float = 0.1) -> None:
@@ -37,7 +37,7 @@ class Amortized(nn.Module):
             self.weight = nn.Parameter(scale * torch.randn(sum(sizes), context_dim))
 
     def forward(self, context: Tensor | None) -> tuple[Tensor, ...]:
-        """(*batch, C) → (*batch, size) for each size; without a context (size,)."""
+        """One vector for each size, shape (*batch, size), or (size,) without a context."""
         whole = self.bias
         if self.weight is not None:
             assert context is not None
@@ -52,9 +52,11 @@ class Amortized(nn.Module):
 class Planar(Transform):
     """x = z + û tanh(wᵀz + b), log|det| = log(1 + wᵀû (1 - tanh²)).
 
-    û is u, moved along w until wᵀû > -1. As in the paper wᵀû is a softplus of wᵀu less one, but
-    shifted so that 0 stays 0: the paper's -0.31 would make û long, and the map far from the
-    identity, where w is small. The inverse finds wᵀz + b, a root of one increasing function.
+    The constraint wᵀû > -1, which makes it invertible, is satisfied by û = u + (m - wᵀu)·w/‖w‖²
+    with m = softplus(wᵀu + log(e - 1)) - 1. In the paper m is not shifted by log(e - 1), and is
+    -0.31 at wᵀu = 0: for a small w, û would be long and the map far from the identity. The inverse
+    solves for wᵀz + b, the root of an increasing function of one variable.
+
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:
@@ -79,7 +81,7 @@ class Planar(Transform):
         return x - u * tanh.unsqueeze(-1), -(along * (1 - tanh * tanh)).log1p()
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """û, w, b and wᵀû."""
+        """The vectors û and w, the offset b and the product wᵀû."""
         u, w, b = self.numbers(context)
         product = (w * u).sum(-1, keepdim=True)
         along = _above_minus_one(product)
@@ -91,19 +93,20 @@ class Planar(Transform):
     "sylvester", example=lambda dim, context_dim=0: Sylvester(dim, 2, context_dim=context_dim)
 )
 class Sylvester(Transform):
-    """x = z + Q R tanh(S Qᵀz + b): M planar layers at once, along orthonormal columns of Q.
+    """x = z + Q R tanh(S Qᵀz + b), which is M planar flows along the orthonormal columns of Q.
 
-    R and S are upper triangular with diagonals within ±1, so that the Jacobian's determinant is
-    Π(1 + R_ii S_ii (1 - tanh²_i)) > 0; the inverse finds M roots, one after the other.
+    R and S are upper triangular with diagonals within ±1, so that the Jacobian determinant
+    Π(1 + R_ii S_ii (1 - tanh²_i)) is positive. The inverse solves for M roots one by one.
+
     Source: van den Berg et al. (2018), https://arxiv.org/abs/1803.05649.
 
     Args:
         dim: D.
-        rank: M, at most D.
+        rank: Number of columns M, at most D.
         context_dim: Size of the context; 0 for none.
 
     Raises:
-        ValueError: A rank below 1 or above D.
+        ValueError: The rank is below 1 or above D.
     """
 
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
@@ -118,22 +121,22 @@ class Sylvester(Transform):
         self._expect("z", z, context)
         with no_autocast(z):
             q, r, s, b = self._constrained(context)
-            tanh = torch.tanh(_times(s, _times(q.mT, z)) + b)
-            return z + _times(q, _times(r, tanh)), _sylvester_ladj(r, s, tanh)
+            tanh = torch.tanh(_matvec(s, _matvec(q.mT, z)) + b)
+            return z + _matvec(q, _matvec(r, tanh)), _sylvester_ladj(r, s, tanh)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
         with no_autocast(x):
             q, r, s, b = self._constrained(context)
-            tanh = self._solved(_times(q.mT, x), r, s, b)
-            return x - _times(q, _times(r, tanh)), -_sylvester_ladj(r, s, tanh)
+            tanh = self._solve(_matvec(q.mT, x), r, s, b)
+            return x - _matvec(q, _matvec(r, tanh)), -_sylvester_ladj(r, s, tanh)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank {self.rank}"
 
-    def _solved(self, target: Tensor, r: Tensor, s: Tensor, b: Tensor) -> Tensor:
-        """tanh(S y + b) of the y with y + R tanh(S y + b) = target, from y's last on."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}  # y_i and its tanh
+    def _solve(self, target: Tensor, r: Tensor, s: Tensor, b: Tensor) -> Tensor:
+        """tanh(S y + b) at the root y of y + R tanh(S y + b) = target, by back substitution."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}  # i → y_i and tanh((S y + b)_i)
         for i in reversed(range(self.rank)):
             shift, offset = target[..., i], b[..., i]
             for j, (y_j, tanh_j) in found.items():
@@ -144,7 +147,7 @@ class Sylvester(Transform):
         return torch.stack([found[i][1] for i in range(self.rank)], -1)
 
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Q, shape (*, D, M), R and S, (*, M, M), and b, (*, M)."""
+        """Q of shape (*, D, M), R and S of shape (*, M, M), and b of shape (*, M)."""
         (vectors,), (r, s, b) = self.vectors(context), self.numbers(context)
         q = householder_product(vectors.unflatten(-1, (self.rank, self.dim)), self.rank)
         return q, _triangular(r, self.rank), _triangular(s, self.rank), b
@@ -156,8 +159,9 @@ class Sylvester(Transform):
 class Radial(Transform):
     """x = z + β (z - c)/(α + r) with r = ‖z - c‖, α > 0 and β > -α.
 
-    log|det| = (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r). In the inverse r is
-    the root of a quadratic.
+    log|det| = (D - 1) log(1 + βh) + log(1 + βh - βrh²) with h = 1/(α + r). The inverse solves a
+    quadratic equation for r.
+
     Source: Rezende & Mohamed (2015), https://arxiv.org/abs/1505.05770, appendix A.
 
     Args:
@@ -173,14 +177,14 @@ class Radial(Transform):
         self._expect("z", z, context)
         center, alpha, beta = self._constrained(context)
         away = z - center
-        r = _length(away)
+        r = _norm(away)
         return z + beta * away / (alpha + r), self._ladj(r, alpha, beta, z.shape[-1])
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x, context)
         center, alpha, beta = self._constrained(context)
         away = x - center
-        far = _length(away)
+        far = _norm(away)
         p, size = alpha + beta - far, alpha + beta + far  # r² + p r = α ‖x - c‖
         root = size * ((p / size).square() + 4 * (alpha / size) * (far / size)).sqrt()
         r = torch.where(p > 0, 2 * alpha * far / (p.abs() + root), (root - p) / 2)
@@ -190,7 +194,7 @@ class Radial(Transform):
     def _constrained(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         center, alpha, beta = self.numbers(context)
         alpha = F.softplus(alpha)
-        beta = torch.maximum(F.softplus(beta) - alpha, -_most(alpha) * alpha)
+        beta = torch.maximum(F.softplus(beta) - alpha, -_largest_below_one(alpha) * alpha)
         return center, alpha, beta
 
     def _ladj(self, r: Tensor, alpha: Tensor, beta: Tensor, dim: int) -> Tensor:
@@ -200,18 +204,20 @@ class Radial(Transform):
 
 
 def _above_minus_one(x: Tensor) -> Tensor:
-    """softplus(x + ONE) - 1: increasing, above -1, and 0 at 0, where nothing cancels."""
+    """softplus(x + log(e - 1)) - 1: increasing, above -1, and 0 at 0, without cancellation."""
     small = torch.log1p((1 - math.exp(-1)) * torch.expm1(x.clamp(max=1)))
-    return torch.where(x < 1, small, F.softplus(x + ONE) - 1).clamp(min=-_most(x))
+    return torch.where(x < 1, small, F.softplus(x + INVERSE_SOFTPLUS_OF_ONE) - 1).clamp(
+        min=-_largest_below_one(x)
+    )
 
 
-def _most(like: Tensor) -> float:
-    """The number below one that rounding cannot make one."""
+def _largest_below_one(like: Tensor) -> float:
+    """A number below 1 by a margin that rounding does not consume, in the dtype of `like`."""
     return 1 - MARGIN * torch.finfo(like.dtype).eps
 
 
-def _length(vector: Tensor) -> Tensor:
-    """(*, D) → (*, 1), without squaring large or small numbers."""
+def _norm(vector: Tensor) -> Tensor:
+    """Euclidean norm, (*, D) → (*, 1), without overflow or underflow of the squares."""
     size = vector.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
     return size * torch.linalg.vector_norm(vector / size, dim=-1, keepdim=True)
 
@@ -221,12 +227,12 @@ def _sylvester_ladj(r: Tensor, s: Tensor, tanh: Tensor) -> Tensor:
     return (products * (1 - tanh * tanh)).log1p().sum(-1)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def _triangular(raw: Tensor, size: int) -> Tensor:
-    """(*, size²) → upper triangular, the diagonal within ±1."""
+    """(*, size²) → upper triangular matrices, (*, size, size), with diagonals within ±1."""
     square = raw.unflatten(-1, (size, size))
-    diagonal = _most(raw) * square.diagonal(dim1=-2, dim2=-1).tanh()
+    diagonal = _largest_below_one(raw) * square.diagonal(dim1=-2, dim2=-1).tanh()
     return square.triu(1) + torch.diag_embed(diagonal)

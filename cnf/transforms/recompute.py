@@ -1,4 +1,4 @@
-"""A stack of invertible steps whose backward pass recomputes the activations by inversion.
+"""A sequence of invertible steps whose backward pass recomputes activations by inversion.
 
 Source: Gomez et al. (2017), The reversible residual network, https://arxiv.org/abs/1707.04585.
 """
@@ -15,11 +15,11 @@ Direction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
-    """One invertible step.
+    """An invertible step.
 
     Args:
         module: The transform.
-        direction: One of its directions, value and context → value and log-determinant.
+        direction: One of its directions, (value, context) → (value, log-determinant).
         opposite: The other direction.
     """
 
@@ -28,24 +28,24 @@ class Step(NamedTuple):
     opposite: Direction
 
     def apply(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.direction(value, self._own(context))
+        return self.direction(value, self._context_for(context))
 
-    def alone(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `apply`, computed as with gradients, but keeping no graph."""
+    def apply_detached(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `apply` with gradients enabled, without the graph of the result."""
         with torch.enable_grad():
             value, ladj = self.apply(value, context)
         return value.detach(), ladj.detach()
 
-    def undo(self, value: Tensor, context: Tensor | None) -> Tensor:
-        return self.opposite(value, self._own(context))[0]
+    def invert(self, value: Tensor, context: Tensor | None) -> Tensor:
+        return self.opposite(value, self._context_for(context))[0]
 
-    def _own(self, context: Tensor | None) -> Tensor | None:
-        """Unconditional parts of a conditional flow are not shown the context."""
+    def _context_for(self, context: Tensor | None) -> Tensor | None:
+        """The context, or None for an unconditional part of a conditional flow."""
         return context if self.module.context_dim else None
 
 
 def recomputed(steps: list[Step], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Value and total log-determinant after all steps; only the last value is kept."""
+    """Value and log-determinant of all steps; only the last value is stored for backward."""
     modules = nn.ModuleList(step.module for step in steps)
     parameters = [p for p in modules.parameters() if p.requires_grad]
     return _Recomputed.apply(steps, value, context, *parameters)  # pyright: ignore
@@ -58,7 +58,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total = None
         for step in steps:
-            value, ladj = step.alone(value, context)
+            value, ladj = step.apply_detached(value, context)
             total = ladj if total is None else total + ladj
         assert total is not None
         ctx.steps, ctx.parameters, ctx.autocast = steps, parameters, current_autocast(value)
@@ -69,24 +69,26 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
         value, context = ctx.saved_tensors
-        wanted = context is not None and ctx.needs_input_grad[2]
-        leaf = context.detach().requires_grad_(wanted) if context is not None else None
-        found: dict[Tensor, Tensor] = {}
+        needs_context = context is not None and ctx.needs_input_grad[2]
+        leaf = context.detach().requires_grad_(needs_context) if context is not None else None
+        gradients: dict[Tensor, Tensor] = {}
         for step in reversed(ctx.steps):
             with ctx.autocast:
-                before = step.undo(value, context).detach().requires_grad_()
+                before = step.invert(value, context).detach().requires_grad_()
                 with torch.enable_grad():
                     after = step.apply(before, leaf)
             own = [p for p in step.module.parameters() if p.requires_grad]
-            sources = [before, *own, *([leaf] if wanted and step.module.context_dim else [])]
+            with_context = needs_context and step.module.context_dim
+            sources = [before, *own, *([leaf] if with_context else [])]
             pairs = zip(after, (grad, grad_ladj), strict=True)
-            pairs = [pair for pair in pairs if pair[0].requires_grad]  # a log|det| may be constant
+            # The log-determinant may be constant.
+            pairs = [pair for pair in pairs if pair[0].requires_grad]
             outputs, weights = zip(*pairs, strict=True)
             grads = torch.autograd.grad(
                 outputs, sources, weights, allow_unused=True, materialize_grads=True
             )
             for source, part in zip(sources[1:], grads[1:], strict=True):
-                found[source] = found[source] + part if source in found else part
+                gradients[source] = gradients[source] + part if source in gradients else part
             grad, value = grads[0], before.detach()
-        of_context = found.get(leaf) if leaf is not None else None
-        return None, grad, of_context, *(found.get(p) for p in ctx.parameters)
+        context_grad = gradients.get(leaf) if leaf is not None else None
+        return None, grad, context_grad, *(gradients.get(p) for p in ctx.parameters)

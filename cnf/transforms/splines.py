@@ -1,6 +1,6 @@
-"""Monotonic rational-quadratic splines, as maps for coupling and autoregressive layers.
+"""Monotonic rational-quadratic splines as transformers of coupling and autoregressive layers.
 
-Source: Durkan et al. (2019), Neural Spline Flows, https://arxiv.org/abs/1906.04032; on circles
+Source: Durkan et al. (2019), Neural Spline Flows, https://arxiv.org/abs/1906.04032; on the circle
 Rezende et al. (2020), https://arxiv.org/abs/2002.02428.
 """
 
@@ -23,13 +23,13 @@ class RationalQuadratic(ElementwiseMap):
 
     .. math:: x = x_k + h\,\frac{s ξ^2 + d_k ξ(1-ξ)}{s + (d_k + d_{k+1} - 2s)\,ξ(1-ξ)}.
 
-    Its inverse is the root of a quadratic.
+    The inverse is the root of a quadratic equation.
 
     Args:
-        bins: K, one or more.
-        bound: The spline's end, in units of z; outside the map is the identity.
-        least: Smallest width and height of a bin, as a part of the whole, and smallest slope, and
-            one over the largest.
+        bins: Number of bins K, at least 1.
+        bound: End of the interval [-bound, bound] of the spline, in units of z.
+        least: Smallest width and height of a bin as a fraction of the interval, and smallest
+            slope; the largest slope is about 1/least.
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0, least: float = 1e-3) -> None:
@@ -40,7 +40,7 @@ class RationalQuadratic(ElementwiseMap):
         return f"spline of {self.curve.bins} bins"
 
     def parametrize(self, raw: Tensor) -> Parameters:
-        """Widths and heights by a softmax, (2, K, *), and slopes by a softplus, (K + 1, *).
+        """Widths and heights, shape (2, K, *), by a softmax, slopes, (K + 1, *), by a softplus.
 
         The slopes at the ends are 1.
         """
@@ -49,18 +49,18 @@ class RationalQuadratic(ElementwiseMap):
         return self.curve.sizes(sizes), torch.cat([ends, self.curve.slopes(slopes), ends])
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return self._inside(self.curve.value, z, parameters)
+        return self._apply_inside(self.curve.value, z, parameters)
 
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return self._inside(self.curve.root, x, parameters)
+        return self._apply_inside(self.curve.root, x, parameters)
 
-    def _inside(
+    def _apply_inside(
         self,
         direction: Callable[..., tuple[Tensor, Tensor]],
         value: Tensor,
         parameters: Parameters,
     ) -> tuple[Tensor, Tensor]:
-        # Moved inside before the maths: outside neither it nor its gradient may be NaN.
+        # Clamped, so that neither the unused branch nor its gradient is NaN outside.
         bound = self.curve.bound
         moved, log_slope = direction(value.clamp(-bound, bound), *parameters)
         inside = value.abs() < bound
@@ -69,15 +69,15 @@ class RationalQuadratic(ElementwiseMap):
 
 @MAPS.register("circular-spline")
 class CircularSpline(ElementwiseMap):
-    """A turn of the circle [-bound, bound), then a rational-quadratic spline of it.
+    """A rotation of the circle [-bound, bound), followed by a rational-quadratic spline on it.
 
-    The spline has the same slope at both ends: a smooth map of angles. Any number is an angle;
-    results are on the circle.
+    The spline has the same slope at both ends, so that the map of the circle is continuously
+    differentiable. Inputs are taken modulo 2·bound, and results are on the circle.
 
     Args:
-        bins: K, one or more.
-        bound: Half of the circle's length.
-        least: As of `RationalQuadratic`.
+        bins: Number of bins K, at least 1.
+        bound: Half of the circle's circumference.
+        least: Smallest width, height and slope, as for `RationalQuadratic`.
     """
 
     def __init__(self, bins: int = 8, bound: float = math.pi, least: float = 1e-3) -> None:
@@ -88,20 +88,20 @@ class CircularSpline(ElementwiseMap):
         return f"circular spline of {self.curve.bins} bins"
 
     def parametrize(self, raw: Tensor) -> Parameters:
-        """The turn, (*), widths and heights, (2, K, *), and slopes, (K + 1, *)."""
-        turn, sizes, slopes = raw.split([1, 2 * self.curve.bins, self.curve.bins])
+        """The rotation, shape (*), widths and heights, (2, K, *), and slopes, (K + 1, *)."""
+        rotation, sizes, slopes = raw.split([1, 2 * self.curve.bins, self.curve.bins])
         slopes = self.curve.slopes(slopes)
-        return turn.squeeze(0), self.curve.sizes(sizes), torch.cat([slopes, slopes[:1]])
+        return rotation.squeeze(0), self.curve.sizes(sizes), torch.cat([slopes, slopes[:1]])
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        turn, *spline = parameters
-        x, log_slope = self.curve.value(self._wrapped(z + turn), *spline)
+        rotation, *spline = parameters
+        x, log_slope = self.curve.value(self._wrapped(z + rotation), *spline)
         return x.clamp(-self.curve.bound, self.curve.bound), log_slope  # rounding
 
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        turn, *spline = parameters
+        rotation, *spline = parameters
         z, log_slope = self.curve.root(self._wrapped(x), *spline)
-        return self._wrapped(z - turn), log_slope
+        return self._wrapped(z - rotation), log_slope
 
     def _wrapped(self, angle: Tensor) -> Tensor:
         bound = self.curve.bound
@@ -109,7 +109,7 @@ class CircularSpline(ElementwiseMap):
 
 
 class _Curve:
-    """The spline between its ends."""
+    """A rational-quadratic spline from [-bound, bound] onto itself."""
 
     def __init__(self, bins: int, bound: float, least: float) -> None:
         if bins < 1 or bound <= 0 or not 0 < least * bins < 1:
@@ -118,7 +118,7 @@ class _Curve:
                 f"{bins}, {bound} and {least}"
             )
         self.bins, self.bound, self.least = bins, bound, least
-        self.unit = math.log(math.expm1(1 - least))  # softplus of it and `least` make 1
+        self.unit = math.log(math.expm1(1 - least))  # softplus(unit) + least = 1
 
     def sizes(self, raw: Tensor) -> Tensor:
         whole, least = 2 * self.bound, self.least
@@ -126,19 +126,19 @@ class _Curve:
         return torch.add(whole * least, part, alpha=whole * (1 - least * self.bins))
 
     def slopes(self, raw: Tensor) -> Tensor:
-        # Bounded: far from the data a net gives numbers whose squares overflow.
+        # Clamped, as far from the data a network's outputs have squares that overflow.
         return self.least + F.softplus((raw + self.unit).clamp(max=1 / self.least))
 
     def value(self, z: Tensor, sizes: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         (zk, xk), (w, h), d0, d1 = self._bin(z, sizes, slopes, along=0)
-        s, xi = h / w, ((z - zk) / w).clamp(0, 1)  # rounding puts it a little outside
-        part, log_slope = _part(xi, s, d0, d1)
+        s, xi = h / w, ((z - zk) / w).clamp(0, 1)  # rounding may put it outside of [0, 1]
+        part, log_slope = _value_and_log_slope(xi, s, d0, d1)
         return torch.addcmul(xk, h, part), log_slope
 
     def root(self, x: Tensor, sizes: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         (zk, xk), (w, h), d0, d1 = self._bin(x, sizes, slopes, along=1)
         s, y = h / w, ((x - xk) / h).clamp(0, 1)
-        # The quadratic's root, and its discriminant, in forms where nothing cancels.
+        # The root of the quadratic and its discriminant, in forms without cancellation.
         rest, sy = 1 - y, s * y
         tilt = d0 * rest - d1 * y
         product = 4 * s * sy * rest
@@ -147,12 +147,12 @@ class _Curve:
         both = size + torch.addcmul(product, size, size).sqrt()
         both = torch.where(rises, both, product / both)  # tilt + √(tilt² + product)
         root = (2 * sy / (both + 2 * sy)).clamp(0, 1)
-        return torch.addcmul(zk, w, root), -_part(root, s, d0, d1)[1]
+        return torch.addcmul(zk, w, root), -_value_and_log_slope(root, s, d0, d1)[1]
 
     def _bin(
         self, value: Tensor, sizes: Tensor, slopes: Tensor, along: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The bin that holds z (along 0) or x (1): start and size in both, (2, *), and slopes."""
+        """The bin of z (along=0) or x (along=1): its start and size, (2, *), and its slopes."""
         ends = sizes.cumsum(1)
         k = (value + self.bound >= ends[along, :-1]).sum(0, keepdim=True)
         both = k.expand(2, *k.shape)
@@ -162,7 +162,7 @@ class _Curve:
         return start, size, d0, d1
 
 
-def _part(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_log_slope(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
     """(x - x_k)/h at ξ, and log dx/dz."""
     rest, square = 1 - xi, xi * xi
     both = xi * rest

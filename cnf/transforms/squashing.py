@@ -1,4 +1,4 @@
-"""Fixed functions onto a box, an interval or the positive numbers."""
+"""Fixed elementwise bijections onto a box, an interval or the positive numbers."""
 
 import math
 from abc import abstractmethod
@@ -13,10 +13,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 class _Squashing(Transform):
-    """A fixed function of each number: subclasses say which, by its value and log-slope.
+    """A fixed elementwise bijection; subclasses define its value and log-slope.
 
-    A number outside of the support by more than float32's rounding has no density: its
-    log-determinant is -inf, and so is `log_prob`. The support's ends are moved just inside.
+    For an x outside of the support by more than rounding in float32, the log-determinant of the
+    inverse is -inf, and so is the log-density. The ends of the support are clamped to its inside.
     """
 
     support: tuple[float, float]
@@ -41,15 +41,15 @@ class _Squashing(Transform):
 
 @TRANSFORMS.register("sigmoid", example=lambda dim: Sigmoid())
 class Sigmoid(_Squashing):
-    """x = low + (high - low)/(1 + e^-z), onto a box; its `Inverse` is the logit.
+    """x = low + (high - low)/(1 + e^-z), onto a box; its inverse is the logit.
 
     Args:
-        low: Lower end, a number.
+        low: Lower end of each interval.
         high: Upper end.
         event_dims: 1 for vectors, 3 for images.
 
     Raises:
-        ValueError: An upper end that is not above the lower one.
+        ValueError: The upper end is not above the lower one.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0, event_dims: int = 1) -> None:
@@ -67,7 +67,9 @@ class Sigmoid(_Squashing):
 
     def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         least, eps = _smallest(x), torch.finfo(x.dtype).eps
-        least = max(least, eps / 2 * abs(self.low) / self.range)  # x has no finer steps there
+        least = max(
+            least, eps / 2 * abs(self.low) / self.range
+        )  # the spacing of floats at x = low
         u = ((x - self.low) / self.range).clamp(least, 1 - eps / 2)
         below, above = u.log(), (-u).log1p()
         return below - above, -(below + above) - math.log(self.range)
@@ -75,7 +77,7 @@ class Sigmoid(_Squashing):
 
 @TRANSFORMS.register("tanh", example=lambda dim: Tanh())
 class Tanh(_Squashing):
-    """x = tanh z, onto (-1, 1)."""
+    """x = tanh z, onto the interval (-1, 1)."""
 
     support = -1.0, 1.0
 
@@ -104,7 +106,7 @@ class Softplus(_Squashing):
 
 
 def _smallest(like: Tensor) -> float:
-    """The smallest positive number: below it gradients would overflow."""
+    """The smallest positive x, below which gradients would overflow."""
     info = torch.finfo(like.dtype)
     return min(info.tiny / info.eps, info.eps)
 

@@ -1,4 +1,4 @@
-"""What a vector field is, and how any network becomes one."""
+"""The interface of vector fields, and an adapter for any network."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from cnf.registry import Registry
 
 FIELDS = Registry("field")
 
-EXACT_LIMIT = 1024  # directions; above, D forward-mode passes per evaluation are out of reach
+EXACT_LIMIT = 1024  # largest D for which D forward-mode passes per evaluation are feasible
 
 
 class VectorField(nn.Module, ABC):
@@ -24,7 +24,7 @@ class VectorField(nn.Module, ABC):
     Attributes:
         event_shape: Shape of one x: (D,) for vectors, (C, H, W) for images.
         context_dim: Size of the context vector c; 0 for an unconditional field.
-        optional_context: Whether a conditional field also takes context=None.
+        optional_context: Whether a conditional field also accepts context=None.
     """
 
     optional_context = False
@@ -36,7 +36,7 @@ class VectorField(nn.Module, ABC):
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Times, from 0 to 1, between which the velocity is smooth: a solver restarts at each."""
+        """Times from 0 to 1 between which the velocity is smooth; a solver restarts at each."""
         return (0.0, 1.0)
 
     def block(self, k: int) -> "VectorField":
@@ -57,7 +57,7 @@ class VectorField(nn.Module, ABC):
         """
 
     def extra_repr(self) -> str:
-        """What `repr` says; `torch.nn.Module.__repr__(field)` shows the nets inside, too."""
+        """The text of `repr`; `torch.nn.Module.__repr__(field)` also shows the networks."""
         return shaped(self.event_shape, self.context_dim)
 
     def __repr__(self) -> str:
@@ -66,12 +66,12 @@ class VectorField(nn.Module, ABC):
 
 @runtime_checkable
 class HasDivergence(Protocol):
-    """A field with its own exact trace."""
+    """A field that computes its exact divergence itself, in closed form."""
 
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity, of x's shape, and its divergence ∇·v, shape (*batch,).
+        """Velocity, of x's shape, and its exact divergence ∇·v, shape (*batch,).
 
         Args:
             t: Time, shape () or (*batch,).
@@ -86,8 +86,9 @@ def exact_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Velocity and exact divergence of any field.
 
-    By the field's own closed form where it has one, else by D tangents in one pass, or D products
-    in reverse mode where torch has no forward mode for one of the field's operations.
+    It is computed by the field's closed form, if it has one, else by D tangents in one pass of
+    forward mode, or by D vector-Jacobian products in reverse mode if torch has no forward mode for
+    an operation of the field.
 
     Args:
         field: The field.
@@ -96,7 +97,7 @@ def exact_divergence(
         context: Condition, shape (*batch, C), or None.
 
     Raises:
-        ValueError: The field has no closed form and D is above `EXACT_LIMIT`.
+        ValueError: The field has no closed form, and D is above `EXACT_LIMIT`.
     """
     if isinstance(field, HasDivergence):
         return field.with_divergence(t, x, context)
@@ -105,7 +106,7 @@ def exact_divergence(
         raise ValueError(
             f"log_prob: the exact divergence of {type(field).__name__} takes {size} "
             f"forward-mode directions per evaluation (limit {EXACT_LIMIT}); "
-            "ask for an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
+            "use an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
         )
     return trace_of_jacobian(lambda y: field(t, y, context), x, len(field.event_shape), field)
 
@@ -123,9 +124,9 @@ class Adapter(VectorField):
         net: The network.
         event_shape: Shape of one x.
         context_dim: Size of the context; 0 for none.
-        call: How the net is called: "t, x", "x, t" (t expanded to (*batch,), the context following
-            as third argument where there is one), or "concat" for one tensor [x, t, context] along
-            the last axis.
+        call: Arguments with which the network is called: "t, x" or "x, t", where t has shape
+            (*batch,) and a context follows as third argument, or "concat" for one tensor
+            [x, t, context], concatenated along the last axis.
     """
 
     def __init__(
@@ -144,10 +145,10 @@ class Adapter(VectorField):
         return f"{type(self.net).__name__}, {super().extra_repr()}"
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The velocity, from the network called as `call` says.
+        """The velocity, which is the network's output.
 
         Raises:
-            ValueError: The network's result is not of x's shape.
+            ValueError: The output does not have x's shape.
         """
         batch = x.shape[: x.dim() - len(self.event_shape)]
         t = t.expand(batch)
@@ -155,26 +156,26 @@ class Adapter(VectorField):
             context = context.expand(*batch, self.context_dim)
         if self.call == "concat":
             parts = [x, t.unsqueeze(-1)] + ([] if context is None else [context])
-            v = self._of_joined(torch.cat(parts, -1))
+            v = self._call_concatenated(torch.cat(parts, -1))
         else:
             first, second = (t, x) if self.call == "t, x" else (x, t)
             v = self.net(first, second, *([] if context is None else [context]))
         if not isinstance(v, Tensor) or v.shape != x.shape:
             got = tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
             raise ValueError(
-                f"Adapter: expected {type(self.net).__name__} to give a velocity of x's shape "
+                f"Adapter: expected {type(self.net).__name__} to return a velocity of x's shape "
                 f"{tuple(x.shape)}, got {got}"
             )
         return v
 
-    def _of_joined(self, joined: Tensor) -> Tensor:
+    def _call_concatenated(self, inputs: Tensor) -> Tensor:
         try:
-            return self.net(joined)
+            return self.net(inputs)
         except RuntimeError as error:
             if "shapes cannot be multiplied" not in str(error):
                 raise
             parts = "x, t and the context" if self.context_dim else "x and t"
             raise ValueError(
                 f"Adapter: {type(self.net).__name__} is called with {parts} in one tensor, "
-                f"{joined.shape[-1]} numbers a row, and does not fit ({error})"
+                f"{inputs.shape[-1]} numbers a row, and does not fit ({error})"
             ) from error

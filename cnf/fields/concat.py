@@ -1,7 +1,8 @@
-"""How time and context enter a layer: FFJORD's kinds of layers.
+"""Layers that are conditioned on time and context, as in FFJORD.
 
-Every kind is an affine map of its input whose scale, shift or weights depend on the condition
+Each is an affine map of its input whose scale, shift or weights depend on the conditioning input
 u = [t, sin, cos, …, c].
+
 Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 """
 
@@ -18,15 +19,15 @@ LAYERS = Registry("layer")
 
 
 class AffineLayer(NamedTuple):
-    """h → scale ∘ (weight h) + bias.
+    """The affine map h → scale ∘ (weight h) + bias.
 
     Attributes:
-        weight: Shape (out, in), or (*batch, out, in) where rows have their own.
-        bias: Shape (out,) or (*batch, out).
-        scale: Shape (*batch, out); None where there is none or the weight holds it already,
-            because all rows share it.
-        joined: What is part of the input beside h, shape (*batch, features), and its weight,
-            (out, features): one product of both costs a training step less than two.
+        weight: Weight, shape (out, in), or (*batch, out, in) with one for each row.
+        bias: Bias, shape (out,) or (*batch, out).
+        scale: Scale of each row, shape (*batch, out). None if there is none, or if all rows share
+            it and the weight is already multiplied by it.
+        joined: A second input, shape (*batch, features), and its weight, (out, features). It is
+            concatenated with h, as one matrix product is faster than two.
     """
 
     weight: Tensor
@@ -47,12 +48,12 @@ class AffineLayer(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """Scale σ(G u + g) and shift B u of a layer's outputs, or only one of them, or none.
+    """Scale σ(G u + g) and shift B u of a layer's outputs, each of which is optional.
 
     Args:
         features: Size of u.
-        outputs: How many outputs (channels, for images).
-        scale: Whether there is a scale in (0, 1).
+        outputs: Number of outputs (channels, for images).
+        scale: Whether there is a scale, in (0, 1).
         shift: Whether there is a shift.
     """
 
@@ -62,7 +63,7 @@ class Modulation(nn.Module):
         self.shift = nn.Linear(features, outputs, bias=False) if shift else None
 
     def forward(self, u: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """u: (*batch, features) → scale and shift, each (*batch, outputs) or None."""
+        """Scale and shift at u, (*batch, features), each of shape (*batch, outputs) or None."""
         scale = None if self.scale is None else torch.sigmoid(self.scale(u))
         return scale, None if self.shift is None else self.shift(u)
 
@@ -78,7 +79,7 @@ for _name, _scale, _shift in (
 
 
 class PlainLinear(nn.Linear):
-    """A linear layer that ignores u, and is its own `AffineLayer`.
+    """A linear layer that does not depend on u, and is its own `AffineLayer`.
 
     Args:
         inputs: Size of h.
@@ -103,8 +104,8 @@ class ModulatedLinear(nn.Module):
         inputs: Size of h.
         outputs: Size of the output.
         features: Size of u.
-        kind: A name in `MODULATIONS`: "concat" is a layer of [h, u]; "squash" scales by σ(G u);
-            "concatsquash" does both.
+        kind: A name in `MODULATIONS`: "concat" is a linear layer of [h, u], "squash" scales its
+            outputs by σ(G u + g), and "concatsquash" does both.
     """
 
     def __init__(self, inputs: int, outputs: int, features: int, kind: str) -> None:
@@ -140,7 +141,7 @@ class HyperLinear(nn.Module):
         super().__init__()
         self.shape = (outputs, inputs)
         self.hyper = nn.Linear(features, outputs * (inputs + 1))
-        with torch.no_grad():  # at u = 0 the layer is one that torch would have drawn
+        with torch.no_grad():  # at u = 0 the layer has torch's default initialization
             start = nn.Linear(inputs, outputs)
             self.hyper.bias.copy_(torch.cat([start.weight.flatten(), start.bias]))
             self.hyper.weight.mul_(inputs**-0.5)
@@ -153,9 +154,9 @@ class HyperLinear(nn.Module):
 
 
 class BlendLinear(nn.Module):
-    """A linear layer whose weights are blended from t = 0 to t = 1.
+    """A linear layer whose weight and bias are interpolated linearly between t = 0 and t = 1.
 
-    One layer at each end, linearly between; the rest of u shifts the outputs.
+    The other entries of u shift the outputs.
 
     Args:
         inputs: Size of h.

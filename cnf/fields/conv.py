@@ -1,4 +1,4 @@
-"""Convolutional fields for images: FFJORD's."""
+"""Convolutional vector fields for images, as in FFJORD."""
 
 from collections.abc import Sequence
 
@@ -12,25 +12,29 @@ from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
 @FIELDS.register("conv")
 class ConvField(VectorField):
-    """A stack of 3×3 convolutions whose channels time and context scale and shift.
+    """A stack of 3×3 convolutions whose channels are scaled and shifted by time and context.
 
-    It has no closed-form trace: train it with Hutchinson's estimate; its exact divergence takes
-    C·H·W forward-mode directions.
+    Its divergence has no closed form. To train it by likelihood, use Hutchinson's estimate, as the
+    exact divergence takes C·H·W forward-mode directions.
+
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
     Args:
-        shape: (C, H, W).
+        shape: Shape of an image, (C, H, W).
         hidden: Channels of the hidden layers.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        frequencies: Fourier features of time (0 for plain t).
-        layer: How time and context enter each layer, a name in `cnf.fields.concat.MODULATIONS`.
-        strides: One for each layer, the output's included: 1, 2 to halve the image, -2 to double
-            it (a transposed convolution); all 1 if None. Halvings and doublings must be balanced.
-        zero_last: Start at v = 0, the identity flow.
+        frequencies: Number of Fourier features of time; 0 for t alone.
+        layer: How time and context modulate the layers, a name in
+            `cnf.fields.concat.MODULATIONS`.
+        strides: Stride of each layer, including the output layer: 1, 2 to halve height and width,
+            or -2 to double them by a transposed convolution; all 1 if None. There must be as many
+            2 as -2.
+        zero_last: Whether v = 0 at the start, which is the identity flow.
 
     Raises:
-        ValueError: A shape that is not (C, H, W), or strides that do not fit it.
+        ValueError: The shape is not (C, H, W), the strides do not fit it, or layer="ignore" is
+            combined with a context.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class ConvField(VectorField):
     ) -> None:
         super().__init__(shape, context_dim)
         if layer == "ignore" and context_dim:
-            raise ValueError("ConvField: layer='ignore' has no place for a context")
+            raise ValueError("ConvField: layer='ignore' takes no context; choose another layer")
         if len(shape) != 3:
             raise ValueError(f"ConvField: expected a shape (C, H, W), got {tuple(shape)}")
         channels, height, width = shape

@@ -10,23 +10,26 @@ from cnf.fields.wrappers import Wrapper
 
 
 class NullContext(Wrapper):
-    """A conditional field whose context may be missing: a learned vector stands in for it.
+    """A conditional field whose context may be missing, and is then replaced by a learned vector.
 
-    Missing is None, or NaN in the rows that have none.
+    A missing context is None for all rows, or NaN in some of them.
+
     Source: Ho & Salimans (2022), https://arxiv.org/abs/2207.12598.
 
     Args:
         field: A conditional field.
-        null: The vector, shape (context_dim,); zeros at the start if None.
+        null: The learned vector, shape (context_dim,); if None, a new one that starts at zero.
 
     Raises:
-        ValueError: An unconditional field.
+        ValueError: The field is unconditional.
     """
 
     def __init__(self, field: VectorField, null: nn.Parameter | None = None) -> None:
         super().__init__(field)
         if not field.context_dim:
-            raise ValueError("NullContext: expected a conditional field; give it context=…")
+            raise ValueError(
+                f"NullContext: expected a conditional field, got {field}; build it with context=…"
+            )
         self.null = nn.Parameter(torch.zeros(field.context_dim)) if null is None else null
         self.optional_context = True
 
@@ -46,25 +49,26 @@ class NullContext(Wrapper):
         return exact_divergence(self.field, t, x, self.filled(context))
 
     def filled(self, context: Tensor | None) -> Tensor:
-        """The context with the learned vector where it is missing."""
+        """The context, with missing values replaced by those of the learned vector."""
         return self.null if context is None else torch.where(context.isnan(), self.null, context)
 
 
 class Guided(Wrapper):
     """v(t, x, c) = v(t, x) + w·(v(t, x, c) - v(t, x)): classifier-free guidance.
 
-    Weight 1 is the conditional field, 0 the unconditional one; above 1 the condition counts for
-    more than the data say, and the flow's density is that of what is then sampled.
+    Weight 1 gives the conditional field and 0 the unconditional one. A weight above 1 amplifies
+    the influence of the context. The density of the flow is that of its guided samples.
+
     Source: Ho & Salimans (2022), https://arxiv.org/abs/2207.12598; the interval, Kynkäänniemi et
     al. (2024), https://arxiv.org/abs/2404.07724.
 
     Args:
         field: A field whose context may be missing, see `NullContext`.
-        weight: w.
-        interval: Times at which it holds; at others it is 1.
+        weight: Guidance weight w.
+        interval: Times, from and to, at which guidance is applied; at other times w = 1.
 
     Raises:
-        ValueError: A field that needs its context, or a weight or interval out of range.
+        ValueError: The field requires a context, or the weight or interval is out of range.
     """
 
     def __init__(
@@ -73,8 +77,8 @@ class Guided(Wrapper):
         super().__init__(field)
         if not field.optional_context:
             raise ValueError(
-                "Guided: expected a field that also goes without its context; build the model "
-                "with null_context=True and train it with FlowMatching(context_dropout=0.1)"
+                f"Guided: expected a field whose context may be missing, got {field}; build the "
+                "model with null_context=True and train it with FlowMatching(context_dropout=0.1)"
             )
         start, end = interval
         if not math.isfinite(weight) or not 0 <= start <= end <= 1:
@@ -110,15 +114,15 @@ class Guided(Wrapper):
         return f"{self.field}, weight {self.weight:g}"
 
     def mixed(self, t: Tensor, conditional: Tensor, without: Tensor) -> Tensor:
-        """Guidance of a velocity or divergence, given it with the context and without.
+        """Guide a velocity or divergence, given its conditional and unconditional values.
 
         Args:
             t: Time, shape () or (*batch,).
-            conditional: The velocity or divergence with the context.
-            without: The same without it.
+            conditional: The value with the context.
+            without: The value without the context.
         """
         start, end = self.interval
-        held = (t >= start) & (t <= end)
-        weight = torch.where(held, torch.full_like(t, self.weight), torch.ones_like(t))
+        active = (t >= start) & (t <= end)
+        weight = torch.where(active, torch.full_like(t, self.weight), torch.ones_like(t))
         weight = weight.reshape([*t.shape, *[1] * (conditional.dim() - t.dim())])
         return without + weight * (conditional - without)

@@ -1,4 +1,4 @@
-"""The default field: a time-conditioned MLP with its divergence in closed form."""
+"""The default field: an MLP of time, point and context, with a closed-form divergence."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
 @FIELDS.register("mlp")
 class MLPField(VectorField):
-    r"""v(t, x, c) = W_L σ(… σ(W_1 x + b_1) …) + b_L, with its exact trace.
+    r"""The MLP v(t, x, c) = W_L σ(… σ(W_1 x + b_1) …) + b_L, with a closed-form divergence.
 
-    Time and context enter as `layer` says. With g_l = σ'(a_l) the gates of one row, the Jacobian
-    is W_L diag(g_{L-1}) … diag(g_1) W_1, whose trace `cnf.fields.trace.trace_of_chain` takes
-    in a few products: one more than the forward's own for two hidden layers, whatever D is. No
-    autograd graph is built inside, and it is differentiable.
+    Time and context condition the layers as chosen by `layer`. With the gates g_l = σ'(a_l) of a
+    row, the Jacobian is W_L diag(g_{L-1}) … diag(g_1) W_1. `cnf.fields.trace.trace_of_chain`
+    computes its trace in a few matrix products: with two hidden layers there is one more product
+    than in the forward pass, for any D. It uses no autograd, and is itself differentiable.
 
     >>> field = MLPField(dim=3, hidden=(32, 32))
     >>> v, div = field.with_divergence(torch.tensor(0.1), torch.randn(5, 3))
@@ -30,23 +30,24 @@ class MLPField(VectorField):
 
     Args:
         dim: D.
-        hidden: Widths of the hidden layers (one at least).
+        hidden: Widths of the hidden layers, at least one.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        frequencies: Fourier features of time (0 for plain t), see `TimeFeatures`.
-        layer: "input" joins time and context to the net's input; any name in
-            `cnf.fields.concat.LAYERS` makes every layer of that kind. "ignore" has neither time
-            nor context. A context's per-row scales in the last layer, and per-row weights, cost D
-            products instead of one.
-        fourier: Spatial Fourier features, x → [x, sin(Bx), cos(Bx)] with so many rows of B drawn
-            from N(0, fourier_scale²/D) and trained. Source: Tancik et al. (2020),
-            https://arxiv.org/abs/2006.10739. For the trace they are one hidden layer more.
-        fourier_scale: RMS angular frequency, in radians per unit of x.
-        skip: Add a linear map A x, with A = 0 at the start.
-        zero_last: Start at v = 0, the identity flow.
+        frequencies: Number of Fourier features of time; 0 for t alone, see `TimeFeatures`.
+        layer: "input" concatenates time and context with the input of the first layer. A name in
+            `cnf.fields.concat.LAYERS` is the type of every layer; "ignore" uses neither time nor
+            context. If a context scales the last layer, or determines weights, the divergence
+            takes D matrix products instead of one.
+        fourier: Number of spatial Fourier features, x → [x, sin(Bx), cos(Bx)]; the rows of B are
+            drawn from N(0, fourier_scale²/D), and are trained. For the divergence they count as a
+            hidden layer. Source: Tancik et al. (2020), https://arxiv.org/abs/2006.10739.
+        fourier_scale: RMS angular frequency of B, in radians per unit of x.
+        skip: Whether a linear map A x is added, with A = 0 at the start.
+        zero_last: Whether v = 0 at the start, which is the identity flow.
 
     Raises:
-        ValueError: An unknown layer, no hidden layer, or a context for layer="ignore".
+        ValueError: The layer is unknown, there is no hidden layer, `fourier` is negative, or
+            layer="ignore" is combined with a context.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class MLPField(VectorField):
         if fourier < 0:
             raise ValueError(f"MLPField: expected fourier >= 0, got {fourier}")
         if layer == "ignore" and context_dim:
-            raise ValueError("MLPField: layer='ignore' has no place for a context")
+            raise ValueError("MLPField: layer='ignore' takes no context; choose another layer")
         self.dim, self.hidden = dim, tuple(hidden)
         self.condition = Condition(frequencies, context_dim)
         self.activation = ACTIVATIONS[activation]
@@ -87,8 +88,8 @@ class MLPField(VectorField):
             zero_(self.layers[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = x if self.waves is None else _waves(F.linear(x, self.waves), x)
-        *hidden, last = self._affines(t, x, context)
+        h = x if self.waves is None else _fourier_features(F.linear(x, self.waves), x)
+        *hidden, last = self._affine_layers(t, x, context)
         for affine in hidden:
             h = self.activation.function(affine(h))
         v = last(h)
@@ -97,7 +98,7 @@ class MLPField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+        """Velocity, shape (*batch, D), and exact divergence in closed form, shape (*batch,).
 
         Args:
             t: Time, shape () or (*batch,).
@@ -107,11 +108,11 @@ class MLPField(VectorField):
         h, weights, gates = x, [], []
         if self.waves is not None:
             angle = F.linear(x, self.waves)
-            h = _waves(angle, x)
+            h = _fourier_features(angle, x)
             eye = torch.eye(self.dim, dtype=x.dtype, device=x.device)
             weights.append(torch.cat([eye, self.waves, self.waves]))
             gates.append(torch.cat([torch.ones_like(x), angle.cos(), -angle.sin()], -1))
-        *hidden, last = self._affines(t, x, context)
+        *hidden, last = self._affine_layers(t, x, context)
         for affine in hidden:
             h, gate = self.activation.with_derivative(affine(h))
             weights.append(affine.weight)
@@ -125,12 +126,12 @@ class MLPField(VectorField):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hidden {self.hidden}"
 
-    def _affines(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
+    def _affine_layers(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
         u = self.condition(t, x, context)
         return (layer.affine(u) for layer in self.layers)  # pyright: ignore
 
 
-def _waves(angle: Tensor, x: Tensor) -> Tensor:
+def _fourier_features(angle: Tensor, x: Tensor) -> Tensor:
     return torch.cat([x, angle.sin(), angle.cos()], -1)
 
 

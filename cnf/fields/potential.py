@@ -1,4 +1,4 @@
-"""The gradient of a potential as a field, with its Laplacian in closed form: OT-Flow."""
+"""The gradient of a potential as a field, with a closed-form Laplacian, as in OT-Flow."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from cnf.fields.base import FIELDS, VectorField
 from cnf.fields.trace import gated_product
 
 
-class _Pass(NamedTuple):
-    """Results of one pass down and up the potential's network."""
+class _GradientPass(NamedTuple):
+    """Results of a forward and backward pass through the potential's network."""
 
     tanh: list[Tensor]  # σ' of each layer, (*batch, H)
     cotangents: list[Tensor]  # ∂φ/∂h after each layer, (*batch, H)
@@ -20,7 +20,7 @@ class _Pass(NamedTuple):
 
 @FIELDS.register("potential")
 class PotentialField(VectorField):
-    r"""v = ∇ₓφ for φ(s) = w·N(s) + ½‖A s‖² + b·s, s = [x, t, c], with exact ∇·v = Δφ.
+    r"""The gradient v = ∇ₓφ of φ(s) = w·N(s) + ½‖A s‖² + b·s, s = [x, t, c], with ∇·v = Δφ.
 
     N is a residual network with h_0 = σ(K_0 s + b_0), h_i = h_{i-1} + σ(K_i h_{i-1} + b_i)/M and
     σ(a) = log(2 cosh a), whose first two derivatives are tanh and 1 - tanh². The Laplacian is
@@ -28,19 +28,20 @@ class PotentialField(VectorField):
     .. math:: \sum_j σ''(a_{0j}) z_{0j} \|K_{0x,j}\|^2
         + \tfrac1M \sum_{i,j} σ''(a_{ij}) z_{ij} \|(K_i J_{i-1})_j\|^2 + \|A_x\|_F^2
 
-    with z the cotangents and J_i = ∂h_i/∂x. A gradient field moves mass without rotation, as
-    optimal transport does; `cnf.dynamics.regularizers.hjb_residual` reads `time_derivative`.
+    with the cotangents z and J_i = ∂h_i/∂x. A gradient field has no rotation, as is the case for
+    optimal transport; `cnf.dynamics.regularizers.hjb_residual` uses `time_derivative`.
+
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
 
     Args:
         dim: D.
-        width: Width of N.
-        layers: Layers of N, the first one included.
+        width: Width of the layers of N.
+        layers: Number of layers of N, including the first one.
         context_dim: Size of the context; 0 for none.
-        rank: Rows of A; min(10, D + 1) if None.
+        rank: Number of rows of A; min(10, D + 1) if None.
 
     Raises:
-        ValueError: A width or number of layers below 1.
+        ValueError: The width or the number of layers is below 1.
     """
 
     def __init__(
@@ -68,27 +69,27 @@ class PotentialField(VectorField):
         nn.init.xavier_uniform_(self.quadratic)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._gradient(self._joined(t, x, context)).gradient[..., : self.dim]
+        return self._gradient(self._concatenated(t, x, context)).gradient[..., : self.dim]
 
     def time_derivative(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """∂φ/∂t, shape (*batch,).
+        """The time derivative ∂φ/∂t, shape (*batch,).
 
         Args:
             t: Time, shape () or (*batch,).
             x: Points, shape (*batch, *event).
             context: Condition, shape (*batch, C), or None.
         """
-        return self._gradient(self._joined(t, x, context)).gradient[..., self.dim]
+        return self._gradient(self._concatenated(t, x, context)).gradient[..., self.dim]
 
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """φ, shape (*batch,), up to the constant that no velocity depends on.
+        """The potential φ, shape (*batch,), up to a constant.
 
         Args:
             t: Time, shape () or (*batch,).
             x: Points, shape (*batch, *event).
             context: Condition, shape (*batch, C), or None.
         """
-        s = self._joined(t, x, context)
+        s = self._concatenated(t, x, context)
         h = _log_two_cosh(self.first(s))
         for layer in self.layers:
             h = h + self.step * _log_two_cosh(layer(h))
@@ -97,14 +98,14 @@ class PotentialField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+        """Velocity, shape (*batch, D), and exact divergence in closed form, shape (*batch,).
 
         Args:
             t: Time, shape () or (*batch,).
             x: Points, shape (*batch, *event).
             context: Condition, shape (*batch, C), or None.
         """
-        tanh, cotangents, gradient = self._gradient(self._joined(t, x, context))
+        tanh, cotangents, gradient = self._gradient(self._concatenated(t, x, context))
         weight_of_x = self.first.weight[:, : self.dim]
         curved = [(1 - gate * gate) * z for gate, z in zip(tanh, cotangents, strict=True)]
         div = curved[0] @ weight_of_x.square().sum(-1)
@@ -127,14 +128,14 @@ class PotentialField(VectorField):
         width, layers = self.first.out_features, 1 + len(self.layers)
         return f"{super().extra_repr()}, width {width}, {layers} layer{'s' * (layers > 1)}"
 
-    def _joined(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _concatenated(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         batch = x.shape[:-1]
         parts = [x, t.to(x.dtype).expand(batch).unsqueeze(-1)]
         if context is not None:
             parts.append(context.expand(*batch, -1))
         return torch.cat(parts, -1)
 
-    def _gradient(self, s: Tensor) -> _Pass:
+    def _gradient(self, s: Tensor) -> _GradientPass:
         a = self.first(s)
         tanh, h = [a.tanh()], None
         for layer in self.layers:
@@ -149,9 +150,9 @@ class PotentialField(VectorField):
         cotangents.append(z)
         gradient = (tanh[0] * z) @ self.first.weight + self.linear
         gradient = gradient + F.linear(s, self.quadratic) @ self.quadratic
-        return _Pass(tanh, cotangents[::-1], gradient)
+        return _GradientPass(tanh, cotangents[::-1], gradient)
 
 
 def _log_two_cosh(a: Tensor) -> Tensor:
-    # Smooth at 0, where |a| is not; the threshold keeps float64's last digits.
+    # Smooth at 0, unlike |a|; the threshold preserves the precision of float64.
     return a + F.softplus(-2 * a, threshold=40)

@@ -1,4 +1,4 @@
-"""Networks that predict data, noise or score, and the velocity that follows from each."""
+"""Networks that predict data, noise or score, and their conversion to velocities."""
 
 import math
 from typing import Any
@@ -13,30 +13,31 @@ from cnf.fields.wrappers import Wrapper, wrapped
 from cnf.matching.paths import PATHS, Path, Schedule
 
 TARGETS = ("velocity", "x1", "noise", "score")
-MARGIN = 1e-2  # of time, from the ends, where α or σ vanish and conversions are singular
+MARGIN = 1e-2  # distance from t = 0 and 1, where α or σ vanish: conversions are singular
 
 
 def converted(value: Tensor, given: str, wanted: str, x: Tensor, t: Tensor, path: Path) -> Tensor:
     """Convert one of velocity, x1, noise and score at (t, x) into another.
 
-    They are conditional means given xt = α·x1 + σ·ε: of the velocity, the data, the noise ε; the
-    score is -noise/σ. Between velocity, x1 and noise it holds for every coupling (ε is then x0);
-    a score, or a path with noise of its own, needs a standard normal base paired independently.
+    Velocity, x1 and noise are the conditional means of dxt/dt, x1 and ε given xt = α·x1 + σ·ε, and
+    the score is -noise/σ. Conversions among the first three hold for every coupling, with ε = x0.
+    The score, and noisy paths, require a standard normal base and the independent coupling.
+
     Source: Lipman et al. (2024), https://arxiv.org/abs/2412.06264, table 1.
 
     Args:
-        value: What is given, of x's shape.
+        value: The given quantity, of x's shape.
         given: Its name in `TARGETS`.
-        wanted: The other's name.
+        wanted: Name of the quantity to compute.
         x: Points, shape (*batch, *event).
-        t: Times, shape () or (*batch,); those within 0.01 of the ends are moved inside.
+        t: Times, shape () or (*batch,); they are clamped to [0.01, 0.99].
         path: The path that the flow was trained with.
     """
     for name, choice in (("given", given), ("wanted", wanted)):
         expect_choice("converted", name, choice, TARGETS)
     if given == wanted:
         return value
-    at = path.over(_inside(t, path), x.dim() - t.dim()).gaussian()
+    at = path.over(_clamped(t, path), x.dim() - t.dim()).gaussian()
     a, b = _velocity_from(given, at)
     v = a * x + b * value
     a, b = _velocity_from(wanted, at)
@@ -44,7 +45,7 @@ def converted(value: Tensor, given: str, wanted: str, x: Tensor, t: Tensor, path
 
 
 def _velocity_from(target: str, at: Schedule) -> tuple[Any, Any]:
-    """(A, B) with velocity = A·x + B·target."""
+    """The coefficients A and B in velocity = A·x + B·target."""
     alpha, sigma, d_alpha, d_sigma, *_ = at
     if target == "velocity":
         return 0.0, 1.0
@@ -54,21 +55,21 @@ def _velocity_from(target: str, at: Schedule) -> tuple[Any, Any]:
     return d_alpha / alpha, noise if target == "noise" else -sigma * noise
 
 
-def _inside(t: Tensor, path: Path) -> Tensor:
+def _clamped(t: Tensor, path: Path) -> Tensor:
     return path.clipped(t.clamp(MARGIN, 1 - MARGIN))
 
 
 class Predicts(Wrapper):
-    """A network that predicts x1, noise or score; to a solver it is the velocity that follows.
+    """A network that predicts x1, noise or score, converted to the velocity of the flow.
 
-    Flow matching regresses what the network predicts. Within 0.01 of the ends, where the
-    conversion is singular, the velocity is that of 0.01. An error of a predicted x1 or noise is
-    an error 1/(1 - t) or 1/t times as large in the velocity: for `log_prob`, predict velocities.
+    Flow matching regresses the predicted quantity. Times are clamped to [0.01, 0.99], as the
+    conversion is singular at the ends. It multiplies an error of a predicted x1 by 1/(1 - t), and
+    of a predicted noise by 1/t; therefore, predict velocities for an accurate `log_prob`.
 
     Args:
-        field: The network, called as a field.
-        target: A name in `TARGETS`.
-        path: The path that it is trained with: a name in `PATHS`, a `Path`, or
+        field: The network, as a field.
+        target: The predicted quantity, a name in `TARGETS`.
+        path: The path that the field is trained with: a name in `PATHS`, a `Path`, or
             {"name": …, **fields}.
     """
 
@@ -78,7 +79,7 @@ class Predicts(Wrapper):
         self.target, self.path = target, PATHS.build(path)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        t = _inside(t, self.path)
+        t = _clamped(t, self.path)
         return converted(self.field(t, x, context), self.target, "velocity", x, t, self.path)
 
     def with_divergence(
@@ -91,7 +92,7 @@ class Predicts(Wrapper):
             x: Points, shape (*batch, *event).
             context: Condition, shape (*batch, C), or None.
         """
-        t = _inside(t, self.path)
+        t = _clamped(t, self.path)
         value, div = exact_divergence(self.field, t, x, context)
         v = converted(value, self.target, "velocity", x, t, self.path)
         at = self.path.schedule(t).gaussian()
@@ -103,18 +104,21 @@ class Predicts(Wrapper):
 
 
 class WithScore(Wrapper):
-    """A velocity beside a head for a noisy path's noise, hence the score, for sampling by SDE.
+    """A velocity with a second network for the noise of a noisy path, and so for the score.
 
-    Flow matching trains both; the flow and its density are the velocity's.
+    Flow matching trains both networks. The flow and its density depend on the velocity only; the
+    score is used to sample by an SDE.
+
     Source: Tong et al. (2024), [SF]²M, https://arxiv.org/abs/2307.03672.
 
     Args:
         field: The velocity.
-        head: A field of the same event shape and context; it predicts the path's noise z.
+        head: A field with the same event shape and context size, which predicts the noise z of
+            the path.
         path: A noisy path, as in `Predicts`.
 
     Raises:
-        ValueError: A head that does not fit the velocity, or a path without noise of its own.
+        ValueError: The head does not fit the velocity, or the path is not noisy.
     """
 
     head: VectorField
@@ -125,13 +129,13 @@ class WithScore(Wrapper):
         fits = (head.event_shape, head.context_dim) == (field.event_shape, field.context_dim)
         if not fits or (field.optional_context and not head.optional_context):
             raise ValueError(
-                "WithScore: expected a head of the velocity's event shape and context, which may "
-                "be missing where the velocity's may"
+                "WithScore: expected a head of the velocity's event shape and context size, whose "
+                f"context may be missing if the velocity's may, got {head} and {field}"
             )
         if not self.path.noisy:
             raise ValueError(
-                f"WithScore: expected a path with noise of its own, got {self.path}; elsewhere "
-                "the score follows from the velocity: cnf.fields.converted"
+                f"WithScore: expected a noisy path, got {self.path}; on other paths the score "
+                "follows from the velocity: cnf.fields.converted"
             )
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -153,20 +157,20 @@ class WithScore(Wrapper):
         return f"{self.field}, {self.head}, {self.path}"
 
     def score(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """∇ log p_t(x), of x's shape; within 0.01 of the ends, that of 0.01.
+        """The score ∇ log p_t(x), of x's shape, at times clamped to [0.01, 0.99].
 
         Args:
             t: Time, shape () or (*batch,).
             x: Points, shape (*batch, *event).
             context: Condition, shape (*batch, C), or None.
         """
-        t = _inside(t, self.path)
+        t = _clamped(t, self.path)
         gamma = self.path.over(t, x.dim() - t.dim()).gamma
         return -self.head(t, x, context) / gamma
 
 
 def path_of(field: VectorField) -> Path | None:
-    """The path that a field, or what its wrappers hold, was made for; None where any path fits."""
+    """The path that a field or a wrapped field is trained with; None if it is not fixed."""
     parts = (part for part in wrapped(field) if isinstance(part, Predicts | WithScore))
     return next((part.path for part in parts), None)
 
@@ -174,14 +178,16 @@ def path_of(field: VectorField) -> Path | None:
 def score(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None, path: Any = "linear"
 ) -> Tensor:
-    """∇ log p_t(x) of a trained field: its head's, else what follows from the velocity.
+    """The score ∇ log p_t(x) of a trained field, of x's shape.
+
+    It is that of the field's head, if it has one, else it is computed from the velocity.
 
     Args:
         field: The field.
-        t: Times, shape () or (*batch,); those within 0.01 of the ends are moved inside.
+        t: Times, shape () or (*batch,); they are clamped to [0.01, 0.99].
         x: Points, shape (*batch, *event).
-        context: Condition.
-        path: The path that it was trained with, where the field does not say.
+        context: Condition, shape (*batch, C), or None.
+        path: The path that the field was trained with, unless the field has one.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if isinstance(field, NullContext):
@@ -192,5 +198,5 @@ def score(
     if isinstance(field, WithScore):
         return field.score(t, x, context)
     path = field.path if isinstance(field, Predicts) else PATHS.build(path)
-    t = _inside(t, path)
+    t = _clamped(t, path)
     return converted(field(t, x, context), "velocity", "score", x, t, path)

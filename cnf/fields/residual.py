@@ -1,4 +1,4 @@
-"""A residual network as a field, with its exact trace."""
+"""A residual network as a field, with a closed-form divergence."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,10 @@ from cnf.nets import ACTIVATIONS, Condition, zero_
 class ResidualField(VectorField):
     r"""h_0 = W_0 x + b_0; h_l = h_{l-1} + V_l σ(W_l h_{l-1} + U_l u + b_l); v = W_L h + b_L.
 
-    u = [τ(t), c] enters every block. With g_l = σ'(a_l), the tangents T_0 = W_0 go through
-    :math:`T_l = T_{l-1} + V_l\,\mathrm{diag}(g_l)\,W_l T_{l-1}`; the first block's and the last
-    one's products with shared matrices are formed once per evaluation, not for each row.
+    Time and context u = [τ(t), c] are an input of every block. With the gates g_l = σ'(a_l), the
+    tangents are T_0 = W_0 and :math:`T_l = T_{l-1} + V_l\,\mathrm{diag}(g_l)\,W_l T_{l-1}`. In the
+    first and last block, products of weight matrices are computed once per evaluation instead of
+    once per row.
 
     >>> import torch
     >>> field = ResidualField(dim=3, hidden=(32, 32))
@@ -27,14 +28,14 @@ class ResidualField(VectorField):
 
     Args:
         dim: D.
-        hidden: Widths inside the blocks, one for each block (one at least); h has the first one's.
+        hidden: Width of the hidden layer of each block, at least one; the first is also that of h.
         context_dim: Size of the context; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        frequencies: Fourier features of time (0 for plain t).
-        zero_last: Start at v = 0, the identity flow.
+        frequencies: Number of Fourier features of time; 0 for t alone.
+        zero_last: Whether v = 0 at the start, which is the identity flow.
 
     Raises:
-        ValueError: No block, or a width below 1.
+        ValueError: There is no block, or a width is below 1.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ResidualField(VectorField):
     def with_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Velocity and exact divergence, see the class; shapes (*batch, D) and (*batch,).
+        """Velocity, shape (*batch, D), and exact divergence in closed form, shape (*batch,).
 
         Args:
             t: Time, shape () or (*batch,).
@@ -96,11 +97,11 @@ class ResidualField(VectorField):
         return f"{super().extra_repr()}, hidden {hidden}"
 
     def _trace(self, gates: list[Tensor], weights: list[tuple[Tensor, Tensor]]) -> Tensor:
-        tangents = self.first.weight.T  # (D, H), and from the first block on (*batch, D, H)
+        tangents = self.first.weight.T  # (D, H), and (*batch, D, H) after the first block
         trace = (self.last.weight * tangents).sum()
         for k, (gate, (inward, outward)) in enumerate(zip(gates, weights, strict=True)):
             entering = F.linear(tangents, inward)  # (…, D, K)
-            # Along with h, the trace grows by tr(W_L V diag(g) W T): its diagonal is enough.
+            # A block adds tr(W_L V diag(g) W T) to the trace; no full product is needed.
             trace = trace + ((entering * (self.last.weight @ outward)).sum(-2) * gate).sum(-1)
             if k == len(gates) - 1:
                 break

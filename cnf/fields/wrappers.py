@@ -1,4 +1,4 @@
-"""Fields made of fields: stacked blocks, a trainable end time, preconditioning."""
+"""Fields that wrap other fields: stacked blocks, a trainable end time, preconditioning."""
 
 import copy
 import math
@@ -13,10 +13,10 @@ from cnf.printing import grouped
 
 
 class Wrapper(VectorField):
-    """A field around another.
+    """A field that is computed from another field.
 
     Attributes:
-        field: The field inside.
+        field: The wrapped field.
     """
 
     field: VectorField
@@ -35,9 +35,9 @@ class Wrapper(VectorField):
         return self.field.knots
 
     def block(self, k: int) -> VectorField:
-        """The same wrapper, with the same weights, around the k-th block of the field inside.
+        """The same wrapper, with the same weights, of the k-th block of the wrapped field.
 
-        Made once for each k: compiled code is cached under the field that it was compiled for.
+        It is created once for each k, as compiled code is cached for the field it belongs to.
         """
         inner = self.field.block(k)
         if inner is self.field:
@@ -50,9 +50,10 @@ class Wrapper(VectorField):
 
 
 class Retimed(Wrapper):
-    """v(t, x) = r · field(s, x) with a clock s of rate r = ds/dt, solved in one go.
+    """The field v(t, x) = r · field(s, x) with a reparametrized time s of rate r = ds/dt.
 
-    The clock may be trained, so that knots inside have no fixed time outside.
+    The time may be trained, so that the knots of the wrapped field are at no fixed t. Therefore
+    it is solved as a single block.
     """
 
     @property
@@ -82,16 +83,16 @@ class Retimed(Wrapper):
 
     @abstractmethod
     def _clock(self, t: Tensor) -> tuple[Tensor | int, Tensor]:
-        """The rate r, and the time s inside at the time t outside."""
+        """The rate r and the time s of the wrapped field, at time t."""
 
 
 class Piece(Retimed):
-    """Block k of K: v(t, x) = K · block(K t - k, x) on [k/K, (k+1)/K].
+    """Block k of K, v(t, x) = K · block(K t - k, x) for t in [k/K, (k+1)/K].
 
     Args:
         block: A field on [0, 1].
-        index: k.
-        count: K.
+        index: Index k of the block.
+        count: Number of blocks K.
     """
 
     def __init__(self, block: VectorField, index: int, count: int) -> None:
@@ -103,16 +104,16 @@ class Piece(Retimed):
 
 
 class Piecewise(VectorField):
-    """Blocks one after the other: block k moves the points while k/K ≤ t < (k+1)/K.
+    """Stacked blocks: the velocity is that of block k for k/K ≤ t < (k+1)/K.
 
-    Stacked blocks are one field, so that one flow holds them, flow matching trains them all, and
-    a `Continuous` restarts its solver at each knot, where the velocity jumps.
+    Stacked blocks are a single field, so that flow matching trains all of them. A `Continuous`
+    restarts its solver at each knot, where the velocity is discontinuous.
 
     Args:
-        blocks: Fields on [0, 1] with the same event shape and context.
+        blocks: Fields on [0, 1] with the same event shape and context size.
 
     Raises:
-        ValueError: Blocks of different event shapes or context sizes.
+        ValueError: The blocks have different event shapes or context sizes.
     """
 
     def __init__(self, blocks: Sequence[VectorField]) -> None:
@@ -152,16 +153,16 @@ class Piecewise(VectorField):
 
 
 class EndTime(Retimed):
-    """v(t, x) = T · field(T t, x) on [0, 1]: a solve to a trainable end time T > 0.
+    """A field with a trainable end time T > 0, v(t, x) = T · field(T t, x) for t in [0, 1].
 
-    The gradient reaches T as it reaches any weight, in every gradient mode.
+    T is a parameter like any other, in every gradient mode of the solver.
 
     Args:
         field: A field on [0, ∞).
-        initial: T at the start.
+        initial: Initial value of T.
 
     Raises:
-        ValueError: An initial end time that is not positive.
+        ValueError: The initial end time is not positive.
     """
 
     def __init__(self, field: VectorField, initial: float = 1.0) -> None:
@@ -176,14 +177,16 @@ class EndTime(Retimed):
 
 
 class Preconditioned(Wrapper):
-    r"""v(t, x) = (s'/s) x + field(t, x/s) with s(t)² = t² + (1 - t)².
+    r"""A preconditioned field, v(t, x) = (s'/s) x + field(t, x/s) with s(t)² = t² + (1 - t)².
 
-    The first term alone carries N(0, I) to N(0, I) along linear paths, whose points at t have the
-    spread s; the field sees inputs of unit scale and learns only how standardized data differ from
-    a Gaussian. As Karras et al. (2022), https://arxiv.org/abs/2206.00364, do for diffusion.
+    On a linear path between N(0, I) and N(0, I), points at t have the standard deviation s, and
+    the first term is the exact velocity. So the wrapped field has inputs of unit scale, and only
+    learns how standardized data differ from a Gaussian.
+
+    Source: Karras et al. (2022), https://arxiv.org/abs/2206.00364, for diffusion models.
 
     Args:
-        field: What is learned, on [0, 1].
+        field: The field to be trained, on [0, 1].
     """
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -207,7 +210,7 @@ class Preconditioned(Wrapper):
         return growth * x + v, trace.reshape(div.shape)
 
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """s'/s and 1/s, broadcasting over the event."""
+        """The coefficients s'/s and 1/s, in a shape that broadcasts over the event."""
         if t.dim():
             t = t.reshape(*t.shape, *[1] * len(self.event_shape))
         u = 2 * t - 1
@@ -216,7 +219,7 @@ class Preconditioned(Wrapper):
 
 
 def wrapped(field: VectorField) -> Iterator[VectorField]:
-    """The field, and what its wrappers hold, from the outside to the inside."""
+    """The field and the fields that it wraps, from the outside to the inside."""
     yield field
     while isinstance(field, Wrapper):
         field = field.field

@@ -27,7 +27,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("call", ["t, x", "x, t"])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("batched_time", [False, True])
-def test_time_is_expanded_and_arguments_are_in_order(call, batch, batched_time):
+def test_net_gets_expanded_time_and_arguments_in_the_given_order(call, batch, batched_time):
     field = Adapter(Net(call == "t, x"), (2,), call=call)
     t = torch.full(batch if batched_time else (), 0.5, dtype=F64)
     v = field(t, torch.full((*batch, 2), 10.0, dtype=F64))
@@ -36,7 +36,7 @@ def test_time_is_expanded_and_arguments_are_in_order(call, batch, batched_time):
 
 
 @pytest.mark.parametrize("call", ["t, x", "x, t"])
-def test_context_follows_and_broadcasts(call):
+def test_net_gets_the_broadcast_context_last(call):
     field = Adapter(Net(call == "t, x"), (2,), context_dim=3, call=call)
     v = field(torch.tensor(0.5), torch.full((4, 2), 10.0), torch.ones(3))
     assert (v == 36.5).all()
@@ -58,7 +58,7 @@ def test_images_are_events():
     assert v.shape == (5, 1, 4, 4) and (v == 3.5).all()
 
 
-def test_parameters_are_the_nets_and_get_gradients():
+def test_parameters_of_the_net_are_registered_and_get_gradients():
     net = nn.Linear(3, 2)
     field = Adapter(net, (2,), call="concat")
     assert list(field.parameters()) == list(net.parameters())
@@ -66,7 +66,7 @@ def test_parameters_are_the_nets_and_get_gradients():
     assert all(parameter.grad.any() for parameter in net.parameters())
 
 
-def test_it_claims_no_divergence():
+def test_adapter_has_no_closed_form_divergence():
     assert not isinstance(Adapter(nn.Identity(), (2,)), HasDivergence)
 
 
@@ -75,13 +75,13 @@ def test_unknown_call_is_refused():
         Adapter(nn.Identity(), (2,), call="t,x")
 
 
-def test_a_net_that_does_not_fit_is_explained():
+def test_error_explains_a_net_with_wrong_shapes():
     x, t = torch.zeros(4, 2), torch.tensor(0.5)
     with pytest.raises(ValueError, match="Linear is called with x and t in one tensor, 3 numbers"):
         Adapter(nn.Linear(2, 2), (2,), call="concat")(t, x)
     with pytest.raises(ValueError, match=r"velocity of x's shape \(4, 2\), got a tuple"):
         Adapter(Twice(), (2,), call="concat")(t, x)
-    with pytest.raises(TypeError, match="field to be a VectorField, got a Linear; wrap a net"):
+    with pytest.raises(TypeError, match="field to be a VectorField, got a Linear; wrap your own"):
         cnf.transforms.Continuous(nn.Linear(3, 2))
 
 

@@ -64,7 +64,7 @@ FORMULAS = {
 }
 
 
-def test_every_kind_has_its_formula_here():
+def test_every_layer_type_is_tested():
     assert set(FORMULAS) == set(LAYERS)
     assert set(MODULATIONS) == set(LAYERS) - {"hyper", "blend"}
 
@@ -72,7 +72,7 @@ def test_every_kind_has_its_formula_here():
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("batch", [(), (6,), (2, 3), (0,)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_layer_is_its_formula(kind, batch, shared, build, draw):
+def test_layer_equals_its_formula(kind, batch, shared, build, draw):
     layer, h = build(kind), draw(*batch, INPUTS)
     u = draw(*(() if shared else batch), FEATURES)
     out = layer.affine(u)(h)
@@ -82,7 +82,7 @@ def test_layer_is_its_formula(kind, batch, shared, build, draw):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_weight_and_scale_are_the_jacobian(kind, shared, build, draw):
+def test_weight_and_scale_give_the_jacobian(kind, shared, build, draw):
     layer, h = build(kind), draw(6, INPUTS)
     u = draw(*(() if shared else (6,)), FEATURES)
     affine = layer.affine(u)
@@ -96,7 +96,7 @@ def test_weight_and_scale_are_the_jacobian(kind, shared, build, draw):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_shared_condition_leaves_one_matrix_for_all_rows(kind, build, draw):
+def test_shared_condition_gives_one_matrix_for_all_rows(kind, build, draw):
     affine = build(kind).affine(draw(FEATURES))
     assert affine.weight.shape == (OUTPUTS, INPUTS) and affine.bias.shape == (OUTPUTS,)
     assert affine.scale is None
@@ -110,7 +110,7 @@ def test_every_parameter_and_the_condition_get_a_gradient(kind, build, draw):
     assert all(leaf.grad.abs().max() > 1e-3 for leaf in leaves)
 
 
-def test_concat_is_a_linear_layer_of_input_and_condition(build, draw):
+def test_concat_equals_a_linear_layer_of_input_and_condition(build, draw):
     layer, h, u = build("concat"), draw(6, INPUTS), draw(6, FEATURES)
     joined = nn.Linear(INPUTS + FEATURES, OUTPUTS).double()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_concatsquash_has_closed_form():
 
 @pytest.mark.parametrize("kind", MODULATIONS)
 @pytest.mark.parametrize("batch", [(), (4,)])
-def test_modulation_has_the_scale_and_shift_of_its_name(kind, batch, randomized, draw):
+def test_modulations_have_scale_and_shift_as_named(kind, batch, randomized, draw):
     modulation = randomized(MODULATIONS[kind](FEATURES, OUTPUTS))
     assert isinstance(modulation, Modulation)
     scale, shift = modulation(draw(*batch, FEATURES))
@@ -149,7 +149,7 @@ def test_modulation_has_the_scale_and_shift_of_its_name(kind, batch, randomized,
     assert shift is None or shift.shape == (*batch, OUTPUTS)
 
 
-def test_hyper_starts_as_a_linear_layer_and_draws_all_its_weights():
+def test_hyper_is_initialized_like_a_linear_layer_with_random_weights():
     layer = HyperLinear(INPUTS, OUTPUTS, FEATURES)
     affine = layer.affine(torch.zeros(FEATURES))
     bound = INPUTS**-0.5  # of nn.Linear's first weights
@@ -160,7 +160,7 @@ def test_hyper_starts_as_a_linear_layer_and_draws_all_its_weights():
 
 
 @pytest.mark.parametrize("features", [1, FEATURES])
-def test_blend_is_its_first_layer_at_0_and_its_last_at_1(features, build, draw):
+def test_blend_interpolates_its_layers_from_time_0_to_1(features, build, draw):
     layer, h = build("blend", features), draw(6, INPUTS)
     expected = {0.0: layer.start(h), 1.0: layer.end(h)}
     expected[0.5] = (layer.start(h) + layer.end(h)) / 2
@@ -176,7 +176,7 @@ def test_blend_without_further_features_has_no_shift():
     assert BlendLinear(INPUTS, OUTPUTS, 2).shift.weight.shape == (OUTPUTS, 1)
 
 
-def test_unknown_kinds_are_refused_with_a_hint():
+def test_error_for_unknown_layer_proposes_a_name():
     with pytest.raises(ValueError, match="unknown layer 'concatsqush'.* mean 'concatsquash'"):
         LAYERS["concatsqush"]
     with pytest.raises(ValueError, match="unknown modulation 'hyper'; known: concat"):

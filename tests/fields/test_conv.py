@@ -20,7 +20,7 @@ def build(randomized):
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (0,)])
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_strides_give_velocities_of_the_images_shape(strides, batch, context_dim, build, points):
+def test_velocity_has_the_images_shape_for_all_strides(strides, batch, context_dim, build, points):
     field = build((2, 4, 6), (3, 5), context_dim, strides=strides)
     t, x, context = points(field, batch, own_time=True)
     v = field(t, x, context)
@@ -61,7 +61,7 @@ def test_one_layer_has_closed_form(build, points):
 
 @pytest.mark.parametrize("layer", MODULATIONS)
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
-def test_field_is_its_formula(layer, activation, build, points):
+def test_field_equals_its_formula(layer, activation, build, points):
     context_dim = 0 if layer == "ignore" else 2
     field = build((2, 4, 4), (3, 5), context_dim, activation, layer=layer, strides=(2, 1, -2))
     t, x, context = points(field, own_time=True)
@@ -83,7 +83,7 @@ def test_field_is_its_formula(layer, activation, build, points):
 
 
 @pytest.mark.parametrize("layer", ["concat", "squash", "concatsquash"])
-def test_context_and_time_move_the_field(layer, build, points):
+def test_velocity_depends_on_context_and_time(layer, build, points):
     field = build((1, 4, 4), (3,), 2, layer=layer, frequencies=1)
     t, x, context = points(field)
     v = field(t, x, context)
@@ -94,7 +94,7 @@ def test_context_and_time_move_the_field(layer, build, points):
     torch.testing.assert_close(shared, field(t, x, context[0].expand(4, 2)))
 
 
-def test_field_moves_with_the_image(build):
+def test_field_is_translation_equivariant(build):
     # Away from the border a shifted image has the shifted velocity.
     field = build((1, 12, 12), (3,))
     x = torch.zeros(1, 12, 12, dtype=F64)
@@ -115,12 +115,12 @@ def test_zero_last_is_the_identity_flow(layer):
     assert field.layers[-1].weight.grad.abs().max() > 0
 
 
-def test_it_is_registered_and_claims_no_divergence():
+def test_conv_field_is_registered_without_closed_form_divergence():
     assert FIELDS["conv"] is ConvField
     assert not isinstance(ConvField((1, 4, 4)), HasDivergence)
 
 
-def test_large_images_name_the_estimator():
+def test_error_for_exact_divergence_of_large_images_names_the_estimator():
     field = ConvField((1, 36, 36), (2,))
     with pytest.raises(ValueError, match=r"ConvField takes 1296 .*Hutchinson\(probes=8\)"):
         exact_divergence(field, torch.tensor(0.5), torch.zeros(1, 1, 36, 36))
@@ -134,12 +134,12 @@ def test_large_images_name_the_estimator():
         ({"strides": (2, 1, 1)}, r"as many 2 as -2, got \(2, 1, 1\)"),
         ({"strides": (1, 3, 1)}, "expected stride to be one of 1, 2, -2, got 3"),
         ({"shape": (1, 7, 8), "strides": (2, 1, -2)}, "divisible by 2 .* got 7 × 8"),
-        ({"layer": "ignore", "context_dim": 2}, "'ignore' has no place for a context"),
+        ({"layer": "ignore", "context_dim": 2}, "'ignore' takes no context"),
         ({"layer": "hyper"}, "unknown modulation 'hyper'; known: concat"),
         ({"activation": "slu"}, "Did you mean 'silu'"),
         ({"hidden": (4, 0)}, "every width >= 1"),
     ],
 )
-def test_bad_settings_are_refused(arguments, message):
+def test_invalid_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvField(**{"shape": (1, 8, 8), "hidden": (4, 4), **arguments})

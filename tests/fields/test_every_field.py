@@ -47,7 +47,7 @@ CONDITIONAL = [name for name in CASES if name != "mlp ignore"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_but_images_and_stacks_have_a_closed_form(name):
+def test_fields_of_vectors_have_a_closed_form_divergence(name):
     assert isinstance(CASES[name](0), HasDivergence) == (name not in ("conv", "piecewise"))
 
 
@@ -59,7 +59,9 @@ def build(randomized):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_divergence_is_autograds(name, context_dim, own_time, build, points, autograd_divergence):
+def test_divergence_equals_autograds(
+    name, context_dim, own_time, build, points, autograd_divergence
+):
     field = build(name, context_dim)
     given = points(field, own_time=own_time)
     v, div = exact_divergence(field, *given)
@@ -72,7 +74,7 @@ def test_divergence_is_autograds(name, context_dim, own_time, build, points, aut
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_every_batch_shape_gives_the_rows_answers(name, batch, own_time, build, points):
+def test_result_of_a_row_does_not_depend_on_batch_shape(name, batch, own_time, build, points):
     field = build(name)
     t, x, context = points(field, batch, own_time)
     v, div = exact_divergence(field, t, x, context)
@@ -88,7 +90,7 @@ def test_every_batch_shape_gives_the_rows_answers(name, batch, own_time, build, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_shared_time_is_that_time_for_each_row(name, build, points):
+def test_scalar_time_equals_the_same_time_for_each_row(name, build, points):
     field = build(name)
     t, x, context = points(field, (2, 3))
     torch.testing.assert_close(
@@ -101,7 +103,7 @@ def test_shared_time_is_that_time_for_each_row(name, build, points):
 
 @pytest.mark.parametrize("name", CONDITIONAL)
 @pytest.mark.parametrize("own_time", [False, True])
-def test_context_moves_the_field_and_broadcasts(name, own_time, build, points):
+def test_velocity_depends_on_context_which_broadcasts(name, own_time, build, points):
     field = build(name)
     t, x, context = points(field, (2, 3), own_time)
     row = context[0]
@@ -111,12 +113,12 @@ def test_context_moves_the_field_and_broadcasts(name, own_time, build, points):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_divergence_are_autograds(name, build, assert_gradients):
+def test_gradients_of_the_divergence_equal_autograds(name, build, assert_gradients):
     assert_gradients(build(name), timeless=name not in CONDITIONAL)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_velocity_has_numerical_first_and_second_derivatives(name, build, points):
+def test_first_and_second_derivatives_equal_finite_differences(name, build, points):
     field = build(name, context=0)
     t, x, _ = points(field, (1,), own_time=True)
     inputs = (t.requires_grad_(), x.requires_grad_())
@@ -139,9 +141,7 @@ def test_forward_and_reverse_mode_agree_under_vmap(name, build, points):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("time_dtype", [torch.float32, F64])
-def test_float32_points_give_float32_answers_near_those_of_float64(
-    name, time_dtype, build, points
-):
+def test_results_in_float32_are_close_to_float64(name, time_dtype, build, points):
     field = build(name)
     given = points(field, own_time=True)
     exact = exact_divergence(field, *given)
@@ -153,7 +153,7 @@ def test_float32_points_give_float32_answers_near_those_of_float64(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_autocast_gives_nearly_the_same_answers_and_a_gradient(name, build, points):
+def test_results_under_autocast_are_close_and_have_gradients(name, build, points):
     field = build(name)
     exact = exact_divergence(field, *(given := points(field, own_time=True)))
     field.float()
@@ -170,7 +170,7 @@ def test_autocast_gives_nearly_the_same_answers_and_a_gradient(name, build, poin
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_copies_and_saved_weights_give_the_same_answers(name, build, points):
+def test_copies_and_loaded_weights_give_the_same_results(name, build, points):
     field = build(name)
     given = points(field)
     expected = exact_divergence(field, *given)
@@ -190,7 +190,7 @@ def test_nan_time_gives_nan(name, build, points):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1e4, 1e8])
-def test_far_points_in_float32_have_finite_answers_and_gradients(name, scale, build, points):
+def test_results_and_gradients_far_out_are_finite_in_float32(name, scale, build, points):
     field = build(name)
     t, x, context = points(field, own_time=True)
     field.float()

@@ -61,7 +61,7 @@ def seeded(seed=0):
 # A context that is missing
 
 
-def test_the_vector_that_stands_in_is_a_parameter_that_starts_at_zero():
+def test_null_vector_is_a_parameter_that_starts_at_zero():
     field = NullContext(MLPField(2, (4,), 3))
     assert dict(field.named_parameters())["null"] is field.null
     assert field.null.tolist() == [0, 0, 0] and field.context_dim == 3
@@ -70,7 +70,7 @@ def test_the_vector_that_stands_in_is_a_parameter_that_starts_at_zero():
 
 @pytest.mark.parametrize("own_time", [False, True])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
-def test_no_context_is_the_learned_vector(field, batch, own_time, points):
+def test_missing_context_is_replaced_by_the_null_vector(field, batch, own_time, points):
     t, x, context = points(field, batch, own_time)
     expected = exact_divergence(field.field, t, x, field.null.expand(*batch, 3))
     for missing in (None, torch.full_like(context, NAN)):
@@ -81,7 +81,7 @@ def test_no_context_is_the_learned_vector(field, batch, own_time, points):
     assert (given[0] - expected[0]).abs().max() > 0.02
 
 
-def test_rows_without_context_are_those_of_none(field, data):
+def test_rows_with_nan_context_equal_those_without_context(field, data):
     (x, context), t = data, torch.tensor(0.4, dtype=F64)
     rows = torch.tensor([True, False, True, True, False, False])
     mixed = context.masked_fill(rows[:, None], NAN)
@@ -95,7 +95,7 @@ def test_rows_without_context_are_those_of_none(field, data):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_takes_none_and_rows_of_nan_alike(name, small_flow, data):
+def test_model_treats_none_and_nan_contexts_alike(name, small_flow, data):
     flow, (x, context) = small_flow(name, context=3, null_context=True), data
     none, nan = flow.log_prob(x), flow.log_prob(x, torch.full((3,), NAN, dtype=F64))
     torch.testing.assert_close(none, nan, rtol=0, atol=1e-12)
@@ -111,7 +111,7 @@ def test_a_model_takes_none_and_rows_of_nan_alike(name, small_flow, data):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_without_a_vector_wants_its_context(name, small_flow, data):
+def test_model_without_null_vector_requires_a_context(name, small_flow, data):
     flow = small_flow(name, context=3)
     for call in (flow.log_prob, flow.encode, flow.decode):
         with pytest.raises(ValueError, match=r"expected a context of shape \(\*, 3\), got None"):
@@ -121,13 +121,13 @@ def test_a_model_without_a_vector_wants_its_context(name, small_flow, data):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_unconditional_model_has_no_context_to_miss(name):
-    with pytest.raises(ValueError, match=r"expected a conditional field; give it context=…"):
+def test_unconditional_model_refuses_null_context(name):
+    with pytest.raises(ValueError, match=r"expected a conditional field, got .*; build it with"):
         cnf.models.build(name, dim=2, null_context=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_comes_back_from_its_file_with_its_vector(name, small_flow, data, tmp_path):
+def test_null_vector_is_saved_and_loaded(name, small_flow, data, tmp_path):
     flow, (x, context) = small_flow(name, context=3, null_context=True), data
     back = cnf.load(checkpoint.save(flow, tmp_path / "flow.safetensors"))
     assert back.spec == json.loads(json.dumps(flow.spec))
@@ -137,7 +137,7 @@ def test_a_model_comes_back_from_its_file_with_its_vector(name, small_flow, data
         )
 
 
-def test_check_finds_nothing_wrong_with_guidance(small_flow):
+def test_check_accepts_a_guided_flow(small_flow):
     flow = small_flow("otflow", dim=4, context=3, null_context=True, hidden=(6, 6))
     assert cnf.check(guided(flow, 1.7), n=8).ok
 
@@ -157,7 +157,7 @@ def test_likelihood_trains_a_model_with_its_own_recipe(name, small_flow, data):
     assert loss.value.isfinite()
 
 
-def test_weights_exchanged_for_others_are_those_that_stacked_blocks_see(small_flow, data):
+def test_blocks_use_weights_that_were_loaded(small_flow, data):
     flow, (x, _) = small_flow("cnf", context=3, null_context=True, layers=2), data
     flow.log_prob(x)
     state = {name: value + 0.1 for name, value in flow.state_dict().items() if "fit" not in name}
@@ -167,7 +167,7 @@ def test_weights_exchanged_for_others_are_those_that_stacked_blocks_see(small_fl
     torch.testing.assert_close(flow.log_prob(x), other.log_prob(x), rtol=0, atol=0)
 
 
-def test_weights_put_in_place_of_others_are_those_that_stacked_blocks_see(small_flow, data):
+def test_blocks_use_parameters_that_were_replaced(small_flow, data):
     flow, (x, _) = small_flow("cnf", context=3, null_context=True, layers=2), data
     flow.log_prob(x)
     state = {name: value + 0 for name, value in flow.state_dict().items()}
@@ -179,7 +179,7 @@ def test_weights_put_in_place_of_others_are_those_that_stacked_blocks_see(small_
 
 
 @pytest.mark.parametrize("name", ["cnf", "ffjord", "rnode", "otflow"])
-def test_a_flow_that_is_let_go_is_gone(name, small_flow):
+def test_deleted_flow_is_freed_without_garbage_collection(name, small_flow):
     flow = small_flow(name)
     flow.decode(torch.zeros(2, 2, dtype=F64))
     gc.collect()
@@ -197,7 +197,9 @@ def test_a_flow_that_is_let_go_is_gone(name, small_flow):
 
 @pytest.mark.parametrize("own_time", [False, True])
 @pytest.mark.parametrize("batch", [(), (6,), (2, 3)], ids=str)
-def test_weight_one_is_conditional_and_zero_unconditional(field, batch, own_time, points):
+def test_weight_one_gives_the_conditional_and_zero_the_unconditional_field(
+    field, batch, own_time, points
+):
     t, x, context = points(field, batch, own_time)
     for weight, condition in ((1.0, context), (0.0, None)):
         found = Guided(field, weight)
@@ -225,7 +227,7 @@ def test_velocity_and_divergence_are_linear_in_the_weight(
 
 
 @pytest.mark.parametrize("own_time", [False, True])
-def test_images_are_guided_as_vectors_are(own_time, randomized, points, autograd_divergence):
+def test_images_are_guided_like_vectors(own_time, randomized, points, autograd_divergence):
     field = randomized(Guided(NullContext(ConvField((1, 2, 3), (4,), 3)), 2.5, (0.0, 0.6)))
     t, x, context = points(field, (5,), own_time)
     v, div = field.with_divergence(t, x, context)
@@ -238,13 +240,13 @@ def test_images_are_guided_as_vectors_are(own_time, randomized, points, autograd
     assert div.abs().max() > 1e-3 and (one - zero).abs().max() > 1e-3
 
 
-def test_the_weight_is_as_exact_as_the_field():
+def test_weight_has_the_precision_of_the_field():
     field, x = Guided(NullContext(Affine()), 1.1), torch.zeros(2, dtype=F64)
     v = field(torch.tensor(0.5, dtype=F64), x, torch.ones(2, dtype=F64))
     torch.testing.assert_close(v, torch.full((2,), 1.1, dtype=F64), rtol=1e-14, atol=0)
 
 
-def test_no_context_stays_no_context_under_guidance(field, data):
+def test_guidance_without_context_is_the_unconditional_field(field, data):
     (x, context), t = data, torch.tensor(0.3, dtype=F64)
     expected = field.with_divergence(t, x, None)
     found = Guided(field, 5.0)
@@ -255,7 +257,7 @@ def test_no_context_stays_no_context_under_guidance(field, data):
 
 
 @pytest.mark.parametrize("event", [(2,), (1, 2, 3)], ids=str)
-def test_it_holds_inside_its_interval_only(event, generator):
+def test_guidance_applies_inside_its_interval_only(event, generator):
     class Shift(VectorField):
         def forward(self, t, x, context=None):
             return 0.5 * x + context.reshape(*context.shape[:-1], *[1] * len(event))
@@ -279,7 +281,7 @@ def test_it_holds_inside_its_interval_only(event, generator):
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
-def test_a_guided_affine_flow_has_closed_form(weight, layers, generator):
+def test_guided_affine_flow_has_closed_form(weight, layers, generator):
     """dx/dt = a·x + n + w(c - n): x = eᵃz + (eᵃ - 1)/a·(n + w(c - n)), log|det| = 2a."""
     blocks = [Affine(0.7 / layers) for _ in range(layers)]
     field = NullContext(blocks[0] if layers == 1 else Piecewise(blocks))
@@ -309,7 +311,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_density_of_a_guided_flow_is_the_change_of_variables(case, randomized, data):
+def test_density_of_a_guided_flow_equals_change_of_variables(case, randomized, data):
     transform = Continuous(CASES[case](), Solver("rk4", steps=24, gradient="backprop"))
     flow = randomized(Flow(None, transform, Standardize((2,)), event_shape=(2,)))
     guide, (x, context) = guided(flow, 2.2), data
@@ -336,7 +338,7 @@ def test_density_of_a_guided_flow_is_the_change_of_variables(case, randomized, d
 @pytest.mark.parametrize("mode", ["adjoint", "checkpoint", "auto"])
 @pytest.mark.parametrize("weight", [None, 2.0])
 @pytest.mark.parametrize("case", CASES)
-def test_every_gradient_mode_reaches_the_vector_and_the_weights(
+def test_every_gradient_mode_has_gradients_of_null_vector_and_weights(
     case, weight, mode, randomized, data
 ):
     field, (x, context) = CASES[case](), data
@@ -363,7 +365,7 @@ def test_every_gradient_mode_reaches_the_vector_and_the_weights(
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
-def test_the_guided_flow_shares_weights_and_leaves_the_flow_alone(small_flow, data):
+def test_guided_flow_shares_weights_and_does_not_change_the_flow(small_flow, data):
     flow, (x, context) = small_flow("cnf", context=3, null_context=True), data
     before, names = flow.log_prob(x, context), list(flow.state_dict())
     guide = guided(flow, 3.0)
@@ -376,7 +378,7 @@ def test_the_guided_flow_shares_weights_and_leaves_the_flow_alone(small_flow, da
     assert (guide.log_prob(x) - flow.log_prob(x)).abs().max() == 0
 
 
-def test_guidance_needs_a_continuous_flow_that_goes_without_its_context():
+def test_guidance_requires_a_continuous_flow_with_optional_context():
     with pytest.raises(ValueError, match=r"null_context=True and train it with FlowMatching\("):
         guided(cnf.models.build("cnf", dim=2, context=1), 2.0)
     with pytest.raises(TypeError, match="guided: expected a flow whose transform is a Continuous"):
@@ -384,7 +386,7 @@ def test_guidance_needs_a_continuous_flow_that_goes_without_its_context():
 
 
 @pytest.mark.parametrize("arguments", [(NAN,), (2.0, (0.8, 0.2)), (float("inf"),)], ids=str)
-def test_weights_and_intervals_that_mean_nothing_are_refused(field, arguments):
+def test_invalid_weights_and_intervals_are_refused(field, arguments):
     with pytest.raises(ValueError, match="Guided"):
         Guided(field, *arguments)
 
@@ -393,7 +395,7 @@ def test_weights_and_intervals_that_mean_nothing_are_refused(field, arguments):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_the_asked_share_of_rows_loses_its_context(share, small_flow, generator):
+def test_context_dropout_drops_the_given_share_of_contexts(share, small_flow, generator):
     flow = small_flow("cnf", context=3, null_context=True)
     x = torch.randn(4000, 2, generator=generator, dtype=F64)
     context = torch.randn(4000, 3, generator=generator, dtype=F64)
@@ -415,7 +417,7 @@ def test_the_asked_share_of_rows_loses_its_context(share, small_flow, generator)
     assert torch.equal(plain.t, first.t)
 
 
-def test_the_loss_of_rows_without_context_is_the_unconditional_fields(small_flow, data):
+def test_loss_of_rows_without_context_is_that_of_the_unconditional_field(small_flow, data):
     flow, (x, context) = small_flow("cnf", context=3, null_context=True), data
     objective = FlowMatching(context_dropout=0.5)
     batch = objective.prepare(flow, Batch(x, context), seeded(3))
@@ -432,7 +434,7 @@ def test_the_loss_of_rows_without_context_is_the_unconditional_fields(small_flow
     assert flow.field.null.grad.abs().min() > 0
 
 
-def test_dropout_needs_a_model_and_data_with_a_context_to_drop(small_flow, data):
+def test_context_dropout_requires_a_model_and_data_with_optional_context(small_flow, data):
     x, context = data
     objective = FlowMatching(context_dropout=0.1)
     with pytest.raises(ValueError, match="context_dropout needs a model built with null_context"):
@@ -444,7 +446,7 @@ def test_dropout_needs_a_model_and_data_with_a_context_to_drop(small_flow, data)
             FlowMatching(context_dropout=share)
 
 
-def test_training_with_dropout_learns_both_laws_and_guidance_sharpens(generator):
+def test_training_with_context_dropout_learns_both_distributions_and_guidance_sharpens(generator):
     """Given its sign, the data are N(±2, ¼) in the first coordinate; without it, both lumps."""
     sign = torch.where(torch.rand(4096, 1, generator=generator) < 0.5, 1.0, -1.0)
     x = torch.cat([2 * sign, 0 * sign], 1) + 0.5 * torch.randn(4096, 2, generator=generator)
@@ -465,7 +467,7 @@ def test_training_with_dropout_learns_both_laws_and_guidance_sharpens(generator)
     assert more.mean() > given.mean() + 0.05
 
 
-def test_data_may_come_with_some_contexts_missing(generator):
+def test_data_may_have_missing_contexts(generator):
     flow = cnf.models.build("cnf", dim=2, context=1, hidden=(4,), null_context=True)
     context = torch.ones(64, 1)
     context[::3] = NAN

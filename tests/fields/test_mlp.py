@@ -33,7 +33,7 @@ def test_divergence_is_the_trace_of_the_jacobian(
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_divergence_for_every_kind_of_layer(
+def test_divergence_is_correct_for_every_type_of_layer(
     layer, depth, context_dim, own_time, build, assert_divergence
 ):
     context_dim = 0 if layer == "ignore" else context_dim
@@ -45,7 +45,7 @@ def test_divergence_for_every_kind_of_layer(
 @pytest.mark.parametrize("layer", KINDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("options", [{"fourier": 3}, {"skip": True}, {"fourier": 1, "skip": True}])
-def test_divergence_with_fourier_features_and_a_skip(
+def test_divergence_is_correct_with_fourier_features_and_skip(
     layer, depth, options, build, assert_divergence
 ):
     context_dim = 0 if layer == "ignore" else 2
@@ -55,7 +55,7 @@ def test_divergence_with_fourier_features_and_a_skip(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4)])
-def test_divergence_for_every_activation(activation, hidden, build, assert_divergence):
+def test_divergence_is_correct_for_every_activation(activation, hidden, build, assert_divergence):
     assert_divergence(build(3, hidden, activation=activation, frequencies=0))
 
 
@@ -93,7 +93,7 @@ def test_fourier_features_have_closed_form():
     assert div.item() == pytest.approx(5 * slope / math.cosh(a) ** 2 + 6, rel=1e-12)
 
 
-def test_input_layer_is_an_mlp_of_point_time_and_context(build, points):
+def test_field_with_input_layer_equals_an_mlp_of_point_time_and_context(build, points):
     field = build(3, (6, 5), 2)
     t, x, context = points(field, own_time=True)
     first, *rest = field.layers
@@ -107,7 +107,7 @@ def test_input_layer_is_an_mlp_of_point_time_and_context(build, points):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_layer_is_of_the_kind_asked_for(layer, build, points):
+def test_every_layer_has_the_given_type(layer, build, points):
     field = build(3, (6, 5), layer=layer)
     t, x, _ = points(field, own_time=True)
     u, h = field.condition(t, x), x
@@ -121,7 +121,7 @@ def test_every_layer_is_of_the_kind_asked_for(layer, build, points):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_every_batch_shape_gives_the_rows_answers(
+def test_result_of_a_row_does_not_depend_on_batch_shape(
     hidden, batch, context_dim, own_time, build, points
 ):
     field = build(2, hidden, context_dim)
@@ -136,13 +136,13 @@ def test_every_batch_shape_gives_the_rows_answers(
 
 
 @pytest.mark.parametrize("hidden", [(6,), (6, 5), (6, 5, 4), (6, 5, 4, 3)])
-def test_gradient_of_the_divergence_is_autograds(hidden, build, assert_gradients):
+def test_gradients_of_the_divergence_equal_autograds(hidden, build, assert_gradients):
     assert_gradients(build(2, hidden, context_dim=2))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("hidden", [(5,), (5, 4, 3)])
-def test_gradient_of_the_divergence_for_every_kind_of_layer(
+def test_gradients_of_the_divergence_are_correct_for_every_type_of_layer(
     layer, hidden, build, assert_gradients
 ):
     timeless = layer == "ignore"
@@ -150,7 +150,7 @@ def test_gradient_of_the_divergence_for_every_kind_of_layer(
     assert_gradients(field, timeless)
 
 
-def test_time_moves_the_field(build):
+def test_velocity_depends_on_time(build):
     field = build(2, (6, 5))
     x = torch.ones(1, 2, dtype=F64)
     early, late = (field(torch.tensor(t, dtype=F64), x) for t in (0.1, 0.8))
@@ -158,7 +158,7 @@ def test_time_moves_the_field(build):
 
 
 @pytest.mark.parametrize("layer", KINDS)
-def test_zero_last_is_the_identity_flow_and_learns(layer):
+def test_zero_last_starts_at_the_identity_flow_and_has_gradients(layer):
     field = MLPField(3, (8, 8), layer=layer, fourier=2, skip=True, zero_last=True)
     t, x = torch.tensor(0.5), torch.randn(5, 3)
     v, div = field.with_divergence(t, x)
@@ -177,7 +177,7 @@ def test_fourier_scale_is_the_rms_angular_frequency(dim):
     assert waves.mean(0).abs().max() < 0.15  # 4σ
 
 
-def test_it_is_registered_and_has_a_divergence():
+def test_mlp_field_is_registered_with_closed_form_divergence():
     assert FIELDS["mlp"] is MLPField
     assert isinstance(MLPField(2), HasDivergence)
 
@@ -189,11 +189,11 @@ def test_it_is_registered_and_has_a_divergence():
         ({"hidden": (8, 0)}, "every width >= 1"),
         ({"activation": "slu"}, "Did you mean 'silu'"),
         ({"layer": "concatsqush"}, "expected layer to be one of 'input', .* got 'concatsqush'"),
-        ({"layer": "ignore", "context_dim": 2}, "'ignore' has no place for a context"),
+        ({"layer": "ignore", "context_dim": 2}, "'ignore' takes no context"),
         ({"fourier": -1}, "expected fourier >= 0, got -1"),
         ({"frequencies": -1}, "expected frequencies >= 0, got -1"),
     ],
 )
-def test_bad_settings_are_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MLPField(2, **options)

@@ -45,7 +45,7 @@ def test_divergence_is_the_trace_of_the_jacobian(
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1, 6])
-def test_divergence_for_every_rank(rank, build, assert_divergence):
+def test_divergence_is_correct_for_every_rank(rank, build, assert_divergence):
     field = build(3, 5, rank=rank)
     assert field.quadratic.shape == (4 if rank is None else rank, 4)
     assert_divergence(field)
@@ -60,7 +60,7 @@ def test_divergence_is_the_laplacian_of_the_potential(build, points):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_gradients_of_the_divergence_are_autograds(layers, build, assert_gradients):
+def test_gradients_of_the_divergence_equal_autograds(layers, build, assert_gradients):
     assert_gradients(build(2, 5, layers, context_dim=2))
 
 
@@ -94,7 +94,7 @@ def test_one_unit_has_closed_form():
     assert slope == pytest.approx(15 * math.tanh(a) + b + 11, rel=1e-12)
 
 
-def test_quadratic_alone_has_the_squared_norm_of_its_x_columns_as_divergence(build, points):
+def test_divergence_of_the_quadratic_term_has_closed_form(build, points):
     field = build(3, 4)
     torch.nn.init.zeros_(field.weight)
     t, x, _ = points(field)
@@ -113,7 +113,7 @@ def test_velocity_has_no_rotation(build, points):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_log_two_cosh_keeps_every_digit_from_0_to_far_out(dtype):
+def test_log_two_cosh_is_exact_at_all_scales(dtype):
     a = torch.tensor([0.0, 1e-3, 0.7, 5.0, 9.99, 10.01, 15.0, 19.0, 21.0, 50.0, 1e4, 1e30])
     a = torch.cat([-a, a]).to(dtype).requires_grad_()
     value = _log_two_cosh(a)
@@ -127,7 +127,7 @@ def test_log_two_cosh_keeps_every_digit_from_0_to_far_out(dtype):
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e8])
-def test_far_out_in_float32_the_field_is_its_asymptote(scale, build, points):
+def test_field_in_float32_equals_its_asymptote_far_out(scale, build, points):
     field = build(3, 5, 3)
     t, x, _ = points(field)
     expected = field.with_divergence(t, scale * x)
@@ -137,12 +137,12 @@ def test_far_out_in_float32_the_field_is_its_asymptote(scale, build, points):
     assert field.potential(t.float(), scale * x.float()).isfinite().all()
 
 
-def test_it_is_registered_and_has_a_divergence():
+def test_potential_field_is_registered_with_closed_form_divergence():
     assert FIELDS["potential"] is PotentialField
     assert isinstance(PotentialField(2), HasDivergence)
 
 
 @pytest.mark.parametrize("options", [{"width": 0}, {"layers": 0}])
-def test_no_width_and_no_layer_are_refused(options):
+def test_widths_and_numbers_of_layers_below_one_are_refused(options):
     with pytest.raises(ValueError, match="PotentialField: expected width and layers >= 1, got"):
         PotentialField(2, **options)

@@ -118,7 +118,7 @@ def points(request, generator):
     return draw
 
 
-def test_the_closed_forms_are_those_of_the_joint_gaussian(generator):
+def test_closed_forms_of_this_file_follow_from_the_joint_gaussian(generator):
     """The helper itself: the velocity is what x1, x0 and z give, and Tweedie's formula holds."""
     x, t = torch.randn(6, 1, generator=generator, dtype=F64), torch.tensor(0.3, dtype=F64)
     for name in PATHS:
@@ -140,7 +140,7 @@ def test_the_closed_forms_are_those_of_the_joint_gaussian(generator):
 
 @pytest.mark.parametrize("event", [(2,), (1, 3, 2)], ids=str)
 @pytest.mark.parametrize("name", PATHS)
-def test_each_target_follows_from_each_other(name, event, points):
+def test_each_target_converts_to_each_other(name, event, points):
     gauss, (t, x) = Gauss(name), points(event)
     means = {target: gauss.mean(target, t, x) for target in TARGETS}
     for given, value in means.items():
@@ -156,7 +156,7 @@ KINDS = [((2,), "network"), ((1, 3, 2), "network"), ((2,), "network with a diver
 
 @pytest.mark.parametrize(("event", "kind"), KINDS, ids=str)
 @pytest.mark.parametrize("name", PATHS)
-def test_what_predicts_becomes_the_velocity_and_its_divergence(
+def test_prediction_is_converted_to_velocity_and_divergence(
     name, event, kind, points, autograd_divergence
 ):
     gauss, (t, x) = Gauss(name), points(event)
@@ -176,7 +176,7 @@ def test_what_predicts_becomes_the_velocity_and_its_divergence(
 
 @pytest.mark.parametrize("target", ["x1", "noise", "score"])
 @pytest.mark.parametrize("name", PATHS)
-def test_within_the_margin_the_velocity_is_that_of_its_edge(name, target, generator):
+def test_velocity_is_constant_within_the_margin(name, target, generator):
     gauss, x = Gauss(name), torch.randn(4, 2, generator=generator, dtype=F64)
     field = Predicts(gauss.field(target), target, gauss.path)
     for t, edge in ((0.0, 0.01), (0.004, 0.01), (0.995, 0.99), (1.0, 0.99)):
@@ -218,7 +218,7 @@ COST = {
 
 @pytest.mark.parametrize("target", ["x1", "noise", "score"])
 @pytest.mark.parametrize("name", PATHS)
-def test_the_flow_of_a_perfect_network_has_the_datas_density(name, target, generator):
+def test_flow_of_a_perfect_network_has_the_density_of_the_data(name, target, generator):
     gauss = Gauss(name)
     field = Predicts(Known(gauss, target, (2,)), target, gauss.path)
     # the velocity has kinks where it begins and ceases to stand still; the grid steps on them
@@ -236,14 +236,14 @@ def test_the_flow_of_a_perfect_network_has_the_datas_density(name, target, gener
         assert (exact - true).abs().max() < COST[name]
 
 
-def test_a_wrong_sign_of_the_score_is_seen(generator):
+def test_score_of_the_wrong_sign_gives_another_velocity(generator):
     gauss = Gauss("linear")
     t, x = torch.tensor(0.6, dtype=F64), torch.randn(4, 2, generator=generator, dtype=F64)
     flipped = converted(-gauss.mean("score", t, x), "score", "velocity", x, t, gauss.path)
     assert (flipped - gauss.mean("velocity", t, x)).abs().max() > 0.3
 
 
-def test_conversion_holds_for_pairs_that_are_not_independent():
+def test_conversion_holds_for_dependent_pairs():
     """x1 = 2·x0 + 1: velocity, x1 and noise are conversions of each other for any coupling."""
     path, t = cnf.matching.PATHS.build("linear"), torch.tensor([0.3], dtype=F64)
     x0 = torch.tensor([[0.7, -1.1]], dtype=F64)
@@ -274,7 +274,7 @@ def test_unknown_targets_are_refused(name):
         Predicts(MLPField(2), "x1", "straight")
 
 
-def test_stacked_blocks_stay_blocks_under_a_prediction(randomized):
+def test_predicts_keeps_the_blocks_of_a_piecewise_field(randomized):
     blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = Predicts(blocks, "x1", "trigonometric")
     assert field.knots == (0.0, 0.5, 1.0)
@@ -285,7 +285,7 @@ def test_stacked_blocks_stay_blocks_under_a_prediction(randomized):
         torch.testing.assert_close(exact_divergence(piece, time, x), expected)
 
 
-def test_stacked_blocks_stay_blocks_beside_a_head(randomized):
+def test_with_score_keeps_the_blocks_of_a_piecewise_field(randomized):
     blocks = randomized(Piecewise([MLPField(2, (5,)), MLPField(2, (5,))]))
     field = WithScore(blocks, MLPField(2, (5,)).double())
     assert field.knots == (0.0, 0.5, 1.0)
@@ -302,7 +302,7 @@ def test_score_of_a_head_has_closed_form(name, event, points):
     assert expected.abs().max() > 0.5
 
 
-def test_velocity_and_density_of_a_field_with_score_are_the_velocitys(generator):
+def test_head_does_not_change_velocity_and_density(generator):
     gauss, x = Gauss("bridge"), torch.randn(4, 2, generator=generator, dtype=F64)
     plain = gauss.field("velocity")
     field, t = WithScore(plain, gauss.field("z")), torch.tensor(0.3, dtype=F64)
@@ -311,7 +311,7 @@ def test_velocity_and_density_of_a_field_with_score_are_the_velocitys(generator)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_score_follows_from_whatever_a_field_predicts(name, points):
+def test_score_is_correct_for_every_predicted_target(name, points):
     gauss, (t, x) = Gauss(name), points()
     expected = gauss.mean("score", t, x)
     found = score(gauss.field("velocity"), t, x, path=gauss.path)
@@ -321,13 +321,13 @@ def test_score_follows_from_whatever_a_field_predicts(name, points):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_a_number_is_a_time_for_score():
+def test_score_accepts_a_number_as_time():
     gauss, x = Gauss("linear"), torch.ones(3, 2, dtype=F64)
     found = score(gauss.field("velocity"), 0.25, x)
     torch.testing.assert_close(found, gauss.mean("score", torch.tensor(0.25, dtype=F64), x))
 
 
-def test_a_number_is_a_time_for_the_score_of_a_head():
+def test_score_of_a_head_accepts_a_number_as_time():
     gauss, x = Gauss("bridge"), torch.ones(3, 2, dtype=F64)
     field = WithScore(gauss.field("velocity"), gauss.field("z"))
     found = score(field, 0.25, x)
@@ -343,7 +343,7 @@ def test_a_number_is_a_time_for_the_score_of_a_head():
         "head",
     ],
 )
-def test_within_the_margin_the_score_is_that_of_its_edge(kind, t, generator):
+def test_score_is_constant_within_the_margin(kind, t, generator):
     gauss = Gauss("bridge" if kind == "head" else "linear")
     field = gauss.field("velocity" if kind == "head" else kind)
     if kind == "head":
@@ -356,8 +356,8 @@ def test_within_the_margin_the_score_is_that_of_its_edge(kind, t, generator):
     torch.testing.assert_close(found, gauss.mean("score", edge, x), rtol=1e-6, atol=1e-6)
 
 
-def test_a_head_needs_a_path_with_noise():
-    with pytest.raises(ValueError, match=r"expected a path with noise of its own, got Linear"):
+def test_head_requires_a_noisy_path():
+    with pytest.raises(ValueError, match=r"expected a noisy path, got Linear"):
         WithScore(MLPField(2), MLPField(2), "linear")
 
 
@@ -365,13 +365,13 @@ def test_a_head_needs_a_path_with_noise():
     "head",
     [lambda: MLPField(3), lambda: MLPField(2, context_dim=1), lambda: MLPField(2, context_dim=2)],
 )
-def test_a_head_of_another_shape_or_context_is_refused(head):
+def test_head_of_another_shape_or_context_size_is_refused(head):
     # the last one cannot go without its context, as the velocity can
     with pytest.raises(ValueError):
         WithScore(NullContext(MLPField(2, context_dim=2)), head())
 
 
-def test_score_finds_the_path_below_other_wrappers(randomized, generator):
+def test_score_uses_the_path_of_a_wrapped_field(randomized, generator):
     x, t = torch.randn(4, 2, generator=generator, dtype=F64), torch.tensor(0.4, dtype=F64)
     c = torch.randn(4, 2, generator=generator, dtype=F64)
     inner = randomized(MLPField(2, (5,), 2))

@@ -24,13 +24,13 @@ def test_divergence_is_the_trace_of_the_jacobian(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_divergence_for_every_activation(activation, randomized, assert_divergence):
+def test_divergence_is_correct_for_every_activation(activation, randomized, assert_divergence):
     field = ResidualField(3, WIDTHS[:3], activation=activation, frequencies=0)
     assert_divergence(randomized(field), batch=(2, 3))
 
 
 @pytest.mark.parametrize("frequencies", [0, 2])
-def test_field_is_its_formula(frequencies, randomized, points):
+def test_field_equals_its_formula(frequencies, randomized, points):
     field = randomized(ResidualField(3, (6, 4), 2, "tanh", frequencies))
     t, x, context = points(field, own_time=True)
     angle = t[:, None] * field.condition.time.multiples
@@ -66,7 +66,7 @@ def test_one_block_of_one_unit_has_closed_form():
     assert div.item() == pytest.approx(6 * (1 + 1 / math.cosh(0.5) ** 2), rel=1e-12)
 
 
-def test_blocks_without_an_effect_leave_a_linear_field(randomized, points):
+def test_field_is_linear_if_blocks_are_zero(randomized, points):
     field = randomized(ResidualField(3, (6, 4)))
     for outward in field.outward:
         torch.nn.init.zeros_(outward.weight)
@@ -78,7 +78,7 @@ def test_blocks_without_an_effect_leave_a_linear_field(randomized, points):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_gradients_of_the_divergence_are_autograds(depth, randomized, assert_gradients):
+def test_gradients_of_the_divergence_equal_autograds(depth, randomized, assert_gradients):
     assert_gradients(randomized(ResidualField(2, WIDTHS[:depth], context_dim=2)))
 
 
@@ -89,17 +89,17 @@ def test_zero_last_is_the_identity_flow():
     assert field(torch.tensor(0.5), torch.randn(5, 3)).sub(1).square().sum().requires_grad
 
 
-def test_it_is_registered_and_has_a_divergence():
+def test_residual_field_is_registered_with_closed_form_divergence():
     assert FIELDS["residual"] is ResidualField
     assert isinstance(ResidualField(2), HasDivergence)
 
 
 @pytest.mark.parametrize("hidden", [(), (8, 0)])
-def test_no_block_and_no_width_are_refused(hidden):
+def test_numbers_of_blocks_and_widths_below_one_are_refused(hidden):
     with pytest.raises(ValueError, match=r"at least one block and every width >= 1, got hidden="):
         ResidualField(2, hidden)
 
 
-def test_unknown_activation_is_refused_with_a_hint():
+def test_error_for_unknown_activation_proposes_a_name():
     with pytest.raises(ValueError, match="Did you mean 'silu'"):
         ResidualField(2, activation="slu")

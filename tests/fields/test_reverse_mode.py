@@ -83,7 +83,7 @@ def jacobians(field, t, x):
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NETS)
-def test_the_divergence_is_the_trace_of_autograds_jacobian(name, train, field_and_x):
+def test_divergence_is_the_trace_of_autograds_jacobian(name, train, field_and_x):
     (field, x), t = field_and_x(name), torch.tensor(0.3, dtype=F64)
     field.train(train)
     brute = jacobians(field, t, x)
@@ -99,7 +99,7 @@ def test_the_divergence_is_the_trace_of_autograds_jacobian(name, train, field_an
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_training_has_the_second_derivative_in_every_gradient_mode(name, field_and_x):
+def test_gradients_of_the_likelihood_are_correct_in_every_gradient_mode(name, field_and_x):
     field, x = field_and_x(name)
     weights = list(field.parameters())
 
@@ -130,7 +130,7 @@ def test_explain_says_reverse_mode(field_and_x):
         assert explain(field, rows=4).startswith("Adapter: 3 products in reverse mode")
 
 
-def test_want_of_memory_is_not_taken_for_want_of_a_forward_mode():
+def test_out_of_memory_is_not_taken_for_missing_forward_mode():
     def full(x):
         raise torch.OutOfMemoryError("full")
 

@@ -49,7 +49,7 @@ def rows_trace(autograd_divergence):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_columns_of_a_linear_map_are_its_columns(batch, generator):
+def test_jacobian_columns_of_a_linear_map_are_those_of_its_matrix(batch, generator):
     x = torch.randn(*batch, 3, generator=generator, dtype=F64)
     v, columns = jacobian_columns(lambda y: y @ MATRIX.T, x)
     torch.testing.assert_close(v, x @ MATRIX.T)
@@ -58,7 +58,7 @@ def test_columns_of_a_linear_map_are_its_columns(batch, generator):
         torch.testing.assert_close(columns[k], MATRIX[:, k].expand_as(x))
 
 
-def test_columns_of_images_are_autograds(conv, generator):
+def test_jacobian_columns_of_images_equal_autograds(conv, generator):
     x = torch.randn(2, 2, 3, 2, generator=generator, dtype=F64)
     _, columns = jacobian_columns(conv, x, event_dims=3)
     for row, own in zip(x, columns.unbind(1), strict=True):
@@ -76,7 +76,7 @@ def test_trace_of_a_linear_map_is_its_trace(batch, generator):
     torch.testing.assert_close(div, torch.full(batch, 1 + 0.25 - 4.0, dtype=F64))
 
 
-def test_trace_is_autograds_for_vectors(net, rows_trace, generator):
+def test_trace_equals_autograds_for_vectors(net, rows_trace, generator):
     x = torch.randn(2, 5, 3, generator=generator, dtype=F64)
     v, div = trace_of_jacobian(net, x)
     torch.testing.assert_close(v, net(x))
@@ -85,7 +85,7 @@ def test_trace_is_autograds_for_vectors(net, rows_trace, generator):
 
 
 @pytest.mark.parametrize("rows", [3, 0])
-def test_trace_is_autograds_for_images(rows, conv, rows_trace, generator):
+def test_trace_equals_autograds_for_images(rows, conv, rows_trace, generator):
     x = torch.randn(rows, 2, 3, 2, generator=generator, dtype=F64)
     v, div = trace_of_jacobian(conv, x, event_dims=3)
     assert v.shape == x.shape and div.shape == (rows,)
@@ -93,7 +93,7 @@ def test_trace_is_autograds_for_images(rows, conv, rows_trace, generator):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_gradient_of_the_exact_trace(grad, net, rows_trace, generator):
+def test_gradient_of_the_exact_trace_equals_autograds(grad, net, rows_trace, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     inputs = [x, *list(net.parameters())[:-1]]
     with torch.set_grad_enabled(grad):
@@ -155,7 +155,7 @@ def test_trace_of_chain_is_the_trace_of_the_product(gates, batch, per_row, scale
     torch.testing.assert_close(div, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_trace_of_chain_of_two_has_closed_form():
+def test_trace_of_chain_of_two_matrices_has_closed_form():
     # [5 6; 7 8] · diag(10, 100) · [1 2; 3 4] = [1850 …; … 3340]
     first = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=F64)
     last = torch.tensor([[5.0, 6.0], [7.0, 8.0]], dtype=F64)
@@ -180,7 +180,7 @@ def test_trace_of_chain_has_numerical_gradients(gates, per_row, scaled, generato
     )
 
 
-def test_exact_divergence_takes_the_fields_own_form_and_agrees_without(
+def test_exact_divergence_uses_the_closed_form_and_agrees_with_autograd(
     randomized, points, monkeypatch
 ):
     closed = randomized(MLPField(3, (6, 5)))
@@ -192,7 +192,7 @@ def test_exact_divergence_takes_the_fields_own_form_and_agrees_without(
     assert exact_divergence(closed, t, x) == ("own", (t, x, None))
 
 
-def test_exact_divergence_out_of_reach_names_the_estimator():
+def test_error_for_infeasible_exact_divergence_names_the_estimator():
     x = torch.zeros(2, 1, 40, 40)
     with pytest.raises(ValueError) as caught:
         exact_divergence(Adapter(nn.Identity(), (1, 40, 40)), torch.tensor(0.5), x)

@@ -39,7 +39,7 @@ def constants(count):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10])
 @pytest.mark.parametrize("batch", ["shared", "rows", "grid"])
-def test_time_picks_its_block_at_knots_and_between(count, batch):
+def test_piecewise_field_selects_its_block_by_time(count, batch):
     field = constants(count)
     knots = torch.arange(count, dtype=F64) / count
     t = torch.cat([knots, knots + 0.5 / count, torch.tensor([1.0, -0.1, 1.1], dtype=F64)])
@@ -55,7 +55,7 @@ def test_time_picks_its_block_at_knots_and_between(count, batch):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_piece_runs_its_block_over_its_own_unit_of_time(count):
+def test_piece_maps_its_interval_to_unit_time(count):
     block = Line(5.0)
     x = torch.tensor([1.0, -2.0], dtype=F64)
     for k in range(count):
@@ -68,7 +68,7 @@ def test_a_piece_runs_its_block_over_its_own_unit_of_time(count):
             torch.testing.assert_close(piece(t, x), v)
 
 
-def test_pieces_together_are_the_piecewise_field(randomized, points):
+def test_piecewise_field_equals_its_pieces(randomized, points):
     field = randomized(Piecewise([MLPField(2, (5,), 2), ResidualField(2, (4,), 2)]))
     t, x, context = points(field, (6,), own_time=True)
     v, div = exact_divergence(field, t, x, context)
@@ -79,14 +79,14 @@ def test_pieces_together_are_the_piecewise_field(randomized, points):
         torch.testing.assert_close(alone, (v[k], div[k]), rtol=1e-11, atol=1e-11)
 
 
-def test_a_field_is_one_block_of_itself():
+def test_plain_field_is_its_only_block():
     field = MLPField(2)
     assert field.knots == (0.0, 1.0) and field.block(0) is field
     timed = EndTime(Piecewise([field, field]))  # its knots move with the end time
     assert timed.knots == (0.0, 1.0) and timed.block(0) is timed
 
 
-def test_a_wrapped_block_is_one_module_with_the_wrappers_own_weights_and_parts():
+def test_block_of_a_wrapper_is_cached_and_shares_its_weights():
     field = MLPField(2, (5,), 3)
     field = NullContext(Preconditioned(Piecewise([field, MLPField(2, (5,), 3)])))
     block = field.block(1)
@@ -99,7 +99,7 @@ def test_a_wrapped_block_is_one_module_with_the_wrappers_own_weights_and_parts()
     assert field.block(1).field.field is field.field.field.pieces[1]
 
 
-def test_stacked_halves_of_one_constant_field_are_that_field_twice(points):
+def test_one_field_as_two_blocks_has_twice_the_velocity_and_the_same_weights(points):
     block = Line(0.0, 3.0)
     field = Piecewise([block, block])
     t, x, _ = points(field, own_time=True)
@@ -118,7 +118,7 @@ def test_context_follows_its_row(shape):
     assert torch.equal(v, 2 * (offset + context))
 
 
-def test_gradients_reach_only_the_blocks_in_use():
+def test_gradients_reach_only_the_blocks_that_are_evaluated():
     field = Piecewise([Line(1.0), Line(2.0), Line(3.0)])
     t = torch.tensor([0.2, 0.9], dtype=F64, requires_grad=True)
     x = torch.ones(2, 2, dtype=F64, requires_grad=True)
@@ -132,7 +132,7 @@ def test_gradients_reach_only_the_blocks_in_use():
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_blocks_must_agree():
+def test_blocks_of_different_shapes_are_refused():
     for blocks in ([MLPField(2), MLPField(3)], [MLPField(2), MLPField(2, context_dim=1)], []):
         with pytest.raises(ValueError, match="blocks of one event shape and context size"):
             Piecewise(blocks)
@@ -140,7 +140,7 @@ def test_blocks_must_agree():
 
 @pytest.mark.parametrize("end", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_end_time_runs_the_field_to_it(end, own_time, points):
+def test_end_time_scales_time_and_velocity(end, own_time, points):
     field = EndTime(Line(2.0), end).double()
     t, x, _ = points(field, (2, 3), own_time)
     v, div = field.with_divergence(t, x)
@@ -161,7 +161,7 @@ def euler(field, x, steps=16):
     return x, ladj
 
 
-def test_gradient_to_the_end_time_is_that_of_finite_differences(randomized, points):
+def test_gradient_of_the_end_time_equals_finite_differences(randomized, points):
     field = randomized(EndTime(MLPField(2, (6, 5)), 2.0))
     _, x, _ = points(field)
 
@@ -181,7 +181,7 @@ def test_gradient_to_the_end_time_is_that_of_finite_differences(randomized, poin
 
 
 @pytest.mark.parametrize("initial", [0.0, -1.0])
-def test_end_times_are_positive(initial):
+def test_end_time_that_is_not_positive_is_refused(initial):
     with pytest.raises(ValueError, match=f"EndTime: expected an initial .* > 0, got {initial}"):
         EndTime(MLPField(2), initial)
     field = EndTime(MLPField(2), 2.5)
@@ -204,7 +204,7 @@ def test_preconditioning_has_closed_form(own_time, batch, points):
 
 
 @pytest.mark.parametrize(("kind", "event"), [(MLPField, 3), (ConvField, (1, 2, 3))])
-def test_preconditioning_alone_scales_points_by_the_paths_spread(kind, event, points):
+def test_preconditioned_zero_field_follows_the_standard_deviation_of_the_path(kind, event, points):
     # x_t = s(t) z has velocity s' z, and s is the spread of (1 - t) x0 + t x1
     field = Preconditioned(kind(event, (4,), zero_last=True)).double()
     _, z, _ = points(field)

@@ -46,13 +46,13 @@ def test_same_generator_gives_same_pairs_and_global_state_is_left_alone(name, da
 
 
 @pytest.mark.parametrize("name", COUPLINGS)
-def test_inputs_are_not_edited(name, data, generator):
+def test_inputs_are_not_modified(name, data, generator):
     before = [value.clone() for value in data]
     COUPLINGS.build(name)(*data, generator)
     assert all(torch.equal(a, b) for a, b in zip(data, before, strict=True))
 
 
-def test_independent_leaves_the_order_alone(data):
+def test_independent_pairs_rows_in_order(data):
     assert COUPLINGS["independent"](*data) == Pairing(None, None, None)
 
 
@@ -63,7 +63,7 @@ def test_independent_refuses_unequal_numbers(data):
 
 @pytest.mark.parametrize("name", COUPLINGS)
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 4), (4, 0)])
-def test_every_coupling_refuses_no_rows_in_the_same_words(name, sizes):
+def test_every_coupling_refuses_empty_inputs_with_the_same_message(name, sizes):
     x0, x1 = (torch.zeros(n, 2) for n in sizes)
     with pytest.raises(ValueError, match="expected one row of x0 and of x1 or more, got"):
         COUPLINGS.build(name)(x0, x1)
@@ -80,7 +80,7 @@ DRAWN = {"sinkhorn", "unbalanced", "partial"}  # pairs are drawn from a plan of 
 
 @pytest.mark.parametrize("name", COUPLINGS)
 @pytest.mark.parametrize("sizes", [(5, 3), (3, 5)])
-def test_unequal_sizes_are_paired_or_refused_in_the_same_words(name, sizes, generator):
+def test_unequal_sizes_are_paired_or_refused_with_the_same_message(name, sizes, generator):
     x0, x1 = (torch.randn(n, 2, generator=generator) for n in sizes)
     options = (
         {"reg": 0.5} if name == "unbalanced" else {}

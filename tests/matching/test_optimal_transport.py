@@ -91,19 +91,19 @@ def test_cost_equals_that_of_scipy_and_pot(n, draw):
     assert total(cost, j) < 0.7 * np.trace(cost)
 
 
-def test_one_row_goes_with_itself(draw):
+def test_single_row_is_paired_with_itself(draw):
     x0, x1 = draw(1, 2)
     assert minibatch(x0, x1).j.tolist() == [0]
     for name in ("sinkhorn", "unbalanced", "partial"):
         assert COUPLINGS[name](x0, x1).j.tolist() == [0]
 
 
-def test_one_row_with_a_context_goes_with_itself(draw):
+def test_single_row_with_a_context_is_paired_with_itself(draw):
     assert conditional(*draw(1, 2), torch.ones(1, 1)).j.tolist() == [0]
 
 
 @pytest.mark.parametrize("name", ["minibatch-ot", "conditional-ot"])
-def test_rows_that_repeat_are_used_once_each(name, draw):
+def test_repeated_rows_are_used_once_each(name, draw):
     x0, x1 = draw(4, 2)
     x0, x1 = x0.repeat(3, 1), x1[[0] * 10 + [1, 2]]
     j = COUPLINGS[name](x0, x1).j
@@ -114,7 +114,7 @@ def test_rows_that_repeat_are_used_once_each(name, draw):
 
 
 @pytest.mark.parametrize("name", ["minibatch-ot", "conditional-ot"])
-def test_a_permutation_needs_as_many_rows_on_both_sides(name, draw):
+def test_permutation_requires_equal_numbers_of_rows(name, draw):
     x0, x1 = draw(5, 2)
     with pytest.raises(ValueError, match=f"{name}: expected as many x0 as x1, got 5 and 4"):
         COUPLINGS[name](x0, x1[:4])
@@ -189,7 +189,7 @@ def test_weight_zero_or_no_context_is_minibatch_ot(draw, generator):
 
 
 @pytest.mark.parametrize("weight", [0.1, 3.0, 1e4])
-def test_a_weight_is_that_of_squared_distances_between_contexts(weight, draw, generator):
+def test_weight_multiplies_squared_distances_between_contexts(weight, draw, generator):
     x0, x1 = draw(6, 2)
     context = torch.randn(6, 2, generator=generator, dtype=F64)
     cost = distances(x0, x1) + weight * distances(context, context)
@@ -248,7 +248,7 @@ def test_failure_to_find_the_optimal_plan_names_the_coupling(name, draw):
         COUPLINGS[name](x0, x1)
 
 
-def test_other_warnings_of_pot_do_not_end_a_run(draw, monkeypatch):
+def test_other_warnings_of_pot_are_not_errors(draw, monkeypatch):
     x0, x1 = draw(8, 2)
     expected, emd = minibatch(x0, x1).j.tolist(), ot.emd
 
@@ -272,7 +272,7 @@ def test_two_nearly_equal_contexts_do_not_change_the_other_pairs(draw, generator
     assert moved[0] > 10 and abs(moved[0] - moved[1]) <= 4
 
 
-def test_rows_without_a_context_are_permuted_among_each_other(draw):
+def test_rows_without_a_context_are_permuted_among_themselves(draw):
     x0, x1 = draw(12, 2)
     context = torch.full((12, 1), float("nan"))
     context[:6] = 1.0
@@ -324,7 +324,7 @@ def test_sinkhorn_draws_from_the_rows_of_pots_plan(relative, n, draw, generator)
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_pot_is_asked_for_the_entropy_of_the_mean_distance(relative, draw, monkeypatch):
+def test_sinkhorn_passes_reg_in_units_of_the_mean_distance_to_pot(relative, draw, monkeypatch):
     x0, x1 = draw(8, 2)
     asked, sinkhorn = [], ot.sinkhorn
     monkeypatch.setattr(ot, "sinkhorn", lambda *a, **k: (asked.append(a), sinkhorn(*a, **k))[1])
@@ -351,7 +351,7 @@ def test_fast_sinkhorn_equals_that_of_the_log_domain(ratio, method, draw, monkey
     np.testing.assert_allclose(found[0], plan, rtol=1e-6, atol=1e-12)
 
 
-def test_sinkhorn_tends_to_independent_pairs_and_to_the_exact_plan(draw, generator):
+def test_sinkhorn_has_the_limits_of_independent_and_optimal_pairs(draw, generator):
     x0, x1 = draw(5, 2)
     found, _ = counts(COUPLINGS["sinkhorn"], x0, x1, generator, 400, reg=1e4)
     assert_frequencies(found, np.full((5, 5), 0.2), 400)
@@ -373,7 +373,7 @@ def test_relative_entropy_is_in_units_of_the_mean_squared_distance(draw):
 
 
 @pytest.mark.parametrize("marginal", [0.1, 1.0])
-def test_unbalanced_pairs_and_weights_are_pots_plan(marginal, draw, generator):
+def test_unbalanced_pairs_and_weights_follow_pots_plan(marginal, draw, generator):
     x0, x1 = draw(6, 2)
     x1[2] += 20  # an outlier, which loses its mass
     cost = distances(x0, x1)
@@ -410,7 +410,7 @@ def test_partial_is_the_best_of_all_partial_matchings(kept, draw, generator):
     assert len(j[used].unique()) == kept
 
 
-def test_partial_leaves_an_outlier_out(draw, generator):
+def test_partial_gives_an_outlier_weight_zero(draw, generator):
     x0, x1 = draw(10, 2)
     x0[3] += 50
     _, _, weight = COUPLINGS["partial"](x0, x1, None, generator, mass=0.85)
@@ -429,7 +429,7 @@ def test_partial_leaves_an_outlier_out(draw, generator):
         49,
     ],
 )
-def test_the_whole_mass_is_the_exact_permutation(n, draw, generator):
+def test_partial_with_mass_one_is_the_optimal_permutation(n, draw, generator):
     x0, x1 = draw(n, 2)
     _, j, weight = COUPLINGS["partial"](x0, x1, None, generator, mass=1.0)
     assert torch.equal(j, minibatch(x0, x1).j)
@@ -437,7 +437,7 @@ def test_the_whole_mass_is_the_exact_permutation(n, draw, generator):
 
 
 @pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "partial"])
-def test_images_are_paired_as_the_vectors_they_hold(name, draw):
+def test_images_are_paired_like_flattened_vectors(name, draw):
     x0, x1 = draw(7, 1, 2, 3)
     found, expected = (
         COUPLINGS[name](a, b, None, torch.Generator().manual_seed(0))
@@ -447,7 +447,7 @@ def test_images_are_paired_as_the_vectors_they_hold(name, draw):
 
 
 @pytest.mark.parametrize("name", ["sinkhorn", "unbalanced", "partial"])
-def test_identical_points_are_paired_or_refused_in_words(name):
+def test_identical_points_are_paired_or_refused_with_a_message(name):
     if name == "partial":
         assert len(COUPLINGS[name](torch.ones(4, 2), torch.ones(4, 2)).j) == 4
         return
@@ -490,7 +490,7 @@ def test_a_misspelt_option_is_refused_before_training():
         cnf.FlowMatching(coupling={"name": "sinkhorn", "regularization": 0.1})
 
 
-def test_flow_matching_keeps_the_base_and_sends_data_and_context_along(small_flow, draw):
+def test_flow_matching_keeps_x0_and_permutes_data_with_context(small_flow, draw):
     flow = small_flow("cnf", context=1)
     x, _ = draw(16, 2)
     context = torch.arange(16, dtype=F64)[:, None] % 2
@@ -508,7 +508,7 @@ def test_flow_matching_keeps_the_base_and_sends_data_and_context_along(small_flo
     assert lengths[0] < lengths[1]
 
 
-def test_partial_weights_the_loss(small_flow, draw):
+def test_weights_of_partial_pairs_weight_the_loss(small_flow, draw):
     flow = small_flow("cnf")
     objective = cnf.FlowMatching(coupling={"name": "partial", "mass": 0.5})
     batch = objective.prepare(flow, cnf.Batch(draw(8, 2)[1]), torch.Generator().manual_seed(0))

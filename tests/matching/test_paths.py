@@ -82,7 +82,7 @@ def test_noise_changes_noisy_paths_only(name, ends):
     assert path.noisy == (name in NOISY) == (not torch.equal(one.xt, other.xt))
 
 
-def test_linear_by_hand():
+def test_linear_path_by_hand():
     x0, x1 = torch.tensor([[1.0, -2.0]], dtype=F64), torch.tensor([[5.0, 2.0]], dtype=F64)
     t = torch.tensor([0.25], dtype=F64)
     _, xt, ut = Linear().sample(x0, x1, t)
@@ -93,7 +93,7 @@ def test_linear_by_hand():
     assert xt.tolist() == [[2.5, -0.5]] and ut.tolist() == [[4.0, 4.0]]
 
 
-def test_linear_leaves_sigma_of_x0_at_the_end(ends):
+def test_linear_path_ends_at_x1_plus_sigma_times_x0(ends):
     x0, x1, _ = ends
     xt = Linear(0.1).sample(x0, x1, torch.ones(len(x0), dtype=F64)).xt
     torch.testing.assert_close(xt, x1 + 0.1 * x0)
@@ -109,12 +109,12 @@ def test_sample_of_the_linear_path_agrees_with_its_schedule(path, ends, generato
 
 
 @pytest.mark.parametrize("name", DIFFUSIONS)
-def test_diffusions_keep_the_variance(name, generator):
+def test_diffusion_paths_preserve_the_variance(name, generator):
     at = CASES[name].schedule(times(50, generator))
     torch.testing.assert_close(at.alpha**2 + at.sigma**2, torch.ones(50, dtype=F64))
 
 
-def test_vp_solves_its_diffusion(generator):
+def test_vp_path_solves_its_diffusion(generator):
     """dα/ds = -½β(s)α, of which α is the solution that starts at 1: by quadrature of β."""
     s = torch.linspace(0, 1, 20_001, dtype=F64)
     beta = 0.1 + s * 19.9
@@ -124,14 +124,14 @@ def test_vp_solves_its_diffusion(generator):
     assert at.alpha[-1].item() == pytest.approx(math.exp(-0.25 * 19.9 - 0.05))
 
 
-def test_vp_has_the_given_betas():
+def test_vp_path_has_the_given_betas():
     """At s = 1: α = exp(-½∫β) with ∫β = (β_min + β_max)/2, and dα/dt = ½β_max α."""
     at = VariancePreserving(beta_min=0.5, beta_max=5.0).schedule(torch.zeros(1, dtype=F64))
     assert at.alpha.item() == pytest.approx(math.exp(-0.25 * 5.5))
     assert at[2].item() == pytest.approx(0.5 * 5.0 * math.exp(-0.25 * 5.5))
 
 
-def test_cosine_schedule_is_that_of_its_paper():
+def test_cosine_schedule_equals_that_of_the_paper():
     s = torch.linspace(0.001, 0.999, 50, dtype=F64)
 
     def f(s):
@@ -158,7 +158,7 @@ def test_noise_of_a_path_adds_to_the_variance_of_a_normal_source(generator):
     assert joint.gamma == 0.0 and plain.gaussian() is plain
 
 
-def test_noise_is_drawn_where_none_is_given():
+def test_noise_is_drawn_if_none_is_given():
     x = torch.zeros(20_000, 1)
     t = torch.full((20_000,), 0.5)
     with torch.random.fork_rng():

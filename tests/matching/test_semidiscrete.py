@@ -36,7 +36,7 @@ def test_two_points_divide_the_plane_in_the_middle_of_the_base():
     assert torch.equal(plan(x0, x1).j[clear], (x0[clear, 0] > 0).long())
 
 
-def test_base_that_is_not_centered_is_divided_at_its_mean():
+def test_base_off_center_is_divided_at_its_mean():
     x1, spread = torch.tensor([[1.0, 0.0], [7.0, 0.0]]), normal(2)
     plan = SemiDiscrete(steps=5).fit(x1, lambda n, g: 5 + spread(n, g), generator=seeded())
     x0 = 5 + spread(2_000, seeded(1))
@@ -73,7 +73,7 @@ def imbalance(plan, x1, draw, n):
 
 @pytest.mark.parametrize("rows", [2, 5, 20, 50])
 @pytest.mark.parametrize("seed", [3, 4, 5])
-def test_few_rows_have_equal_shares(rows, seed):
+def test_few_rows_are_assigned_equal_masses(rows, seed):
     """Initialized from as few base samples as rows, shares of 5 rows were 0.3 to 0.5 off."""
     x1 = torch.randn(rows, 2, generator=seeded(seed))
     plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(seed))
@@ -88,20 +88,20 @@ def test_few_rows_have_equal_shares(rows, seed):
         pytest.param(lambda x: x + 9 * x.sign(), id="clusters"),
     ],
 )
-def test_few_rows_of_any_shape_have_equal_shares(spread):
+def test_few_rows_of_any_shape_are_assigned_equal_masses(spread):
     for rows in (2, 5):
         x1 = spread(torch.randn(rows, 2, generator=seeded(4)))
         plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(4))
         assert imbalance(plan, x1, normal(2), 300_000) < 0.03
 
 
-def test_a_thousand_rows_have_nearly_equal_shares():
+def test_thousand_rows_are_assigned_nearly_equal_masses():
     x1 = torch.randn(1_000, 2, generator=seeded(3))
     plan = SemiDiscrete().fit(x1, normal(2), generator=seeded(3))
     assert imbalance(plan, x1, normal(2), 1_000_000) < 0.1
 
 
-def test_few_rows_of_each_label_have_equal_shares():
+def test_few_rows_of_each_label_are_assigned_equal_masses():
     label = torch.arange(10).repeat_interleave(3)
     context = torch.nn.functional.one_hot(label).float()
     x1 = torch.randn(30, 2, generator=seeded(3)) + label[:, None]
@@ -119,7 +119,7 @@ def test_subset_of_sorted_rows_is_evenly_spaced():
     assert torch.bincount(_evenly_spaced(3, 9, cpu)).tolist() == [3, 3, 3]
 
 
-def test_nearest_neighbors_fail_the_test_of_equal_masses(generator):
+def test_nearest_neighbors_do_not_have_equal_masses(generator):
     x1 = torch.randn(400, 2, generator=generator) * torch.linspace(0.5, 2, 400)[:, None] + 3
     nearest = torch.cdist(normal(2)(100_000, seeded(9)), x1).argmin(1)
     share = torch.bincount(nearest, minlength=400) / 250
@@ -169,7 +169,7 @@ def test_approximate_assignment_agrees_with_the_exact_one_and_omits_cells_withou
     assert assign.__qualname__.startswith("_approximate")  # it did not fall back to all cells
 
 
-def test_pairs_keep_labels_and_every_label_gets_the_whole_base(generator):
+def test_pairs_keep_labels_and_each_label_has_the_whole_base(generator):
     label = torch.arange(300) % 3
     x1 = torch.randn(300, 2, generator=generator) + 6 * label[:, None]
     context = torch.nn.functional.one_hot(label).float()
@@ -204,7 +204,7 @@ def test_continuous_contexts_are_refused(generator):
 
 
 @pytest.mark.parametrize("rows", [torch.ones(1, 2), torch.ones(30, 2), 1e4 + torch.rand(30, 2)])
-def test_few_equal_or_distant_rows_are_paired(rows):
+def test_few_or_equal_or_distant_rows_are_paired(rows):
     plan = SemiDiscrete(steps=10).fit(rows, normal(2), generator=seeded())
     j = plan(normal(2)(100, seeded()), rows).j
     assert j.min() >= 0 and j.max() < len(rows)

@@ -13,7 +13,7 @@ F64 = torch.float64
 U = (torch.arange(200_000, dtype=F64) + 0.5) / 200_000  # the quantiles: no sampling error
 
 
-def test_uniform_is_u():
+def test_uniform_times_equal_u():
     assert torch.equal(TIMES["uniform"]()(U), U)
 
 

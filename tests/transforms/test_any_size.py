@@ -71,7 +71,7 @@ def agrees_with_autograd(transform, z, condition):
 
 @given(layer=layers(), scale=st.sampled_from([0.0, 0.1, 1.0, 4.0]), seed=st.integers(0, 2**20))
 @settings(max_examples=150, deadline=None)
-def test_schemes_with_any_map_of_any_size(layer, scale, seed):
+def test_layers_with_any_elementwise_map_agree_with_autograd(layer, scale, seed):
     transform, dim, context = layer
     generator = torch.Generator().manual_seed(seed)
     drawn(transform, scale, generator)
@@ -86,7 +86,7 @@ def test_schemes_with_any_map_of_any_size(layer, scale, seed):
 @pytest.mark.parametrize("name", FREE)
 @given(dim=st.integers(2, 7), scale=st.sampled_from([0.0, 0.1, 1.0]), seed=st.integers(0, 2**20))
 @settings(max_examples=15, deadline=None)
-def test_layers_of_any_size(name, dim, scale, seed):
+def test_layers_of_any_size_agree_with_autograd(name, dim, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     transform = drawn(TRANSFORMS.examples[name](dim), scale, generator)
     z = torch.randn(3, dim, generator=generator, dtype=F64)
@@ -104,7 +104,7 @@ EVERY = {f"example: {name}": build for name, build in TRANSFORMS.examples.items(
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", EVERY)
-def test_nothing_is_nan_at_the_ends_of_float32(name, direction, generator):
+def test_results_are_finite_at_the_limits_of_float32(name, direction, generator):
     layer = drawn(EVERY[name](2), 1.0, generator).float()
     sizes = torch.logspace(-30, 30, 61)
     sizes = torch.cat([-sizes, torch.zeros(1), sizes])

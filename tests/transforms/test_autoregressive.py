@@ -12,7 +12,7 @@ F64 = torch.float64
 @pytest.mark.parametrize("hidden", [(), (5,), (16, 16), (3, 9, 4)], ids=str)
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("dim", [1, 2, 5])
-def test_output_i_sees_the_inputs_before_it_and_the_context(
+def test_output_i_depends_on_previous_inputs_and_the_context(
     dim, context_dim, hidden, randomized, generator
 ):
     net = randomized(MADE(dim, 3, hidden, context_dim))
@@ -31,7 +31,7 @@ def test_output_i_sees_the_inputs_before_it_and_the_context(
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
-def test_one_by_one_is_the_whole_at_once(context_dim, randomized, generator):
+def test_outputs_one_by_one_equal_one_pass(context_dim, randomized, generator):
     net = randomized(MADE(4, 3, (7, 6), context_dim))
     x = torch.randn(5, 4, generator=generator, dtype=F64)
     context = torch.randn(5, context_dim, generator=generator, dtype=F64) if context_dim else None
@@ -50,7 +50,7 @@ def test_jacobian_is_lower_triangular(map, randomized, generator):
         assert (jacobian.tril(-1).abs() > 1e-8).sum() >= 8
 
 
-def test_one_direction_takes_a_pass_and_the_other_one_for_each_variable(randomized, monkeypatch):
+def test_inverse_takes_one_pass_and_forward_one_per_variable(randomized, monkeypatch):
     layer, calls = randomized(Autoregressive(4, hidden=(6,))), []
     columns = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *a: (calls.append(a[1].shape), columns(*a))[1])
@@ -79,7 +79,7 @@ def test_affine_layer_without_hidden_units_has_closed_form():
     torch.testing.assert_close(ladj, a[None])
 
 
-def test_gradients_go_through_all_passes(randomized, generator):
+def test_gradients_of_forward_include_all_passes(randomized, generator):
     layer = randomized(Autoregressive(3, RationalQuadratic(3), hidden=(5,)))
     z = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: layer(z), z)

@@ -10,7 +10,9 @@ from cnf.transforms import BatchNorm, Continuous, Coupling, Standardize, chunks
 
 @pytest.mark.parametrize("batch", [(50,), (3, 20), (2, 3, 9)])
 @pytest.mark.parametrize("name", ["nsf", "maf", "planar", "cnf"])
-def test_parts_give_what_the_whole_gives(name, batch, small_flow, generator, monkeypatch):
+def test_evaluation_in_chunks_equals_evaluation_of_whole_batch(
+    name, batch, small_flow, generator, monkeypatch
+):
     options = {"solver": cnf.Solver("rk4", steps=2)} if name == "cnf" else {}
     flow = small_flow(name, context=2, **options)
     x = torch.randn(*batch, flow.event_shape[0], generator=generator, dtype=torch.float64)
@@ -37,7 +39,7 @@ def test_parts_give_what_the_whole_gives(name, batch, small_flow, generator, mon
     assert met == [whole.numel()]
 
 
-def test_a_batch_norm_in_training_sees_the_whole_batch(generator, monkeypatch):
+def test_batch_norm_in_train_mode_is_not_evaluated_in_chunks(generator, monkeypatch):
     """By hand: z = (x - mean)/√(variance + ε) with the statistics of all 50 rows."""
     flow = cnf.Flow(None, BatchNorm(2), event_shape=(2,)).double().train()
     x = (
@@ -52,7 +54,7 @@ def test_a_batch_norm_in_training_sees_the_whole_batch(generator, monkeypatch):
         torch.testing.assert_close(flow.log_prob(x), expected)
 
 
-def test_probes_that_are_given_are_for_all_rows_at_once(small_flow, generator, monkeypatch):
+def test_given_probes_apply_to_all_rows_at_once(small_flow, generator, monkeypatch):
     flow = small_flow("cnf", solver=cnf.Solver("rk4", steps=2))
     x = torch.randn(20, 2, generator=generator, dtype=torch.float64)
     estimate = cnf.Hutchinson(probe=cnf.Hutchinson(1).draw(x, generator))
@@ -72,6 +74,6 @@ def test_probes_that_are_given_are_for_all_rows_at_once(small_flow, generator, m
     ],
     ids=["coupling", "data wider than any layer", "continuous", "image"],
 )
-def test_memory_is_that_of_the_widest_layer_for_every_place_and_tangent(transform, numbers):
+def test_memory_estimate_is_widest_layer_times_pixels_and_tangents(transform, numbers):
     x = torch.zeros(1, *transform.event_shape, dtype=torch.float64)
     assert chunks.rows_at_once(transform, x) == chunks.BYTES // (chunks.COPIES * 8 * numbers)

@@ -84,7 +84,7 @@ def test_integrals_have_closed_form_and_sign_in_both_directions(towards, z):
     torch.testing.assert_close(solved.ladj, torch.zeros(5, dtype=F64))
 
 
-def test_integrals_leave_value_and_ladj_as_they_are(linear, z):
+def test_integrands_do_not_change_value_and_ladj(linear, z):
     plain = linear.integrate(z, towards="base")
     with_cost = linear.integrate(z, towards="base", integrands=[REGULARIZERS["kinetic"]])
     torch.testing.assert_close(plain.value, with_cost.value, rtol=0, atol=1e-7)
@@ -116,7 +116,7 @@ def test_adjoint_matches_backprop(divergence, direction, closed, randomized, gen
 
 
 @pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=64)], ids=str)
-def test_trajectory_passes_through_the_closed_form_and_ends_at_forward(solver, z):
+def test_trajectory_follows_the_closed_form_and_ends_at_forward(solver, z):
     transform = Continuous(Adapter(Linear(), (2,)), solver)
     times = [0.0, 0.3, 0.55, 1.0]
     path = transform.trajectory(z, times)
@@ -127,7 +127,7 @@ def test_trajectory_passes_through_the_closed_form_and_ends_at_forward(solver, z
     assert transform.field.net.matrix.grad.abs().max() > 0.1
 
 
-def test_trajectory_gives_the_context_its_gradient_by_the_adjoint_too(randomized, generator, z):
+def test_trajectory_by_the_adjoint_has_gradient_of_the_context(randomized, generator, z):
     field = randomized(MLPField(2, (8,), context_dim=3))
     leaf = torch.randn(3, generator=generator, dtype=F64, requires_grad=True)
     gradients = []
@@ -139,19 +139,19 @@ def test_trajectory_gives_the_context_its_gradient_by_the_adjoint_too(randomized
     assert gradients[0].abs().min() > 1e-3
 
 
-def test_trajectory_runs_back_too(linear, z):
+def test_trajectory_may_run_backwards(linear, z):
     path = linear.trajectory(z, [1.0, 0.5, 0.0])
     torch.testing.assert_close(path[-1], linear.inverse(z)[0], rtol=0, atol=1e-7)
 
 
-def test_without_divergence_there_is_no_ladj(linear, z):
+def test_ladj_is_nan_without_divergence(linear, z):
     free = Continuous(linear.field, TIGHT, divergence=None)
     x, ladj = free(z)
     assert ladj.isnan().all() and ladj.shape == (5,)
     torch.testing.assert_close(x, linear(z)[0], rtol=0, atol=1e-8)
 
 
-def test_nfe_is_the_recorded_count(linear, z):
+def test_nfe_equals_the_count_of_record(linear, z):
     with record() as stats:
         solved = linear.integrate(z, towards="data")
     assert solved.nfe == stats.forward > 7
@@ -170,7 +170,7 @@ def test_state_keeps_its_dtype_over_a_bfloat16_field():
     torch.testing.assert_close(y, x * math.exp(0.5), rtol=2e-2, atol=0)  # bfloat16: 8 bits
 
 
-def test_reconfigured_shares_weights_through_every_nesting(randomized, z):
+def test_reconfigured_shares_weights_of_nested_transforms(randomized, z):
     inner = Continuous(MLPField(2, (6, 5)))
     whole = randomized(Inverse(Compose([Coupling(2), Inverse(Compose([inner]))])))
     fast = reconfigured(whole, solver=Solver("rk4", steps=4), divergence=None)
@@ -187,7 +187,7 @@ def test_reconfigured_shares_weights_through_every_nesting(randomized, z):
     assert (fast(z)[0] - before).abs().max() > 0.1
 
 
-def test_is_continuous_looks_inside():
+def test_is_continuous_finds_nested_transforms():
     field = MLPField(2, (4,))
     assert is_continuous(Inverse(Compose([Coupling(2), Continuous(field)])))
     assert not is_continuous(Compose([Coupling(2), Standardize((2,))]))
@@ -202,7 +202,7 @@ def test_unknown_direction_and_divergence_are_refused(linear, z):
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("edited", ["x", "context"])
-def test_a_field_that_edits_its_input_is_refused_by_name(edited, gradients):
+def test_field_that_modifies_its_input_is_named_in_the_error(edited, gradients):
 
     class Halving(nn.Module):
         def forward(self, t, x, context):
@@ -220,7 +220,7 @@ def test_a_field_that_edits_its_input_is_refused_by_name(edited, gradients):
             transform.integrate(x, context, towards="base")
 
 
-def test_an_edit_in_a_later_block_is_refused():
+def test_modification_of_the_input_in_a_later_block_is_refused():
     class Halving(nn.Module):
         def forward(self, t, x):
             return x.mul_(0.5) * 1.0

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_ladj_is_autograds_and_both_directions_meet(
+def test_ladj_is_autograd_slogdet_and_round_trip_recovers_the_image(
     name, context, batch, direction, randomized, generator
 ):
     transform = randomized(CASES[name](context), gain=0.3).eval()
@@ -57,7 +57,7 @@ def test_ladj_is_autograds_and_both_directions_meet(
         assert name == "squeeze" or expected.abs() > 1e-2
 
 
-def test_squeeze_makes_four_channels_of_a_square():
+def test_squeeze_turns_squares_of_pixels_into_channels():
     x = torch.arange(16.0).reshape(1, 4, 4)
     z, _ = Squeeze().inverse(x)
     assert z[:, 0, 0].tolist() == [0, 1, 4, 5] and z[:, 1, 1].tolist() == [10, 11, 14, 15]
@@ -66,7 +66,7 @@ def test_squeeze_makes_four_channels_of_a_square():
     assert torch.equal(z, F.pixel_unshuffle(images, 2))
 
 
-def test_linear_map_at_pixels_is_a_convolution(randomized, generator):
+def test_linear_map_of_each_pixel_is_a_1x1_convolution(randomized, generator):
     inner = randomized(LU(3, rotated=True))
     x = torch.randn(2, 3, 4, 5, generator=generator, dtype=F64)
     z, ladj = PerPixel(inner).inverse(x)
@@ -76,7 +76,7 @@ def test_linear_map_at_pixels_is_a_convolution(randomized, generator):
     torch.testing.assert_close(ladj, 20 * torch.linalg.slogdet(weight).logabsdet.expand(2))
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_incompatible_parts_are_refused():
     with pytest.raises(ValueError, match="expected 0 < keep < 4, got 4"):
         ConvCoupling(4, 4)
     with pytest.raises(ValueError, match="unconditional transform of vectors"):
@@ -86,7 +86,7 @@ def test_parts_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("context", [0, 3])
-def test_glow_is_a_bijection_onto_noise_of_the_images_shape(context, randomized, generator):
+def test_glow_is_a_bijection_between_images_and_noise(context, randomized, generator):
     flow = cnf.models.build(
         "glow", shape=(2, 4, 4), levels=2, layers=1, hidden=(4, 5), context=context
     )

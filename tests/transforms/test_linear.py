@@ -14,7 +14,7 @@ def matrix(transform, dim):
     return rows.T
 
 
-def test_permutation_is_its_order_and_comes_back_with_a_checkpoint():
+def test_permutation_follows_its_order_which_is_saved_in_state_dict():
     transform = Permutation(4, [2, 0, 3, 1])
     z = torch.tensor([10.0, 11.0, 12.0, 13.0])
     assert transform(z)[0].tolist() == [12, 10, 13, 11]
@@ -55,7 +55,7 @@ def test_orthogonal_matrices_are_orthogonal(transform, randomized):
     assert (q - torch.eye(5, dtype=F64)).abs().max() > 0.1
 
 
-def test_one_reflection_and_one_rotation_by_hand():
+def test_reflection_and_rotation_by_hand():
     mirror, turn = Householder(2, 1).double(), Rotation(2).double()
     with torch.no_grad():
         mirror.vectors.copy_(torch.tensor([[3.0, 4.0]]))
@@ -67,7 +67,7 @@ def test_one_reflection_and_one_rotation_by_hand():
 
 
 @pytest.mark.parametrize("layer", [LU(6, rotated=True), Householder(6, 3), Rotation(6)])
-def test_autocast_leaves_linear_maps_in_their_own_precision(layer, randomized, generator):
+def test_linear_maps_do_not_use_autocast(layer, randomized, generator):
     layer = randomized(layer).float()
     x = torch.randn(50, 6, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):

@@ -32,7 +32,7 @@ def test_standardize_fits_once_and_gives_zero_mean_unit_variance(generator):
     assert torch.equal(transform.loc, loc) and list(transform.parameters()) == []
 
 
-def test_standardize_is_by_channel_on_images(generator):
+def test_standardize_has_one_statistic_per_channel_of_images(generator):
     x = torch.randn(50, 2, 4, 4, generator=generator, dtype=F64) * 3 + 1
     x[:, 1] *= 5
     x[:, :, 0] = 0.0  # a border that does not vary
@@ -47,7 +47,7 @@ def test_standardize_is_by_channel_on_images(generator):
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.float(), lambda m: m.half(), lambda m: m.to(F64)])
-def test_statistics_of_large_numbers_survive_every_cast(cast, generator):
+def test_statistics_of_large_numbers_are_not_changed_by_casts(cast, generator):
     noise = torch.randn(500, 2, generator=generator, dtype=F64)
     transform = Standardize((2,))
     transform.fit(1e8 + noise)
@@ -62,7 +62,7 @@ def test_statistics_of_large_numbers_survive_every_cast(cast, generator):
     assert half[0].dtype == half[1].dtype == transform(noise.half())[0].dtype == torch.float16
 
 
-def test_unresolved_is_what_float32_moves_by_more_than_a_hundredth_of_its_spread(generator):
+def test_unresolved_columns_have_float32_rounding_above_one_percent_of_their_spread(generator):
     x = torch.tensor([2e5, 6e5]) + torch.randn(1_000, 2, generator=generator, dtype=F64)
     error = (x.float() - x).abs().mean(0) / x.std(0)
     assert error[0] < 0.01 < error[1]
@@ -71,7 +71,7 @@ def test_unresolved_is_what_float32_moves_by_more_than_a_hundredth_of_its_spread
     assert transform.unresolved == (1,)
 
 
-def test_dtype_of_the_data_is_kept_in_the_state(generator):
+def test_dtype_of_the_data_is_saved_in_state_dict(generator):
     x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64)
     fitted, loaded, old = (torch.nn.Sequential(Standardize((2,))).float() for _ in range(3))
     fitted[0].fit(x)
@@ -85,13 +85,15 @@ def test_dtype_of_the_data_is_kept_in_the_state(generator):
     assert torch.equal(old[0].scale, fitted[0].scale.float().double())
 
 
-def test_statistics_follow_to_another_device_empty_ones_too():
+def test_statistics_move_to_and_from_the_meta_device():
     transform = Standardize((2,)).to("meta")
     assert transform.loc.device.type == transform.fitted.device.type == "meta"
     assert transform.to_empty(device="cpu").scale.dtype == F64
 
 
-def test_device_without_float64_takes_what_float32_resolves_only(monkeypatch, generator):
+def test_device_without_float64_refuses_columns_that_float32_does_not_resolve(
+    monkeypatch, generator
+):
     noise = torch.randn(500, 2, generator=generator, dtype=F64)
     near, far = Standardize((2,)), Standardize((2,))
     near.fit(10 + noise)
@@ -109,7 +111,7 @@ def test_device_without_float64_takes_what_float32_resolves_only(monkeypatch, ge
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((3,), 3), ((3, 4, 5), 3)])
-def test_actnorm_normalizes_its_first_batch_and_is_then_trained(shape, channels, generator):
+def test_actnorm_is_initialized_by_its_first_batch_and_then_trained(shape, channels, generator):
     x = 3 * torch.randn(50, *shape, generator=generator, dtype=F64) + 7
     x[:, 2] = 5.0  # constant: moved, not divided by zero
     transform = ActNorm(shape).double()
@@ -130,7 +132,7 @@ def test_actnorm_normalizes_its_first_batch_and_is_then_trained(shape, channels,
     assert torch.equal(again.inverse(x)[0], z)
 
 
-def test_actnorm_reads_the_former_name_of_its_flag():
+def test_actnorm_loads_the_flag_seen_of_version_0_1():
     state = ActNorm((2,)).state_dict()
     state["seen"] = torch.tensor(True)
     del state["initialized"]
@@ -139,7 +141,7 @@ def test_actnorm_reads_the_former_name_of_its_flag():
     assert transform.initialized and "seen" in state
 
 
-def test_a_look_sets_nothing_and_one_point_is_too_few(generator):
+def test_actnorm_is_not_initialized_by_evaluation_or_by_one_point(generator):
     x = torch.randn(4, 2, generator=generator, dtype=F64) + 9
     transform, batchnorm = ActNorm((2,)).double(), BatchNorm(2).double()
     assert torch.equal(transform.inverse(x)[0], x)  # in train mode, with gradients
@@ -150,7 +152,7 @@ def test_a_look_sets_nothing_and_one_point_is_too_few(generator):
     assert batchnorm.mean.tolist() == [0, 0]
 
 
-def test_batchnorm_is_torchs_and_the_inverse_of_its_running_statistics(generator):
+def test_batchnorm_equals_torchs_and_is_inverted_by_running_statistics(generator):
     x = 3 * torch.randn(50, 2, generator=generator, dtype=F64) + 7
     transform = BatchNorm(2, momentum=0.2).double()
     theirs = torch.nn.BatchNorm1d(2, momentum=0.2).double()
@@ -170,13 +172,13 @@ def test_batchnorm_is_torchs_and_the_inverse_of_its_running_statistics(generator
     assert (z.mean(0) - transform.shift).abs().max() > 0.5  # not the batch's own statistics
 
 
-def test_gradients_go_through_the_batchs_statistics(generator):
+def test_gradients_include_those_of_batch_statistics(generator):
     x = torch.randn(6, 2, generator=generator, dtype=F64, requires_grad=True)
     transform = BatchNorm(2).double()
     assert torch.autograd.gradcheck(lambda x: transform.inverse(x), x)
 
 
-def test_actnorm_trained_by_samples_is_not_set_anew_by_data(generator):
+def test_actnorm_trained_on_samples_is_not_initialized_again_by_data(generator):
     transform = ActNorm((2,))
     z = torch.randn(50, 2, generator=generator)
     transform(z)[0].sum().backward()
@@ -187,7 +189,7 @@ def test_actnorm_trained_by_samples_is_not_set_anew_by_data(generator):
 
 
 @pytest.mark.parametrize("make", [Standardize, ActNorm])
-def test_a_constant_that_rounds_is_still_a_constant(make):
+def test_constant_column_whose_mean_rounds_has_scale_one(make):
     x = torch.full((10_000, 2), 1e4 + 1 / 3)
     x[:, 1] = torch.linspace(-1, 1, 10_000)
     transform = make((2,))
@@ -197,7 +199,7 @@ def test_a_constant_that_rounds_is_still_a_constant(make):
 
 
 @pytest.mark.parametrize("make", [Standardize, ActNorm])
-def test_what_varies_little_beside_its_size_is_no_constant(make, generator):
+def test_column_with_small_relative_variation_is_not_constant(make, generator):
     x = 1.7e9 + 1e3 * torch.randn(10_000, 1, generator=generator)  # seconds since 1970
     transform = make((1,))
     transform.fit(x) if make is Standardize else initialized(transform, x)

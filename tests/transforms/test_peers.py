@@ -92,7 +92,7 @@ def theirs(scheme, kind):
 
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("scheme", ["autoregressive", "coupling"])
-def test_zukos_weights_give_zukos_density(scheme, kind, generator):
+def test_density_equals_zukos_for_the_same_weights(scheme, kind, generator):
     peer = theirs(scheme, kind)
     with torch.no_grad():
         for parameter in peer.parameters():

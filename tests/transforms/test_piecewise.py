@@ -56,7 +56,9 @@ def test_stacked_linear_blocks_have_closed_form_with_gradients(mode, points):
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=12)], ids=str)
-def test_a_piecewise_field_is_its_blocks_composed(solver, divergence, direction, blocks, points):
+def test_piecewise_flow_equals_composition_of_its_blocks(
+    solver, divergence, direction, blocks, points
+):
     x, context = points
     if divergence == "hutchinson":
         divergence = Hutchinson(probe=Hutchinson(2).draw(x))
@@ -69,7 +71,7 @@ def test_a_piecewise_field_is_its_blocks_composed(solver, divergence, direction,
     assert (ours[0] - x).abs().max() > 0.1 and ours[1].abs().max() > 0.1
 
 
-def test_going_there_and_back_is_the_identity(blocks, points):
+def test_round_trip_is_the_identity(blocks, points):
     x, context = points
     transform = Continuous(Piecewise(blocks), TIGHT)
     y, ladj = transform(x, context)
@@ -79,7 +81,7 @@ def test_going_there_and_back_is_the_identity(blocks, points):
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=90)], ids=str)
-def test_a_trajectory_crosses_the_knots(solver, backwards, blocks, points):
+def test_trajectory_is_correct_across_knots(solver, backwards, blocks, points):
     x, context = points
     transform = Continuous(Piecewise(blocks), solver)
     times = [0.0, 0.1, 1 / 3, 0.4, 0.5, 2 / 3, 0.9, 1.0]
@@ -98,7 +100,7 @@ def test_a_trajectory_crosses_the_knots(solver, backwards, blocks, points):
 
 
 @pytest.mark.parametrize("times", [[0.0, 1.0], [0.2, 0.5], [1.0, 0.4], [0.0, 1 / 3]], ids=str)
-def test_a_trajectory_has_the_times_asked_for(times, blocks, points):
+def test_trajectory_has_the_given_times(times, blocks, points):
     path = Continuous(Piecewise(blocks), Solver("rk4", steps=6)).trajectory(
         points[0], times, points[1]
     )
@@ -106,14 +108,14 @@ def test_a_trajectory_has_the_times_asked_for(times, blocks, points):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(12, 12), (3, 3), (7, 9), (1, 3)])
-def test_fixed_steps_are_shared_by_the_blocks(steps, expected, blocks, points):
+def test_fixed_steps_are_divided_among_blocks(steps, expected, blocks, points):
     transform = Continuous(Piecewise(blocks), Solver("euler", steps=steps))
     with record() as stats:
         solved = transform.integrate(points[0], points[1], towards="base")
     assert solved.nfe == stats.forward == expected and stats.solves == 3
 
 
-def test_a_stop_ends_inside_a_block(points):
+def test_solve_towards_base_may_stop_inside_a_block(points):
     transform = Continuous(Piecewise([Linear(a) for a in A]), TIGHT)
     solved = transform.integrate(points[0], towards="base", stop=0.25)  # half of the first block
     matrix = torch.matrix_exp(-A[0] / 2) @ torch.matrix_exp(-A[1])
@@ -122,7 +124,7 @@ def test_a_stop_ends_inside_a_block(points):
     torch.testing.assert_close(solved.ladj, trace.expand(5), rtol=0, atol=1e-7)
 
 
-def test_a_stop_towards_data_ends_inside_a_block_too(points):
+def test_solve_towards_data_may_stop_inside_a_block(points):
     transform = Continuous(Piecewise([Linear(a) for a in A]), Solver("rk4", steps=8))
     solved = transform.integrate(points[0], towards="data", stop=0.75)
     matrix = torch.matrix_exp(A[1] / 2) @ torch.matrix_exp(A[0])
@@ -132,7 +134,7 @@ def test_a_stop_towards_data_ends_inside_a_block_too(points):
 
 @pytest.mark.parametrize("count", [4, 7, 31])
 @pytest.mark.parametrize("solver", [Solver(), Solver("rk4", steps=6)], ids=str)
-def test_float32_times_that_are_nearly_knots_are_solved(solver, count):
+def test_trajectory_accepts_float32_times_next_to_knots(solver, count):
     flow = cnf.models.build("cnf", dim=2, hidden=(8,), layers=3, solver=solver)
     z = torch.ones(5, 2)
     path = flow.trajectory(z, torch.linspace(0, 1, count))
@@ -150,7 +152,7 @@ def test_flow_matching_and_likelihood_train_every_block(name, small_flow, points
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in flow.field.parameters())
 
 
-def test_with_solver_shares_its_steps_too(small_flow, points):
+def test_steps_of_with_solver_are_divided_among_blocks(small_flow, points):
     flow = small_flow("cnf", layers=3).with_solver(Solver("rk4", steps=6))
     with record() as stats:
         flow.log_prob(points[0])

@@ -34,7 +34,7 @@ def strong(generator):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [0.1, 4.0, 30.0])
-def test_both_directions_hold_for_any_parameters(name, scale, strong, generator):
+def test_round_trip_and_ladj_for_any_parameters(name, scale, strong, generator):
     for _ in range(20):
         transform = strong(name, scale=scale)
         z = 3 * torch.randn(40, 3, generator=generator, dtype=F64)
@@ -47,9 +47,7 @@ def test_both_directions_hold_for_any_parameters(name, scale, strong, generator)
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("context", [0, 2])
-def test_gradients_through_both_directions_are_those_of_finite_differences(
-    name, context, strong, generator
-):
+def test_gradients_of_both_directions_equal_finite_differences(name, context, strong, generator):
     transform = strong(name, context, scale=1.0)
     condition = torch.randn(2, context, generator=generator, dtype=F64) if context else None
     value = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
@@ -136,7 +134,7 @@ def test_root_is_found_in_a_fixed_number_of_steps(k, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_numbers_are_near_the_identity(name, strong, generator):
+def test_small_parameters_give_nearly_the_identity(name, strong, generator):
     z = torch.randn(100, 3, generator=generator, dtype=F64)
     x, ladj = strong(name, scale=1e-3)(z)
     assert (x - z).abs().max() < 0.01 and ladj.abs().max() < 0.01
@@ -150,7 +148,7 @@ FOLDED = {  # the layers at the ends of their constraints: w'u, R S and beta at 
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_float32_stays_finite_where_a_constraint_is_met_exactly(name):
+def test_results_are_finite_in_float32_at_the_boundary_of_the_constraint(name):
     transform, numbers = FOLDED[name]
     with torch.no_grad():
         transform.numbers.bias.copy_(torch.tensor(numbers))
@@ -163,7 +161,7 @@ def test_float32_stays_finite_where_a_constraint_is_met_exactly(name):
         assert all(grad is None or torch.isfinite(grad).all() for grad in grads)
 
 
-def test_planar_with_a_small_w_moves_as_far_in_float32_as_in_float64(generator):
+def test_planar_with_small_w_agrees_in_float32_and_float64(generator):
     transform, z = Planar(2), torch.randn(20, 2, generator=generator)
     with torch.no_grad():
         transform.numbers.bias.copy_(torch.tensor([0.3, -0.2, 1e-5, 2e-5, 0.7]))
@@ -182,7 +180,7 @@ def test_planars_constraint_is_a_shifted_softplus(x):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_autocast_changes_nothing(name, strong, generator):
+def test_autocast_has_no_effect(name, strong, generator):
     transform = strong(name, context=2, scale=1.0).float()
     z, context = (torch.randn(20, size, generator=generator) for size in (3, 2))
     with torch.autocast("cpu", torch.bfloat16):

@@ -39,7 +39,7 @@ def stack(context):
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("context", [0, 2])
-def test_values_and_gradients_are_those_of_plain_backward(
+def test_values_and_gradients_equal_those_without_recomputation(
     context, direction, randomized, generator
 ):
     kept = randomized(Compose(stack(context)))
@@ -67,7 +67,7 @@ def agree(kept, small, direction, value, condition, leaves):
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS.examples if name != "batchnorm"])
-def test_every_layer_can_be_recomputed(name, direction, randomized, generator):
+def test_every_registered_transform_can_be_recomputed(name, direction, randomized, generator):
     layer = randomized(TRANSFORMS.examples[name](3))
     value = torch.randn(5, 3, generator=generator, dtype=F64)
     if direction == "inverse":
@@ -78,14 +78,16 @@ def test_every_layer_can_be_recomputed(name, direction, randomized, generator):
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", ["nice", "glow", "maf", "nsf", "planar"])
-def test_every_models_stack_can_be_recomputed(name, direction, small_flow, generator):
+def test_transform_of_every_discrete_model_can_be_recomputed(
+    name, direction, small_flow, generator
+):
     kept = small_flow(name, dim=3, gain=0.5).transform
     small = Compose(list(kept.transforms), recompute=True)
     value = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     agree(kept, small, direction, value, None, [value, *kept.parameters()])
 
 
-def test_a_first_batch_sets_actnorm_as_it_does_without(generator):
+def test_first_batch_initializes_actnorm_as_without_recomputation(generator):
     value = 3 * torch.randn(50, 3, generator=generator, dtype=F64) + 7
     torch.manual_seed(0)
     kept = Compose([Coupling(3), ActNorm((3,)), LU(3, rotated=True), ActNorm((3,))]).double()
@@ -102,7 +104,7 @@ def test_a_first_batch_sets_actnorm_as_it_does_without(generator):
     assert small.transforms[1].initialized and small.transforms[3].initialized
 
 
-def test_autocast_of_the_way_there_is_that_of_the_way_back(generator):
+def test_backward_pass_recomputes_under_autocast_of_forward_pass(generator):
     layers = [Coupling(3, [k % 2], hidden=(32,)) for k in range(3)]
     dtypes = []
     for layer in layers:
@@ -120,7 +122,7 @@ def test_autocast_of_the_way_there_is_that_of_the_way_back(generator):
     assert dtypes == 9 * [torch.bfloat16]  # there, undone, and there again
 
 
-def test_a_shared_layer_gets_the_sum_of_its_gradients(randomized, generator):
+def test_shared_layer_accumulates_its_gradients(randomized, generator):
     layer = randomized(Coupling(2, hidden=(5,)))
     value = torch.randn(4, 2, generator=generator, dtype=F64)
     grads = []
@@ -157,7 +159,7 @@ def saved(transform, value):
     return sum(sizes.values())
 
 
-def test_what_is_kept_does_not_grow_with_the_layers():
+def test_saved_memory_does_not_grow_with_number_of_layers():
     value, sizes = torch.randn(100, 2), {}
     for recompute in (False, True):
         for layers in (4, 32):
@@ -167,7 +169,7 @@ def test_what_is_kept_does_not_grow_with_the_layers():
     assert sizes[True, 32] == sizes[True, 4] <= 100 * 2 * 4
 
 
-def test_what_has_no_inverse_in_training_is_refused():
+def test_transform_without_inverse_in_train_mode_is_refused():
     with pytest.raises(ValueError, match="recompute=True needs, got BatchNorm"):
         Compose([Coupling(2), BatchNorm(2)], recompute=True)
     with pytest.raises(ValueError, match="recompute=True needs, got Compose"):

@@ -32,7 +32,7 @@ def by_the_paper(z, widths, heights, slopes, bound):
 
 
 @pytest.mark.parametrize("bins", [1, 2, 8])
-def test_spline_is_the_papers_formula(bins, generator):
+def test_spline_equals_the_formula_of_the_paper(bins, generator):
     z = torch.linspace(-2.99, 2.99, 23, dtype=F64)
     spline, parameters = drawn(bins, len(z), generator, bound=3.0)
     x, log_slope = spline.forward(z, *parameters)
@@ -55,7 +55,7 @@ def test_one_bin_by_hand():
     assert log_slope.item() == pytest.approx(math.log((1 / 4 + 1 / 2 + 1) / 1.75**2), rel=1e-14)
 
 
-def test_zeros_are_the_identity():
+def test_zero_parameters_give_the_identity():
     spline = RationalQuadratic(7)
     z = torch.linspace(-9, 9, 50, dtype=F64)
     x, log_slope = spline.forward(z, *spline.parametrize(torch.zeros(spline.size, 50, dtype=F64)))
@@ -63,7 +63,7 @@ def test_zeros_are_the_identity():
     torch.testing.assert_close(log_slope, torch.zeros_like(z), rtol=0, atol=1e-12)
 
 
-def test_widths_and_heights_fill_the_square_and_nothing_is_too_small(generator):
+def test_widths_and_heights_sum_to_the_interval_and_respect_the_minimum(generator):
     spline, ((widths, heights), slopes) = drawn(6, 40, generator, scale=30.0)
     for sizes in (widths, heights):
         torch.testing.assert_close(sizes.sum(0), torch.full((40,), 10.0, dtype=F64))
@@ -98,7 +98,7 @@ def test_round_trip_and_slope(bins, scale, seed, bound):
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("bins", [1, 8, 64])
 @pytest.mark.parametrize("scale", [0.0, 3.0, 100.0])
-def test_nothing_is_nan_in_float32(direction, bins, scale, generator):
+def test_values_and_gradients_are_finite_in_float32(direction, bins, scale, generator):
     sizes = torch.logspace(-30, 30, 121)
     edges = torch.tensor([0.0, 5.0, 4.9999995, 5.0000005, 3.4e38])
     value = torch.cat([sizes, edges])
@@ -121,7 +121,7 @@ def test_nothing_is_nan_in_float32(direction, bins, scale, generator):
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_gradients_are_those_of_finite_differences(direction, generator):
+def test_gradients_equal_finite_differences(direction, generator):
     spline = RationalQuadratic(4)
     raw = torch.randn(spline.size, 6, generator=generator, dtype=F64, requires_grad=True)
     value = torch.linspace(-6, 6, 6, dtype=F64).requires_grad_()
@@ -146,7 +146,7 @@ def test_inverted_exchanges_the_directions(generator):
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_circular_spline_is_smooth_over_the_seam_and_blind_to_whole_turns(direction, generator):
+def test_circular_spline_is_smooth_at_the_seam_and_periodic(direction, generator):
     spline = CircularSpline(6, bound=2.0)
     raw = torch.randn(spline.size, 1, generator=generator, dtype=F64)
     parameters = [p.expand(*p.shape[:-1], 4) for p in spline.parametrize(raw)]
@@ -158,7 +158,7 @@ def test_circular_spline_is_smooth_over_the_seam_and_blind_to_whole_turns(direct
     assert (apart.abs() < 1e-6).all() and (y.abs() <= 2).all() and log_slope.abs().min() > 1e-3
 
 
-def test_circular_spline_goes_round_once_and_comes_back(generator):
+def test_circular_spline_is_a_bijection_of_the_circle(generator):
     spline = CircularSpline(5)
     raw = torch.randn(spline.size, 1, generator=generator, dtype=F64)
     z = torch.linspace(-math.pi, math.pi, 4001, dtype=F64)[:-1]
@@ -172,7 +172,7 @@ def test_circular_spline_goes_round_once_and_comes_back(generator):
 
 
 @pytest.mark.parametrize("scheme", [Coupling, Autoregressive])
-def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomized, generator):
+def test_layers_of_angles_are_periodic(scheme, randomized, generator):
     layer = randomized(scheme(3, transformer=CircularSpline(4), hidden=(9,), period=2 * math.pi))
     z = torch.randn(5, 3, generator=generator, dtype=F64)
     x, ladj = layer(z)
@@ -186,7 +186,7 @@ def test_a_layer_of_angles_does_not_see_whole_turns(scheme, randomized, generato
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_the_root_in_float32_is_as_exact_as_the_steepness_allows(scale, generator):
+def test_error_of_the_root_in_float32_is_bounded_by_the_slope(scale, generator):
     spline = RationalQuadratic(8)
     raw = scale * torch.randn(spline.size, 1, generator=generator, dtype=F64)
     parameters = [p.expand(*p.shape[:-1], 20_001) for p in spline.parametrize(raw)]
@@ -198,7 +198,7 @@ def test_the_root_in_float32_is_as_exact_as_the_steepness_allows(scale, generato
 
 
 @pytest.mark.parametrize("bins", [8, 64])
-def test_rounding_puts_no_angle_beyond_the_circle_in_float32(bins, generator):
+def test_results_in_float32_are_on_the_circle_despite_rounding(bins, generator):
     spline = CircularSpline(bins, 1.0)
     raw = 3 * torch.randn(spline.size, 20_000, generator=generator)
     turn, *rest = spline.parametrize(raw)

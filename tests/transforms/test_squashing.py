@@ -19,7 +19,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_density_is_torchs_inside_and_none_outside(name, generator):
+def test_density_equals_torchs_inside_and_is_zero_outside_of_support(name, generator):
     transform, theirs, outside = CASES[name]
     flow = Flow(None, transform, event_shape=(2,)).double()
     x = flow.sample(50, generator=generator)
@@ -35,7 +35,7 @@ def test_density_is_torchs_inside_and_none_outside(name, generator):
 
 
 @pytest.mark.parametrize(("name", "depth"), [("sigmoid", -70.0), ("softplus", -70.0)])
-def test_a_small_number_comes_back_in_float32(name, depth):
+def test_small_numbers_are_recovered_in_float32(name, depth):
     transform = CASES[name][0]
     z = torch.linspace(depth, 10, 81).unsqueeze(-1)
     x, forward = transform(z)
@@ -55,7 +55,7 @@ def test_the_ends_of_the_support_are_finite_with_finite_gradients(name, ends):
     assert torch.isfinite(torch.autograd.grad(log_prob.sum(), x)[0]).all()
 
 
-def test_a_box_of_ones_own_and_its_logit(generator):
+def test_sigmoid_onto_a_given_box_and_its_logit(generator):
     transform = Sigmoid(-2.0, 3.0)
     z = torch.randn(20, 3, generator=generator, dtype=F64)
     x, ladj = transform(z)
@@ -68,7 +68,7 @@ def test_a_box_of_ones_own_and_its_logit(generator):
 
 @pytest.mark.parametrize("box", [(0.1, 0.9), (-0.05, 1.05), (-3.0, 2.0), (0.0, 0.3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_what_saturates_stays_in_the_box_and_has_a_density(box, dtype):
+def test_saturated_values_stay_in_the_box_and_have_a_density(box, dtype):
     transform, z = Sigmoid(*box), torch.linspace(-200, 200, 401, dtype=dtype).unsqueeze(-1)
     x, _ = transform(z)
     assert x.min() >= x.new_tensor(box[0]) and x.max() <= x.new_tensor(box[1])
@@ -79,7 +79,7 @@ def test_what_saturates_stays_in_the_box_and_has_a_density(box, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float16_comes_back(name):
+def test_round_trip_in_float16(name):
     transform, z = CASES[name][0], torch.linspace(-5, 3, 17, dtype=torch.float16).unsqueeze(-1)
     again, _ = transform.inverse(transform(z)[0])
     torch.testing.assert_close(again[6:], z[6:], rtol=0.05, atol=0.05)

@@ -141,7 +141,7 @@ def test_round_trip_recovers_the_input_and_negates_ladj(name, case):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("name", CASES)
-def test_batch_shape_changes_no_row(name, batch, direction, case):
+def test_result_of_a_row_does_not_depend_on_batch_shape(name, batch, direction, case):
     transform, value, condition = case(name, batch=batch, direction=direction)
     y, ladj = getattr(transform, direction)(value, condition)
     assert y.shape == value.shape and ladj.shape == batch and y.dtype == ladj.dtype == F64
@@ -163,7 +163,7 @@ def test_empty_batch_stays_empty(name, direction, case):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_input_is_not_edited(name, direction, case):
+def test_input_is_not_modified(name, direction, case):
     transform, value, condition = case(name, direction=direction)
     before = value.clone(), None if condition is None else condition.clone()
     getattr(transform, direction)(value, condition)
@@ -176,7 +176,7 @@ CONDITIONAL = [name for name in CASES if CASES[name](2).context_dim]
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", CONDITIONAL)
-def test_context_broadcasts_matters_and_gets_its_gradient(name, direction, case):
+def test_context_broadcasts_has_an_effect_and_a_gradient(name, direction, case):
     transform, value, condition = case(name, direction=direction)
     apply = getattr(transform, direction)
     shared = condition[0].clone().requires_grad_()
@@ -213,13 +213,13 @@ def test_affine_coupling_has_closed_form():
     torch.testing.assert_close(ladj, s[None])
 
 
-def test_coupling_keeps_what_it_is_told(case):
+def test_coupling_leaves_the_chosen_variables_unchanged(case):
     transform, value, condition = case("coupling, others kept")
     x, _ = transform(value, condition)
     assert torch.equal(x[:, 1:], value[:, 1:]) and not torch.isclose(x[:, 0], value[:, 0]).any()
 
 
-def test_one_dimension_couples_to_its_context_alone(randomized, generator):
+def test_coupling_in_one_dimension_requires_a_context(randomized, generator):
     transform = randomized(Coupling(1, context_dim=2))
     z = torch.randn(4, 1, generator=generator, dtype=F64)
     c = torch.randn(4, 2, generator=generator, dtype=F64)
@@ -230,7 +230,7 @@ def test_one_dimension_couples_to_its_context_alone(randomized, generator):
         Coupling(1)
 
 
-def test_a_net_of_ones_own_with_the_wrong_outputs_is_refused():
+def test_conditioner_with_wrong_number_of_outputs_is_refused():
     for wrong in (-1, 1, 2):
         coupling = Coupling(4, conditioner=lambda i, o, wrong=wrong: nn.Linear(i, o + wrong))
         with pytest.raises(RuntimeError, match="unflatten"):
@@ -238,7 +238,7 @@ def test_a_net_of_ones_own_with_the_wrong_outputs_is_refused():
 
 
 @pytest.mark.parametrize("keep", [(), (0, 1), (5,), (0, 0)], ids=str)
-def test_coupling_that_keeps_nonsense_is_refused(keep):
+def test_coupling_refuses_invalid_indices(keep):
     with pytest.raises(ValueError, match="Coupling"):
         Coupling(2, keep)
 
@@ -253,7 +253,7 @@ def test_compose_applies_the_first_transform_first():
     assert Inverse(Compose([shift, scale]))(z)[0].item() == pytest.approx(-0.8)
 
 
-def test_compose_refuses_what_does_not_fit_together():
+def test_compose_refuses_incompatible_transforms():
     with pytest.raises(ValueError, match="at least one transform"):
         Compose([])
     with pytest.raises(ValueError, match=r"one event_dims for all, got \[1, 3\]"):
@@ -269,7 +269,7 @@ def test_compose_refuses_what_does_not_fit_together():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_shapes_and_missing_contexts_are_named(name, case):
+def test_error_names_wrong_shapes_and_missing_contexts(name, case):
     transform, value, condition = case(name)
     for got in (value[:, :1], value.repeat(1, 2)) if transform.event_shape else ():
         for way in (transform.forward, transform.inverse):

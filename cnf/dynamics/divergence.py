@@ -66,25 +66,25 @@ def hutchinson(
             f"hutchinson: expected probe of shape (probes, {', '.join(map(str, x.shape))}), "
             f"got {tuple(probe.shape)}"
         )
-    value, products = products_with(v, x, probe)
+    value, products = vector_jacobian_products(v, x, probe)
     return value, (products * probe).flatten(-event_dims).sum(-1).mean(0)
 
 
-def products_with(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """v(x) and εᵀJ for each ε of `probe`, shape (n, *x.shape): a VJP each."""
+def vector_jacobian_products(v: Velocity, x: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """The value v(x) and εᵀJ for each ε in `probe`, shape (n, *x.shape), one VJP each."""
     if transformed():  # torch.func cannot transform autograd.grad
         value, pull = torch.func.vjp(v, x)  # pyright: ignore
         return value, torch.stack([pull(epsilon)[0] for epsilon in probe])
     graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         if not graph or not x.requires_grad:
-            # Without a graph x may still carry one that the solver's own function hides.
+            # Inside of a custom autograd function x may require a gradient without a graph.
             x = x.clone() if x.is_inference() else x.detach()
             x.requires_grad_()
         value = v(x)
-        if not value.requires_grad:  # constant in x
+        if not value.requires_grad:  # v is constant in x
             return value, torch.zeros_like(probe)
-        products = [  # a loop: vmap over a backward pass refuses custom autograd functions
+        products = [  # a loop, as vmap over a backward pass rejects custom autograd functions
             torch.autograd.grad(
                 value, x, epsilon, create_graph=graph, retain_graph=True, materialize_grads=True
             )[0]
@@ -236,53 +236,55 @@ class Hutchinson(Divergence):
         assert probe is not None
 
         def velocity(y: Tensor) -> Tensor:
-            return field(_normal(t), y, None if context is None else _normal(context))
+            return field(_trackable(t), y, None if context is None else _trackable(context))
 
-        start = x.dim() - len(field.event_shape) + 1  # of the event's axes in a probe
+        start = x.dim() - len(field.event_shape) + 1  # first axis of the event in a probe
         sketched = self.sketch
         if sketched:
             with torch.no_grad():
-                span = _orthonormal(products_with(velocity, x, probe[:sketched])[1], start)
-                probe = torch.cat([span, _without(probe[sketched:], span, start)])
+                span = _orthonormal(
+                    vector_jacobian_products(velocity, x, probe[:sketched])[1], start
+                )
+                probe = torch.cat([span, _orthogonal_part(probe[sketched:], span, start)])
             sketched = len(span)
-        v, products = products_with(velocity, x, probe)
-        along = (products * probe).flatten(start).sum(-1)  # (n, *batch)
-        each = along[sketched:] + along[:sketched].sum(0)
-        return Rates(v, each.movedim(0, -1), None if sketched else products)
+        v, products = vector_jacobian_products(velocity, x, probe)
+        quadratic_forms = (products * probe).flatten(start).sum(-1)  # (n, *batch)
+        estimates = quadratic_forms[sketched:] + quadratic_forms[:sketched].sum(0)
+        return Rates(v, estimates.movedim(0, -1), None if sketched else products)
 
 
 def probes_of(divergence: str | Divergence | None) -> Tensor | None:
-    """The probes that were given for all rows at once; None where each solve draws its own."""
+    """The given probes, which are for all rows at once; None if each solve draws its own."""
     return divergence.probe if isinstance(divergence, Hutchinson) else None
 
 
 @DIVERGENCES.register("hutch++")
 def hutch_plus_plus(probes: int = 2, sketch: int = 2, **settings: Any) -> Hutchinson:
-    """Hutch++: Hutchinson's estimate of what a sketch's exact trace leaves, see `Hutchinson`.
+    """Hutch++, which is `Hutchinson` with a sketch.
 
     Args:
-        probes: As of `Hutchinson`.
-        sketch: As of `Hutchinson`.
+        probes: Number of probes, see `Hutchinson`.
+        sketch: Number of directions with an exact trace, see `Hutchinson`.
         settings: Other arguments of `Hutchinson`.
     """
     return Hutchinson(probes=probes, sketch=sketch, **settings)
 
 
-def _normal(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one made in inference mode, which no graph may hold."""
+def _trackable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was created in inference mode, as autograd rejects those."""
     if transformed() or not tensor.is_inference():
         return tensor
     return tensor.clone()
 
 
 def _orthonormal(vectors: Tensor, start: int) -> Tensor:
-    """An orthonormal basis of the span of (n, *batch, *event), over n: (min(n, D), …)."""
+    """An orthonormal basis of the span of n vectors per row, shape (min(n, D), *batch, *event)."""
     columns = vectors.flatten(start).movedim(0, -1)  # (*batch, D, n)
     basis = torch.linalg.qr(columns).Q.movedim(-1, 0)
     return basis.reshape(len(basis), *vectors.shape[1:])
 
 
-def _without(probe: Tensor, span: Tensor, start: int) -> Tensor:
+def _orthogonal_part(probe: Tensor, span: Tensor, start: int) -> Tensor:
     """The part of each probe that is orthogonal to the span."""
     flat, basis = probe.flatten(start), span.flatten(start)
     inside = torch.einsum("n...d,m...d->nm...", flat, basis)
@@ -301,7 +303,7 @@ def explain(field: VectorField, rows: int = 256) -> str:
 
     Args:
         field: The field; it is evaluated at `rows` points.
-        rows: A closed form's cost per row falls with them.
+        rows: Number of points; the cost per row of a closed form decreases with it.
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 

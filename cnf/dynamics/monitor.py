@@ -1,4 +1,4 @@
-"""Instruments of an ODE solve: evaluations, memory, failures."""
+"""Instrumentation of ODE solves: number of evaluations, memory and causes of failure."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ class _Counts:
 
 @dataclass
 class Stats:
-    """Evaluations counted by `record`; those of backward solves are counted even afterwards."""
+    """The evaluations that `record` counts, also those of later backward solves."""
 
     _counters: list[_Counts] = field(default_factory=list, repr=False)
 
@@ -51,7 +51,7 @@ _recording: ContextVar[tuple[Stats, ...]] = ContextVar("recording", default=())
 
 @contextmanager
 def record() -> Iterator[Stats]:
-    """Count the evaluations of every solve inside, under any nesting.
+    """Count the evaluations of every solve inside of the context; contexts may be nested.
 
     >>> from cnf.dynamics import Solver, solve
     >>> with record() as stats:
@@ -68,20 +68,22 @@ def record() -> Iterator[Stats]:
 
 
 class TooMuchMemory(Exception):
-    """The graph of a solve has outgrown what `gradient="auto"` may take."""
+    """The graph of a solve exceeds the memory limit of `gradient="auto"`."""
 
 
 class InstrumentedDynamics:
-    """The dynamics: evaluations are counted and limited, the last one explains a failure."""
+    """Dynamics that count and limit their evaluations, and explain failures by the last one."""
 
     def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
         self.dynamics, self.solver = dynamics, solver
-        self.counts = _Counts()  # not self: a record must not keep the solve's tensors alive
+        self.counts = (
+            _Counts()
+        )  # not self, so that a record does not keep the solve's tensors alive
         self.in_forward = True
-        self.limit: float | None = None  # bytes that the graph may take
-        self.saved = 0  # bytes that one evaluation leaves in it
+        self.limit: float | None = None  # largest size of the graph in bytes
+        self.saved = 0  # bytes that one evaluation adds to the graph
         self.restart(start)
-        if solver.method != "scipy_solver":  # which has no steps to watch
+        if solver.method != "scipy_solver":  # it has no callback
             self.callback_step_adjoint = self._before_backward_step
         for stats in _recording.get():
             stats._counters.append(self.counts)
@@ -93,7 +95,7 @@ class InstrumentedDynamics:
 
     def __call__(self, t: Tensor, state: State) -> State:
         if self.nfe >= self.solver.max_nfe:
-            raise self._noisy(t, state) or self.error(
+            raise self._randomness_error(t, state) or self.error(
                 "too many evaluations: the field is stiff or the tolerance out of reach",
                 "Loosen rtol and atol, lower the learning rate, regularize, or raise max_nfe.",
             )
@@ -105,7 +107,7 @@ class InstrumentedDynamics:
         rates = self._evaluate(t, state)
         self.at = (t.detach(), tuple(part.detach() for part in state))
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
-        # LSODA ignores NaN, and near infinity shortens its steps until max_nfe.
+        # LSODA ignores NaN, and close to infinity reduces its steps until max_nfe.
         if self.solver.method == "scipy_solver" and not _finite(rates):
             raise self.explain()
         return rates
@@ -123,14 +125,14 @@ class InstrumentedDynamics:
 
     def error(self, cause: str, remedy: str) -> SolverError:
         t = math.nan if self.last is None else self.last[0].item()
-        t = t if math.isfinite(t) else self.start  # a NaN at the first point makes the step NaN
+        t = t if math.isfinite(t) else self.start  # NaN at the first point makes the step size NaN
         return SolverError(cause, remedy, t=t, nfe=self.nfe, settings=str(self.solver))
 
-    def _noisy(self, t: Tensor, state: State) -> SolverError | None:
-        """The error, where two evaluations at the same point differ."""
+    def _randomness_error(self, t: Tensor, state: State) -> SolverError | None:
+        """The error if two evaluations at the same point differ, else None."""
         with torch.no_grad():
             one, other = (self.dynamics(t, state) for _ in range(2))
-        # More than what non-deterministic sums on a GPU leave in float32.
+        # Tolerances above the effect of non-deterministic sums on a GPU in float32.
         if all(torch.allclose(a, b, 1e-3, 1e-5) for a, b in zip(one, other, strict=True)):
             return None
         return self.error(
@@ -139,7 +141,7 @@ class InstrumentedDynamics:
         )
 
     def _before_backward_step(self, t: Tensor, state: State, dt: Tensor) -> None:
-        """Called by torchdiffeq, ahead of its own assertions, which explain nothing."""
+        """Check a backward step, before torchdiffeq's assertions, which do not name the cause."""
         self.check_gradients((dt, *state[1:3]))
         if not self.solver.fixed and t + dt == t:
             raise self.explain()
@@ -151,15 +153,15 @@ class InstrumentedDynamics:
                 "Check the inputs' scale, clip gradients, or lower the learning rate.",
             )
 
-    def forward_is_over(self, stop: float) -> None:
-        """Count the evaluations from now on as those of the backward pass."""
+    def start_backward(self, stop: float) -> None:
+        """Count further evaluations as those of the backward pass."""
         self.in_forward = False
         self.restart(stop)
 
-    def watch_adjoint(self, path: State, stop: float) -> None:
-        """Count each backward solve anew, and check its result.
+    def instrument_adjoint(self, path: State, stop: float) -> None:
+        """Count the evaluations of each backward solve from zero, and check its result.
 
-        A second derivative, which the adjoint would silently leave out, is refused.
+        A second derivative is refused, as the adjoint would silently omit terms of it.
         """
         node: Any = path[0].grad_fn
         while node is not None and not node.name().startswith("OdeintAdjoint"):
@@ -170,7 +172,7 @@ class InstrumentedDynamics:
         def before(_: Any) -> None:
             if torch.is_grad_enabled():  # create_graph=True
                 raise RuntimeError(
-                    "solve: the adjoint has first derivatives only; for a second one "
+                    "solve: the adjoint has first derivatives only; for second ones "
                     'take Solver(gradient="backprop")'
                 )
             self.restart(stop)
@@ -179,13 +181,13 @@ class InstrumentedDynamics:
         node.register_hook(lambda inputs, _: self.check_gradients(inputs))
 
     def explain(self) -> SolverError:
-        """Why the solver gave up, judged by the last evaluation."""
+        """The error with the cause of a failed solve, inferred from the last evaluation."""
         if self.last is not None and not _finite(self.last[1]):
             return self.error(
                 "the field returned NaN or infinity",
                 "Check the inputs' scale, or lower the learning rate.",
             )
-        noisy = None if self.at is None else self._noisy(*self.at)
+        noisy = None if self.at is None else self._randomness_error(*self.at)
         return noisy or self.error(
             "the step fell below what the dtype resolves: the field is stiff or discontinuous",
             "Loosen rtol/atol, compute in float64, or take a fixed-step method.",
@@ -197,21 +199,21 @@ def _finite(parts: Sequence[Tensor]) -> bool:
 
 
 def _saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, State]:
-    """The bytes that autograd keeps for one evaluation, and the evaluation."""
+    """Evaluate the dynamics; return the bytes that autograd saves for it, and the rates."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         inner = tensor
-        while functorch.is_functorch_wrapped_tensor(inner):  # batched, by vmap: all of it
+        while functorch.is_functorch_wrapped_tensor(inner):  # the whole batch of vmap
             inner = functorch.get_unwrapped(inner)
         if not isinstance(inner, torch.nn.Parameter) and not inner._is_zerotensor():
             storage = inner.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        # Detached: a node that holds its own result is a cycle that nothing ever frees. Autograd
-        # keeps the tensor's place in the graph itself, for second derivatives.
+        # Detached, as a node that refers to its own result is a cycle that is never freed. For
+        # second derivatives, autograd stores the tensor's place in the graph itself.
         return tensor if tensor.is_leaf else tensor.detach()
 
-    # Eager, as compiled code may refuse hooks; it saves no more than that.
+    # Eager, as compiled code may reject hooks; it does not save more than eager code.
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.compiler.set_stance("force_eager"), hooks:
         rates = dynamics(t, state)

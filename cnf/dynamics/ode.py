@@ -1,4 +1,4 @@
-"""Solving ODEs by torchdiffeq, which only this file calls."""
+"""ODE solves by torchdiffeq, which no other file calls."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from cnf.errors import SolverError
 __all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
 
 GIB = 2**30
-FINEST = 5e-4  # of eps: with tolerances below it, rounding makes the step size collapse
+FINEST = 5e-4  # least tolerance in units of eps: below it, rounding makes the step size collapse
 
 
 class Solution(NamedTuple):
@@ -107,18 +107,18 @@ def solve_path(
         )  # fmt: skip
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
         return tuple(part.expand(len(times), *part.shape) for part in state), 0
-    watched = InstrumentedDynamics(dynamics, solver, times[0])
+    instrumented = InstrumentedDynamics(dynamics, solver, times[0])
     try:
-        path = _differentiable(watched, state, times, params)
+        path = _differentiable(instrumented, state, times, params)
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values")):
             raise  # the field's own
-        raise watched.explain() from error
-    nfe = watched.nfe
+        raise instrumented.explain() from error
+    nfe = instrumented.nfe
     finite = solver.has_error_control or all(values[-1].isfinite().all() for values in path)
     if not finite:
-        raise watched.explain()
-    watched.forward_is_over(times[-1])
+        raise instrumented.explain()
+    instrumented.start_backward(times[-1])
     return path, nfe
 
 
@@ -129,116 +129,116 @@ def _captured(
     solver: Solver,
     params: Sequence[Tensor],
 ) -> tuple[State, int]:
-    """`solve_path` where a graph is captured or a function transformed."""
+    """`solve_path` inside of torch.compile, torch.func or the capture of a CUDA graph."""
     if solver.evaluations is None:
         if torch.compiler.is_compiling():
             outside: Any = torch.compiler.disable(solve_path)
             return outside(dynamics, state, times, solver, params)
         raise TypeError(
-            f"solve: torch.func (grad, vmap, jacrev, …) and CUDA graphs cannot pass through "
-            f"{solver.method}, whose steps depend on the numbers; take a fixed-step solver: "
+            f"solve: torch.func (grad, vmap, jacrev, …) and CUDA graphs do not support "
+            f"{solver.method}, whose steps depend on the values; take a fixed-step solver: "
             'flow.with_solver(Solver("rk4", steps=16, gradient="backprop"))'
         )
     stops = _stops(solver, times[0], times[-1])
-    between = [_within(stops, t0, t1) for t0, t1 in pairwise(times)]
-    stretches = iter(between)
-    path = _stitched(
-        lambda y, *_: fixed.integrate(dynamics, y, next(stretches), solver.method), state, times
+    stretches = [_times_with_stops(stops, t0, t1) for t0, t1 in pairwise(times)]
+    remaining = iter(stretches)
+    path = _solve_between(
+        lambda y, *_: fixed.integrate(dynamics, y, next(remaining), solver.method), state, times
     )
-    return path, STAGES[solver.method] * sum(len(stretch) - 1 for stretch in between)
+    return path, STAGES[solver.method] * sum(len(stretch) - 1 for stretch in stretches)
 
 
-def _within(stops: Sequence[float], t0: float, t1: float) -> list[float]:
-    """t0, the stops between, t1."""
+def _times_with_stops(stops: Sequence[float], t0: float, t1: float) -> list[float]:
+    """The time t0, the stops between t0 and t1, and the time t1."""
     low, high = min(t0, t1) + ENDS, max(t0, t1) - ENDS
     return [t0, *(stop for stop in stops if low < stop < high), t1]
 
 
 def _differentiable(
-    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
+    dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
-    """The path with the graph that `Solver.gradient` asks for, if one is wanted at all."""
-    solver = watched.solver
+    """The path, with the graph for `Solver.gradient` if gradients are enabled."""
+    solver = dynamics.solver
     if not torch.is_grad_enabled() or solver.gradient == "backprop":
-        return _odeint(watched, state, times)
+        return _odeint(dynamics, state, times)
     if solver.gradient == "checkpoint":
-        return _checkpointed(watched, state, times, params)
+        return _checkpointed(dynamics, state, times, params)
     if solver.gradient == "auto" and solver.method != "scipy_solver":
-        watched.limit = solver.memory * GIB
+        dynamics.limit = solver.memory * GIB
         try:
-            return _odeint(watched, state, times)
+            return _odeint(dynamics, state, times)
         except TooMuchMemory:
-            # Segments of an adaptive solve start with steps of their own: the adjoint is faster.
-            kept = watched.saved * (solver.evaluations or math.inf) / solver.segments
-            fits = kept <= watched.limit
+            # An adaptive method restarts in each segment, so that the adjoint is faster.
+            saved = dynamics.saved * (solver.evaluations or math.inf) / solver.segments
+            fits = saved <= dynamics.limit
         finally:
-            watched.limit = None
-        watched.restart(times[0])
+            dynamics.limit = None
+        dynamics.restart(times[0])
         if fits:
-            return _checkpointed(watched, state, times, params)
-    return _odeint_adjoint(watched, state, times, params)
+            return _checkpointed(dynamics, state, times, params)
+    return _odeint_adjoint(dynamics, state, times, params)
 
 
-def _odeint(watched: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
-    arguments = _arguments(watched.solver, times)
-    if watched.solver.method in MULTISTEP and len(times) > 2:
-        # They assume that the previous steps are equal: start anew at each time.
-        return _stitched(lambda y, a, b: _segment(watched, y, a, b, arguments), state, times)
-    return torchdiffeq.odeint(watched, state, _tensor(times, state), **arguments)  # pyright: ignore
+def _odeint(dynamics: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
+    arguments = _arguments(dynamics.solver, times)
+    if dynamics.solver.method in MULTISTEP and len(times) > 2:
+        # They assume that the previous steps are equal, and so restart at each time.
+        return _solve_between(lambda y, a, b: _segment(dynamics, y, a, b, arguments), state, times)
+    return torchdiffeq.odeint(dynamics, state, _tensor(times, state), **arguments)  # pyright: ignore
 
 
 def _odeint_adjoint(
-    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
+    dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
-    solver = watched.solver
+    solver = dynamics.solver
     arguments = _arguments(solver, times)
     backward = {key: value for key, value in arguments["options"].items() if key != "norm"}
     if "step_t" in backward and times[0] > times[-1]:
-        # torchdiffeq reverses time, but not these options: it would step past the end, where
-        # there is no field, and interpolate back.
+        # torchdiffeq reverses time, but not these options. It would step past the end, where the
+        # field is not defined, and interpolate back.
         backward["step_t"] = -backward["step_t"]
     if solver.grid is not None and times[0] > times[-1]:
-        turned = backward["grid_constructor"]
-        backward["grid_constructor"] = lambda func, y0, t: -turned(func, y0, -t)
+        forward_grid = backward["grid_constructor"]
+        backward["grid_constructor"] = lambda func, y0, t: -forward_grid(func, y0, -t)
     if solver.adjoint_norm == "seminorm" and solver.has_error_control:
         backward["norm"] = "seminorm"
 
     def run(state: State, *times: float) -> State:
         path: Any = torchdiffeq.odeint_adjoint(
-            watched, state, _tensor(times, state), **arguments, adjoint_options=backward,
+            dynamics, state, _tensor(times, state), **arguments, adjoint_options=backward,
             adjoint_rtol=solver.adjoint_rtol, adjoint_atol=solver.adjoint_atol,
             adjoint_params=tuple(p for p in params if p.requires_grad),
         )  # fmt: skip
-        watched.watch_adjoint(path, times[-1])
+        dynamics.instrument_adjoint(path, times[-1])
         return path
 
     if solver.method in MULTISTEP and len(times) > 2:
-        return _stitched(lambda y, a, b: _last(run(y, a, b)), state, times)
+        return _solve_between(lambda y, a, b: _last(run(y, a, b)), state, times)
     return run(state, *times)
 
 
 def _checkpointed(
-    watched: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
+    dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
-    """Backprop that keeps the state at the knots only, and recomputes each segment."""
-    arguments = _arguments(watched.solver, times)
-    knots = times if len(times) > 2 else _knots(watched.solver, times[0], times[1])
+    """Backprop that stores only the state between segments, and recomputes each segment."""
+    arguments = _arguments(dynamics.solver, times)
+    knots = times if len(times) > 2 else _knots(dynamics.solver, times[0], times[1])
 
     def run(state: State, t0: float, t1: float) -> State:
         def segment(state: State) -> State:
-            if watched.in_forward:
-                watched.start = t0
+            if dynamics.in_forward:
+                dynamics.start = t0
             else:
-                watched.restart(t0)
-            return _segment(watched, state, t0, t1, arguments)
+                dynamics.restart(t0)
+            return _segment(dynamics, state, t0, t1, arguments)
 
         return checkpointed(segment, state, params)
 
-    path = _stitched(run, state, knots)
+    path = _solve_between(run, state, knots)
     return path if len(times) > 2 else tuple(values[[0, -1]] for values in path)
 
 
-def _stitched(
+def _solve_between(
     run: Callable[[State, float, float], State], state: State, times: Sequence[float]
 ) -> State:
     path = [state]
@@ -248,12 +248,12 @@ def _stitched(
 
 
 def _segment(
-    watched: InstrumentedDynamics, state: State, t0: float, t1: float, arguments: dict[str, Any]
+    dynamics: InstrumentedDynamics, state: State, t0: float, t1: float, arguments: dict[str, Any]
 ) -> State:
     if "step_t" in arguments["options"]:
         options = {**arguments["options"], "step_t": torch.tensor([t0, t1], dtype=torch.float64)}
         arguments = {**arguments, "options": options}
-    return _last(torchdiffeq.odeint(watched, state, _tensor((t0, t1), state), **arguments))
+    return _last(torchdiffeq.odeint(dynamics, state, _tensor((t0, t1), state), **arguments))
 
 
 def _last(path: Any) -> State:
@@ -261,16 +261,16 @@ def _last(path: Any) -> State:
 
 
 def _knots(solver: Solver, t0: float, t1: float) -> list[float]:
-    """Ends of the segments; those of a fixed-step method lie between its steps."""
+    """Ends of the segments, which for a fixed-step method are also ends of its steps."""
     stops = _stops(solver, t0, t1)
     count = min(solver.segments, len(stops) - 1)
     return [stops[k * (len(stops) - 1) // count] for k in range(count + 1)]
 
 
 def _stops(solver: Solver, t0: float, t1: float) -> list[float]:
-    """Ends of a fixed-step method's steps, or of an adaptive one's segments, from t0 to t1."""
+    """Ends of the steps of a fixed-step method, or of the segments of an adaptive one."""
     if solver.grid is not None:
-        return [t0, *solver.between(t0, t1), t1]
+        return [t0, *solver.grid_between(t0, t1), t1]
     count = solver.steps or solver.segments
     return [t0 + (t1 - t0) * k / count for k in range(count)] + [t1]
 
@@ -282,8 +282,8 @@ def _tensor(times: Sequence[float], state: State) -> Tensor:
 def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if solver.fixed:
-        # Not torchdiffeq's step_size: it rounds up, so that 1/49 takes 50 steps. Times between the
-        # steps join the grid: the answer there is a solver's step, not a line between two of them.
+        # torchdiffeq's step_size rounds up, so that 1/49 takes 50 steps. Times between the steps
+        # are added to the grid, as torchdiffeq would interpolate linearly there.
         assert solver.steps is not None
         width = abs(times[-1] - times[0]) / solver.steps
 
@@ -295,17 +295,17 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
             else:
                 points = t.new_tensor(_stops(solver, t0, t1))
             if len(t) > 2:
-                # One that differs from a time by rounding would add a step of that width.
+                # A point that differs from a time by rounding only would add a tiny step.
                 apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS
                 points = torch.cat([points[apart], t]).sort(descending=t0 > t1).values
             return points
 
         options["grid_constructor"] = grid
         if solver.method in MULTISTEP:
-            options["max_order"] = 5  # with torchdiffeq's 12 explicit_adams is unstable
+            options["max_order"] = 5  # explicit_adams is unstable with torchdiffeq's default, 12
     elif solver.method != "scipy_solver":
-        # Land on each time: torchdiffeq steps past it and interpolates back, with an error that
-        # is not controlled, and asks the field for times that do not exist.
+        # Step exactly to each time. Otherwise torchdiffeq steps past it and interpolates back,
+        # with an error that is not controlled, and evaluates the field outside of [t0, t1].
         options["step_t"] = torch.tensor(times, dtype=torch.float64)
         if solver.norm == "rows":
             options["norm"] = _worst_row
@@ -315,6 +315,6 @@ def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
 
 
 def _worst_row(parts: Sequence[Tensor]) -> Tensor:
-    """The largest of the rows' RMS norms, over the parts of a state."""
+    """The largest RMS norm of a row, over all rows and parts of the state."""
     rows = [part.reshape(len(part) if part.dim() else 1, -1) for part in parts]
     return torch.stack([row.square().mean(-1).max() for row in rows]).max().sqrt()

@@ -1,4 +1,4 @@
-"""Per-sample quantities integrated along a trajectory: costs, penalties, diagnostics."""
+"""Quantities that are integrated along each trajectory: penalties and diagnostics."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,16 +15,16 @@ REGULARIZERS = Registry("regularizer")
 
 
 class Point(NamedTuple):
-    """Where an integrand is evaluated, and what is known there.
+    """The arguments of an integrand.
 
     Attributes:
         field: The vector field.
         t: Time, shape ().
         x: Points, shape (*batch, *event).
-        context: Condition, shape (*batch, C).
-        v: Velocity there, of x's shape.
-        products: εᵀJ for each probe, shape (probes, *batch, *event), where the divergence is
-            estimated by them.
+        context: Condition, shape (*batch, C), or None.
+        v: Velocity at (t, x), of x's shape.
+        products: The product εᵀJ of each probe, shape (probes, *batch, *event), if the divergence
+            is estimated from them, else None.
     """
 
     field: VectorField
@@ -40,7 +40,9 @@ Integrand = Callable[[Point], Tensor]
 
 @REGULARIZERS.register("kinetic")
 def kinetic_energy(point: Point) -> Tensor:
-    """‖v‖², shape (*batch,): over a trajectory, the cost of Benamou and Brenier (2000).
+    """The squared speed ‖v‖², shape (*batch,).
+
+    Its integral is the transport cost of Benamou and Brenier (2000).
 
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
     """
@@ -49,10 +51,11 @@ def kinetic_energy(point: Point) -> Tensor:
 
 @REGULARIZERS.register("jacobian")
 def jacobian_norm(point: Point) -> Tensor:
-    """‖J‖² in the Frobenius norm, shape (*batch,).
+    """The squared Frobenius norm ‖J‖² of the Jacobian, shape (*batch,).
 
-    Where the divergence is Hutchinson's, the estimate ‖εᵀJ‖² from its own products, at no further
-    cost; where it is exact, exact, by D tangents.
+    With Hutchinson's divergence it is estimated by ‖εᵀJ‖² from the same products, at no further
+    cost. With the exact divergence it is exact, from D tangents.
+
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
     """
     start = _batch_dims(point)
@@ -69,13 +72,14 @@ def jacobian_norm(point: Point) -> Tensor:
 
 @REGULARIZERS.register("hjb")
 def hjb_residual(point: Point) -> Tensor:
-    """|∂φ/∂t + ‖∇φ‖²/2|, shape (*batch,), of a field that is the gradient of a potential φ.
+    """The residual |∂φ/∂t + ‖∇φ‖²/2| of the Hamilton-Jacobi-Bellman equation, shape (*batch,).
 
-    It is zero along optimal transport (the Hamilton-Jacobi-Bellman equation).
+    The field is the gradient of a potential φ. The residual is zero for optimal transport.
+
     Source: Onken et al. (2021), OT-Flow, https://arxiv.org/abs/2006.00104.
 
     Raises:
-        TypeError: The field is no `PotentialField`.
+        TypeError: The field is not a `PotentialField`.
     """
     field, context = point.field, point.context
     if isinstance(field, NullContext):

@@ -1,4 +1,4 @@
-"""Backprop that keeps a segment's ends and recomputes what lies between them."""
+"""Backprop through a segment of a solve that is recomputed in the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,15 +14,16 @@ Tensors = tuple[Tensor, ...]
 def checkpointed(
     run: Callable[[Tensors], Tensors], state: Tensors, params: Sequence[Tensor]
 ) -> Tensors:
-    """run(state), whose graph is built in the backward pass; derivatives of any order.
+    """Compute run(state), whose graph is built in the backward pass.
 
-    Not `torch.utils.checkpoint`: its hooks see the products that Hutchinson's estimate takes
-    inside `run`, and recompute the segment for each of them.
+    It has derivatives of any order. The hooks of `torch.utils.checkpoint` would also apply to the
+    vector-Jacobian products of Hutchinson's estimate inside of `run`, and recompute the segment
+    for each of them.
 
     Args:
-        run: From the state to the state, the same each time it is called.
-        state: The state at the segment's start.
-        params: Every tensor, besides the state, that `run` must send a gradient to.
+        run: Deterministic function from the state to the state at the end of the segment.
+        state: The state at the start of the segment.
+        params: All tensors other than the state that need a gradient.
     """
     return _Segment.apply(run, len(state), *state, *params)  # pyright: ignore
 
@@ -55,6 +56,6 @@ class _Segment(torch.autograd.Function):
                 create_graph=graph, materialize_grads=True,
             )  # fmt: skip
 
-        # Itself a segment: that gives the second derivative.
+        # Recomputed as well, which gives the second derivative.
         found = iter(checkpointed(pull, (*state, *cotangents), params))
         return (None, None, *(next(found) if need else None for need in needed))

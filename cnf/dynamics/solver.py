@@ -10,10 +10,10 @@ from cnf.printing import named
 from cnf.registry import expect_options, options_of
 
 ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
-STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations of a step
+STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations per step
 MULTISTEP = ("explicit_adams", "implicit_adams")
 FIXED = (*STAGES, *MULTISTEP)
-ENDS = 1e-6  # of time: nearer to an end of the interval, float32 may round to the end
+ENDS = 1e-6  # distance in time from an end of the interval that rounding in float32 may lose
 GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
 
@@ -80,7 +80,7 @@ class Solver:
         if self.method not in ADAPTIVE + FIXED:
             raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
         if self.grid is not None:
-            self._take_grid()
+            self._set_grid()
         expect_choice("Solver", "gradient", self.gradient, GRADIENTS)
         expect_choice("Solver", "adjoint_norm", self.adjoint_norm, ("seminorm", "full"))
         expect_choice("Solver", "norm", self.norm, ("rms", "rows"))
@@ -90,7 +90,7 @@ class Solver:
         )  # fmt: skip
         expect_counts("Solver", steps=self.steps, segments=self.segments, max_nfe=self.max_nfe)
         if self.fixed and self.steps is None:
-            raise ValueError(f"Solver: {self.method} has no step-size control; give it steps=…")
+            raise ValueError(f"Solver: {self.method} has no step-size control; set steps=…")
         if not self.fixed and self.steps is not None:
             raise ValueError(
                 f"Solver: {self.method} chooses its own steps; drop steps={self.steps}, "
@@ -98,11 +98,11 @@ class Solver:
             )
         if self.method == "scipy_solver" and self.gradient in ("backprop", "checkpoint"):
             raise ValueError(
-                f"Solver: scipy_solver leaves no graph to differentiate, got "
-                f"gradient={self.gradient!r}; its gradient is the adjoint's"
+                f"Solver: expected gradient to be 'adjoint' or 'auto' for scipy_solver, which has "
+                f"no graph to differentiate, got {self.gradient!r}"
             )
 
-    def _take_grid(self) -> None:
+    def _set_grid(self) -> None:
         try:
             grid = tuple(float(t) for t in self.grid)  # pyright: ignore
         except (TypeError, ValueError):
@@ -118,13 +118,16 @@ class Solver:
         if min(b - a for a, b in pairwise(grid)) <= 2 * ENDS:
             raise ValueError(f"Solver: expected steps of a grid above {2 * ENDS:g}, got {grid}")
         if self.steps not in (None, len(grid) - 1):
-            raise ValueError(f"Solver: a grid of {len(grid) - 1} steps, but steps={self.steps}")
+            raise ValueError(
+                f"Solver: expected steps={len(grid) - 1} or None for a grid of that many steps, "
+                f"got {self.steps}"
+            )
         object.__setattr__(self, "grid", grid)
         object.__setattr__(self, "steps", len(grid) - 1)
 
     @property
     def fixed(self) -> bool:
-        """Whether the steps are set beforehand."""
+        """Whether the number of steps is fixed."""
         return self.method in FIXED
 
     @property
@@ -134,12 +137,12 @@ class Solver:
 
     @property
     def evaluations(self) -> int | None:
-        """Evaluations of one solve, where they are known beforehand."""
+        """Number of evaluations of a solve, if it is known beforehand."""
         if self.steps is None or self.method not in STAGES:
             return None
         return self.steps * STAGES[self.method]
 
-    def between(self, t0: float, t1: float) -> list[float]:
+    def grid_between(self, t0: float, t1: float) -> list[float]:
         """The grid's times strictly inside (t0, t1), in the order of the solve.
 
         Args:
@@ -169,7 +172,7 @@ class Solver:
         return cls(**arguments)
 
     def refined(self) -> "Solver":
-        """With a hundredth of the tolerances, or twice the steps."""
+        """The solver with 1/100 of the tolerances, or twice the number of steps."""
         if self.grid is not None:
             middles = [0.5 * (a + b) for a, b in pairwise(self.grid)]
             return replace(self, grid=tuple(sorted((*self.grid, *middles))), steps=None)
@@ -178,10 +181,10 @@ class Solver:
         return replace(self, rtol=self.rtol / 100, atol=self.atol / 100)
 
     def __repr__(self) -> str:
-        """The call that makes it, without the arguments at their defaults."""
+        """The call that creates the solver, without arguments that have their default."""
         given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        told = [f"{name}={value!r}" for name, value, default in given if value != default]
-        return named(self, *told)
+        changed = [f"{name}={value!r}" for name, value, default in given if value != default]
+        return named(self, *changed)
 
     def __str__(self) -> str:
         if self.fixed:

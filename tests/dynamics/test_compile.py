@@ -23,7 +23,7 @@ def fresh():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
-def test_compiled_dynamics_give_the_same_and_are_compiled_once(divergence):
+def test_compiled_dynamics_equal_eager_ones_and_are_compiled_once(divergence):
     flow, x = build("cnf", dim=2, hidden=(4,)).double(), torch.randn(5, 2, dtype=F64)
     estimate = "exact" if divergence == "exact" else Hutchinson(probe=Hutchinson(1).draw(x))
 
@@ -44,7 +44,7 @@ def test_compiled_dynamics_give_the_same_and_are_compiled_once(divergence):
     assert counters["stats"]["unique_graphs"] == compiled
 
 
-def test_every_field_of_a_process_is_compiled(monkeypatch):
+def test_every_field_is_compiled_beyond_the_recompilation_limit(monkeypatch):
     # torch stops compiling a function after eight recompilations, whatever field it was for
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for dim in range(1, 13):
@@ -69,12 +69,12 @@ def assert_compiled_is_eager(flow, fullgraph):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("gradient", ["auto", "adjoint"])
-def test_an_adaptive_solve_is_left_out_of_the_graph(gradient, small_flow):
+def test_adaptive_solve_is_not_compiled(gradient, small_flow):
     flow = small_flow("cnf", solver=Solver(rtol=0.1, atol=0.1, gradient=gradient))
     assert_compiled_is_eager(flow, fullgraph=False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["planar", "realnvp"])
-def test_a_discrete_flow_is_one_graph(name, small_flow):
+def test_discrete_flow_compiles_into_one_graph(name, small_flow):
     assert_compiled_is_eager(small_flow(name, layers=1), fullgraph=True)

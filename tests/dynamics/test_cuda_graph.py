@@ -16,7 +16,7 @@ def gradients(flow):
     return [p.grad.clone() for p in flow.field.parameters()]
 
 
-def test_a_replayed_training_solve_gives_the_gradients_of_its_batch():
+def test_replayed_cuda_graph_gives_the_gradients_of_its_batch():
     solver = Solver("rk4", steps=4, gradient="backprop")
     flow = build("cnf", dim=2, hidden=(16, 16), solver=solver).cuda()
     x = torch.randn(64, 2, device="cuda")

@@ -55,7 +55,7 @@ def test_trace_of_a_linear_map_is_its_trace(batch, generator):
     torch.testing.assert_close(div, torch.full(batch, 1 + 0.25 - 4.0, dtype=F64))
 
 
-def test_trace_is_autograds_for_vectors(net, generator):
+def test_trace_equals_autograds_for_vectors(net, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64)
     v, div = trace_of_jacobian(net, x)
     torch.testing.assert_close(v, net(x))
@@ -63,7 +63,7 @@ def test_trace_is_autograds_for_vectors(net, generator):
     assert div.abs().min() > 1e-3 and div.dtype == F64
 
 
-def test_trace_is_autograds_for_images(randomized, generator):
+def test_trace_equals_autograds_for_images(randomized, generator):
     conv = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
     conv = randomized(conv)
     x = torch.randn(3, 2, 4, 4, generator=generator, dtype=F64)
@@ -76,7 +76,7 @@ def test_trace_is_autograds_for_images(randomized, generator):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_gradient_of_the_exact_trace(grad, net, generator):
+def test_gradient_of_the_exact_trace_equals_autograds(grad, net, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     inputs = [x, *list(net.parameters())[:-1]]
     with torch.set_grad_enabled(grad):
@@ -110,7 +110,7 @@ def test_hutchinson_is_exact_for_a_diagonal_jacobian(generator):
     torch.testing.assert_close(estimate, (3 * x**2).sum(-1))
 
 
-def test_gaussian_probes_have_the_right_mean(net, generator):
+def test_mean_over_gaussian_probes_is_the_trace(net, generator):
     x = torch.randn(1, 3, generator=generator, dtype=F64)
     probe = Hutchinson(20_000, noise="gaussian").draw(x, generator)
     each = hutchinson(net, x.expand(20_000, 3), probe.movedim(1, 0))[1]
@@ -119,7 +119,7 @@ def test_gaussian_probes_have_the_right_mean(net, generator):
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-def test_probes_have_identity_covariance_and_repeat(noise, generator):
+def test_probes_have_identity_covariance_and_repeat_with_the_seed(noise, generator):
     x = torch.zeros(20_000, 2, dtype=F64)
     probe = Hutchinson(2, noise).draw(x, generator)
     assert probe.shape == (2, 20_000, 2) and probe.dtype == F64
@@ -133,7 +133,7 @@ def test_probes_have_identity_covariance_and_repeat(noise, generator):
 
 
 @pytest.mark.parametrize("create_graph", [True, False])
-def test_gradients_of_the_estimate(create_graph, net, generator):
+def test_gradients_of_the_estimate_equal_autograds(create_graph, net, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     probe = all_signs(3).unsqueeze(1).expand(8, 5, 3)
     inputs = [x, *list(net.parameters())[:-1]]
@@ -187,7 +187,7 @@ def test_given_probes_are_used(field, generator):
     assert exact.abs().min() > 1e-3
 
 
-def test_exact_uses_the_fields_own_form_and_agrees_without(randomized, generator):
+def test_exact_uses_the_closed_form_and_agrees_with_autograd(randomized, generator):
     closed = randomized(MLPField(3, (6, 5)))
     generic = Adapter(closed, (3,))
     x = torch.randn(4, 3, generator=generator, dtype=F64)
@@ -203,7 +203,7 @@ class Still(nn.Module):
         return x
 
 
-def test_exact_out_of_reach_names_the_estimator():
+def test_error_for_infeasible_exact_divergence_names_the_estimator():
     field = Adapter(Still(), (1, 40, 40))
     with pytest.raises(ValueError) as caught:
         Exact().rates(field, torch.tensor(0.1), torch.zeros(2, 1, 40, 40), None, None)
@@ -214,7 +214,7 @@ def test_exact_out_of_reach_names_the_estimator():
     assert (rates.divergence == 1600).all()  # v = x
 
 
-def test_bad_settings_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="noise to be one of 'rademacher', 'gaussian', got 'x'"):
         Hutchinson(noise="x")
     with pytest.raises(ValueError, match="probes >= 1, got 0"):
@@ -224,6 +224,6 @@ def test_bad_settings_are_refused():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_names_stand_for_their_defaults(name):
+def test_names_give_estimators_with_default_settings(name):
     assert DIVERGENCES.build(name) == DIVERGENCES[name]()
     assert DIVERGENCES.build(DIVERGENCES.build(name)) == DIVERGENCES[name]()

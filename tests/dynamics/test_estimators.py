@@ -43,7 +43,7 @@ def rates(estimator, field, x, probe=None, generator=None):
 
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("sketch", [2, 4, 6, 9])
-def test_a_sketch_that_holds_the_row_space_is_exact(sketch, noise, generator):
+def test_sketch_that_contains_the_row_space_is_exact(sketch, noise, generator):
     field = Matrix(low_rank(6, 2, generator))
     x = torch.randn(5, 6, generator=generator, dtype=F64)
     estimator = Hutchinson(3, noise, sketch=sketch)
@@ -63,9 +63,7 @@ def all_signs(generator, sketch, rows=5):
 
 
 @pytest.mark.parametrize("sketch", [0, 1, 2, 3])
-def test_the_mean_over_all_signs_is_the_trace_and_its_gradient_the_traces(
-    sketch, field, generator
-):
+def test_mean_over_all_signs_is_the_trace_and_has_its_gradient(sketch, field, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     probe = all_signs(generator, sketch)
     estimator = Hutchinson(probe=probe, sketch=sketch)
@@ -81,7 +79,7 @@ def test_the_mean_over_all_signs_is_the_trace_and_its_gradient_the_traces(
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_a_sketch_has_less_variance_where_the_jacobian_is_nearly_low_rank(generator):
+def test_sketch_reduces_the_variance_for_a_nearly_low_rank_jacobian(generator):
     field = Matrix(low_rank(12, 1, generator, noise=0.05))
     x = torch.randn(2000, 12, generator=generator, dtype=F64)
     spread = {}
@@ -94,7 +92,7 @@ def test_a_sketch_has_less_variance_where_the_jacobian_is_nearly_low_rank(genera
     assert spread["hutch++"] < spread["hutchinson"] / 4  # both take six products
 
 
-def test_the_sketch_costs_two_products_for_each_direction(field, generator, monkeypatch):
+def test_each_direction_of_a_sketch_costs_two_products(field, generator, monkeypatch):
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
@@ -104,9 +102,7 @@ def test_the_sketch_costs_two_products_for_each_direction(field, generator, monk
 
 @pytest.mark.parametrize("sketch", [0, 2])
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
-def test_each_probe_has_its_own_channel_and_their_mean_is_the_answer(
-    batch, sketch, field, generator
-):
+def test_each_probe_has_a_channel_and_their_mean_is_the_result(batch, sketch, field, generator):
     x = torch.randn(*batch, 3, generator=generator, dtype=F64)
     probe = Hutchinson(4, sketch=sketch).draw(x, generator)
     transform = Continuous(field, Solver("rk4", steps=6))
@@ -137,7 +133,7 @@ def test_estimates_of_a_linear_flow_are_its_quadratic_forms(generator):
         torch.testing.assert_close(solved.estimates, sign * forms, rtol=0, atol=1e-12)
 
 
-def test_the_generator_of_the_estimator_repeats_the_solve(field, generator):
+def test_same_generator_gives_the_same_estimate(field, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64)
     before = torch.get_rng_state()
     ends = [
@@ -152,7 +148,7 @@ def test_the_generator_of_the_estimator_repeats_the_solve(field, generator):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("sketch", [0, 1])
-def test_estimates_need_no_graph_around_them(mode, sketch, randomized, generator):
+def test_estimates_work_without_gradients(mode, sketch, randomized, generator):
     field = randomized(EndTime(MLPField(3, (8,), context_dim=2, layer="concatsquash")))
     probe = Hutchinson(2, sketch=sketch).draw(torch.zeros(5, 3, dtype=F64), generator)
     transform = Continuous(field, Solver("rk4", steps=4), Hutchinson(probe=probe, sketch=sketch))
@@ -168,7 +164,7 @@ def test_estimates_need_no_graph_around_them(mode, sketch, randomized, generator
     torch.testing.assert_close(ours, tuple(part.detach() for part in expected))
 
 
-def test_the_solver_bounds_each_estimate(field, generator):
+def test_solver_controls_the_error_of_each_estimate(field, generator):
     x = torch.randn(5, 3, generator=generator, dtype=F64)
     estimator = Hutchinson(probe=Hutchinson(3, "gaussian").draw(x, generator))
     ends = []
@@ -180,12 +176,12 @@ def test_the_solver_bounds_each_estimate(field, generator):
 
 
 @pytest.mark.parametrize("options", [{"sketch": -1}, {"probes": 0, "sketch": 2}], ids=str)
-def test_bad_counts_are_refused(options):
+def test_invalid_counts_are_refused(options):
     with pytest.raises(ValueError, match=r"expected (sketch >= 0|probes >= 1), got"):
         DIVERGENCES.build({"name": "hutchinson", **options})
 
 
-def test_an_estimate_of_an_image_field_is_the_flat_ones(randomized, generator):
+def test_estimate_for_images_equals_that_for_vectors(randomized, generator):
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.Tanh(),
                               torch.nn.Conv2d(3, 2, 3, padding=1))  # fmt: skip
     field = Adapter(_Still(randomized(net)), (2, 3, 3))

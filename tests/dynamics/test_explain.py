@@ -11,7 +11,7 @@ def cost(field, rows=4096):
     return float(explain(field, rows).split(" take ")[1].split(" ×")[0])
 
 
-def test_two_hidden_layers_cost_one_more_product_whatever_the_dimension():
+def test_closed_form_of_two_hidden_layers_costs_one_more_product_for_any_dimension():
     # v: width² + 2·D·width products; the trace: width² more, and D·width²/rows for W₁W₃
     for dim in (2, 16, 64):
         forward = 128**2 + 2 * dim * 128
@@ -19,7 +19,7 @@ def test_two_hidden_layers_cost_one_more_product_whatever_the_dimension():
         assert cost(own) == pytest.approx(1 + 128**2 / forward, abs=0.2)
 
 
-def test_forward_mode_costs_one_pass_for_each_dimension():
+def test_forward_mode_costs_one_pass_per_dimension():
     for dim in (2, 5):
         found = cost(Adapter(MLPField(dim, (64, 64)), (dim,)))
         assert dim + 0.9 < found < dim + 2.1  # torch may count a product with zero
@@ -37,7 +37,7 @@ def test_forward_mode_costs_one_pass_for_each_dimension():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_it_says_which_way(field, way):
+def test_explain_names_the_method(field, way):
     assert explain(field).startswith(way)
 
 
@@ -45,7 +45,7 @@ def test_auto_is_the_exact_divergence():
     assert DIVERGENCES.build("auto") == Exact() == DIVERGENCES.build("exact")
 
 
-def test_explaining_leaves_no_graph_and_follows_the_dtype():
+def test_explain_accepts_float64_and_leaves_gradients_and_default_dtype_alone():
     field = MLPField(2, (8, 8)).double()
     explain(field)
     assert all(p.grad is None for p in field.parameters())

@@ -23,7 +23,7 @@ def field(weight):
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.25, 0.9)], ids=str)
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("method", fixed.TABLEAUX)
-def test_the_loop_takes_torchdiffeqs_steps(method, steps, ends, generator):
+def test_loop_takes_the_steps_of_torchdiffeq(method, steps, ends, generator):
     state = torch.randn(5, 2, generator=generator, dtype=F64), torch.ones(5, dtype=F64)
     found = []
     for loop in (False, True):
@@ -40,7 +40,7 @@ def test_the_loop_takes_torchdiffeqs_steps(method, steps, ends, generator):
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
 
 
-def test_the_tableaux_are_those_of_every_one_step_method():
+def test_every_one_step_method_has_a_tableau():
     assert list(fixed.TABLEAUX) == list(STAGES)
     for name, (nodes, rows, weights) in fixed.TABLEAUX.items():
         assert len(nodes) == len(rows) == len(weights) == STAGES[name]
@@ -62,7 +62,7 @@ def traced(flow):
 
 
 @pytest.mark.parametrize("name", ["cnf", "otflow"])
-def test_a_captured_solve_reads_no_number_back_from_the_device(name, captured, small_flow):
+def test_captured_solve_does_not_synchronize_with_the_device(name, captured, small_flow):
     flow, x = small_flow(name, solver=Solver("rk4", steps=3)), torch.ones(5, 2, dtype=F64)
     # Fake tensors hold no data: .item(), bool() and a shape that hangs on data would all raise.
     graph = traced(flow)(x)
@@ -72,7 +72,7 @@ def test_a_captured_solve_reads_no_number_back_from_the_device(name, captured, s
         torch.testing.assert_close(graph(x), flow.log_prob(x), rtol=0, atol=1e-12)
 
 
-def test_torchdiffeqs_loop_does_read_numbers_back(small_flow):
+def test_torchdiffeqs_loop_synchronizes_with_the_device(small_flow):
     flow = small_flow("cnf", solver=Solver("rk4", steps=3))
     with pytest.raises(Exception, match="data|DataDependent|_local_scalar|item"):
         traced(flow)(torch.ones(5, 2, dtype=F64))

@@ -74,7 +74,7 @@ def test_a_linear_flow_and_its_gradients_have_closed_form(method, mode, towards,
 
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (0.9, 0.2)], ids=str)
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "rk4", "implicit_adams"])
-def test_the_backward_solve_asks_the_field_only_inside_the_interval(method, ends):
+def test_backward_solve_evaluates_the_field_inside_the_interval_only(method, ends):
     rate, asked = torch.tensor(0.7, dtype=F64, requires_grad=True), []
 
     def field(t, state):
@@ -118,7 +118,7 @@ def test_derivatives_up_to_the_third_have_closed_form(method, mode):
     ],
     ids=["asked for", "auto, adaptive", "auto, fixed", "scipy"],
 )
-def test_the_adjoint_does_not_pretend_to_a_second_derivative(solver):
+def test_adjoint_refuses_second_derivatives(solver):
     x = torch.tensor([1.0, 0.5], dtype=F64, requires_grad=True)
     end = riccati(x, torch.tensor(0.1, dtype=F64), solver)
     with pytest.raises(RuntimeError, match='first derivatives only.*gradient="backprop"'):
@@ -147,7 +147,7 @@ def problem(randomized, generator):
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson", "hutch++"])
 @pytest.mark.parametrize(("method", "steps", "segments"), [("rk4", 7, 3), ("heun3", 4, 9)])
-def test_checkpoints_give_backprops_gradient(method, steps, segments, divergence, problem):
+def test_gradient_of_checkpoint_equals_backprop(method, steps, segments, divergence, problem):
     one = problem(Solver(method, steps=steps, gradient="backprop"), divergence)
     with record() as stats:
         solver = Solver(method, steps=steps, gradient="checkpoint", segments=segments)
@@ -157,7 +157,7 @@ def test_checkpoints_give_backprops_gradient(method, steps, segments, divergence
     assert (stats.forward, stats.backward) == (count, count)
 
 
-def test_adjoint_tolerances_are_those_of_the_backward_solve(generator):
+def test_adjoint_tolerances_apply_to_the_backward_solve(generator):
     """Tighter ones take more evaluations backwards, and as many forwards."""
     x = torch.randn(4, 2, generator=generator, dtype=F64)
     field = MLPField(2, (8,)).double()
@@ -174,7 +174,7 @@ def test_adjoint_tolerances_are_those_of_the_backward_solve(generator):
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
-def test_a_second_backward_pass_gives_the_same(mode, generator):
+def test_second_backward_pass_gives_the_same_gradient(mode, generator):
     x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
     end = riccati(x, torch.tensor(0.1, dtype=F64), Solver("rk4", steps=9, gradient=mode))
     first, again = (torch.autograd.grad(end.sum(), x, retain_graph=True)[0] for _ in range(2))
@@ -182,7 +182,7 @@ def test_a_second_backward_pass_gives_the_same(mode, generator):
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
-def test_no_grad_leaves_no_graph_and_one_solve(mode, generator):
+def test_solve_without_gradients_has_no_graph(mode, generator):
     x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
     with torch.no_grad(), record() as stats:
         end = riccati(x, x[0, 0], Solver("rk4", steps=9, gradient=mode, memory=1 / GIB))
@@ -200,7 +200,7 @@ class Watching(nn.Module):
         return v
 
 
-def test_checkpoints_repeat_the_forwards_autocast():
+def test_checkpoint_recomputes_under_autocast_of_forward_pass():
     net = Watching()
     transform = Continuous(Adapter(net, (2,)), Solver("rk4", steps=4, gradient="checkpoint"), None)
     with torch.autocast("cpu", torch.bfloat16):

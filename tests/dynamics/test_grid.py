@@ -86,7 +86,7 @@ def captured(monkeypatch):
 
 @pytest.mark.parametrize("gradient", ["auto", "backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("loop", ["torchdiffeq's", "captured"])
-def test_euler_on_the_exponential_is_the_product_of_its_steps(gradient, loop, monkeypatch):
+def test_euler_for_the_exponential_is_the_product_of_its_steps(gradient, loop, monkeypatch):
     monkeypatch.setattr(fixed, "captured", lambda: loop == "captured")
     solver, widths = Solver("euler", grid=GRID, gradient=gradient), np.diff(GRID)
 
@@ -123,7 +123,7 @@ def test_each_method_takes_the_steps_of_its_tableau(method, ends, dtype, loop, m
 @pytest.mark.parametrize("gradient", ["auto", "backprop", "checkpoint"])
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 @pytest.mark.parametrize("method", STAGES)
-def test_gradients_are_those_of_the_steps_by_hand(method, ends, gradient):
+def test_gradients_equal_those_of_steps_by_hand(method, ends, gradient):
     solver, found = Solver(method, grid=GRID, gradient=gradient, segments=3), []
     for ours in (True, False):
         weight, x0 = A.clone().requires_grad_(), X0.clone().requires_grad_()
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_steps_by_hand(method, ends, gradient):
     ids=str,
 )
 @pytest.mark.parametrize("method", ["midpoint", "rk4"])
-def test_the_adjoint_takes_the_same_grid_back(method, ends):
+def test_adjoint_uses_the_same_grid_backwards(method, ends):
     grid = tuple(math.sin(math.pi / 2 * k / 24) for k in range(24)) + (1.0,)
     found = []
     for gradient in ("backprop", "adjoint"):
@@ -160,7 +160,7 @@ def test_the_adjoint_takes_the_same_grid_back(method, ends):
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("ends", ENDS[:2], ids=str)
 @pytest.mark.parametrize("method", ["euler", "rk4"])
-def test_a_path_stops_at_its_times_beside_the_grids(method, ends, gradient):
+def test_path_stops_at_its_times_and_at_those_of_the_grid(method, ends, gradient):
     times = [0.0, 0.1, 0.4, 0.41, 0.7, 1.0]
     times = times if ends[0] < ends[1] else times[::-1]
     solver, weight = Solver(method, grid=GRID, gradient=gradient), A.clone().requires_grad_()
@@ -172,7 +172,7 @@ def test_a_path_stops_at_its_times_beside_the_grids(method, ends, gradient):
         torch.testing.assert_close(path[k].detach(), expected, rtol=0, atol=1e-13)
 
 
-def test_a_path_in_float32_takes_no_step_twice():
+def test_path_in_float32_has_no_tiny_steps():
     grid = tuple(float(t) for t in np.linspace(0, 1, 11))
     times = torch.linspace(0, 1, 11).tolist()  # the same to float32's rounding
     x0, solver = X0.float(), Solver("euler", grid=grid)
@@ -183,7 +183,7 @@ def test_a_path_in_float32_takes_no_step_twice():
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("method", ["euler", "heun3"])
-def test_stacked_blocks_take_their_stretch_of_the_grid(method, gradient, randomized):
+def test_each_block_uses_its_part_of_the_grid(method, gradient, randomized):
     """Three blocks: knots at 1/3 and 2/3 are steps' ends, too."""
     field = randomized(Piecewise([MLPField(2, (5,)) for _ in range(3)]))
     transform = Continuous(field, Solver(method, grid=GRID, gradient=gradient))
@@ -207,7 +207,7 @@ def test_stacked_blocks_take_their_stretch_of_the_grid(method, gradient, randomi
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_knot_on_the_grid_is_no_second_step(wrapped, randomized):
+def test_knot_on_the_grid_adds_no_step(wrapped, randomized):
     field = Piecewise([MLPField(2, (5,), 1), MLPField(2, (5,), 1)])
     field = randomized(Preconditioned(NullContext(field)) if wrapped else field)
     transform = Continuous(field, Solver("heun2", grid=(0.0, 0.2, 0.5, 1.0)))
@@ -220,7 +220,7 @@ def test_a_knot_on_the_grid_is_no_second_step(wrapped, randomized):
         torch.testing.assert_close(found[k], expected, rtol=0, atol=1e-12)
 
 
-def test_a_flow_inverts_on_the_reversed_grid_and_its_path_ends_at_its_samples(small_flow):
+def test_inverse_uses_the_reversed_grid_and_trajectory_ends_at_the_samples(small_flow):
     flow = small_flow("cnf", solver=Solver("midpoint", grid=GRID))
     z = X0[:, :2]
     x = flow.decode(z)
@@ -237,7 +237,7 @@ def test_a_flow_inverts_on_the_reversed_grid_and_its_path_ends_at_its_samples(sm
     torch.testing.assert_close(flow.trajectory(z, GRID), torch.stack(at), rtol=0, atol=1e-12)
 
 
-def test_a_solve_that_stops_inside_takes_the_grid_up_to_there(small_flow):
+def test_partial_solve_uses_the_grid_up_to_its_stop(small_flow):
     flow = small_flow("rnode", solver=Solver("euler", grid=GRID))
     found = flow.transform.integrate(X0, towards="base", stop=0.3)
 
@@ -250,7 +250,7 @@ def test_a_solve_that_stops_inside_takes_the_grid_up_to_there(small_flow):
 
 
 @pytest.mark.parametrize("name", ["cnf", "otflow"])
-def test_a_captured_flow_takes_the_same_grid(name, captured, small_flow):
+def test_captured_flow_uses_the_same_grid(name, captured, small_flow):
     flow = small_flow(name, solver=Solver("rk4", grid=GRID))
     found = flow.log_prob(X0), flow.decode(X0)
     with pytest.MonkeyPatch.context() as patch:
@@ -259,7 +259,7 @@ def test_a_captured_flow_takes_the_same_grid(name, captured, small_flow):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_refined_halves_each_step():
+def test_refined_solver_halves_each_step():
     fine = Solver("heun2", grid=(0.0, 0.2, 1.0), gradient="backprop").refined()
     assert fine.grid == pytest.approx((0.0, 0.1, 0.2, 0.6, 1.0)) and fine.steps == 4
     assert (fine.method, fine.gradient) == ("heun2", "backprop")
@@ -290,7 +290,7 @@ def test_error_bars_refine_the_grid():
     assert told.solver_error.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_check_takes_a_flow_on_a_grid():
+def test_check_accepts_a_flow_on_a_grid():
     grid = tuple(k / 20 for k in range(20)) + (1.0,)
     flow = cnf.models.build("otflow", dim=2, hidden=(6, 6), solver=Solver("rk4", grid=grid))
     assert cnf.check(flow, n=4).findings[0].name != "set-up"
@@ -300,11 +300,11 @@ def test_check_takes_a_flow_on_a_grid():
     "given",
     [list, iter, np.array, torch.tensor],
 )
-def test_a_grid_is_any_row_of_numbers(given):
+def test_grid_may_be_any_sequence_of_numbers(given):
     assert Solver("euler", grid=given(GRID)).grid == pytest.approx(GRID)
 
 
-def test_a_grid_sets_the_steps_and_is_named():
+def test_grid_sets_the_number_of_steps_and_is_printed():
     solver = Solver("rk4", grid=GRID)
     assert (solver.steps, solver.evaluations) == (6, 24)
     assert str(solver) == "rk4, 6 steps on a grid"
@@ -324,15 +324,15 @@ def test_a_grid_sets_the_steps_and_is_named():
         ({"grid": ()}, "ascending"),
         ({"grid": (0.0, 1.0), "method": "dopri5"}, "one of euler, midpoint, .* and dopri5"),
         ({"grid": (0.0, 1.0), "method": "explicit_adams"}, "and explicit_adams"),
-        ({"grid": (0.0, 1.0), "steps": 2}, "a grid of 1 steps, but steps=2"),
+        ({"grid": (0.0, 1.0), "steps": 2}, "steps=1 or None for a grid .* got 2"),
     ],
 )
-def test_grids_that_are_none_are_refused(options, message):
+def test_invalid_grids_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Solver(**{"method": "euler", **options})
 
 
-def test_every_step_of_a_grid_is_taken_and_one_that_would_not_be_is_refused():
+def test_every_step_of_a_grid_is_taken_or_refused():
     with pytest.raises(ValueError, match="steps of a grid above 2e-06"):
         Solver("euler", grid=(0.0, 5e-7, 0.5, 1.0))
     solver = Solver("euler", grid=(0.0, 3e-6, 0.5, 1.0))
@@ -341,7 +341,7 @@ def test_every_step_of_a_grid_is_taken_and_one_that_would_not_be_is_refused():
 
 
 @pytest.mark.parametrize("way", ["built", "replaced", "from a file's words"])
-def test_a_flow_on_a_grid_comes_back_from_its_file(way, tmp_path):
+def test_flow_on_a_grid_is_saved_and_loaded(way, tmp_path):
     solver = Solver("heun2", grid=GRID, gradient="backprop")
     if way == "built":
         flow = cnf.models.build("cnf", dim=2, hidden=(6,), solver=solver)
@@ -357,7 +357,7 @@ def test_a_flow_on_a_grid_comes_back_from_its_file(way, tmp_path):
     assert torch.equal(back.log_prob(X0), flow.log_prob(X0))
 
 
-def test_a_run_with_a_grid_writes_its_settings_and_resumes(tmp_path):
+def test_run_with_a_grid_saves_its_settings_and_resumes(tmp_path):
     settings = {"batch_size": 16, "validations": 0, "progress": False, "device": "cpu"}
     solver = Solver("euler", grid=(0.0, 0.3, 1.0))
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))

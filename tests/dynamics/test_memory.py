@@ -74,7 +74,7 @@ def whole(run):
     return whole
 
 
-def test_backprop_grows_with_the_steps_and_checkpoints_with_a_segment(run, whole):
+def test_memory_grows_with_steps_for_backprop_and_with_a_segment_for_checkpoint(run, whole):
     peaks = {}
     for segments in (1, 4, 8):
         solver = Solver("rk4", steps=64, gradient="checkpoint", segments=segments)
@@ -87,7 +87,7 @@ def test_backprop_grows_with_the_steps_and_checkpoints_with_a_segment(run, whole
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
-def test_the_adjoint_keeps_the_same_at_every_tolerance(method, run):
+def test_memory_of_the_adjoint_does_not_depend_on_tolerance(method, run):
     found = []
     for tolerance in (1e-2, 1e-6):
         solver = Solver(method, rtol=tolerance, atol=tolerance, gradient="adjoint")
@@ -97,7 +97,9 @@ def test_the_adjoint_keeps_the_same_at_every_tolerance(method, run):
     assert found[0][0] == found[1][0] and found[1][1] > 3 * found[0][1]
 
 
-def test_the_adjoint_saves_as_many_tensors_at_every_tolerance(randomized, generator):
+def test_number_of_tensors_saved_by_the_adjoint_does_not_depend_on_tolerance(
+    randomized, generator
+):
     field = randomized(MLPField(2, (16, 16)))
     counts = []
     for tolerance in (1e-3, 1e-9):
@@ -113,7 +115,7 @@ def limited(share, steps, whole, **options):
     return Solver("rk4", steps=steps, memory=share * whole(steps) / GIB, **options)
 
 
-def test_auto_is_backprop_while_the_graph_fits(run, whole):
+def test_auto_is_backprop_if_the_graph_fits(run, whole):
     solver = limited(1.2, 8, whole)
     with record() as stats:
         ours = run(solver)
@@ -121,7 +123,7 @@ def test_auto_is_backprop_while_the_graph_fits(run, whole):
     assert_same(ours, run(Solver("rk4", steps=8, gradient="backprop")))
 
 
-def test_auto_is_checkpoints_where_a_segment_fits(run, whole):
+def test_auto_is_checkpoint_if_a_segment_fits(run, whole):
     solver = limited(0.5, 8, whole)
     with record() as stats:
         ours = run(solver)
@@ -130,7 +132,7 @@ def test_auto_is_checkpoints_where_a_segment_fits(run, whole):
     assert run(solver, create_graph=True)[0].requires_grad
 
 
-def test_auto_is_the_adjoint_where_no_segment_fits(run, whole):
+def test_auto_is_adjoint_if_no_segment_fits(run, whole):
     solver = limited(0.02, 8, whole)
     with record() as stats:
         ours = run(solver)
@@ -140,7 +142,7 @@ def test_auto_is_the_adjoint_where_no_segment_fits(run, whole):
         run(solver, create_graph=True)
 
 
-def test_auto_is_the_adjoint_for_adaptive_methods_that_outgrow_it(run, whole):
+def test_auto_is_adjoint_for_adaptive_methods_above_the_limit(run, whole):
     tight = {"rtol": 1e-7, "atol": 1e-7}
     ours = run(Solver(memory=whole(1) / GIB, **tight))  # four evaluations of some hundred
     assert_same(ours, run(Solver(gradient="adjoint", **tight)))
@@ -153,7 +155,7 @@ def assert_same(one, other):
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_auto_keeps_no_more_than_it_may(run, whole):
+def test_auto_respects_the_memory_limit(run, whole):
     for share in (0.9, 0.3, 0.02):
         solver = limited(share, 64, whole)
         with watched() as kept:
@@ -189,7 +191,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_graph_is_freed_whether_it_was_used_or_not(method, mode, small_flow):
+def test_graph_is_freed_with_and_without_backward(method, mode, small_flow):
     solver = Solver(**METHODS[method], **MODES[mode])
     flow = small_flow("cnf", hidden=(4,), context=1, solver=solver)
     x, context = (torch.ones(3, size, dtype=F64, requires_grad=True) for size in (2, 1))
@@ -211,7 +213,7 @@ def test_a_graph_is_freed_whether_it_was_used_or_not(method, mode, small_flow):
 
 @pytest.mark.filterwarnings("ignore:.*by twice the steps")  # two Euler steps, for speed
 @pytest.mark.parametrize("name", ["ffjord", "rnode", "otflow"])
-def test_no_field_keeps_its_graph(name, small_flow):
+def test_graph_is_freed_for_every_field(name, small_flow):
     flow = small_flow(name, solver=Solver("euler", steps=2))
     x = torch.ones(3, 2, dtype=F64, requires_grad=True)
     objective, batch = cnf.MaximumLikelihood(), cnf.Batch(x.detach())
@@ -224,7 +226,7 @@ def test_no_field_keeps_its_graph(name, small_flow):
     assert_nothing_stays(use)
 
 
-def test_recomputed_layers_keep_no_graph(randomized):
+def test_graph_of_recomputed_layers_is_freed(randomized):
     layers = [Planar(2), Sylvester(2, 1)]
     stack = randomized(Compose(layers, recompute=True))
     x = torch.ones(3, 2, dtype=F64, requires_grad=True)

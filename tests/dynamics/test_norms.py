@@ -26,7 +26,7 @@ def error_of_the_hard_row(norm, method, rows=4000, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
-def test_a_hard_row_among_easy_ones_is_solved_by_rows_and_not_by_rms(method):
+def test_rows_norm_solves_a_hard_row_among_easy_ones_and_rms_does_not(method):
     assert error_of_the_hard_row("rows", method) < 1e-5 < error_of_the_hard_row("rms", method)
 
 
@@ -51,13 +51,13 @@ def alone_and_among(transform, x):
 
 
 @pytest.mark.parametrize("method", ["rk4", "euler", "heun3", "explicit_adams"])
-def test_fixed_steps_do_not_hang_on_neighbors(method, transform, generator):
+def test_fixed_step_result_of_a_row_does_not_depend_on_other_rows(method, transform, generator):
     x = torch.randn(50, 2, generator=generator, dtype=F64)
     assert alone_and_among(transform(Solver(method, steps=10)), x) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
-def test_rows_do_not_hang_on_easier_neighbors(method):
+def test_rows_norm_result_of_a_row_does_not_depend_on_easier_rows(method):
     omega = torch.cat([torch.tensor([30.0]), torch.linspace(0, 3, 500)]).double()
     apart = {}
     for norm in ("rows", "rms"):
@@ -69,7 +69,7 @@ def test_rows_do_not_hang_on_easier_neighbors(method):
     assert apart["rows"] < 1e-12 and apart["rms"] > 1e-6
 
 
-def test_rows_are_the_same_as_rms_for_one_row_of_one_part():
+def test_rows_norm_equals_rms_for_a_single_row():
     solvers = [Solver(norm=norm) for norm in ("rows", "rms")]
     omega, start = torch.full((1,), 9.0, dtype=F64), torch.ones(1, 3, dtype=F64)
     ends = [solve(waves(omega), (start,), 0.0, 1.0, s, ()) for s in solvers]
@@ -77,7 +77,7 @@ def test_rows_are_the_same_as_rms_for_one_row_of_one_part():
     torch.testing.assert_close(ends[0].state, ends[1].state, rtol=0, atol=1e-14)
 
 
-def test_rows_take_a_state_of_scalars_and_of_images():
+def test_rows_norm_accepts_scalars_and_images():
     def field(t, state):
         return tuple(torch.cos(5 * t).expand_as(part) for part in state)
 
@@ -90,7 +90,7 @@ def test_rows_take_a_state_of_scalars_and_of_images():
 
 @pytest.mark.parametrize("norm", ["rms", "rows"])
 @pytest.mark.parametrize("end", [1.0, -1.0])
-def test_the_seminorm_evaluates_less_and_its_gradient_is_right(end, norm, generator):
+def test_seminorm_takes_fewer_evaluations_and_its_gradient_is_correct(end, norm, generator):
     # Four parameters for two hundred rows: their gradient is what the full norm bounds.
     x = torch.randn(200, 2, generator=generator, dtype=F64)
     start = torch.tensor([[0.3, -1.2], [0.9, 0.5]], dtype=F64)

@@ -89,7 +89,7 @@ def test_error_of_adaptive_methods_follows_the_tolerance(method):
 
 @pytest.mark.parametrize("rate", [1.0, 3.0])
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_adaptive_error_is_near_the_tolerance_where_the_field_turns(method, rate):
+def test_adaptive_error_is_close_to_the_tolerance_for_an_oscillating_field(method, rate):
     # dx/dt = cos(rate·π·t)·x; a solver that steps past t1 and interpolates back misses by far more
     def field(t, state):
         return (torch.cos(rate * math.pi * t) * state[0],)
@@ -101,7 +101,7 @@ def test_adaptive_error_is_near_the_tolerance_where_the_field_turns(method, rate
 
 
 @pytest.mark.parametrize("method", ADAPTIVE + FIXED)
-def test_the_field_is_asked_only_inside_the_interval(method):
+def test_field_is_evaluated_inside_the_interval_only(method):
     asked = []
 
     def field(t, state):
@@ -113,7 +113,7 @@ def test_the_field_is_asked_only_inside_the_interval(method):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_decreasing_time_runs_back(method):
+def test_solve_may_run_backwards_in_time(method):
     (x,), _ = solve(linear(), (X0,), 0.0, 1.0, setting(method), ())
     (back,), _ = solve(linear(), (x,), 1.0, 0.0, setting(method), ())
     torch.testing.assert_close(back, X0, rtol=0, atol=1e-7)
@@ -121,7 +121,7 @@ def test_decreasing_time_runs_back(method):
     torch.testing.assert_close(past, exact(t=-1.0), rtol=0, atol=1e-7)
 
 
-def test_state_of_several_parts_and_time_dependence():
+def test_state_may_have_several_parts_and_depend_on_time():
     # dx/dt = 2t, dy/dt = x: x = t², y = t³/3 from zero
     def field(t, state):
         return 2 * t.expand(4), state[0].sum().reshape(1)
@@ -134,7 +134,7 @@ def test_state_of_several_parts_and_time_dependence():
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4", "midpoint"])
-def test_gradients_are_those_of_the_matrix_exponential(method, gradient):
+def test_gradients_equal_those_of_the_matrix_exponential(method, gradient):
     tight = {"rtol": 1e-8, "atol": 1e-8} if method in ADAPTIVE else {"steps": 400}
     solver = setting(method, gradient=gradient, **tight)
     weight = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
@@ -156,7 +156,7 @@ def test_gradients_are_those_of_the_matrix_exponential(method, gradient):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0)], ids=str)
-def test_gradients_are_finite_differences(gradient, ends):
+def test_gradients_equal_finite_differences(gradient, ends):
     solver = Solver(rtol=1e-10, atol=1e-10, gradient=gradient)
 
     def answer(a, x0):
@@ -196,7 +196,7 @@ def test_path_passes_through_every_time(method, gradient):
 
 
 @pytest.mark.parametrize("method", ADAMS)
-def test_times_between_the_steps_do_not_spoil_adams_history(method):
+def test_times_between_steps_do_not_reduce_the_accuracy_of_adams_methods(method):
     def field(t, state):
         return (state[0],)
 
@@ -208,7 +208,7 @@ def test_times_between_the_steps_do_not_spoil_adams_history(method):
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 @pytest.mark.parametrize("backwards", [False, True])
-def test_times_at_the_ends_of_steps_add_none(backwards, dtype, gradient):
+def test_times_at_the_ends_of_steps_add_no_step(backwards, dtype, gradient):
     times = [k * 0.1 * 10 / 30 for k in range(30)] + [1.0]  # as rounding leaves them
     times = times[::-1] if backwards else times
     solver = Solver("rk4", steps=30, gradient=gradient)
@@ -240,7 +240,7 @@ def test_record_counts_forward_and_backward_under_nesting():
     assert (outer.forward, outer.backward, outer.solves) == (17, 12, 2)
 
 
-def test_a_record_does_not_keep_the_solve_alive():
+def test_record_does_not_keep_the_tensors_of_a_solve_alive():
     def run():
         big = torch.zeros(3, dtype=F64)
         solve(lambda t, state: (state[0] + big,), (X0,), 0.0, 1.0, Solver("rk4", steps=3), ())
@@ -253,7 +253,7 @@ def test_a_record_does_not_keep_the_solve_alive():
     assert stats.forward == 12
 
 
-def test_backprop_evaluates_nothing_again():
+def test_backprop_takes_no_further_evaluations():
     a = A.clone().requires_grad_()
     with record() as stats:
         solver = Solver("rk4", steps=3, gradient="backprop")

@@ -46,7 +46,7 @@ def test_kinetic_energy_of_a_linear_flow_is_the_integral_of_its_speed(generator)
 
 
 @pytest.mark.parametrize("towards", ["data", "base"])
-def test_jacobian_norm_of_a_linear_flow_is_frobenius(towards, generator):
+def test_jacobian_norm_of_a_linear_flow_is_the_frobenius_norm(towards, generator):
     x = torch.randn(5, 2, generator=generator, dtype=F64)
     solved = Continuous(Linear()).integrate(
         x, towards=towards, integrands=[REGULARIZERS["jacobian"]]
@@ -55,7 +55,7 @@ def test_jacobian_norm_of_a_linear_flow_is_frobenius(towards, generator):
     torch.testing.assert_close(solved.integrals[0], expected, rtol=0, atol=1e-12)
 
 
-def test_jacobian_norm_from_probes_has_the_right_mean_over_all_signs(generator):
+def test_jacobian_norm_from_probes_is_exact_in_the_mean_over_all_signs(generator):
     x = torch.randn(5, 2, generator=generator, dtype=F64)
     signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=2)), dtype=F64)
     probe = signs.unsqueeze(1).expand(4, 5, 2)
@@ -69,7 +69,7 @@ def test_jacobian_norm_from_probes_has_the_right_mean_over_all_signs(generator):
     assert (forms - A.square().sum()).abs().min() > 0.1
 
 
-def test_the_estimates_products_are_shared_and_exact_ones_are_not(generator, monkeypatch):
+def test_jacobian_norm_reuses_products_of_an_estimated_divergence_only(generator, monkeypatch):
     field, calls = Linear(), []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
@@ -87,7 +87,7 @@ def test_the_estimates_products_are_shared_and_exact_ones_are_not(generator, mon
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3)], ids=str)
-def test_jacobian_norm_is_autograds(batch, randomized, generator):
+def test_jacobian_norm_equals_autograds(batch, randomized, generator):
     field = randomized(MLPField(2, (8, 7), context_dim=3))
     x, context = (torch.randn(*batch, n, generator=generator, dtype=F64) for n in (2, 3))
     found = REGULARIZERS["jacobian"](at(field, x, context))
@@ -101,7 +101,7 @@ def test_jacobian_norm_is_autograds(batch, randomized, generator):
     assert slope.abs().max() > 1e-3
 
 
-def test_penalties_of_images_are_those_of_the_flat_map(randomized, generator):
+def test_penalties_of_images_equal_those_of_vectors(randomized, generator):
     field = randomized(ConvField((1, 4, 4), (3,)))
     x = torch.randn(3, 1, 4, 4, generator=generator, dtype=F64)
     point = at(field, x)
@@ -127,7 +127,7 @@ def plane(velocity):
     return field
 
 
-def test_hjb_vanishes_along_optimal_transport_and_not_beside_it(generator):
+def test_hjb_vanishes_for_optimal_transport_only(generator):
     velocity = torch.tensor([1.5, -0.7], dtype=F64)
     field, x = plane(velocity), torch.randn(5, 2, generator=generator, dtype=F64)
     torch.testing.assert_close(field(NOW, x), velocity.expand(5, 2))
@@ -143,7 +143,7 @@ def test_hjb_of_a_quadratic_potential_has_closed_form(generator):
     torch.testing.assert_close(REGULARIZERS["hjb"](at(field, x)), x.square().sum(-1) / 2)
 
 
-def test_hjb_of_a_residual_below_zero_is_its_size(generator):
+def test_hjb_of_a_negative_residual_is_its_absolute_value(generator):
     """A penalty that could fall without bound would be trained to -∞."""
     velocity = torch.tensor([1.5, -0.7], dtype=F64)
     field, x = plane(velocity), torch.randn(5, 2, generator=generator, dtype=F64)
@@ -152,7 +152,7 @@ def test_hjb_of_a_residual_below_zero_is_its_size(generator):
 
 
 @pytest.mark.parametrize("context_dim", [0, 3])
-def test_hjb_is_that_of_autograds_potential(context_dim, randomized, generator):
+def test_hjb_equals_that_of_autograd(context_dim, randomized, generator):
     field = randomized(PotentialField(2, width=7, layers=3, context_dim=context_dim))
     x = torch.randn(4, 2, generator=generator, dtype=F64, requires_grad=True)
     context = torch.randn(4, context_dim, generator=generator, dtype=F64) if context_dim else None

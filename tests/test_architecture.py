@@ -64,12 +64,12 @@ def unit(path):
 
 
 @pytest.mark.parametrize("path", INNER, ids=str)
-def test_module_has_a_floor(path):
+def test_every_module_has_a_layer(path):
     assert unit(path) in FLOORS
 
 
 @pytest.mark.parametrize("path", INNER, ids=str)
-def test_imports_go_down_only(path):
+def test_modules_import_lower_layers_only(path):
     own = FLOORS[unit(path)]
     for name in imported_by(path):
         parts = name.split(".")
@@ -79,14 +79,14 @@ def test_imports_go_down_only(path):
         assert FLOORS[parts[1]] <= own, f"{path} (floor {own}) imports {name}"
 
 
-def test_import_reader_sees_every_form():
+def test_import_parser_finds_every_form_of_import():
     source = "import a.b\nfrom cnf import flow\nfrom . import x\nfrom ..nets import MLP\n"
     found = set(imports(ast.parse(source), ("cnf", "fields")))
     assert found == {"a.b", "cnf.flow", "cnf.fields.x", "cnf.nets.MLP"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_only_ode_touches_torchdiffeq(path):
+def test_only_ode_imports_torchdiffeq(path):
     touches = any(name.split(".")[0] == "torchdiffeq" for name in imported_by(path))
     assert touches == (path.as_posix() == "dynamics/ode.py")
 
@@ -140,7 +140,7 @@ def imported():
     return json.loads(run.stdout)
 
 
-def test_import_loads_nothing_heavy(imported):
+def test_import_loads_no_heavy_package(imported):
     third_party = {name.split(".")[0] for name in imported["new"]} - set(sys.stdlib_module_names)
     assert third_party == {"cnf"}  # torch and torchdiffeq, with all of theirs, are there already
 
@@ -150,10 +150,10 @@ def test_import_changes_no_torch_default(imported):
 
 
 @pytest.mark.parametrize("name", cnf.__all__)
-def test_public_name_resolves(name):
+def test_every_public_name_resolves(name):
     assert getattr(cnf, name) is not None
 
 
-def test_unknown_attribute_is_an_attribute_error():
+def test_unknown_attribute_raises_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = cnf.nonsense

@@ -63,14 +63,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_train_says_steps_score_and_folder(call, tmp_path):
+def test_train_prints_steps_score_and_folder(call, tmp_path):
     code, said, errors = call("train", *TRAIN, "--steps", "5", "--folder", tmp_path / "run")
     assert (code, errors) == (0, "")
     assert "5 steps" in said and "NLL" in said and str(tmp_path / "run") in said
     assert (tmp_path / "run" / "checkpoints" / "flow.safetensors").is_file()
 
 
-def test_train_without_a_folder_chooses_a_free_one(call, tmp_path, monkeypatch):
+def test_train_without_a_folder_chooses_an_unused_one(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("moons-cnf-flow-matching", "moons-cnf-flow-matching-2"):
         assert call("train", *TRAIN, "--steps", "2")[0] == 0
@@ -84,7 +84,7 @@ def test_train_repeats_to_the_same_bytes_from_its_config(call, run, tmp_path):
     assert (tmp_path / "new" / file).read_bytes() == (run / file).read_bytes()
 
 
-def test_seconds_run_repeats_to_the_same_bytes_from_its_config(call, tmp_path):
+def test_run_with_a_budget_in_seconds_repeats_to_the_same_bytes_from_its_config(call, tmp_path):
     assert call("train", *TRAIN, "--seconds", "0.3", "--folder", tmp_path / "one")[0] == 0
     config = tmp_path / "one" / "config.yaml"
     assert call("train", "--config", config, "--folder", tmp_path / "two")[0] == 0

@@ -18,7 +18,7 @@ F64 = torch.float64
 FAST = {"steps": 2, "progress": False, "validations": 0}
 
 
-def test_columns_are_standardized_and_labels_and_missing_values_stay(generator):
+def test_columns_are_standardized_except_labels_and_missing_values(generator):
     n = 50
     varied = 5e4 + 1e4 * torch.randn(n, 1, generator=generator, dtype=F64)
     label = (torch.arange(n) % 2).double()[:, None]
@@ -37,7 +37,7 @@ def test_columns_are_standardized_and_labels_and_missing_values_stay(generator):
     assert torch.equal(standardize(varied.expand(n, 4)[:, :1].expand(n, 4))[:, 0], inner[:, 0])
 
 
-def test_seconds_since_1970_keep_their_digits_in_a_flow_of_float32():
+def test_contexts_in_seconds_since_1970_are_resolved_by_a_float32_flow():
     seconds = 1.7e9 + 60 * torch.arange(100, dtype=F64)[:, None]
     flow = cnf.models.build("realnvp", dim=1, context=1, layers=2, hidden=(8,))
     cnf.fit(flow, cnf.MaximumLikelihood(), torch.randn(100, 1), cnf.TrainConfig(**FAST),
@@ -115,7 +115,7 @@ def test_pairs_do_not_depend_on_the_units_of_the_context(small_flow, generator):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_standardizes_its_context_unless_told(name):
+def test_every_model_standardizes_its_context_by_default(name):
     assert isinstance(
         cnf.models.build(name, dim=2, context=3).context_preprocess, StandardizeContext
     )
@@ -124,7 +124,7 @@ def test_every_model_standardizes_its_context_unless_told(name):
     assert told.context_preprocess is None
 
 
-def test_flow_saved_before_contexts_were_standardized_loads_as_it_was(tmp_path):
+def test_flow_saved_before_contexts_were_standardized_loads_unchanged(tmp_path):
     flow = cnf.models.build("nsf", dim=2, context=3, context_preprocess=None, hidden=(8,))
     del flow.spec["options"]["context_preprocess"]
     read = load(save(flow, tmp_path / "old.safetensors"))
@@ -146,7 +146,7 @@ def test_log_prob_far_outside_of_what_was_fitted_warns_once():
         flow.log_prob(torch.full((3, 2), 5e4), torch.zeros(1))  # not again
 
 
-def test_log_prob_under_a_far_context_warns_as_well():
+def test_log_prob_with_a_context_far_outside_warns():
     flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
     flow.preprocess.fit(torch.randn(100, 2))
     flow.context_preprocess.fit(torch.randn(100, 1))
@@ -157,7 +157,7 @@ def test_log_prob_under_a_far_context_warns_as_well():
 
 
 @pytest.mark.parametrize("inner", [1, 2])
-def test_far_data_behind_composed_preprocessing_warn(inner):
+def test_far_data_warn_with_composed_preprocessing(inner):
     parts = [Standardize((2,)), Softplus()][:inner]
     flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
     flow.preprocess = Compose([Compose(parts)])
@@ -168,7 +168,7 @@ def test_far_data_behind_composed_preprocessing_warn(inner):
         flow.log_prob(torch.full((3, 2), 5e4))
 
 
-def test_a_gpu_is_looked_at_for_far_data_in_calls_1_2_4_8_only(monkeypatch):
+def test_gpu_data_are_checked_in_calls_1_2_4_8_only(monkeypatch):
     near, far = torch.zeros(3, 2), torch.full((3, 2), 5e4)
     flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
     flow.preprocess.fit(torch.randn(100, 2))
@@ -184,14 +184,14 @@ def test_a_gpu_is_looked_at_for_far_data_in_calls_1_2_4_8_only(monkeypatch):
         first.log_prob(far)
 
 
-def test_far_data_are_not_looked_for_on_a_device_without_numbers():
+def test_far_data_are_not_checked_on_the_meta_device():
     flow = cnf.models.build("realnvp", dim=2, layers=2, hidden=(8,))
     flow.preprocess.fit(torch.randn(100, 2))
     with torch.no_grad():
         assert flow.to("meta").log_prob(torch.empty(3, 2, device="meta")).shape == (3,)
 
 
-def test_context_with_fewer_digits_than_it_was_fitted_with_is_told():
+def test_context_of_lower_precision_than_fitted_warns():
     seconds = 1.7e9 + 60 * torch.arange(100, dtype=F64)[:, None]
     flow = cnf.models.build("realnvp", dim=2, context=1, layers=2, hidden=(8,))
     flow.context_preprocess.fit(seconds)
@@ -207,7 +207,7 @@ def test_context_with_fewer_digits_than_it_was_fitted_with_is_told():
     assert flow.log_prob(x, seconds - 1.7e9).isfinite().all()  # what float32 holds as well
 
 
-def test_contexts_that_float32_merges_are_refused_in_training_by_name():
+def test_contexts_that_float32_does_not_resolve_are_refused_in_training_by_name():
     context = torch.stack([torch.randn(100).double(), 1.7e9 + torch.arange(100.0).double()], 1)
     flow = cnf.models.build("realnvp", dim=2, context=2, context_preprocess=None, hidden=(8,))
     with pytest.raises(ValueError, match=r"float32 merges .* of column 1 of context; build"):
@@ -215,7 +215,7 @@ def test_contexts_that_float32_merges_are_refused_in_training_by_name():
                 context=context)  # fmt: skip
 
 
-def test_device_without_float64_refuses_contexts_as_soon_as_they_are_fitted(monkeypatch):
+def test_device_without_float64_refuses_unresolved_contexts_when_fitted(monkeypatch):
     """Not only once a checkpoint is loaded."""
     noise = torch.randn(100, 1, dtype=F64)
     near, far = StandardizeContext(2), StandardizeContext(2)
@@ -240,7 +240,7 @@ def test_fit_on_data_or_contexts_in_other_units_than_the_first_warns():
         cnf.fit(flow, cnf.MaximumLikelihood(), x + 1, settings, context=1e3 * context)
 
 
-def test_fit_of_a_hand_built_flow_names_the_line_to_write():
+def test_warning_for_fit_of_a_hand_built_flow_shows_the_code_to_standardize():
     x, settings = 1e4 * torch.randn(100, 2), cnf.TrainConfig(**FAST)
 
     def build(**parts):
@@ -254,7 +254,7 @@ def test_fit_of_a_hand_built_flow_names_the_line_to_write():
 
 @pytest.mark.parametrize("times", [20, 45])
 @pytest.mark.parametrize("kind", ["wide", "narrow", "off"])
-def test_data_of_a_hand_built_flow_may_be_thirty_times_off_unit_scale(kind, times, generator):
+def test_data_of_a_hand_built_flow_within_30_times_unit_scale_do_not_warn(kind, times, generator):
     rows = torch.randn(1_000, 2, generator=generator)
     x = {"wide": times * rows, "narrow": rows / times, "off": times + rows}[kind]
     flow = cnf.Flow(None, Continuous(MLPField(2, (8,))), event_shape=(2,))

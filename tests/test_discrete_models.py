@@ -21,13 +21,13 @@ MIXED = [
 
 
 @pytest.mark.parametrize("name", ["realnvp", "nsf", "nsf-ar", "maf", "iaf"])
-def test_papers_that_start_at_the_identity_do(name, generator):
+def test_models_that_start_at_the_identity_in_their_paper_do(name, generator):
     x = 2 * torch.randn(5, 3, generator=generator)
     z = build(name, dim=3, preprocess=None, between=None).encode(x)
     torch.testing.assert_close(z, x, rtol=0, atol=1e-5)
 
 
-def test_nice_leaves_its_start_on_symmetric_data():
+def test_nice_trains_away_from_its_start_on_symmetric_data():
     # Shifts of zero would have no gradient here but noise: E[x | y] = 0.
     flow = build("nice", dim=2, hidden=(32,), layers=2, preprocess=None)
     x = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * 2
@@ -38,7 +38,7 @@ def test_nice_leaves_its_start_on_symmetric_data():
 
 @pytest.mark.parametrize(("name", "between"), MIXED)
 @pytest.mark.parametrize("dim", [2, 3, 5])
-def test_every_variable_is_moved_given_others(name, between, dim, randomized, generator):
+def test_every_variable_is_transformed_given_others(name, between, dim, randomized, generator):
     flow = randomized(build(name, dim=dim, layers=4, hidden=(9,), between=between), gain=0.5)
     parts = [part for part in flow.transform.transforms]
     for part in parts:  # without what mixes, a variable is what layers made of it
@@ -56,7 +56,7 @@ def test_every_variable_is_moved_given_others(name, between, dim, randomized, ge
 
 @pytest.mark.parametrize("context", [0, 2])
 @pytest.mark.parametrize("name", DISCRETE)
-def test_gradients_are_those_of_finite_differences(name, context, small_flow, generator):
+def test_gradients_equal_finite_differences(name, context, small_flow, generator):
     options = {} if name in ("planar", "radial", "sylvester") else {"hidden": (5,)}
     if options and name != "glow":
         options["activation"] = "tanh"  # no corners, which a difference would cut
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_finite_differences(name, context, small_flow, ge
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_shuffled_couplings_move_every_variable_whatever_is_drawn(seed, randomized, generator):
+def test_shuffled_couplings_transform_every_variable_for_any_seed(seed, randomized, generator):
     torch.manual_seed(seed)
     flow = build("realnvp", dim=2, layers=2, hidden=(9,), between="shuffle", preprocess=None)
     x = torch.randn(2, generator=generator, dtype=F64)
@@ -110,7 +110,7 @@ def test_reversed_halves_are_refused():
 
 
 @pytest.mark.parametrize("name", [name for name in cnf.models.MODELS if name != "cnf"])
-def test_a_saved_model_comes_back_with_what_was_drawn(name, tmp_path, generator):
+def test_random_permutations_and_rotations_are_saved_and_loaded(name, tmp_path, generator):
     options = {"dim": 5, "context": 2}
     if name in ("realnvp", "nsf", "nsf-ar", "maf", "iaf"):
         options["between"] = "shuffle"
@@ -122,7 +122,7 @@ def test_a_saved_model_comes_back_with_what_was_drawn(name, tmp_path, generator)
 
 
 @pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
-def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomized):
+def test_flow_of_angles_is_a_density_on_the_torus(name, randomized):
     options = {"period": 2 * math.pi, "between": None, "preprocess": None, "bins": 5}
     flow = randomized(build(name, dim=2, hidden=(9,), **options), gain=0.4)
     axis = torch.linspace(-math.pi, math.pi, 201, dtype=F64)[:-1]
@@ -141,7 +141,7 @@ def test_a_flow_of_angles_is_a_density_on_the_torus(name, randomized):
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_angles_at_the_seam_have_a_density_in_float32(layers, randomized, generator):
+def test_angles_at_the_seam_have_a_finite_density_in_float32(layers, randomized, generator):
     options = {"period": 2.0, "between": None, "preprocess": None, "hidden": (9,)}
     flow = randomized(build("nsf", dim=2, layers=layers, **options)).float()
     edge = torch.tensor([1.0, -1.0, 1 - 6e-8, -1 + 6e-8, 0.3])
@@ -150,7 +150,7 @@ def test_angles_at_the_seam_have_a_density_in_float32(layers, randomized, genera
     assert x.abs().max() <= 1
 
 
-def test_glow_begins_training_with_the_data_it_is_fitted_to(generator):
+def test_glow_is_initialized_by_the_data_it_is_fitted_to(generator):
     x = torch.randn(500, 2, generator=generator) * torch.tensor([3.0, 0.1]) + 7
     flow = build("glow", dim=2, layers=3)
     flow.preprocess.fit(x)
@@ -163,7 +163,7 @@ def test_glow_begins_training_with_the_data_it_is_fitted_to(generator):
     assert (z.std(0) - 1).abs().max() < 0.1  # each was 1 before a rotation
 
 
-def test_sylvester_takes_all_directions_unless_told():
+def test_sylvester_has_full_rank_by_default():
     assert build("sylvester", dim=3).transform.transforms[0].rank == 3
     assert build("sylvester", dim=20).transform.transforms[0].rank == 8
     assert build("sylvester", dim=3, rank=1).transform.transforms[0].rank == 1

@@ -49,7 +49,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 3), (5,)])
-def test_standard_normal_is_torchs(shape, generator):
+def test_standard_normal_equals_torchs(shape, generator):
     z = torch.randn(7, *shape, generator=generator, dtype=F64)
     reference = Independent(Normal(torch.zeros(shape, dtype=F64), 1.0), len(shape))
     torch.testing.assert_close(StandardNormal(shape).log_prob(z), reference.log_prob(z))
@@ -87,7 +87,7 @@ def test_uniform_has_a_density_at_each_of_its_own_samples(dtype, generator):
     assert base.log_prob(drawn).isfinite().all() and len(drawn.unique()) == 16
 
 
-def test_angles_lie_around_zero(generator):
+def test_angles_are_centered_at_zero(generator):
     drawn = UniformAngles(1, 3.0).sample((1_000,), generator)
     assert -1.5 <= drawn.min() < -1.4 and 1.4 < drawn.max() < 1.5
 
@@ -108,12 +108,12 @@ def test_sample_shape_and_dtype(name, shape, generator):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_no_draws_are_no_rows(name):
+def test_zero_draws_give_zero_rows(name):
     assert BASES[name]().sample((3, 0)).shape == (3, 0, 2)
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_seeded_draws_repeat_and_leave_the_global_generator_alone(name):
+def test_seeded_draws_repeat_and_do_not_change_the_global_generator(name):
     base = BASES[name]()
     before = torch.get_rng_state()
     first = base.sample((5,), torch.Generator().manual_seed(3))
@@ -131,7 +131,7 @@ def test_one_generator_gives_new_draws_each_time(name, generator):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_without_generator_the_global_seed_decides(name):
+def test_global_seed_determines_draws_without_a_generator(name):
     base = BASES[name]()
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -154,13 +154,13 @@ def test_samples_follow_the_density(name, generator):
     assert abs(ratio.mean() - 1) < 4 * error  # four standard errors, seeded
 
 
-def test_standard_normal_follows_the_module():
+def test_standard_normal_has_dtype_and_device_of_the_module():
     base = StandardNormal((3,))
     assert base.sample().dtype == torch.float32
     assert base.double().sample().dtype == F64
 
 
-def test_points_are_drawn_alike_and_have_no_density(generator):
+def test_points_are_drawn_uniformly_and_have_no_density(generator):
     points = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], dtype=F64)
     base = as_base(points.numpy(), ())
     assert isinstance(base, Empirical) and not base.has_density and base.event_shape == (2,)
@@ -176,7 +176,7 @@ def test_points_are_drawn_alike_and_have_no_density(generator):
         Empirical(torch.empty(0, 2))
 
 
-def test_as_base_takes_what_a_user_gives():
+def test_as_base_accepts_distributions_and_densities():
     base = StandardNormal((2,))
     assert as_base(base, ()) is base
     assert as_base(None, (4,)).event_shape == (4,)
@@ -219,7 +219,7 @@ BOUNDED = {  # a base, a point inside, one outside
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_a_point_outside_of_a_bounded_base_has_no_density_and_spoils_no_other(name):
+def test_point_outside_of_a_bounded_base_has_density_zero_and_affects_no_other(name):
     distribution, inside, outside = BOUNDED[name]
     base = as_base(distribution, ())
     z = torch.tensor([inside, outside, inside], dtype=F64, requires_grad=True)
@@ -247,7 +247,7 @@ class Counted(torchd.Exponential):
         return super().log_prob(value)
 
 
-def test_a_density_without_gradients_is_computed_once():
+def test_density_without_gradients_is_evaluated_once():
     base, z = as_base(Counted(ONES), ()), torch.tensor([[0.3, 0.7], [0.3, -0.7]], dtype=F64)
     inner = base.density.base_dist.inner
     found = base.log_prob(z)
@@ -261,7 +261,7 @@ def test_a_density_without_gradients_is_computed_once():
     assert forward.tolist() == [-2]
 
 
-def test_parameters_of_a_bounded_base_have_their_gradient():
+def test_parameters_of_a_bounded_base_have_gradients():
     rate = torch.tensor([0.5, 2.0], dtype=F64, requires_grad=True)
     base = as_base(torchd.Exponential(rate), ())
     z = torch.tensor([[0.3, 0.7], [0.3, -0.7]], dtype=F64)
@@ -273,7 +273,7 @@ def test_parameters_of_a_bounded_base_have_their_gradient():
 
 
 @pytest.mark.parametrize("name", ["uniform", "gamma", "boxes"])
-def test_a_bounded_base_makes_a_flow_with_minus_infinity_outside(name):
+def test_flow_with_a_bounded_base_has_log_prob_minus_infinity_outside(name):
     distribution, inside, outside = BOUNDED[name]
     flow = Flow(distribution, Coupling(2)).double()  # the identity at the start
     found = flow.log_prob(torch.tensor([inside, outside, [math.nan, 0.5]], dtype=F64))
@@ -283,7 +283,7 @@ def test_a_bounded_base_makes_a_flow_with_minus_infinity_outside(name):
 
 
 @pytest.mark.parametrize("name", ["checkerboard", "moons"])
-def test_a_toy_as_a_base_gives_minus_infinity_far_outside(name):
+def test_toy_as_base_has_log_prob_minus_infinity_far_outside(name):
     flow = Flow(cnf.data.toy(name), Coupling(2))
     x = torch.cat(
         [cnf.data.toy(name).sample(3, torch.Generator().manual_seed(0)), torch.full((1, 2), 1e4)]
@@ -296,7 +296,7 @@ def test_a_toy_as_a_base_gives_minus_infinity_far_outside(name):
 
 
 @pytest.mark.parametrize("name", ["angles", "uniform", "torch"])
-def test_nan_is_no_angle_and_in_no_box(name):
+def test_nan_has_log_prob_nan_for_angles_and_boxes(name):
     assert BASES[name]().log_prob(torch.tensor([math.nan, 0.5], dtype=F64)).isnan()
 
 
@@ -313,7 +313,7 @@ WITHOUT_VOLUME = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_VOLUME)
-def test_a_base_that_has_no_density_in_its_space_is_refused(name):
+def test_discrete_or_degenerate_base_is_refused(name):
     transform = cnf.models.build("realnvp", dim=2).transform
     with pytest.raises(ValueError, match="^Flow: expected base to (be continuous|fill the space)"):
         cnf.Flow(WITHOUT_VOLUME[name], transform)
@@ -330,6 +330,6 @@ def test_a_base_that_has_no_density_in_its_space_is_refused(name):
         ),
     ],
 )
-def test_a_base_with_a_density_is_taken(base):
+def test_base_with_a_density_is_accepted(base):
     transform = cnf.models.build("realnvp", dim=2).transform
     assert cnf.Flow(base, transform).sample(3).shape == (3, 2)

@@ -110,11 +110,11 @@ def faults_in(place):
 
 
 @pytest.mark.parametrize("place", sorted(THINGS))
-def test_public_names_say_what_they_are_take_and_raise(place):
+def test_public_names_document_summary_arguments_and_errors(place):
     assert faults_in(place) == []
 
 
-def test_a_missing_argument_period_and_error_are_found():
+def test_checker_finds_a_missing_argument_period_and_error():
     def f(a, b):
         """Too short"""
         raise ValueError(a)

@@ -58,7 +58,7 @@ QUICK = ("cnf", "planar")
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 )
-def test_an_exported_flow_takes_any_number_of_rows(name, method, exported):
+def test_exported_flow_accepts_any_number_of_rows(name, method, exported):
     module, program, inputs = exported(name, method, context=2)
     for rows in ROWS:
         given = inputs(rows)
@@ -67,7 +67,7 @@ def test_an_exported_flow_takes_any_number_of_rows(name, method, exported):
 
 @pytest.mark.parametrize("method", ["log_prob", "decode"])
 @pytest.mark.parametrize("context", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_onnxruntime_agrees_with_rk4(context, method, exported):
+def test_onnx_export_agrees_with_rk4(context, method, exported):
     module, program, inputs = exported("cnf", method, context, float32=True)
     buffer = io.BytesIO()
     torch.onnx.export(program, inputs(5), dynamo=True, verbose=False).save(buffer)

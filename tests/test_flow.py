@@ -41,7 +41,7 @@ class Linear(nn.Module):
         return x @ self.matrix.T
 
 
-def test_log_prob_of_a_linear_flow_is_a_gaussians(points):
+def test_log_prob_of_a_linear_flow_is_that_of_a_gaussian(points):
     # x = e^A z and then ·scale + loc: N(loc, S e^A e^Aᵀ S)
     outer = Standardize((2,))
     outer.loc.copy_(torch.tensor([1.0, -2.0]))
@@ -77,7 +77,7 @@ def far(request):
     return flow, x, MultivariateNormal(outer.loc, root @ root.T)
 
 
-def test_flow_in_float32_keeps_the_digits_of_float64_data(far):
+def test_float32_flow_resolves_float64_data(far):
     flow, x, gaussian = far
     log_prob = flow.log_prob(x)
     assert log_prob.dtype == F64 and flow.encode(x).dtype == flow.dtype == torch.float32
@@ -92,7 +92,7 @@ def test_flow_in_float32_keeps_the_digits_of_float64_data(far):
 
 
 @pytest.mark.parametrize("far", ["continuous"], indirect=True)
-def test_trajectory_and_integrals_keep_the_digits_too(far):
+def test_trajectory_and_integrals_resolve_float64_data(far):
     flow, x, gaussian = far
     path = flow.trajectory(flow.encode(x), [0.0, 0.5, 1.0])
     assert path.dtype == F64
@@ -101,7 +101,7 @@ def test_trajectory_and_integrals_keep_the_digits_too(far):
     torch.testing.assert_close(log_prob, gaussian.log_prob(x), rtol=0, atol=2e-5)
 
 
-def test_what_float32_merges_is_told(far):
+def test_data_that_float32_does_not_resolve_warn(far):
     flow, x, _ = far
     with pytest.warns(UserWarning, match=r"torch.float32 merges values of x in columns \[0, 1\]"):
         flow.log_prob(x.float())
@@ -131,7 +131,7 @@ def test_density_integrates_to_one(name, context, small_flow, contexts):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sample_shape_is_torchs_rule(name, small_flow, contexts):
+def test_sample_shape_follows_torchs_convention(name, small_flow, contexts):
     flow = small_flow(name)
     for shape, full in (
         ((), ()),
@@ -153,14 +153,14 @@ def test_sample_shape_is_torchs_rule(name, small_flow, contexts):
 
 @pytest.mark.parametrize("n", [0, (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_asked_nothing_given(name, n, small_flow):
+def test_empty_inputs_give_empty_results(name, n, small_flow):
     x, log_prob = small_flow(name).sample_and_log_prob(n)
     assert x.numel() == 0 and log_prob.shape == x.shape[:-1]
     assert small_flow(name).log_prob(x).shape == x.shape[:-1]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_log_prob_of_samples_is_log_prob(name, small_flow, contexts):
+def test_log_prob_of_sample_and_log_prob_equals_log_prob(name, small_flow, contexts):
     flow = small_flow(name, 3, gain=0.5)  # twice that, and glow's factors are near singular
     with record() as stats:
         x, log_prob = flow.sample_and_log_prob(4, contexts, generator=seeded())
@@ -170,7 +170,7 @@ def test_log_prob_of_samples_is_log_prob(name, small_flow, contexts):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_encode_and_decode_are_inverse(name, small_flow, points, contexts):
+def test_encode_and_decode_are_inverses(name, small_flow, points, contexts):
     flow = small_flow(name, 3)
     z = flow.encode(points, contexts)
     torch.testing.assert_close(flow.decode(z, contexts), points, rtol=0, atol=1e-6)
@@ -182,7 +182,7 @@ def test_encode_and_decode_are_inverse(name, small_flow, points, contexts):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_log_prob_is_change_of_variables(name, small_flow, points):
+def test_log_prob_equals_change_of_variables(name, small_flow, points):
     flow = small_flow(name)
     jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
     expected = flow.base.log_prob(flow.encode(points[0])) + jacobian.det().abs().log()
@@ -211,7 +211,7 @@ def test_gradients_reach_every_parameter_and_the_context(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_train_and_eval_give_the_same_and_repeat(name, small_flow, points):
+def test_train_and_eval_mode_give_the_same_repeatable_results(name, small_flow, points):
     flow = small_flow(name)
     before = torch.get_rng_state()
     first = flow.train().log_prob(points)
@@ -222,7 +222,7 @@ def test_train_and_eval_give_the_same_and_repeat(name, small_flow, points):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_in_eval_are_those_in_train(name, small_flow, points, contexts):
+def test_gradients_in_eval_and_train_mode_are_equal(name, small_flow, points, contexts):
     flow, c = small_flow(name, 3), contexts.requires_grad_()
     inputs = [c, *flow.parameters()]
     train, eval_ = (
@@ -233,7 +233,7 @@ def test_gradients_in_eval_are_those_in_train(name, small_flow, points, contexts
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sampling_repeats_and_leaves_the_global_generator_alone(name, small_flow):
+def test_sampling_repeats_and_does_not_change_the_global_generator(name, small_flow):
     flow, before = small_flow(name), torch.get_rng_state()
     one = flow.sample(3, generator=seeded(1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -242,7 +242,7 @@ def test_sampling_repeats_and_leaves_the_global_generator_alone(name, small_flow
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_row_does_not_depend_on_its_neighbors(name, small_flow, points):
+def test_result_of_a_row_does_not_depend_on_other_rows(name, small_flow, points):
     flow = small_flow(name, solver=Solver(rtol=1e-7, atol=1e-7))
     with torch.no_grad():
         crowd = flow.log_prob(torch.cat([points, 8 * points.repeat(20, 1)]))[:5]
@@ -251,7 +251,7 @@ def test_a_row_does_not_depend_on_its_neighbors(name, small_flow, points):
 
 
 @pytest.mark.parametrize("name", ["cnf", "ffjord", "rnode", "otflow"])
-def test_estimates_are_asked_for_and_unbiased(name, small_flow, points):
+def test_estimated_log_prob_is_optional_and_unbiased(name, small_flow, points):
     flow = small_flow(name, dim=2)
     probe = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=F64)[:, None].expand(
         4, 5, 2
@@ -279,7 +279,7 @@ def test_trajectory_runs_from_the_base_to_the_sample(name, small_flow, points, c
             flow.trajectory(points, times, contexts)
 
 
-def test_times_are_numbers_inside_the_unit_interval(small_flow, points):
+def test_times_outside_of_the_unit_interval_are_refused(small_flow, points):
     flow = small_flow("cnf")
     whole = flow.trajectory(points, [0.0, 1.0])
     assert torch.equal(flow.trajectory(points, np.array([0, 1])), whole)
@@ -296,7 +296,7 @@ def test_times_are_numbers_inside_the_unit_interval(small_flow, points):
 
 
 @pytest.mark.parametrize("shape", [-1, True, 2.0, (2, -1), "3", None, (2, True)], ids=str)
-def test_a_sample_shape_that_counts_nothing_is_refused(shape, small_flow):
+def test_invalid_sample_shape_is_refused(shape, small_flow):
     flow = small_flow("realnvp")
     toy = cnf.data.toy("moons")
     expected = "expected sample_shape to be a whole number of at least 0"
@@ -338,7 +338,7 @@ def test_with_solver_shares_weights_and_changes_the_cost(name, small_flow, point
         lambda flow, x, c: flow.trajectory(x, [0, 1], c),
     ],
 )
-def test_another_device_than_the_flows_is_named(call):
+def test_error_names_a_device_other_than_the_flows(call):
     flow = cnf.models.build("cnf", dim=2, context=1)
     x, context = torch.zeros(5, 2), torch.zeros(5, 1)
     there = "on cpu, the flow's device, got one on meta; move one"  # every machine has meta
@@ -357,12 +357,12 @@ def test_another_device_than_the_flows_is_named(call):
         lambda flow: cnf.data.load(torch.ones(9, 2)).sample(2, 3),
     ],
 )
-def test_a_seed_in_place_of_a_generator_is_named(draw, small_flow):
+def test_error_names_a_seed_in_place_of_a_generator(draw, small_flow):
     with pytest.raises(TypeError, match=r"got 3; write generator=torch.Generator\(\).manual_seed"):
         draw(small_flow("realnvp"))
 
 
-def test_with_solver_takes_what_builders_take(small_flow, points):
+def test_with_solver_accepts_the_same_arguments_as_builders(small_flow, points):
     flow = small_flow("cnf")
     coarse = flow.with_solver({"method": "rk4", "steps": 2})
     assert coarse.transform.solver == Solver("rk4", steps=2)
@@ -370,7 +370,7 @@ def test_with_solver_takes_what_builders_take(small_flow, points):
     assert flow.with_solver("dopri8").transform.solver == Solver("dopri8")
 
 
-def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, points):
+def test_discrete_flow_has_no_field_trajectory_and_solver(small_flow, points):
     flow = small_flow("realnvp")
     assert not hasattr(flow, "field") and hasattr(small_flow("cnf"), "field")
     with pytest.raises(
@@ -389,7 +389,7 @@ def test_a_discrete_flow_has_no_field_no_trajectory_and_no_solver(small_flow, po
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_distribution_is_a_torch_distribution(name, small_flow, points, contexts):
+def test_distribution_behaves_like_a_torch_distribution(name, small_flow, points, contexts):
     flow = small_flow(name, 3)
     p = flow.distribution(contexts)
     assert p.batch_shape == (5,) and p.event_shape == (2,) and p.has_rsample
@@ -402,7 +402,7 @@ def test_distribution_is_a_torch_distribution(name, small_flow, points, contexts
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bad_calls_are_value_errors_in_words(name, small_flow, points, contexts):
+def test_invalid_calls_raise_value_errors_with_a_message(name, small_flow, points, contexts):
     plain, conditional = small_flow(name), small_flow(name, 3)
     for call, text in (
         (
@@ -436,7 +436,7 @@ def test_bad_calls_are_value_errors_in_words(name, small_flow, points, contexts)
         Flow(None, plain.transform)
 
 
-def test_evaluating_gives_every_part_its_own_mode_back_after_an_error_too():
+def test_evaluating_restores_the_mode_of_every_part_after_an_error():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     net[1].eval()  # frozen, say
     with pytest.raises(RuntimeError, match="inside"), evaluating(net):

@@ -21,7 +21,7 @@ def normal(*batch):
 
 @pytest.mark.parametrize("shape", [(2,), (4, 2), (1, 2), (5, 1, 2), (3, 4, 2)], ids=str)
 @pytest.mark.parametrize("batch", [(), (4,)], ids=str)
-def test_log_prob_broadcasts_as_a_multivariate_normals(
+def test_log_prob_broadcasts_like_that_of_a_multivariate_normal(
     batch, shape, small_flow, contexts, generator
 ):
     flow = small_flow("realnvp", 3 if batch else 0)
@@ -34,7 +34,7 @@ def test_log_prob_broadcasts_as_a_multivariate_normals(
     torch.testing.assert_close(found, flow.log_prob(whole, context))
 
 
-def test_values_that_do_not_fit_are_value_errors(small_flow, contexts):
+def test_values_of_wrong_shape_raise_value_errors(small_flow, contexts):
     p = small_flow("realnvp", 3).distribution(contexts)
     for shape in ((3, 2), (4, 3), ()):
         with pytest.raises(ValueError, match="FlowDistribution.log_prob: expected"):
@@ -67,7 +67,9 @@ def test_expand_and_sample_have_the_shapes_of_a_multivariate_normal(
         p.expand((4, 3) if conditional else (-2,))
 
 
-def test_works_in_mixtures_independent_and_transformed(small_flow, contexts, generator):
+def test_distribution_works_in_mixtures_independent_and_transformed(
+    small_flow, contexts, generator
+):
     flow = small_flow("realnvp", 3)
     p = flow.distribution(contexts)
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64)
@@ -87,7 +89,7 @@ def test_works_in_mixtures_independent_and_transformed(small_flow, contexts, gen
         td.kl_divergence(p, p)
 
 
-def test_support_is_the_box_that_the_flow_ends_in():
+def test_support_is_the_box_of_the_last_transform():
     inside, outside = torch.tensor([0.5, 0.5]), torch.tensor([0.5, -0.5])
     for last in (Sigmoid(), Softplus()):
         p = Flow(None, Compose([Coupling(2), last]), event_shape=(2,)).distribution()
@@ -103,7 +105,7 @@ def test_support_is_the_box_that_the_flow_ends_in():
         assert p.support.check(outside) != bounded
 
 
-def test_is_pyros_where_pyro_is(small_flow, contexts, generator):
+def test_distribution_is_a_pyro_distribution_if_pyro_is_installed(small_flow, contexts, generator):
     pyro = pytest.importorskip("pyro")
     flow = small_flow("realnvp", 3)
     x = torch.randn(4, 2, generator=generator, dtype=F64)
@@ -128,7 +130,7 @@ def test_is_pyros_where_pyro_is(small_flow, contexts, generator):
     assert p().shape == (4, 2)
 
 
-def test_is_a_guide_of_pyro_that_learns(small_flow):
+def test_distribution_trains_as_a_guide_in_pyro(small_flow):
     pyro = pytest.importorskip("pyro")
     flow = small_flow("nice", gain=0.1)
 
@@ -148,7 +150,7 @@ def test_is_a_guide_of_pyro_that_learns(small_flow):
 
 
 @pytest.mark.parametrize("name", ["mean", "variance", "stddev", "entropy", "cdf", "icdf"])
-def test_what_has_no_formula_is_estimated_as_its_error_proposes(name):
+def test_errors_for_moments_propose_an_estimate_that_works(name):
     distribution = Flow(None, Standardize((2,)), event_shape=(2,)).distribution()
     normal = td.Normal(torch.zeros(2), torch.ones(2))
     value = {"cdf": torch.tensor([0.5, 1.0]), "icdf": torch.tensor(0.3)}.get(name)
@@ -169,7 +171,7 @@ def test_what_has_no_formula_is_estimated_as_its_error_proposes(name):
 
 
 @pytest.mark.parametrize("use", [lambda d: d.mode, lambda d: d.enumerate_support()])
-def test_mode_and_a_list_of_the_support_are_refused_in_a_sentence(use):
+def test_mode_and_enumerate_support_are_refused_with_a_message(use):
     with pytest.raises(NotImplementedError, match="FlowDistribution.*; .*sample"):
         use(Flow(None, Standardize((2,)), event_shape=(2,)).distribution())
 

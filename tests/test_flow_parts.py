@@ -46,7 +46,7 @@ class Shifted:
         return self.normal.log_prob(x)
 
 
-def test_data_to_data_flow_keeps_an_exact_density(randomized, points):
+def test_flow_between_data_sets_has_an_exact_density(randomized, points):
     flow = randomized(Flow(Shifted(), Compose([Coupling(2), Coupling(2, [1])])))
     z = flow.encode(points)
     jacobian = torch.autograd.functional.jacobian(flow.encode, points[0])
@@ -56,7 +56,7 @@ def test_data_to_data_flow_keeps_an_exact_density(randomized, points):
     torch.testing.assert_close(flow.log_prob(x), log_prob)
 
 
-def test_splines_and_a_field_mix_into_one_flow(randomized, points):
+def test_flow_may_combine_splines_and_a_field(randomized, points):
     spline, tight = RationalQuadratic(4), cnf.Solver(rtol=1e-8, atol=1e-8)
     parts = [
         Coupling(2, transformer=spline, hidden=(8,)),
@@ -86,7 +86,7 @@ class UniformNoise:
         return (y * 4).floor().clamp(0, 3)
 
 
-def test_dequantized_log_prob_is_a_bound_that_counts_the_noise():
+def test_dequantized_log_prob_is_a_lower_bound_that_includes_the_noise():
     # the uniform on [0, 1)² gives each of the 16 cells exactly 1/16, whatever is drawn
     base = cnf.distributions.Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
     flow = Flow(base, Standardize((2,)), dequantization=UniformNoise()).double()
@@ -100,7 +100,7 @@ def test_dequantized_log_prob_is_a_bound_that_counts_the_noise():
         flow.sample_and_log_prob(2)
 
 
-def test_parts_of_other_event_shapes_are_refused():
+def test_parts_with_different_event_shapes_are_refused():
     for parts in ((Coupling(3), None), (Coupling(2), Standardize((3,)))):
         with pytest.raises(ValueError, match=r"expected a transform of \(2,\), got .* of \(3,\)"):
             Flow(None, *parts, event_shape=(2,))
@@ -115,7 +115,7 @@ def test_base_of_another_event_shape_is_refused(base):
         cnf.models.coupling_flow(2, base=base)
 
 
-def test_image_flow_counts_its_event(generator):
+def test_image_flow_has_a_three_dimensional_event(generator):
     net = nn.Conv2d(1, 1, 3, padding=1)
     field = Adapter(_Image(net), (1, 3, 3))
     flow = Flow(None, Continuous(field), Standardize((1, 3, 3)), event_shape=(1, 3, 3)).double()
@@ -133,7 +133,7 @@ class _Image(nn.Module):
         return self.net(x.flatten(0, -4)).tanh().reshape(x.shape)
 
 
-def test_field_is_the_transforms():
+def test_field_of_a_flow_is_that_of_its_transform():
     field = MLPField(2, (4,))
     assert Flow(None, Continuous(field), event_shape=(2,)).field is field
 
@@ -147,7 +147,7 @@ def test_field_is_the_transforms():
     ],
     ids=["points", "torch", "mixture"],
 )
-def test_a_base_of_float64_follows_the_weights(base):
+def test_float64_base_is_cast_to_the_dtype_of_the_weights(base):
     flow = cnf.Flow(base, cnf.models.build("realnvp", dim=2).transform).eval()
     assert flow.dtype == flow.sample(3).dtype == torch.float32
     if flow.base.has_density:
@@ -157,7 +157,7 @@ def test_a_base_of_float64_follows_the_weights(base):
         torch.testing.assert_close(log_prob, flow.base.double().log_prob(z.double()).float())
 
 
-def test_dropout_has_no_part_in_what_the_first_rows_set(generator):
+def test_data_dependent_initialization_does_not_depend_on_dropout(generator):
     def net(inputs, outputs):
         return nn.Sequential(nn.Linear(inputs, 64), nn.Dropout(0.5), nn.Linear(64, outputs))
 

@@ -38,7 +38,7 @@ def flow_and_x(small_flow, randomized, generator):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_derivatives_of_every_density_are_autograds(name, flow_and_x):
+def test_torch_func_derivatives_of_every_density_equal_autograds(name, flow_and_x):
     flow, x = flow_and_x(name)
     leaf = x.clone().requires_grad_()
     value = flow.log_prob(leaf)
@@ -56,7 +56,7 @@ def test_derivatives_of_every_density_are_autograds(name, flow_and_x):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_gradients_of_each_sample_are_those_of_a_loop(name, flow_and_x):
+def test_per_sample_gradients_equal_those_of_a_loop(name, flow_and_x):
     flow, x = flow_and_x(name, context=2)
     module, context = LogProb(flow), torch.linspace(-1, 1, 6, dtype=F64).reshape(3, 2)
     parameters = dict(module.named_parameters())
@@ -76,7 +76,7 @@ def test_gradients_of_each_sample_are_those_of_a_loop(name, flow_and_x):
 
 
 @pytest.mark.parametrize("name", ["cnf", "ffjord", "otflow", "planar", "sylvester", "nsf"])
-def test_an_ensemble_is_one_call(name, small_flow, generator):
+def test_ensemble_is_evaluated_in_one_call(name, small_flow, generator):
     members = [LogProb(small_flow(name, solver=STEPS, gain=0.5)) for _ in range(3)]
     x = torch.randn(4, 2, generator=generator, dtype=F64)
     weights, buffers = stack_module_state(members)
@@ -88,7 +88,7 @@ def test_an_ensemble_is_one_call(name, small_flow, generator):
 
 
 @pytest.mark.parametrize("name", ["cnf", "planar", "iaf"])
-def test_both_directions_and_the_path_go_through_vmap(name, flow_and_x):
+def test_both_directions_and_the_trajectory_support_vmap(name, flow_and_x):
     flow, x = flow_and_x(name)
     close(vmap(flow.encode)(x), flow.encode(x))
     close(vmap(flow.decode)(x), flow.decode(x))
@@ -99,7 +99,7 @@ def test_both_directions_and_the_path_go_through_vmap(name, flow_and_x):
         close(path, flow.trajectory(x, times), rtol=1e-12, atol=1e-12)
 
 
-def test_an_estimate_goes_through_with_its_probe(flow_and_x):
+def test_estimated_log_prob_supports_torch_func_with_a_given_probe(flow_and_x):
     flow, x = flow_and_x("ffjord")
     for sketch in (0, 1):
         estimate = Hutchinson(1 + sketch, sketch=sketch)
@@ -113,7 +113,7 @@ def test_an_estimate_goes_through_with_its_probe(flow_and_x):
 
 
 @pytest.mark.parametrize("solver", [Solver(), Solver("explicit_adams", steps=4)])
-def test_a_solver_that_looks_at_its_numbers_names_one_that_does_not(solver, small_flow):
+def test_error_for_an_adaptive_solver_under_torch_func_names_a_fixed_step_one(solver, small_flow):
     flow, x = small_flow("cnf", solver=solver), torch.ones(3, 2, dtype=F64)
     for transformed in (vmap(flow.log_prob), grad(lambda x: flow.log_prob(x).sum())):
         with pytest.raises(TypeError, match=r"(?s)torch.func.*with_solver\(Solver\(.rk4., steps"):

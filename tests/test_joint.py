@@ -20,7 +20,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_loss_is_the_weighted_sum_over_the_same_draws(small_flow, x):
+def test_loss_is_the_weighted_sum_over_the_same_draws(small_flow, x):
     flow, joint = small_flow("rnode"), Joint(weights=(0.7, 0.2))
     batch = joint.prepare(flow, Batch(x), seeded())
     pairs, rows = batch.terms
@@ -31,7 +31,7 @@ def test_the_loss_is_the_weighted_sum_over_the_same_draws(small_flow, x):
     assert set(loss.metrics) == {"fm", "nll", "kinetic", "jacobian"}
 
 
-def test_the_gradient_is_the_weighted_sum_too(small_flow, x):
+def test_gradient_is_the_weighted_sum(small_flow, x):
     flow, slopes = small_flow("cnf"), []
     both = Joint().prepare(flow, Batch(x), seeded())
     objectives = (FlowMatching(), MaximumLikelihood(), Joint(weights=(2.0, 0.5)))
@@ -42,12 +42,12 @@ def test_the_gradient_is_the_weighted_sum_too(small_flow, x):
         torch.testing.assert_close(joint, 2.0 * matching + 0.5 * likelihood, rtol=1e-6, atol=1e-9)
 
 
-def test_each_parameter_is_trained_once(small_flow):
+def test_each_parameter_is_listed_once(small_flow):
     flow = small_flow("cnf")
     assert len(list(Joint().parameters(flow))) == len(list(flow.parameters()))
 
 
-def test_terms_are_had_by_name_and_the_lowest_rate_holds(small_flow):
+def test_terms_are_built_by_name_and_the_lowest_learning_rate_is_used(small_flow):
     terms = ({"name": "flow-matching", "times": "skewed"}, {"name": "maximum-likelihood"})
     joint = Joint(terms, [1.0, 0.3])
     assert joint.terms == (FlowMatching(times="skewed"), MaximumLikelihood())
@@ -56,17 +56,17 @@ def test_terms_are_had_by_name_and_the_lowest_rate_holds(small_flow):
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.1, 0.1)])
-def test_a_weight_for_each_term(weights):
+def test_number_of_weights_must_equal_number_of_terms(weights):
     with pytest.raises(ValueError, match="Joint: expected a weight for each term, got 2 terms"):
         Joint(weights=weights)
 
 
-def test_weights_are_positive():
+def test_weights_that_are_not_positive_are_refused():
     with pytest.raises(ValueError, match="Joint: expected weights > 0, got 0"):
         Joint(weights=(1.0, 0.0))
 
 
-def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
+def test_saved_config_describes_every_term(small_flow, tmp_path):
     yaml = pytest.importorskip("yaml")
     joint = Joint(
         (
@@ -83,7 +83,7 @@ def test_a_run_says_what_it_was_made_of(small_flow, tmp_path):
     )
 
 
-def test_terms_of_one_kind_make_their_own_draws(small_flow, x):
+def test_terms_of_the_same_type_make_independent_draws(small_flow, x):
     flow, early, late = small_flow("cnf"), FlowMatching(), FlowMatching(times="skewed")
     joint, generator = Joint((early, late), (0.3, 0.6)), seeded()
     one, other = (term.prepare(flow, Batch(x), generator) for term in (early, late))
@@ -94,7 +94,7 @@ def test_terms_of_one_kind_make_their_own_draws(small_flow, x):
     assert [loss.metrics[name] for name in ("fm", "fm_2")] == [part.value for part in parts]
 
 
-def test_likelihood_sees_the_rows_that_a_coupling_leaves_out(small_flow, x):
+def test_likelihood_term_uses_rows_that_the_coupling_leaves_out(small_flow, x):
     def first_row(x0, x1, context, generator):
         return Pairing(None, torch.zeros(len(x1), dtype=torch.long))
 
@@ -118,7 +118,7 @@ def test_weighted_terms_are_means_over_processes(small_flow, x):
     [FlowMatching(), MaximumLikelihood("hutchinson", {"kinetic": 0.3, "jacobian": 0.2}), Joint()],
     ids=str,
 )
-def test_the_loss_is_the_mean_of_each_rows(objective, weight, small_flow, x):
+def test_loss_is_the_mean_of_losses_of_single_rows(objective, weight, small_flow, x):
     flow = small_flow("cnf")
     batch = objective.prepare(flow, Batch(x, weight=weight), seeded())
     rows, weight = objective.per_row(flow, batch), torch.ones(6) if weight is None else weight

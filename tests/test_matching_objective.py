@@ -108,7 +108,7 @@ def minimize(flow, objective, batch):
 @pytest.mark.parametrize("weighting", ["target", "velocity"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", PATHS)
-def test_every_target_is_minimized_by_the_same_velocity(name, target, weighting, rows):
+def test_loss_of_every_target_is_minimized_by_the_same_velocity(name, target, weighting, rows):
     x0, x1, z, t = rows
     network = Lines()
     flow = flow_of(Predicts(network, target, name))
@@ -123,7 +123,7 @@ def test_every_target_is_minimized_by_the_same_velocity(name, target, weighting,
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_plain_field_is_minimized_by_the_velocity(name, rows):
+def test_loss_of_a_plain_field_is_minimized_by_the_velocity(name, rows):
     x0, x1, z, t = rows
     flow = flow_of(Lines())
     batch = MatchedPairs(x0, x1, t, noise=z if name in NOISY else None)
@@ -135,7 +135,7 @@ def test_a_plain_field_is_minimized_by_the_velocity(name, rows):
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_velocity_and_score_are_minimized_together(name, rows):
+def test_losses_of_velocity_and_score_are_minimized_together(name, rows):
     x0, x1, z, t = rows
     flow = flow_of(WithScore(Lines(), Lines(), name))
     batch = MatchedPairs(x0, x1, t, noise=z)
@@ -188,7 +188,7 @@ def test_loss_by_hand(name, target, weighting, event, generator):
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0]).double()])
-def test_a_heads_loss_is_added_and_logged(weight, randomized, generator):
+def test_loss_of_a_head_is_added_and_logged(weight, randomized, generator):
     flow = randomized(flow_of(WithScore(MLPField(2, (5,)), MLPField(2, (5,)))))
     x0, x1, z = (torch.randn(6, 2, generator=generator, dtype=F64) for _ in range(3))
     t = torch.linspace(0.1, 0.9, 6, dtype=F64)
@@ -203,7 +203,7 @@ def test_a_heads_loss_is_added_and_logged(weight, randomized, generator):
     assert all(p.grad.abs().max() > 0 for p in flow.field.parameters())
 
 
-def test_training_a_bridge_with_its_score_learns_both(generator):
+def test_training_on_a_bridge_learns_velocity_and_score(generator):
     field = WithScore(MLPField(2, (32,)), MLPField(2, (32,)))
     flow = Flow(None, Continuous(field), event_shape=(2,))
     x = M + S * torch.randn(2000, 2, generator=generator)
@@ -227,7 +227,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_noise_of_a_path_is_drawn_beforehand_and_once(randomized, generator):
+def test_noise_of_a_path_is_drawn_once_in_prepare(randomized, generator):
     flow = randomized(
         Flow(
             None, Continuous(WithScore(MLPField(2, (5,)), MLPField(2, (5,)))),
@@ -257,7 +257,7 @@ def test_a_path_without_noise_draws_none(small_flow, generator):
     assert FlowMatching(path=Linear(noise=0.1)).prepare(flow, Batch(x), seeded()).noise is not None
 
 
-def test_a_field_that_knows_its_path_is_trained_with_it(rows):
+def test_field_with_a_path_is_trained_with_it(rows):
     x0, x1, z, t = rows
     flow = flow_of(Predicts(Lines(), "x1", {"name": "bridge", "sigma": 0.5}))
     batch = MatchedPairs(x0, x1, t, noise=z)
@@ -273,7 +273,7 @@ def test_a_field_that_knows_its_path_is_trained_with_it(rows):
     assert not torch.equal(FlowMatching(path="bridge")(plain, batch).value, linear)
 
 
-def test_a_path_below_another_wrapper_is_the_path(rows):
+def test_path_of_a_wrapped_field_is_used(rows):
     x0, x1, _, t = rows
     predicts = Predicts(MLPField(2, (5,), 2), "x1", "vp").double()
     context = torch.ones(len(t), 2, dtype=F64)
@@ -292,12 +292,12 @@ def test_a_path_below_another_wrapper_is_the_path(rows):
         ({"times": "begin"}, "unknown time law 'begin'"),
     ],
 )
-def test_settings_are_looked_at_when_they_are_given(options, message):
+def test_invalid_settings_are_refused_in_the_constructor(options, message):
     with pytest.raises(ValueError, match=message):
         FlowMatching(**options)
 
 
-def test_times_may_all_be_the_start(small_flow, generator):
+def test_all_times_may_be_zero(small_flow, generator):
     flow, x = small_flow("cnf"), torch.randn(8, 2, generator=generator, dtype=F64)
     batch = FlowMatching(times="start").prepare(flow, Batch(x), generator)
     assert batch.t.tolist() == [0.0] * 8 and batch.t.dtype == F64
@@ -310,7 +310,7 @@ def test_times_may_all_be_the_start(small_flow, generator):
 
 
 @pytest.mark.parametrize("target", ["noise", "score"])
-def test_the_very_end_of_a_path_has_a_finite_loss(target, generator):
+def test_loss_is_finite_at_the_end_of_a_path(target, generator):
     """float32 comes to t = 1 itself: of the time law "skewed" once in 100,000 draws."""
     flow = flow_of(Predicts(MLPField(2, (5,)), target))
     x0, x1 = (torch.randn(4, 2, generator=generator, dtype=F64) for _ in range(2))
@@ -318,7 +318,7 @@ def test_the_very_end_of_a_path_has_a_finite_loss(target, generator):
     assert FlowMatching()(flow, batch).value.isfinite()
 
 
-def test_the_noise_near_the_data_is_x0(generator):
+def test_regression_target_of_the_noise_close_to_the_data_is_x0(generator):
     x0, x1 = (torch.randn(4, 2, generator=generator) for _ in range(2))
     x1 = x1 + 5
     flow = Flow(None, Continuous(Predicts(Lines().float(), "noise")), event_shape=(2,))
@@ -339,7 +339,7 @@ def test_weighted_loss_is_the_mean_over_processes(randomized, generator):
 
 
 @pytest.mark.parametrize("path", [cnf.matching.PATHS.build(name) for name in PATHS], ids=str)
-def test_the_objective_is_described_and_told_again(path, tmp_path):
+def test_objective_is_rebuilt_from_its_description(path, tmp_path):
     objective = FlowMatching(path=path, context_dropout=0.1)
     flow = cnf.models.build("cnf", dim=2, context=1, hidden=(4,), null_context=True)
     config = cnf.TrainConfig(
@@ -351,7 +351,7 @@ def test_the_objective_is_described_and_told_again(path, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"coupling": "minibatch-ot"}, {"context_dropout": 0.5}])
-def test_the_loss_has_the_gradient_of_a_net_that_makes_the_context(options, small_flow, generator):
+def test_loss_has_gradients_of_a_network_that_computes_the_context(options, small_flow, generator):
     null = {"null_context": True} if "context_dropout" in options else {}
     flow = small_flow("cnf", context=2, **null)
     x, seen = (torch.randn(12, 2, generator=generator, dtype=F64) for _ in range(2))

@@ -21,7 +21,7 @@ def fitting(name, **wanted):
 
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_build_gives_a_flow_of_that_size(name, context):
+def test_build_gives_a_flow_of_the_given_size(name, context):
     flow = build(name, dim=4, **({"context": context} if context else {}))
     assert isinstance(flow, cnf.Flow)
     assert flow.event_shape == (4,) and flow.context_dim == context
@@ -74,7 +74,7 @@ def test_spec_does_not_share_the_callers_list():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_misspelt_option_is_refused_and_the_known_are_named(name):
+def test_error_for_a_misspelt_option_lists_the_known_ones(name):
     with pytest.raises(ValueError, match="unknown option 'contxt'; known: dim, .*context"):
         build(name, dim=2, contxt=3)
 
@@ -116,7 +116,7 @@ def test_unknown_name_and_missing_dim_are_refused():
     ],
     ids=str,
 )
-def test_bad_option_values_are_refused(name, options):
+def test_invalid_option_values_are_refused(name, options):
     with pytest.raises(ValueError):
         build(name, **{"dim": 2, **options})
 
@@ -148,7 +148,7 @@ def test_every_setting_of_the_solver_survives_json(solver):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_copies_and_pickles_give_the_same(name):
+def test_copies_and_pickles_give_the_same_results(name):
     flow, x = build(name, dim=2, **fitting(name, hidden=(5, 5), layers=2)), torch.ones(3, 2)
     for again in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert torch.equal(again.log_prob(x), flow.log_prob(x)) and again.spec == flow.spec

@@ -87,7 +87,7 @@ def test_zero_sets_weight_and_bias():
     assert not any(parameter.any() for parameter in layer.parameters())
 
 
-def test_bad_width_and_activation_are_refused():
+def test_invalid_width_and_activation_are_refused():
     with pytest.raises(ValueError, match="every width >= 1"):
         MLP(2, 2, (8, 0))
     with pytest.raises(ValueError, match="Did you mean 'tanh'"):
@@ -96,7 +96,7 @@ def test_bad_width_and_activation_are_refused():
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("own_time", [False, True])
-def test_condition_is_time_then_context_and_shared_without_one(batch, own_time, generator):
+def test_condition_is_time_then_context_and_one_vector_without_context(batch, own_time, generator):
     x = torch.randn(*batch, 5, generator=generator, dtype=torch.float64)
     context = torch.randn(*batch, 2, generator=generator, dtype=torch.float64)
     t = torch.rand(batch if own_time else (), generator=generator)

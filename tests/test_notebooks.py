@@ -21,7 +21,7 @@ def test_notebook_runs_in_fast_mode(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_committed_with_its_pictures(path):
+def test_notebook_is_committed_with_its_figures(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)

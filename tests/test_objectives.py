@@ -38,7 +38,7 @@ def test_likelihood_is_the_mean_negative_log_prob(small_flow, x):
         assert loss.metrics["nll"] == loss.value and not loss.metrics["nll"].requires_grad
 
 
-def test_weights_are_a_weighted_mean(small_flow, x):
+def test_weighted_loss_is_a_weighted_mean(small_flow, x):
     flow, weight = small_flow("realnvp"), torch.arange(6).double()
     value = MaximumLikelihood()(flow, Batch(x, weight=weight)).value
     torch.testing.assert_close(value, -(weight * flow.log_prob(x)).sum() / 15)
@@ -122,7 +122,7 @@ def test_flow_matching_by_hand(small_flow, x, context):
     ],
     ids=str,
 )
-def test_prepare_makes_every_draw(objective, small_flow, x):
+def test_prepare_makes_all_random_draws(objective, small_flow, x):
     flow = small_flow("cnf")
     before = torch.get_rng_state()
     first, again, other = (objective.prepare(flow, Batch(x), seeded(seed)) for seed in (1, 1, 2))
@@ -202,13 +202,13 @@ def test_exact_field_of_gaussian_to_gaussian_minimizes_flow_matching():
     torch.testing.assert_close(flow.log_prob(x[:9]), normal.log_prob(x[:9, 0]), rtol=0, atol=1e-6)
 
 
-def test_flow_matching_trains_the_field_alone(small_flow):
+def test_flow_matching_trains_the_field_only(small_flow):
     flow = small_flow("cnf")
     assert set(FlowMatching().parameters(flow)) == set(flow.field.parameters())
     assert set(MaximumLikelihood().parameters(flow)) == set(flow.parameters())
 
 
-def test_x0_that_is_given_is_used(small_flow, x):
+def test_given_x0_is_used(small_flow, x):
     flow = small_flow("cnf")
     batch = FlowMatching().prepare(flow, Batch(x, x0=x + 1), seeded())
     assert torch.equal(batch.x0, x + 1)
@@ -217,13 +217,13 @@ def test_x0_that_is_given_is_used(small_flow, x):
 @pytest.mark.parametrize(
     "objective", [FlowMatching(), MaximumLikelihood(penalties={"kinetic": 1})]
 )
-def test_what_needs_a_field_refuses_a_discrete_flow(objective, small_flow, x):
+def test_objectives_that_need_a_field_refuse_a_discrete_flow(objective, small_flow, x):
     with pytest.raises(TypeError, match="whose transform is a Continuous, .* got a Compose"):
         objective(small_flow("realnvp"), Batch(x))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_is_no_flow_is_refused(name, x):
+def test_module_that_is_not_a_flow_is_refused(name, x):
     with pytest.raises(TypeError, match="expected a cnf.Flow, got Linear"):
         OBJECTIVES[name]()(nn.Linear(2, 2), Batch(x))
 
@@ -233,7 +233,7 @@ def test_what_is_no_flow_is_refused(name, x):
     [FlowMatching(), MaximumLikelihood(), MaximumLikelihood(penalties={"kinetic": 1})],
     ids=str,
 )
-def test_context_missing_or_unexpected_is_a_value_error(objective, small_flow, x, context):
+def test_missing_or_unexpected_context_raises_value_error(objective, small_flow, x, context):
     with pytest.raises(ValueError, match="context"):
         objective(small_flow("cnf", context=3), Batch(x))
     with pytest.raises(ValueError, match="unconditional"):
@@ -273,7 +273,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_a_batch_that_would_broadcast_is_refused_when_it_is_made(kind, x):
+def test_batch_whose_parts_would_broadcast_is_refused_when_it_is_created(kind, x):
     tensors, message = MISFITS[kind]
     with pytest.raises(ValueError, match=f"^Batch: expected .*{message}"):
         Batch(x, **tensors)
@@ -296,7 +296,7 @@ def test_x0_of_another_event_is_refused(small_flow, x):
 @pytest.mark.parametrize(
     "objective", [FlowMatching(), MaximumLikelihood(), cnf.objectives.Joint()]
 )
-def test_a_batch_whose_weights_are_all_0_teaches_nothing(objective, small_flow, x):
+def test_batch_with_all_weights_0_has_zero_gradient(objective, small_flow, x):
     flow = small_flow("cnf")
     batch = Batch(x, weight=torch.ones(6)).but(weight=torch.zeros(6))  # as chance may draw it
     value = objective(flow, batch, seeded()).value
@@ -306,13 +306,13 @@ def test_a_batch_whose_weights_are_all_0_teaches_nothing(objective, small_flow, 
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-def test_weights_may_be_counts(dtype, small_flow, x):
+def test_weights_may_be_integers(dtype, small_flow, x):
     flow, weight = small_flow("realnvp"), torch.tensor([1, 0, 1, 1, 0, 1], dtype=dtype)
     value = MaximumLikelihood()(flow, Batch(x, weight=weight)).value
     torch.testing.assert_close(value, -flow.log_prob(x)[weight > 0].mean())
 
 
-def test_rows_are_resampled_as_often_as_their_weights_say():
+def test_rows_are_resampled_in_proportion_to_their_weights():
     weight = torch.tensor([0.0, 3.0, 1.5, 0.25, 0.0, 1.25], dtype=F64)
     x = torch.arange(6.0)[:, None]
     counts = torch.stack(
@@ -332,7 +332,7 @@ def test_rows_are_resampled_as_often_as_their_weights_say():
 @pytest.mark.parametrize(
     "coupling", ["independent", "minibatch-ot", "conditional-ot", "sinkhorn", "semidiscrete"]
 )
-def test_weights_change_the_law_of_the_data_and_not_of_the_base(coupling):
+def test_weights_change_the_distribution_of_the_data_and_not_of_the_base(coupling):
     """x is ±2, of weights 9 and 1. Weights of pairs would move the base to -0.64."""
     x = torch.tensor([-2.0, 2.0], dtype=F64).repeat(256)[:, None]
     data = Batch(
@@ -347,7 +347,7 @@ def test_weights_change_the_law_of_the_data_and_not_of_the_base(coupling):
     assert abs(share - 0.9) < 0.06 and abs(mean) < 0.2
 
 
-def test_rows_drawn_by_their_weights_keep_what_belongs_to_them(generator):
+def test_resampled_rows_keep_their_context_and_noise(generator):
     x = torch.arange(40, dtype=torch.float64)[:, None]
     weight = torch.rand(40, generator=generator, dtype=torch.float64)
     drawn = resampled(cnf.Batch(x, context=2 * x + 1, x0=-x, weight=weight), generator)

@@ -25,7 +25,7 @@ def excess(flow, y, generator, samples=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glow", "iaf", "nsf", "planar", "sylvester"])
-def test_reverse_kl_comes_down_to_the_posterior(name, generator):
+def test_reverse_kl_training_converges_to_the_posterior(name, generator):
     flow = build(name, dim=2, context=2, preprocess=None)
     before = excess(flow, observed(2_000, generator), generator).item()
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)

@@ -12,7 +12,7 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["cnf", "realnvp", "nsf", "nsf-ar", "maf", "iaf", "glow"])
-def test_log_prob_under_autocast_keeps_the_maps_in_float32(name, generator):
+def test_log_prob_under_autocast_computes_maps_in_float32(name, generator):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         flow = cnf.models.build(name, dim=2).eval()
@@ -31,7 +31,7 @@ def test_log_prob_under_autocast_keeps_the_maps_in_float32(name, generator):
 
 @pytest.mark.parametrize("gradient", ["adjoint", "checkpoint", "backprop"])
 @pytest.mark.parametrize("method", [{"method": "dopri5"}, {"method": "rk4", "steps": 3}])
-def test_a_backward_solve_evaluates_as_the_forward_solve_did(gradient, method):
+def test_backward_solve_uses_the_autocast_of_the_forward_solve(gradient, method):
     precisions = []
 
     class Watched(VectorField):

@@ -23,7 +23,7 @@ def lines_of(part):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_prints_its_name_size_weights_and_parts_in_a_few_lines(name):
+def test_repr_of_a_model_has_name_size_weights_and_parts_in_a_few_lines(name):
     flow = MODELS[name](dim=3, context=2)
     first, *rest = lines_of(flow)
     count = sum(weight.numel() for weight in flow.parameters())
@@ -36,7 +36,7 @@ def test_a_model_prints_its_name_size_weights_and_parts_in_a_few_lines(name):
     assert len(rest) <= 8
 
 
-def test_a_flow_of_ones_own_prints_its_transform_and_images_their_shape():
+def test_repr_of_a_hand_built_flow_has_its_transform_and_event_shape():
     flow = cnf.Flow(torch.distributions.Normal(torch.zeros(2), 1.0), Coupling(2))
     assert lines_of(flow)[0] == "Flow of a Coupling: points of 2; 4,418 weights"
     images = lines_of(MODELS["glow"](shape=(1, 8, 8), hidden=(4, 4)))
@@ -44,7 +44,7 @@ def test_a_flow_of_ones_own_prints_its_transform_and_images_their_shape():
 
 
 @pytest.mark.parametrize("name", TRANSFORMS.examples)
-def test_a_transform_prints_one_line_with_its_size(name):
+def test_repr_of_a_transform_is_one_line_with_its_size(name):
     build = TRANSFORMS.examples[name]
     conditional = "context_dim" in inspect.signature(build).parameters
     transform = build(3, context_dim=5) if conditional else build(3)
@@ -55,7 +55,7 @@ def test_a_transform_prints_one_line_with_its_size(name):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_prints_one_line_with_its_size(name):
+def test_repr_of_a_field_is_one_line_with_its_size(name):
     if name == "adapter":
         field = Adapter(torch.nn.Linear(3, 3), (3,))
     else:
@@ -65,7 +65,7 @@ def test_a_field_prints_one_line_with_its_size(name):
     assert not field.context_dim or "context 5" in line
 
 
-def test_wrappers_print_around_what_they_wrap():
+def test_repr_of_a_wrapper_contains_that_of_the_wrapped_object():
     field = MLPField(2, (8,), 1)
     assert repr(Preconditioned(field)) == "Preconditioned(MLPField(2, context 1, hidden (8,)))"
     assert repr(Guided(NullContext(field), 1.5)).endswith("hidden (8,))), weight 1.5)")
@@ -75,7 +75,7 @@ def test_wrappers_print_around_what_they_wrap():
     assert "x1, Linear(" in repr(Predicts(field, "x1"))
 
 
-def test_stacks_print_each_repeated_part_once():
+def test_repr_of_a_stack_lists_each_repeated_part_once():
     layers = [Coupling(2, [k % 2]) for k in range(8)]
     assert repr(Compose(layers)) == "Compose(8 × Coupling(2, affine, hidden (64, 64)))"
     spline = Inverse(Coupling(2, [0], RationalQuadratic(4), hidden=(8,)))
@@ -84,7 +84,7 @@ def test_stacks_print_each_repeated_part_once():
     assert grouped("abcabcabdd") == "2 × (a, b, c), a, b, 2 × d"
 
 
-def test_a_solver_prints_the_call_that_makes_it():
+def test_repr_of_a_solver_is_the_call_that_creates_it():
     for solver in (Solver(), Solver("heun2", grid=(0, 0.5, 1)), Solver(rtol=1e-7, compile=True)):
         assert eval(repr(solver)) == solver
     assert repr(Solver("rk4", steps=8)) == "Solver(method='rk4', steps=8)"
@@ -101,10 +101,10 @@ def test_a_solver_prints_the_call_that_makes_it():
         (torch.distributions.Normal(torch.zeros(2), 1.0), "FromTorch(2, Independent(Normal("),
     ],
 )
-def test_a_base_prints_what_it_is(base, text):
+def test_repr_of_a_base_names_distribution_and_size(base, text):
     assert text in " ".join(lines_of(distributions.as_base(base, (2,))))
 
 
-def test_torchs_own_tree_of_a_net_is_at_hand():
+def test_repr_of_torch_modules_is_available():
     tree = torch.nn.Module.__repr__(Coupling(2))
     assert "(0): Linear(in_features=1, out_features=64, bias=True)" in tree

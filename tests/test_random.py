@@ -11,7 +11,7 @@ import cnf
 from cnf.random import device_of, draw, stream, stream_seed
 
 
-def test_stream_is_decided_by_seed_purpose_and_place():
+def test_stream_is_determined_by_seed_purpose_and_place():
     streams = {
         (seed, purpose, place): tuple(
             torch.rand(4, generator=stream(seed, purpose, *place)).tolist()
@@ -25,18 +25,18 @@ def test_stream_is_decided_by_seed_purpose_and_place():
     assert again == list(streams[-1, "epoch", (0, 1)])
 
 
-def test_seeds_are_numpys():
+def test_seeds_equal_those_of_numpys_seed_sequence():
     # From np.random.SeedSequence(3, spawn_key=(binascii.crc32(b"step"), 7)), NumPy 2.
     assert stream_seed(3, "step", 7) == 4235343752
 
 
-def test_streams_of_neighbors_are_uncorrelated():
+def test_streams_of_consecutive_steps_are_uncorrelated():
     drawn = torch.stack([torch.randn(20_000, generator=stream(0, "step", k)) for k in range(8)])
     correlation = torch.corrcoef(drawn) - torch.eye(8)
     assert correlation.abs().max() < 4 / 20_000**0.5
 
 
-def test_no_two_places_draw_from_one_stream():
+def test_no_purpose_of_a_stream_is_used_twice():
     """Each use has a name of its own, so that nothing repeats another module's draws."""
     source = [path.read_text() for path in Path(cnf.__file__).parent.rglob("*.py")]
     called = re.compile(r"""\b(?:stream|stream_seed)\([^()]*?,\s*["']([^"']+)["']""")

@@ -33,7 +33,7 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_model_has_its_papers_recipe(name):
+def test_every_model_has_the_recipe_of_its_paper(name):
     assert build(name, dim=2).transform.recipe == RECIPES[name]
 
 
@@ -47,7 +47,7 @@ def test_recipes_follow_the_options():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_loss_without_arguments_is_the_recipes_sum(name, small_flow, x):
+def test_loss_without_arguments_follows_the_recipe(name, small_flow, x):
     flow, objective = small_flow(name), MaximumLikelihood()
     recipe = flow.transform.recipe
     batch = objective.prepare(flow, Batch(x), seeded())
@@ -71,7 +71,7 @@ def test_a_loss_without_arguments_is_the_recipes_sum(name, small_flow, x):
 
 
 @pytest.mark.parametrize("name", ["ffjord", "rnode", "otflow"])
-def test_arguments_go_before_the_recipe(name, small_flow, x):
+def test_arguments_override_the_recipe(name, small_flow, x):
     flow, solver = small_flow(name), Solver("midpoint", steps=3)
     objective = MaximumLikelihood("exact", {}, solver)
     with record() as stats:
@@ -81,7 +81,7 @@ def test_arguments_go_before_the_recipe(name, small_flow, x):
     assert objective.prepare(flow, Batch(x)).probe is None
 
 
-def test_each_argument_goes_alone(small_flow, x):
+def test_each_argument_overrides_only_its_own_setting(small_flow, x):
     flow = small_flow("rnode")
     only = MaximumLikelihood(penalties={"kinetic": 0.5})(flow, Batch(x), seeded())
     assert set(only.metrics) == {"nll", "kinetic"}
@@ -93,7 +93,7 @@ def test_each_argument_goes_alone(small_flow, x):
 
 
 @pytest.mark.parametrize("name", ["ffjord", "rnode", "otflow"])
-def test_flow_matching_and_evaluation_know_no_recipe(name, small_flow, x):
+def test_flow_matching_and_evaluation_ignore_the_recipe(name, small_flow, x):
     flow = small_flow(name)
     with record() as stats:
         batch = FlowMatching().prepare(flow, Batch(x), seeded())
@@ -102,7 +102,7 @@ def test_flow_matching_and_evaluation_know_no_recipe(name, small_flow, x):
     torch.testing.assert_close(flow.log_prob(x), flow.log_prob(x, divergence="exact"))
 
 
-def test_with_solver_changes_nothing_of_the_recipe_but_its_solver(x):
+def test_with_solver_changes_only_the_solver_of_the_recipe(x):
     flow = build("rnode", dim=2).double()
     coarse = flow.with_solver(Solver("euler", steps=5))
     assert coarse.transform.recipe == replace(flow.transform.recipe, solver=None)
@@ -112,7 +112,7 @@ def test_with_solver_changes_nothing_of_the_recipe_but_its_solver(x):
     assert flow.transform.recipe.solver == RECIPES["rnode"].solver
 
 
-def test_cnf_is_evaluated_tighter_than_it_is_trained_unless_told():
+def test_cnf_is_evaluated_with_tighter_tolerances_than_trained_by_default():
     told = {"method": "rk4", "steps": 8}
     flow, other = build("cnf", dim=2).transform, build("cnf", dim=2, solver=told).transform
     assert (flow.solver.rtol, flow.recipe.solver.rtol) == (1e-6, 1e-5)
@@ -142,7 +142,7 @@ def linear():
     return Flow(None, Continuous(Linear(), solver), event_shape=(2,)).double()
 
 
-def test_steer_ends_each_solve_at_one_random_time_for_all_rows(linear, x):
+def test_steer_stops_each_solve_at_one_random_time_for_all_rows(linear, x):
     objective, stops = MaximumLikelihood(steer=0.3), []
     for seed in range(200):
         batch = objective.prepare(linear, Batch(x), seeded(seed))
@@ -156,7 +156,7 @@ def test_steer_ends_each_solve_at_one_random_time_for_all_rows(linear, x):
 
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
-def test_a_steered_loss_is_that_of_the_flow_stopped_there(divergence, linear, x):
+def test_loss_with_steer_is_that_of_the_flow_stopped_at_its_end_time(divergence, linear, x):
     objective = MaximumLikelihood(divergence, steer=0.8)
     batch = objective.prepare(linear, Batch(x), seeded(2))
     t = batch.stop[0].item()
@@ -171,7 +171,7 @@ def test_a_steered_loss_is_that_of_the_flow_stopped_there(divergence, linear, x)
     torch.testing.assert_close(weighted, (torch.arange(6) * expected).sum() / 15)
 
 
-def test_a_steered_loss_adds_its_penalties_up_to_the_stop(linear, x):
+def test_loss_with_steer_adds_penalties_up_to_its_end_time(linear, x):
     batch = LikelihoodRows(x, stop=torch.full((6,), 0.25, dtype=F64))
     loss = MaximumLikelihood(penalties={"jacobian": 2.0})(linear, batch)
     norm = 0.75 * Linear.matrix.square().sum()
@@ -179,12 +179,12 @@ def test_a_steered_loss_adds_its_penalties_up_to_the_stop(linear, x):
     torch.testing.assert_close(loss.value, stopped(x, 0.25).mean() + 2 * norm)
 
 
-def test_no_steer_is_no_draw(small_flow, x):
+def test_no_time_is_drawn_without_steer(small_flow, x):
     flow = small_flow("cnf")
     assert MaximumLikelihood().prepare(flow, Batch(x), seeded()).stop is None
 
 
-def test_steer_needs_a_field_and_a_range(small_flow, x):
+def test_steer_requires_a_continuous_flow_and_a_valid_range(small_flow, x):
     with pytest.raises(TypeError, match="steer=.*expected a flow whose transform is a Continuous"):
         MaximumLikelihood(steer=0.5)(small_flow("realnvp"), Batch(x), seeded())
     for steer in (-0.1, 1.0, math.nan):
@@ -192,7 +192,7 @@ def test_steer_needs_a_field_and_a_range(small_flow, x):
             MaximumLikelihood(steer=steer)
 
 
-def test_settings_come_from_a_config_file_too():
+def test_settings_may_come_from_a_config_file():
     objective = OBJECTIVES.build({
         "name": "maximum-likelihood", "penalties": {"kinetic": 0.1}, "steer": 0.2,
         "divergence": {"name": "hutchinson", "probes": 2, "sketch": 1},
@@ -207,14 +207,14 @@ def test_settings_come_from_a_config_file_too():
 
 
 @pytest.mark.parametrize("name", ["rnode", "otflow"])
-def test_a_solver_that_is_given_trains_too(name, small_flow, x):
+def test_given_solver_is_used_in_training(name, small_flow, x):
     flow = build(name, dim=2, solver=Solver("midpoint", steps=3))
     with record() as stats:
         MaximumLikelihood("exact")(flow, Batch(x.float()), seeded())
     assert stats.forward == 6
 
 
-def test_a_recipe_holds_inside_a_compose(small_flow, x):
+def test_recipe_applies_inside_a_compose(small_flow, x):
     inner = small_flow("ffjord").transform
     flow = Flow(None, Compose([inner]), event_shape=(2,))
     assert MaximumLikelihood().prepare(flow, Batch(x), seeded()).probe.shape == (6, 1, 2)

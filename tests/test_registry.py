@@ -26,7 +26,7 @@ TABLES = [
 ]
 
 
-def test_entries_come_back_in_the_order_of_registration():
+def test_entries_are_listed_in_the_order_of_registration():
     table = Registry("letter")
     for name in "cab":
         assert table.register(name)(name.upper()) == name.upper()
@@ -34,14 +34,14 @@ def test_entries_come_back_in_the_order_of_registration():
     assert table["a"] == "A" and "a" in table and "z" not in table and table.get("z") is None
 
 
-def test_example_is_kept_beside_the_entry():
+def test_example_is_stored_with_the_entry():
     table = Registry("letter")
     table.register("a", example=lambda: 7)("A")
     table.register("b")("B")
     assert list(table.examples) == ["a"] and table.examples["a"]() == 7
 
 
-def test_a_name_is_registered_once():
+def test_registering_a_name_twice_is_refused():
     table = Registry("letter")
     table.register("a")("A")
     with pytest.raises(ValueError, match="letter 'a' is registered already"):
@@ -67,7 +67,7 @@ def test_specification_is_an_instance_a_name_a_class_or_a_mapping():
 
 
 @pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
-def test_the_spec_of_every_entry_builds_it_again(table):
+def test_spec_of_every_entry_rebuilds_it(table):
     for name in table:
         if table.kind == "regularizer":
             continue  # weights by name, not options
@@ -78,7 +78,7 @@ def test_the_spec_of_every_entry_builds_it_again(table):
 
 
 @pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
-def test_misspelt_options_are_refused_alike_everywhere(table):
+def test_misspelt_options_give_the_same_error_everywhere(table):
     name = next(iter(table))
     with pytest.raises(ValueError, match=f"^{name}: unknown option 'nonesuch'; known: "):
         table.build({"name": name, "nonesuch": 1})
@@ -103,7 +103,7 @@ def test_the_spec_leaves_out_what_is_not_set():
     assert "penalties" not in spec(cnf.MaximumLikelihood(penalties={}))
 
 
-def test_options_of_couplings_are_bound_and_close_names_are_proposed():
+def test_options_of_couplings_are_bound_and_errors_propose_close_names():
     coupling = cnf.matching.COUPLINGS.build({"name": "conditional-ot", "weight": 3.0})
     assert coupling.keywords == {"weight": 3.0}
     assert spec(coupling) == {"name": "conditional-ot", "weight": 3.0}
@@ -182,7 +182,7 @@ def test_sequences_of_any_kind_are_saved_as_lists(widths, tmp_path):
     assert again.spec["options"]["hidden"] == [3, 5]
 
 
-def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+def test_numpy_numbers_are_saved_as_numbers(tmp_path):
     assert spec((np.int64(3), np.float32(0.5), np.bool_(True))) == [3, 0.5, True]
     flow = cnf.models.realnvp(np.int64(2), context=np.int64(1), layers=np.int64(2))
     assert json.loads(json.dumps(flow.spec))["options"] == {"dim": 2, "context": 1, "layers": 2}

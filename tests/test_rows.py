@@ -63,9 +63,7 @@ def test_log_prob_of_nan_is_nan_and_at_infinity_minus_infinity(
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("name", ["cnf", "otflow", "nsf", "planar"])
-def test_a_context_that_is_not_finite_is_nan_in_its_row(
-    name, bad, small_flow, generator, contexts
-):
+def test_non_finite_context_gives_nan_in_its_row_only(name, bad, small_flow, generator, contexts):
     flow = small_flow(name, 3, solver=Solver(rtol=1e-5, atol=1e-5) if name == "cnf" else None)
     x, broken = torch.randn(7, 2, generator=generator, dtype=F64), contexts.clone()
     broken[2, 1] = bad
@@ -83,7 +81,7 @@ def test_a_context_that_is_not_finite_is_nan_in_its_row(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_encode_and_decode_keep_nan_in_its_row(name, small_flow, points):
+def test_nan_affects_only_its_row_of_encode_and_decode(name, small_flow, points):
     flow = small_flow(name, solver=Solver(rtol=1e-5, atol=1e-5))
     for way in (flow.encode, flow.decode):
         found = way(points)
@@ -94,7 +92,7 @@ def test_encode_and_decode_keep_nan_in_its_row(name, small_flow, points):
 @pytest.mark.parametrize(
     "solver", [Solver(), Solver("rk4", steps=4), Solver(norm="rows")], ids=str
 )
-def test_a_continuous_flow_keeps_nan_in_its_row_along_the_way(solver, small_flow, points):
+def test_nan_affects_only_its_row_of_trajectory_and_integrals(solver, small_flow, points):
     flow = small_flow("cnf", solver=solver)
     path = flow.trajectory(points, [0.0, 0.5, 1.0])
     assert path.shape == (3, 7, 2) and path[:, list(BAD)].isnan().all()
@@ -116,7 +114,7 @@ def test_a_continuous_flow_keeps_nan_in_its_row_along_the_way(solver, small_flow
 
 
 @pytest.mark.parametrize("name", ["cnf", "nsf"])
-def test_error_bars_keep_nan_in_its_row(name, small_flow, points):
+def test_nan_affects_only_its_row_of_error_bars(name, small_flow, points):
     flow = small_flow(name, solver=Solver("rk4", steps=4))
     told, alone = log_prob_with_error(flow, points), log_prob_with_error(flow, points[FINITE])
     assert_rule(told.value, alone.value)
@@ -127,7 +125,7 @@ def test_error_bars_keep_nan_in_its_row(name, small_flow, points):
     assert (told.solver_error[[2, 6]] == 0).all()  # -inf is exact
 
 
-def test_nan_passes_layers_around_a_solve(randomized, points):
+def test_nan_affects_only_its_row_with_layers_around_a_solve(randomized, points):
     parts = [Coupling(2, hidden=(8,)), Continuous(MLPField(2, (8,), frequencies=1)), Coupling(2)]
     flow = randomized(Flow(None, Compose(parts), event_shape=(2,)), gain=0.6)
     found, alone = flow.log_prob(points), flow.log_prob(points[FINITE])
@@ -141,7 +139,7 @@ def test_nan_passes_layers_around_a_solve(randomized, points):
         torch.testing.assert_close(actual, right, rtol=1e-9, atol=1e-9)
 
 
-def test_images_keep_nan_in_their_row(randomized, generator):
+def test_nan_affects_only_its_own_image(randomized, generator):
     flow = randomized(cnf.models.build("glow", shape=(1, 4, 4), hidden=(8, 8)), gain=0.3)
     x = torch.randn(4, 1, 4, 4, generator=generator, dtype=F64)
     broken = x.clone()
@@ -174,7 +172,7 @@ class Net(nn.Module):
         return y.floor()
 
 
-def test_nan_does_not_reach_dequantization():
+def test_dequantization_gets_no_nan():
     flow = Flow(None, Compose([Coupling(2)]), None, Net(), event_shape=(2,))
     x = torch.tensor([[1.0, 2.0], [NAN, 0.0], [0.0, INF]])
     found = flow.log_prob(x)
@@ -185,7 +183,7 @@ def test_nan_does_not_reach_dequantization():
     assert flow.decode(x)[1].isnan().all()
 
 
-def test_a_context_that_may_be_missing_keeps_its_meaning(small_flow, generator):
+def test_nan_in_an_optional_context_means_missing(small_flow, generator):
     flow = small_flow("cnf", 3, null_context=True)
     x = torch.randn(2, 2, generator=generator, dtype=F64)
     found = flow.log_prob(x, torch.full((2, 3), NAN, dtype=F64))
@@ -194,7 +192,7 @@ def test_a_context_that_may_be_missing_keeps_its_meaning(small_flow, generator):
 
 
 @pytest.mark.parametrize("solver", [Solver(), Solver("rk4", steps=4)], ids=str)
-def test_a_field_that_makes_nan_is_still_the_one_to_blame(solver, points):
+def test_error_names_a_field_that_produces_nan(solver, points):
 
     class Root(nn.Module):
         def forward(self, t, x):
@@ -205,7 +203,7 @@ def test_a_field_that_makes_nan_is_still_the_one_to_blame(solver, points):
         flow.encode(points)
 
 
-def test_probes_that_are_given_stay_with_their_rows(small_flow, generator):
+def test_given_probes_stay_with_their_rows(small_flow, generator):
     flow = small_flow("cnf")
     x = torch.randn(6, 2, generator=generator, dtype=torch.float64)
     probe = torch.randn(1, 6, 2, generator=generator, dtype=torch.float64)

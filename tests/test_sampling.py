@@ -95,7 +95,7 @@ def assert_law(x, mean, std, bias):
 @pytest.mark.parametrize(
     "options", [{}, {"sigma_min": 0.02, "sigma_max": 10.0, "rho": 3.0}], ids=str
 )
-def test_edm_grid_is_karras_levels_as_times(steps, options):
+def test_edm_grid_equals_noise_levels_of_karras_as_times(steps, options):
     low, high, rho = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, **options}.values()
     i = np.arange(steps)
     ramp = high ** (1 / rho) + i / max(1, steps - 1) * (low ** (1 / rho) - high ** (1 / rho))
@@ -120,7 +120,7 @@ def test_edm_grid_refuses_levels_in_the_wrong_order():
         edm_grid(4, sigma_min=80.0, sigma_max=0.002)
 
 
-def test_few_steps_are_taken_by_a_flow_with_another_solver():
+def test_flow_with_another_solver_samples_in_few_steps():
     flow, _ = gaussian_flow("velocity, linear")
     few = flow.with_solver(Solver("heun2", grid=edm_grid(8)))
     with cnf.dynamics.record() as stats:
@@ -168,7 +168,7 @@ def test_learned_grid_is_better_for_a_field_that_moves_at_one_end():
 
 @pytest.mark.parametrize("method", ["euler", "heun2"])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_a_learned_grid_is_never_worse_on_its_own_points(method, steps, small_flow):
+def test_learned_grid_is_never_worse_on_its_own_points(method, steps, small_flow):
     flow = small_flow("rnode", solver=Solver("rk4", steps=30))
     grid = learned_grid(flow, steps, method, points=32, generator=seeded(3))
     found = distance(flow, grid, method, points=32, seed=3)
@@ -189,7 +189,7 @@ def test_learned_grid_of_one_step_is_trivial_and_repeats_with_its_generator(smal
 
 
 @pytest.mark.parametrize("shape", [(2,), (4, 2)], ids=str)
-def test_a_grid_is_learned_under_a_context(shape, generator):
+def test_grid_is_learned_for_a_context(shape, generator):
     context = 1 + torch.rand(*shape, generator=generator, dtype=F64)
     grid = learned_grid(late_flow(2), 2, context=context, points=4)
     assert grid[1] == pytest.approx(0.8, abs=0.01)
@@ -312,7 +312,7 @@ def test_samples_of_the_sde_are_in_data_space():
     assert rounded.dtype == torch.int64 and torch.equal(rounded, x.floor().long())
 
 
-def test_sde_takes_shapes_context_and_generator_as_sample_does(small_flow, generator):
+def test_sde_accepts_shapes_context_and_generator_like_sample(small_flow, generator):
     flow = small_flow("cnf", context=3, solver=Solver("euler", steps=5))
     context = torch.randn(4, 3, generator=generator, dtype=F64)
     before = torch.get_rng_state()
@@ -366,7 +366,7 @@ def test_settings_out_of_range_are_refused(options):
         sde(flow, 3, **options)
 
 
-def test_guided_flows_hold_a_guided_field(small_flow):
+def test_guided_flow_has_a_guided_field(small_flow):
     flow = small_flow("rnode", context=2, null_context=True)
     field = guided(flow, 2.0, (0.1, 0.6)).field
     assert isinstance(field, Guided) and field.field is flow.field

@@ -88,11 +88,11 @@ NANOSECONDS = 1_700_000_000_000_000_000 + np.arange(100)
         (pyarrow.table({"x": np.ones(100), "t": NANOSECONDS}), "'t'"),
     ],
 )
-def test_integers_that_float64_merges_are_refused(values, column):
+def test_integers_that_float64_does_not_resolve_are_refused(values, column):
     with pytest.raises(ValueError, match=f"^fit: float64 merges .* in column {column},.*origin"):
         as_numbers("fit", "data", values)
 
 
-def test_large_integers_that_float64_keeps_apart_are_accepted():
+def test_large_integers_that_float64_resolves_are_accepted():
     seconds = 1_700_000_000_000_000_000 + 1_000_000_000 * np.arange(100)
     assert as_numbers("fit", "data", seconds).tolist() == seconds.tolist()

@@ -176,7 +176,7 @@ def test_error_shows_how_to_write_a_label_with_a_comma():
     assert columns.parse("sample", ["blue, dark"]) == [1.0, 0.0]
 
 
-def test_reading_does_not_warn_of_what_training_warns_of(tmp_path):
+def test_reading_does_not_give_the_warnings_of_training(tmp_path):
     lines = [f"{k},{k % 3},{k * k + 0.5}" for k in range(60)]
     (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))
     points = load(tmp_path / "x.csv")  # warnings are errors here

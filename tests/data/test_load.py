@@ -8,23 +8,23 @@ from cnf.data import TOYS, Picture, Points, Toy, load, toy
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_a_name_gives_its_toy(name):
+def test_name_gives_its_toy(name):
     assert load(name) is toy(name) and isinstance(load(name), Toy) and load(name).name == name
 
 
-def test_a_source_is_returned_unchanged():
+def test_source_is_returned_unchanged():
     for source in (toy("moons"), Points(torch.randn(5, 3))):
         assert load(source) is source
 
 
 @pytest.mark.parametrize("points", [torch.randn(5, 3), np.random.randn(5, 3), torch.randn(5)])
-def test_points_give_points(points):
+def test_tensor_gives_points(points):
     loaded = load(points)
     assert isinstance(loaded, Points) and loaded.dim == (points.shape[1:] or (1,))[0]
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_table_gives_points(tmp_path, kind):
+def test_table_gives_points(tmp_path, kind):
     (tmp_path / "mine.v2.csv").write_text("a,b\n1,2\n3,4\n")
     loaded = load(kind(tmp_path / "mine.v2.csv"))
     assert isinstance(loaded, Points) and loaded.name == "mine.v2"
@@ -32,7 +32,7 @@ def test_a_table_gives_points(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["p.png", "p.JPG"])
-def test_a_picture_gives_a_density(tmp_path, name):
+def test_picture_gives_a_density(tmp_path, name):
     image = pytest.importorskip("PIL.Image")
     image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).save(tmp_path / name)
     loaded = load(tmp_path / name)

@@ -83,7 +83,7 @@ def test_no_sample_falls_on_a_pixel_without_mass(picture):
     assert density.log_prob(sample).isfinite().all()
 
 
-def test_transparent_counts_as_white(tmp_path):
+def test_transparent_pixels_count_as_white(tmp_path):
     rgba = np.zeros((2, 2, 4), dtype=np.uint8)
     rgba[0, 0, 3] = 255
     image.fromarray(rgba).save(tmp_path / "p.png")

@@ -31,7 +31,7 @@ def rows(delimiter):
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.txt", "t.txt.gz", "T.CSV"])
 @pytest.mark.parametrize("delimiter", [",", ", ", ";", "\t", " ", "   ", " \t"])
 @pytest.mark.parametrize("header", ["", "a{d}b\n", "# by hand\na{d}b\n", '"a"{d}"b"\n'])
-def test_text_is_read_whatever_its_layout(text, name, delimiter, header):
+def test_text_of_any_layout_is_read(text, name, delimiter, header):
     path = text(header.format(d=delimiter) + rows(delimiter) + "\n\n", name)
     x = read_table(path)
     assert x.dtype == torch.float64 and torch.equal(x, EXPECTED)
@@ -91,7 +91,7 @@ BAD_TEXT = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_malformed_text_is_refused_in_one_line(text, case):
+def test_malformed_text_is_refused_with_a_one_line_message(text, case):
     content, message = BAD_TEXT[case]
     with pytest.raises(ValueError, match=message) as caught:
         read_table(text(content))
@@ -268,7 +268,9 @@ def test_written_csv_names_its_columns(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [".csv", ".npy", ".parquet"])
-def test_integers_of_a_file_that_float64_merges_are_refused_unless_left_out(text, tmp_path, kind):
+def test_integers_of_a_file_that_float64_does_not_resolve_are_refused_unless_left_out(
+    text, tmp_path, kind
+):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"t": 1_700_000_000_000_000_000 + np.arange(60), "x": np.arange(60)})
     path = tmp_path / f"t{kind}"
@@ -283,7 +285,7 @@ def test_integers_of_a_file_that_float64_merges_are_refused_unless_left_out(text
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "decimals"])
-def test_integers_that_float64_merges_are_refused_in_columns_with_missing_values(kind, tmp_path):
+def test_integers_that_float64_does_not_resolve_are_refused_with_missing_values(kind, tmp_path):
     stamps = [2**60 + k if k % 5 else None for k in range(60)]
     few = [None if stamp is None else stamp % 1000 for stamp in stamps]
     path = tmp_path / ("x.csv" if kind == "csv" else "x.parquet")

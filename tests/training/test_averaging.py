@@ -43,7 +43,7 @@ def linear(points, config, square):
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.15, 0.999])
-def test_module_holds_the_hand_kept_average_afterwards(linear, decay, tmp_path):
+def test_module_holds_the_moving_average_after_training(linear, decay, tmp_path):
     net, raw, _ = linear(tmp_path / "run", ema=decay, lr=0.1)
     assert len(raw) == 9
     torch.testing.assert_close(net.weight.detach(), hand_average(raw, decay), rtol=0, atol=1e-14)
@@ -56,20 +56,20 @@ def test_checkpoint_holds_raw_and_averaged_weights(linear, tmp_path):
     assert torch.equal(state["learner"]["kept"]["weight"], net.weight)
 
 
-def test_without_ema_the_last_weights_are_kept(linear, tmp_path):
+def test_module_holds_the_last_weights_without_ema(linear, tmp_path):
     net, raw, state = linear(tmp_path / "run", ema=None, lr=0.1)
     assert torch.equal(net.weight, raw[-1])
     assert not torch.equal(raw[-1], raw[-2])
 
 
-def test_buffers_are_those_of_training_and_not_of_validation(points, config, square):
+def test_buffers_are_updated_by_training_and_not_by_validation(points, config, square):
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     cnf.fit(net, square, points, config(steps=6, ema=0.9))
     assert net[1].num_batches_tracked == 6
 
 
 @pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
-def test_validation_is_the_nll_of_the_kept_weights_on_held_out_rows(
+def test_validation_is_the_nll_of_the_averaged_weights_on_held_out_rows(
     objective, small, config, points
 ):
     flow, held_out = small(), points[:30] + 0.5
@@ -81,27 +81,27 @@ def test_validation_is_the_nll_of_the_kept_weights_on_held_out_rows(
     assert scores[-1] == pytest.approx(expected, rel=1e-6)  # float32 sum
 
 
-def test_toy_is_validated_on_a_fixed_draw(small, config):
+def test_toy_is_validated_on_fixed_samples(small, config):
     settings = config(steps=4, lr=1e-30, ema=None)  # too small a step to change a weight
     history = cnf.fit(small(), cnf.FlowMatching(), cnf.data.toy("moons"), settings)
     assert len(history.column("val_nll")) == 4
     assert len(set(history.column("val_nll"))) == 1
 
 
-def test_validations_spread_evenly_over_the_budget(small, config, points):
+def test_validations_are_evenly_spaced_in_the_budget(small, config, points):
     history = cnf.fit(small(), cnf.FlowMatching(), points, config(steps=12, validations=4))
     scored = [record["step"] for record in history.records if "val_nll" in record]
     assert scored == [3, 6, 9, 12]
 
 
-def test_no_validations_scores_nothing_and_trains_on_every_row(config, points, square):
+def test_no_validation_means_no_score_and_training_on_every_row(config, points, square):
     history = cnf.fit(torch.nn.Linear(2, 2), square, points, config(steps=6, validations=0))
     assert history.column("val_loss") == []
     assert len(torch.cat(square.seen).unique(dim=0)) == 96  # six whole batches of sixteen
 
 
 @pytest.mark.parametrize("validation_rows, held_out", [(50, 10), (4, 4)])
-def test_a_tenth_of_the_rows_is_held_out_and_never_trained_on(
+def test_one_tenth_of_the_rows_is_held_out_and_never_trained_on(
     validation_rows, held_out, config, points, square, monkeypatch
 ):
     scored = []
@@ -121,14 +121,14 @@ def test_a_tenth_of_the_rows_is_held_out_and_never_trained_on(
     assert len(trained) == 100 - held_out
 
 
-def test_each_row_comes_once_an_epoch_in_another_order(config, points, square):
+def test_each_epoch_has_every_row_once_in_a_new_order(config, points, square):
     cnf.fit(torch.nn.Linear(2, 2), square, points[:96], config(steps=12, validations=0))
     first, second = torch.cat(square.seen[:6]), torch.cat(square.seen[6:])
     assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 96
     assert not torch.equal(first, second)
 
 
-def test_patience_stops_and_keeps_the_best_weights(small, config, points):
+def test_patience_stops_and_returns_the_best_weights(small, config, points):
     flow = small()
     held_out = points[:30]
     settings = config(steps=400, lr=0.2, patience=2, validations=100, schedule="constant")
@@ -177,7 +177,7 @@ def test_steps_whose_loss_alone_is_nan_are_skipped_and_counted(bad, config, poin
     assert (history.skipped, history.steps) == (2, 6)
 
 
-def test_nan_rows_from_a_density_end_training(small, config):
+def test_nan_samples_of_a_density_stop_training(small, config):
     class Holed:
         dim = 2
 
@@ -193,7 +193,7 @@ def test_nan_rows_from_a_density_end_training(small, config):
         cnf.fit(small(), cnf.MaximumLikelihood(), Holed(), config(steps=30, validations=0))
 
 
-def test_skipped_step_leaves_weights_and_average_alone(config, points, broken):
+def test_skipped_step_does_not_change_weights_and_average(config, points, broken):
     net = torch.nn.Linear(2, 2)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(cnf.DivergedError, match="NaN or infinite in 6 steps in a row"):
@@ -201,7 +201,7 @@ def test_skipped_step_leaves_weights_and_average_alone(config, points, broken):
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-def test_twenty_nan_gradients_in_a_row_raise_with_advice(config, points, broken):
+def test_twenty_nan_gradients_in_a_row_raise_an_error_with_a_remedy(config, points, broken):
     net = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"20 steps in a row.*lower lr=.*data's scale") as raised:
         cnf.fit(net, broken(range(5, 99)), points, config(steps=99, validations=0))
@@ -210,14 +210,14 @@ def test_twenty_nan_gradients_in_a_row_raise_with_advice(config, points, broken)
 
 
 @pytest.mark.parametrize(("bad", "raises"), [({5}, False), ({4, 5}, False), ({3, 4, 5}, True)])
-def test_half_of_the_steps_nan_at_the_end_are_divergence(bad, raises, config, points, broken):
+def test_half_of_the_last_steps_nan_is_a_divergence_error(bad, raises, config, points, broken):
     settings = config(steps=6, validations=0)
     expected = pytest.raises(cnf.DivergedError) if raises else contextlib.nullcontext()
     with expected:
         assert cnf.fit(torch.nn.Linear(2, 2), broken(bad), points, settings).skipped == len(bad)
 
 
-def test_nineteen_nan_gradients_in_a_row_do_not_raise(config, points, broken):
+def test_nineteen_nan_gradients_in_a_row_raise_no_error(config, points, broken):
     bad = {*range(19), *range(20, 39)}
     settings = config(steps=50, validations=0)
     assert cnf.fit(torch.nn.Linear(2, 2), broken(bad), points, settings).skipped == 38
@@ -244,9 +244,7 @@ class Flat(Objective):
         return cnf.Loss(0.0 * module(batch.x).sum(), {})
 
 
-def test_adamw_shrinks_weights_by_lr_times_decay_and_adam_adds_the_decay_to_the_gradient(
-    config, points
-):
+def test_weight_decay_is_decoupled_in_adamw_and_an_l2_gradient_in_adam(config, points):
     """Without a gradient: (1 - lr·λ)^k for adamw (Loshchilov & Hutter 2019), and for adam, whose
     gradient is then λw, one step of about lr."""
     found = {}
@@ -276,7 +274,7 @@ class Steep(Flat):
         return cnf.Loss(factor * module.weight.sum(), {})
 
 
-def test_skipped_steps_are_no_steps_of_the_average(config, points):
+def test_skipped_steps_do_not_count_as_steps_of_the_average(config, points):
     """Adam's steps along a constant gradient are of length lr: 0, -1, -2, … times lr, whose
     average is as if the bad steps had not been."""
     net = torch.nn.Linear(2, 2, bias=False).double()
@@ -290,7 +288,7 @@ def test_skipped_steps_are_no_steps_of_the_average(config, points):
     assert net.weight[0, 0].item() == pytest.approx(hand_average(raw, 0.5).item(), abs=1e-7)
 
 
-def test_an_equal_score_is_no_better_one(config, points):
+def test_equal_score_is_not_an_improvement(config, points):
     """Patience counts validations without a better score; ties must not go on for ever."""
     net = torch.nn.Linear(2, 2)
     settings = config(steps=400, validations=100, patience=3)

@@ -73,7 +73,7 @@ DATA = {
 
 @pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood()])
 @pytest.mark.parametrize("kind", DATA)
-def test_unusable_data_are_refused_in_one_line(kind, objective, small, config):
+def test_unusable_data_are_refused_with_a_one_line_message(kind, objective, small, config):
     data, options, words = DATA[kind]
     refused(lambda: cnf.fit(small(), objective, data, config(), **options), *words)
 
@@ -81,7 +81,7 @@ def test_unusable_data_are_refused_in_one_line(kind, objective, small, config):
 @pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood()])
 @pytest.mark.parametrize("validations", [0, 2])
 @pytest.mark.parametrize("context", [None, torch.randn(100, 3)])
-def test_context_missing_or_of_another_size_is_named(
+def test_error_names_missing_context_or_context_of_another_size(
     context, validations, objective, small, config
 ):
     settings = config(validations=validations)
@@ -107,11 +107,11 @@ class Weighted(Dataset):
     [(TensorDataset(BAD), r"\(rows 7, 40\)"), (Weighted(), "got -1 in row 63")],
     ids=["NaN", "weight"],
 )
-def test_rows_of_a_dataset_are_named_by_its_own_numbers(data, words, small, config):
+def test_error_names_rows_of_a_dataset_by_their_index(data, words, small, config):
     refused(lambda: cnf.fit(small(), FlowMatching(), data, config(validations=0)), words)
 
 
-def test_a_batch_is_named_by_its_place_in_the_pass(small, config):
+def test_error_names_a_batch_by_its_position_in_the_epoch(small, config):
     passes = iter([[X[:16]] * 2, [X[:16]] * 2, [X[:16], BAD[:16]]])  # the first for its head
 
     class Batches:
@@ -137,12 +137,12 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("kind", ARGUMENTS)
-def test_arguments_of_another_kind_are_named(kind, small, config):
+def test_arguments_of_wrong_type_are_named_in_the_error(kind, small, config):
     (module, *rest), words = ARGUMENTS[kind]
     refused(lambda: cnf.fit(module or small(), *rest), "^fit: ", *words, kinds=(TypeError,))
 
 
-def test_settings_come_as_a_mapping_and_an_objective_as_its_class(small, config, same):
+def test_config_may_be_a_mapping_and_objective_a_class(small, config, same):
     one, other = small(), small()
     cnf.fit(one, FlowMatching(), X, config(seed=5))
     settings = {"steps": 6, "batch_size": 16, "validation_rows": 50, "seed": 5}
@@ -151,17 +151,17 @@ def test_settings_come_as_a_mapping_and_an_objective_as_its_class(small, config,
     refused(lambda: cnf.fit(one, FlowMatching, X, {"stps": 3}), "'stps'.*mean 'steps'")
 
 
-def test_a_flow_without_a_parameter_to_train_is_refused(small, config):
+def test_flow_without_trainable_parameters_is_refused(small, config):
     flow = small().requires_grad_(False)
     refused(lambda: cnf.fit(flow, FlowMatching(), X, config()), r"fit: .*requires_grad_\(\)")
 
 
-def test_a_sparse_tensor_is_refused(small, config):
+def test_sparse_tensor_is_refused(small, config):
     data = X.to_sparse()
     refused(lambda: cnf.fit(small(), FlowMatching(), data, config()), r"sparse_coo.*to_dense\(\)")
 
 
-def test_data_are_refused_before_the_module_is_touched(small, config, same):
+def test_data_are_refused_before_the_module_is_changed(small, config, same):
     flow = small()
     with pytest.raises(ValueError):
         cnf.fit(flow, FlowMatching(), BAD, config())
@@ -206,7 +206,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_impossible_settings_are_refused_in_one_line(kind):
+def test_invalid_settings_are_refused_with_a_one_line_message(kind):
     settings, words = SETTINGS[kind]
     refused(lambda: cnf.TrainConfig(**settings), "^TrainConfig", *words)
 
@@ -215,7 +215,7 @@ def test_misspelt_setting_is_refused():
     refused(lambda: cnf.TrainConfig(stpes=3), "stpes", kinds=(TypeError,))  # pyright: ignore
 
 
-def test_a_minute_is_the_default_budget():
+def test_default_budget_is_one_minute():
     assert cnf.TrainConfig().seconds == 60.0 and cnf.TrainConfig(steps=3).seconds is None
 
 
@@ -228,7 +228,7 @@ def test_misspelt_options_of_objectives_and_models_are_refused(small):
     refused(lambda: small("cmf"), "cmf", "cnf")
 
 
-def test_flow_matching_of_a_discrete_flow_names_the_objective_to_take(small, config):
+def test_error_for_flow_matching_of_a_discrete_flow_names_another_objective(small, config):
 
     def act():
         return cnf.fit(small("realnvp"), FlowMatching(), X, config())
@@ -236,7 +236,7 @@ def test_flow_matching_of_a_discrete_flow_names_the_objective_to_take(small, con
     refused(act, "FlowMatching", r"MaximumLikelihood\(\)", kinds=(TypeError,))
 
 
-def test_likelihood_of_what_is_no_flow_is_refused(config):
+def test_likelihood_of_a_module_that_is_not_a_flow_is_refused(config):
 
     def act():
         return cnf.fit(torch.nn.Linear(2, 2), MaximumLikelihood(), X, config())
@@ -263,7 +263,7 @@ def test_unknown_engine_settings_are_refused_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_of_nothing_is_refused(small, config, tmp_path):
+def test_resume_of_a_missing_folder_is_refused(small, config, tmp_path):
     settings = config(folder=tmp_path / "run", resume=True)
     refused(lambda: cnf.fit(small(), FlowMatching(), X, settings), "no run to resume", "run")
     assert not (tmp_path / "run").exists()
@@ -283,7 +283,9 @@ def test_resume_of_a_folder_without_a_checkpoint_is_refused(small, config, tmp_p
 
 
 @pytest.mark.parametrize("other", [("cnf", {"hidden": (9,)}), ("ffjord", {}), ("realnvp", {})])
-def test_resume_with_another_model_is_refused_in_one_line(other, small, config, tmp_path):
+def test_resume_with_another_model_is_refused_with_a_one_line_message(
+    other, small, config, tmp_path
+):
     cnf.fit(small(), MaximumLikelihood(), X, config(folder=tmp_path / "run"))
     name, options = other
     settings = config(folder=tmp_path / "run", resume=True)

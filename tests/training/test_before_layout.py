@@ -13,7 +13,7 @@ EXPECTED = json.loads((FOLDER / "log_prob.json").read_text())
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_flow_of_version_0_1_gives_the_log_prob_that_it_gave(name):
+def test_flow_saved_by_version_0_1_has_its_log_prob(name):
     flow = cnf.load(FOLDER / f"{name}.safetensors")
     assert flow.preprocess is not None and flow.preprocess.fitted
     x = torch.tensor(EXPECTED[name]["x"], dtype=torch.float64)
@@ -24,5 +24,5 @@ def test_a_flow_of_version_0_1_gives_the_log_prob_that_it_gave(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)  # of a few hundred layers
 
 
-def test_options_of_version_0_1_are_read():
+def test_options_saved_by_version_0_1_are_read():
     assert type(cnf.models.nsf(2, preprocess="standardise").preprocess).__name__ == "Standardize"

@@ -24,7 +24,7 @@ class Watched(FlowMatching):
         return super().__call__(module, batch, generator)
 
 
-def test_pairs_are_of_the_training_rows_and_the_partners_of_the_plan(small, config, points):
+def test_pairs_follow_the_plan_of_the_training_rows(small, config, points):
     Watched.seen.clear()
     flow = small()
     history = cnf.fit(flow, Watched(coupling=FEW), points, config(validations=0))
@@ -39,7 +39,7 @@ def test_pairs_are_of_the_training_rows_and_the_partners_of_the_plan(small, conf
     assert sum(pairs) < 0.5 * sum(mixed)
 
 
-def test_validation_rows_are_not_exchanged_for_training_rows(small, config, points):
+def test_validation_rows_are_not_permuted_by_the_coupling(small, config, points):
     source = cnf.distributions.Empirical(points[:50])
     flow = cnf.Flow(source, small().transform)
     held_out = points[:20] + 100
@@ -48,7 +48,7 @@ def test_validation_rows_are_not_exchanged_for_training_rows(small, config, poin
     assert min(history.column("val_loss")) > 50 * max(history.column("loss"))
 
 
-def test_resuming_keeps_the_seconds_of_preparing_and_pairing(small, config, points, tmp_path):
+def test_resuming_keeps_the_seconds_of_preparation_and_pairing(small, config, points, tmp_path):
     def run(**more):
         settings = config(validations=0, folder=tmp_path / "run", **more)
         return cnf.fit(small(), FlowMatching(coupling=FEW), points, settings)
@@ -59,15 +59,13 @@ def test_resuming_keeps_the_seconds_of_preparing_and_pairing(small, config, poin
     assert told == (first.preparing, first.pairing, first.seconds)
 
 
-def test_a_state_without_the_seconds_of_preparing_and_pairing_is_taken_up():
+def test_state_without_seconds_of_preparation_and_pairing_resumes():
     history = History()
     history.restore({"records": [{"step": 1.0}]})
     assert (len(history.records), history.preparing, history.pairing) == (1, 0.0, 0.0)
 
 
-def test_a_run_writes_what_was_asked_for_and_resumes_as_itself(
-    small, config, points, same, tmp_path
-):
+def test_run_saves_the_given_coupling_and_resumes_with_it(small, config, points, same, tmp_path):
     def run(**more):
         flow = small()
         settings = config(validations=0, folder=tmp_path / "run", **more)
@@ -81,13 +79,13 @@ def test_a_run_writes_what_was_asked_for_and_resumes_as_itself(
     assert same(first, run(resume=True))
 
 
-def test_rows_that_are_left_out_are_told(small, config, points):
+def test_rows_left_out_by_the_coupling_are_reported(small, config, points):
     with pytest.warns(UserWarning, match="pairs with 60 of the 100 rows"):
         coupling = FEW | {"rows": 60}
         cnf.fit(small(), FlowMatching(coupling=coupling), points, config(validations=0))
 
 
-def test_a_batch_of_pairs_needs_no_coupling(small, config, points):
+def test_batch_of_pairs_is_not_coupled_again(small, config, points):
     data = Batch(points, x0=torch.zeros(100, 2))
     history = cnf.fit(small(), FlowMatching(coupling=FEW), data, config())
     assert history.preparing < 0.1 and history.steps == 6
@@ -96,7 +94,7 @@ def test_a_batch_of_pairs_needs_no_coupling(small, config, points):
 @pytest.mark.parametrize(
     ("objective", "found"), [(FlowMatching(), "_path"), (MaximumLikelihood(), "as_trained")]
 )
-def test_what_a_loss_needs_of_a_flow_is_found_once_and_a_batch_prepared_once(
+def test_objective_is_resolved_once_per_fit_and_each_batch_prepared_once(
     objective, found, small, config, points, monkeypatch
 ):
     calls = []
@@ -120,7 +118,7 @@ def test_what_a_loss_needs_of_a_flow_is_found_once_and_a_batch_prepared_once(
 
 
 @pytest.mark.parametrize("kind", ["array", "dataset", "batches", "density"])
-def test_every_stream_gives_rows(kind, config, points):
+def test_every_type_of_stream_yields_rows(kind, config, points):
     data = {
         "array": points,
         "dataset": torch.utils.data.TensorDataset(points),
@@ -137,20 +135,20 @@ def test_every_stream_gives_rows(kind, config, points):
     assert NoData(config()).rows(5) is None
 
 
-def test_a_coupling_never_sees_held_out_rows(config, points):
+def test_coupling_is_not_fitted_to_held_out_rows(config, points):
     stream = as_stream(points, config(validations=1))
     both = torch.cat([stream.rows(100).x, stream.validation.x])
     assert len(stream.validation.x) == 10
     assert torch.equal(both.sort(0).values, points.sort(0).values)
 
 
-def test_the_seconds_of_a_fit_are_of_the_budget(small, config, points):
+def test_seconds_of_fitting_a_coupling_count_in_the_budget(small, config, points):
     coupling = FEW | {"steps": 200}
     history = cnf.fit(small(), FlowMatching(coupling=coupling), points, config(seconds=0.05))
     assert history.steps <= 60 and history.seconds >= history.preparing > 0.05
 
 
-def test_the_bar_tells_the_share_of_pairing():
+def test_progress_bar_shows_the_share_of_pairing():
     with ProgressBar(True, "title") as bar:
         with bar.doing("preparing"):
             assert bar._bar.tasks[0].description == "preparing title"
@@ -160,7 +158,7 @@ def test_the_bar_tells_the_share_of_pairing():
             assert bar._bar.tasks[0].fields["cost"] == told
 
 
-def test_a_composed_preprocessing_is_fitted_part_by_part_and_keeps_the_digits_of_data(config):
+def test_composed_preprocessing_is_fitted_part_by_part_in_float64(config):
     x = 1e8 + torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     parts = [cnf.transforms.Standardize((2,)), cnf.transforms.Standardize((2,))]
     flow = cnf.Flow(

@@ -15,14 +15,14 @@ def spend(budget, durations):
     return fractions
 
 
-def test_fraction_of_a_steps_budget_is_steps_taken_of_all(config):
+def test_fraction_of_a_budget_in_steps_is_the_share_of_steps(config):
     budget = Budget(config(steps=4))
     assert not budget.done
     assert spend(budget, [9.0] * 4) == [0.25, 0.5, 0.75, 1.0]
     assert budget.done and budget.seconds == 36.0
 
 
-def test_fraction_of_a_seconds_budget_is_whole_ticks_used(config):
+def test_fraction_of_a_budget_in_seconds_is_the_share_of_whole_ticks(config):
     budget = Budget(config(seconds=2.0))
     assert spend(budget, [0.004, 0.007, 0.489]) == [0.0, 1 / TICKS, 0.25]
     assert budget.ticks == [2] + [3] * 49
@@ -31,7 +31,7 @@ def test_fraction_of_a_seconds_budget_is_whole_ticks_used(config):
     assert budget.done and len(budget.ticks) == TICKS
 
 
-def test_recorded_ticks_repeat_the_fractions_of_a_seconds_budget(config):
+def test_recorded_ticks_reproduce_the_fractions_of_a_budget_in_seconds(config):
     durations = [0.013 * (1 + step % 5) for step in range(60)]
     first = Budget(config(seconds=2.0))
     fractions = []
@@ -72,7 +72,7 @@ def test_warmup_rises_from_above_zero_to_one(config, schedule):
     assert factors[-1] == 1.0
 
 
-def test_no_warmup_begins_at_the_highest_rate(config):
+def test_schedule_without_warmup_starts_at_the_highest_rate(config):
     assert Budget(config(warmup=0.0)).lr_factor() == 1.0
 
 

@@ -66,14 +66,14 @@ def test_save_load_gives_the_same_log_prob(name, dtype, small, points, tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_conditional_flow_is_built_again(name, small, points, tmp_path):
+def test_conditional_flow_is_rebuilt_from_its_checkpoint(name, small, points, tmp_path):
     flow = small(name, context=3)
     context = torch.randn(100, 3)
     read = load(save(flow, tmp_path / "flow.safetensors"))
     assert torch.equal(read.log_prob(points, context), flow.log_prob(points, context))
 
 
-def test_flow_saved_when_its_model_did_not_standardize_loads_as_it_was(points, tmp_path):
+def test_flow_saved_before_its_model_standardized_loads_unchanged(points, tmp_path):
     flow = cnf.models.build("ffjord", dim=2, hidden=(8,), preprocess=None)
     del flow.spec["options"]["preprocess"]  # what the default was
     read = load(save(flow, tmp_path / "old.safetensors"))
@@ -83,7 +83,7 @@ def test_flow_saved_when_its_model_did_not_standardize_loads_as_it_was(points, t
     assert again.preprocess is None and again.spec["options"]["preprocess"] is None
 
 
-def test_hand_built_flow_needs_into(small, points, tmp_path):
+def test_hand_built_flow_requires_into(small, points, tmp_path):
     built = small("realnvp")
     by_hand = cnf.Flow(None, built.transform, event_shape=(2,))
     path = save(by_hand, tmp_path / "flow.safetensors")
@@ -103,25 +103,25 @@ def test_hand_built_flow_needs_into(small, points, tmp_path):
         (lambda flow: cnf.load("a", "cpu"), r"load: expected into to be the flow .* got str"),
     ],
 )
-def test_arguments_of_another_kind_are_named(act, words, small):
+def test_arguments_of_wrong_type_are_named_in_the_error(act, words, small):
     with pytest.raises(TypeError, match=words):
         act(small())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_named(written, small, points, config):
+def test_error_names_a_missing_device(written, small, points, config):
     with pytest.raises(ValueError, match="load: expected a device that is there, got 'cuda:0'"):
         load(written, device="cuda:0")
     with pytest.raises(ValueError, match="fit: expected a device that is there, got 'cuda'"):
         cnf.fit(small(), "flow-matching", points, config(device="cuda"))
 
 
-def test_into_another_flow_is_refused_in_one_line(small, written):
+def test_loading_into_another_flow_is_refused_with_a_one_line_message(small, written):
     message = refusal(load, written, into=small("realnvp"))
     assert "do not fit" in message and str(written) in message
 
 
-def test_missing_file_and_empty_folder_are_named(tmp_path):
+def test_error_names_missing_file_and_empty_folder(tmp_path):
     assert "nowhere" in refusal(load, tmp_path / "nowhere")
     assert "flow.safetensors" in refusal(load, tmp_path)
 
@@ -135,7 +135,7 @@ def test_truncated_checkpoint_is_refused(written, tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"not a checkpoint", b"\xff" * 64, b"\x00" * 64, b"{}" * 40])
-def test_foreign_bytes_are_refused(data, tmp_path):
+def test_file_of_another_format_is_refused(data, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
     assert str(path) in refusal(load, path)
@@ -186,7 +186,7 @@ def write_torch(bomb, path):
 
 @pytest.mark.parametrize("write", [write_pickle, write_torch])
 @pytest.mark.parametrize("name, read", [("x.safetensors", load), ("state.pt", load_state)])
-def test_pickle_bomb_runs_no_code(name, read, write, tmp_path):
+def test_malicious_pickle_runs_no_code(name, read, write, tmp_path):
     mark, path = tmp_path / "exploded", tmp_path / name
     write(Bomb(mark), path)
     message = refusal(read, path)
@@ -208,7 +208,7 @@ def test_truncated_state_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"not a state", b"PK\x03\x04" + bytes(90), b"\x80\x02" * 9])
-def test_foreign_state_is_refused(data, tmp_path):
+def test_state_of_another_program_is_refused(data, tmp_path):
     path = tmp_path / "state.pt"
     path.write_bytes(data)
     assert str(path) in refusal(load_state, path)
@@ -222,7 +222,7 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_leaves_the_old_checkpoint_byte_for_byte(small, written, small_disk):
+def test_full_disk_does_not_change_the_old_checkpoint(small, written, small_disk):
     old, other = written.read_bytes(), small()
     torch.nn.init.ones_(next(other.parameters()))
     small_disk(len(old) // 2)
@@ -232,7 +232,7 @@ def test_full_disk_leaves_the_old_checkpoint_byte_for_byte(small, written, small
     assert os.listdir(written.parent) == [written.name]
 
 
-def test_full_disk_leaves_the_old_state_byte_for_byte(tmp_path, small_disk):
+def test_full_disk_does_not_change_the_old_state(tmp_path, small_disk):
     path = tmp_path / "state.pt"
     save_state({"a": 1}, path)
     old = path.read_bytes()
@@ -272,7 +272,7 @@ def flipped(data):
         yield data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
 
 
-def test_no_flipped_bit_of_a_flow_file_loads(tmp_path):
+def test_every_flipped_bit_of_a_flow_file_is_refused(tmp_path):
     flow = cnf.models.build("realnvp", dim=2, layers=1, hidden=(2,), preprocess=None)
     path = save(flow, tmp_path / "flow.safetensors")
     for data in flipped(path.read_bytes()):
@@ -280,7 +280,7 @@ def test_no_flipped_bit_of_a_flow_file_loads(tmp_path):
         assert str(path) in refusal(load, path)
 
 
-def test_no_flipped_bit_of_a_state_file_loads(tmp_path):
+def test_every_flipped_bit_of_a_state_file_is_refused(tmp_path):
     path = tmp_path / "state.pt"
     save_state({"learner": {"w": torch.ones(3)}, "records": [{"step": 1}]}, path)
     for data in flipped(path.read_bytes()):
@@ -288,25 +288,25 @@ def test_no_flipped_bit_of_a_state_file_loads(tmp_path):
         assert str(path) in refusal(load_state, path)
 
 
-def test_saving_twice_gives_the_same_bytes(small, written, tmp_path):
+def test_saving_twice_gives_identical_files(small, written, tmp_path):
     again = save(small(), tmp_path / "again.safetensors")
     assert again.read_bytes() == written.read_bytes()
 
 
-def test_flow_written_before_hashes_still_loads():
+def test_flow_file_without_hash_loads():
     flow = load(OLD)
     assert flow.spec["options"]["hidden"] == [2]
     weights = torch.cat([value.flatten() for value in flow.parameters()])
     assert weights.sum().item() == pytest.approx(-3.147118091583252, rel=1e-6)
 
 
-def test_state_written_before_hashes_still_loads():
+def test_state_file_without_hash_loads():
     state = load_state(OLD)
     assert state["budget"]["step"] == 3 and len(state["records"]) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weight_that_is_no_number_is_named_when_written_and_when_read(value, small, tmp_path):
+def test_nan_weight_is_named_on_saving_and_loading(value, small, tmp_path):
     flow, path = small("realnvp"), tmp_path / "x.safetensors"
     name, weight = list(flow.named_parameters())[3]
     torch.nn.init.constant_(weight, value)
@@ -351,14 +351,14 @@ def test_folder_in_place_of_the_file_is_refused(name, read, tmp_path):
 
 
 @pytest.mark.parametrize("held", [3, [1], torch.ones(2), None, "x"])
-def test_state_that_holds_another_thing_is_refused(held, tmp_path):
+def test_state_with_unexpected_contents_is_refused(held, tmp_path):
     path = tmp_path / "state.pt"
     save_state(held, path)
     assert type(held).__name__ in refusal(load_state, path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
-def test_a_file_of_torch_save_is_told_how_to_become_one_of_cnf(suffix, small, tmp_path):
+def test_error_for_a_file_of_torch_save_says_how_to_convert_it(suffix, small, tmp_path):
     path = tmp_path / f"weights{suffix}"
     torch.save(small().state_dict(), path)
     with pytest.raises(
@@ -367,7 +367,7 @@ def test_a_file_of_torch_save_is_told_how_to_become_one_of_cnf(suffix, small, tm
         cnf.load(path)
 
 
-def test_a_missing_file_is_told_with_near_names_and_a_folder_with_what_it_holds(small, tmp_path):
+def test_error_for_a_missing_file_lists_close_names_or_contents_of_the_folder(small, tmp_path):
     cnf.save(small(), tmp_path / "model.safetensors")
     with pytest.raises(cnf.CheckpointError, match=r"not there; did you mean .*/model.safetensors"):
         cnf.load(tmp_path / "modle.safetensors")
@@ -380,7 +380,7 @@ def test_a_missing_file_is_told_with_near_names_and_a_folder_with_what_it_holds(
         cnf.load(tmp_path / "empty")
 
 
-def test_data_given_for_a_flow_are_sent_to_the_reader_of_data(tmp_path):
+def test_error_for_data_in_place_of_a_flow_names_the_reader_of_data(tmp_path):
     assert "got moons, which is not there; data are read by cnf.data.load('moons')" in refusal(
         load, "moons"
     )

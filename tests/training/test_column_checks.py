@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("spoil", CASES)
-def test_columns_without_a_density_are_told_by_name(spoil):
+def test_warning_names_columns_without_a_density(spoil):
     x = rows() * torch.tensor([1e-3, 1, 1e4, 1]) + torch.tensor([0, 1e6, 0, 0])
     warn_of_degenerate(x, NAMES)
     spoil(x)
@@ -63,7 +63,7 @@ def test_columns_without_a_density_are_told_by_name(spoil):
         warn_of_degenerate(x, NAMES)
 
 
-def test_two_faults_are_told_apart_and_without_names_by_number():
+def test_warning_lists_two_faults_separately_by_column_number():
     x = rows()
     x[:, 0], x[:, 3] = 1.0, x[:, 1]
     told = r"\(column 0: constant; column 3: follows from column 1\)"
@@ -71,7 +71,7 @@ def test_two_faults_are_told_apart_and_without_names_by_number():
         warn_of_degenerate(x, None)
 
 
-def test_copies_of_a_column_follow_from_it_and_not_from_each_other():
+def test_copies_of_a_column_are_reported_as_functions_of_the_original():
     x = rows()
     x[:, 2], x[:, 3] = x[:, 0], -x[:, 0]
     told = r"\(column 'c': follows from column 'a'; column 'd': follows from column 'a'\)"
@@ -79,7 +79,7 @@ def test_copies_of_a_column_follow_from_it_and_not_from_each_other():
         warn_of_degenerate(x, NAMES)
 
 
-def test_what_only_resembles_another_column_is_no_fault():
+def test_correlated_columns_do_not_warn():
     x = rows()
     x[:, 2] = x[:, 0] + 1e-3 * x[:, 2]
     x[:120, 3] = x[120:240, 3]  # 240 of 500 rows have a value that another has
@@ -87,7 +87,7 @@ def test_what_only_resembles_another_column_is_no_fault():
     warn_of_degenerate(torch.nn.functional.pad(x.view(500, 1, 2, 2), [1] * 4), None)  # images
 
 
-def test_few_rows_with_a_constant_or_a_copied_column_are_told():
+def test_constant_or_copied_column_of_few_rows_warns():
     x = rows(12)[:, :2]
     warn_of_degenerate(x, None)
     with pytest.warns(UserWarning, match=r"\(column 1: constant\)"):
@@ -97,14 +97,14 @@ def test_few_rows_with_a_constant_or_a_copied_column_are_told():
 
 
 @pytest.mark.parametrize("levels", [1, 255, 256])
-def test_images_of_whole_gray_levels_are_told(levels, generator):
+def test_images_with_integer_gray_levels_warn(levels, generator):
     gray = torch.randint(0, 256, (60, 1, 4, 4), generator=generator) / levels
     with pytest.warns(UserWarning, match="whole gray levels.*; add noise as wide as the steps"):
         warn_of_degenerate(gray, None)
     warn_of_degenerate(gray + torch.rand(gray.shape, generator=generator) / levels, None)
 
 
-def test_an_outlying_row_is_told_and_makes_no_column_follow_from_another():
+def test_outlier_warns_and_does_not_make_columns_dependent():
     x = rows()
     warn_of_outliers(x, NAMES)
     x[17, :2] = 1e9
@@ -113,7 +113,7 @@ def test_an_outlying_row_is_told_and_makes_no_column_follow_from_another():
         warn_of_outliers(x, NAMES)
 
 
-def test_fit_tells_once_and_of_own_data_only(small, config):
+def test_fit_warns_once_and_about_user_data_only(small, config):
     x = rows()[:, :2].clone()
     x[:, 1] = 2 * x[:, 0]
     points = cnf.data.Points(x, columns=["time", "twice"])
@@ -123,7 +123,7 @@ def test_fit_tells_once_and_of_own_data_only(small, config):
 
 
 @pytest.mark.parametrize("kind", ["pyarrow", "pandas"])
-def test_columns_of_a_table_are_told_by_name(kind, small, config):
+def test_warning_names_columns_of_a_table(kind, small, config):
     library = pytest.importorskip(kind)
     x = rows()[:, :2].clone()
     x[:, 1] = 7.1
@@ -140,13 +140,13 @@ def shuffled(n, first=0):
 
 
 @pytest.mark.parametrize(("n", "first"), [(70, 1), (1000, 2**40)])
-def test_a_column_that_numbers_the_rows_is_told_whatever_their_order(n, first):
+def test_column_that_numbers_the_rows_warns_in_any_order(n, first):
     x = torch.cat([rows(n * 8 // 10)[:, :2], shuffled(n, first)], 1)
     with pytest.warns(UserWarning, match="fit: column 'c' numbers the rows, as an index does"):
         warn_of_numbering(x, ["a", "b", "c"])
 
 
-def test_whole_numbers_that_differ_by_chance_number_nothing():
+def test_random_distinct_integers_are_not_taken_for_row_numbers():
     draw = torch.Generator().manual_seed(0)
     cents = torch.randint(0, 10**9, (500, 1), generator=draw).double()
     assert len(cents.unique()) == 500  # no two alike, as is likely among so many
@@ -156,7 +156,7 @@ def test_whole_numbers_that_differ_by_chance_number_nothing():
     warn_of_numbering(torch.zeros(500, 1, 4, 4), None)  # images
 
 
-def test_a_table_is_warned_of_once_at_training_and_no_more(small, config, tmp_path):
+def test_table_warns_once_at_training(small, config, tmp_path):
     draw = rows(400)
     lines = [f"{k},{k % 3},{v:.9f}" for k, v in enumerate(draw[:, 0].tolist())]
     (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))

@@ -57,7 +57,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
-def test_every_kind_of_data_trains(kind, objective, small, config, same):
+def test_every_type_of_data_trains(kind, objective, small, config, same):
     flow = small()
     history = cnf.fit(flow, objective, KINDS[kind](), config(steps=8))
     assert (history.steps, history.skipped) == (8, 0)
@@ -66,7 +66,7 @@ def test_every_kind_of_data_trains(kind, objective, small, config, same):
 
 
 @pytest.mark.parametrize("name", ["mine.npy", "mine.csv"])
-def test_points_of_a_file_train_like_the_tensor(name, small, config, same, tmp_path):
+def test_points_from_a_file_train_like_a_tensor(name, small, config, same, tmp_path):
     path = tmp_path / name
     np.save(path, ROWS) if name.endswith("npy") else np.savetxt(path, ROWS, delimiter=",")
     of_file, of_tensor = small(), small()
@@ -76,14 +76,16 @@ def test_points_of_a_file_train_like_the_tensor(name, small, config, same, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["array", "map-style dataset of x", "points"])
-def test_rows_in_other_clothes_train_like_the_tensor(kind, small, config, same):
+def test_datasets_and_loaders_of_the_same_rows_train_like_a_tensor(kind, small, config, same):
     one, other = small(), small()
     cnf.fit(one, cnf.FlowMatching(), ROWS, config())
     cnf.fit(other, cnf.FlowMatching(), KINDS[kind](), config())
     assert same(one, other)
 
 
-def test_shuffled_dataloader_repeats_whatever_was_drawn_before(small, config, same):
+def test_order_of_a_shuffled_dataloader_does_not_depend_on_global_random_state(
+    small, config, same
+):
     def train(seed):
         torch.manual_seed(seed)
         flow = small()
@@ -104,7 +106,7 @@ def test_shuffled_dataloader_has_another_order_in_each_pass(config, square):
     assert not torch.equal(first, second)
 
 
-def test_iterable_is_begun_again_when_it_ends(config, square):
+def test_iterable_is_restarted_when_it_ends(config, square):
     batches = list(ROWS[:48].split(16))
     cnf.fit(nn.Linear(2, 2), square, batches, config(steps=7))
     assert all(torch.equal(square.seen[k], batches[k % 3]) for k in range(7))
@@ -137,7 +139,7 @@ def test_conditional_flow_trains_and_is_validated_with_its_context(objective, sm
     assert all(torch.isfinite(p).all() for p in used)
 
 
-def test_conditional_flow_learns_what_its_context_says(small, config):
+def test_conditional_flow_learns_dependence_on_its_context(small, config):
     """x ~ N(±3, 0.1²) with the sign in the context: rows that lost their context would be two
     lumps, and cost log 2 and more."""
     sign = torch.where(torch.arange(512) % 3 == 0, 1.0, -1.0)[:, None]
@@ -172,7 +174,7 @@ class Elbo(Objective):
         return cnf.Loss(value, {"error": error.mean().detach()})
 
 
-def test_any_module_trains_by_its_own_objective(config, tmp_path):
+def test_any_module_trains_with_a_custom_objective(config, tmp_path):
     folder = tmp_path / "run"
     settings = config(steps=60, lr=5e-2, folder=folder, ema=0.5)
     history = cnf.fit(Encoder(), Elbo(), ROWS, settings)
@@ -193,7 +195,7 @@ class Target(Objective):
         return cnf.Loss((module(batch.x) - 1).square().mean(), {})
 
 
-def test_no_data_where_the_objective_needs_none(config):
+def test_training_without_data_if_the_objective_needs_none(config):
     net = nn.Linear(2, 2)
     history = cnf.fit(net, Target(), None, config(steps=300, lr=3e-2, ema=None))
     assert history.column("loss")[-1] < 0.1
@@ -212,7 +214,9 @@ RECIPES = [("cnf", cnf.FlowMatching()), ("cnf", cnf.MaximumLikelihood()), ("real
 
 
 @pytest.mark.parametrize(("name", "objective"), RECIPES)
-def test_training_far_from_zero_is_training_near_it(name, objective, small, config, tmp_path):
+def test_training_does_not_depend_on_an_offset_of_the_data(
+    name, objective, small, config, tmp_path
+):
     objective = objective or cnf.MaximumLikelihood()
     near, far = small(name), small(name)
     x = ROWS.double()
@@ -236,7 +240,7 @@ def test_training_far_from_zero_is_training_near_it(name, objective, small, conf
     assert all(p.dtype == torch.float32 for p in far.parameters())
 
 
-def test_numbers_that_float32_merges_are_refused_by_name(small, config):
+def test_columns_that_float32_does_not_resolve_are_refused_by_name(small, config):
     x = torch.stack([ROWS[:, 0].double(), 1.7e9 + ROWS[:, 1].double()], 1)
     points = cnf.data.Points(x, columns=["height", "seconds"])
     with pytest.raises(
@@ -272,7 +276,7 @@ def test_preprocessing_is_fitted_to_training_rows_once(small, config):
     torch.testing.assert_close(flow.preprocess.loc, (ROWS * 3 + 5).double().mean(0))
 
 
-def test_preprocessing_never_sees_held_out_rows(small, config):
+def test_preprocessing_is_not_fitted_to_held_out_rows(small, config):
     flow, rows = small(), torch.arange(200.0).double().reshape(100, 2).square()
     cnf.fit(flow, cnf.FlowMatching(), rows, config(steps=1))
     held_out = 100 * rows.mean(0) - 90 * flow.preprocess.loc  # the sum of ten rows, if it is so
@@ -296,7 +300,7 @@ class Counting(Dataset):
         return torch.full((1, self.side, self.side), float(row))
 
 
-def test_few_items_of_a_dataset_are_read_before_training(config, monkeypatch):
+def test_only_few_items_of_a_dataset_are_read_before_training(config, monkeypatch):
     small, large = Counting(15_000, 1), Counting(500, 64)
     as_stream(small, config(validations=0))
     assert len(small.read) == 10_000
@@ -329,7 +333,7 @@ VALIDATION = {
 
 
 @pytest.mark.parametrize("kind", VALIDATION)
-def test_validation_takes_every_kind_of_data(kind, config):
+def test_validation_accepts_every_type_of_data(kind, config):
     held_out = as_stream(
         ROWS, config(validation_rows=1000), CONTEXT, validation=VALIDATION[kind]()
     ).validation
@@ -338,7 +342,7 @@ def test_validation_takes_every_kind_of_data(kind, config):
 
 
 @pytest.mark.parametrize("kind", ["a TensorDataset", "a DataLoader", "a generator function"])
-def test_of_a_dataset_and_of_batches_the_first_rows_validate(kind, config):
+def test_validation_uses_the_first_rows_of_a_dataset_or_of_batches(kind, config):
     settings = config(validation_rows=20)
     held_out = as_stream(ROWS, settings, CONTEXT, validation=VALIDATION[kind]()).validation
     assert held_out is not None and torch.equal(held_out.x, ROWS[:20])
@@ -351,11 +355,11 @@ def test_of_a_dataset_and_of_batches_the_first_rows_validate(kind, config):
         ([ROWS[:9], ROWS[:9], ROWS[:9] / 0], "batch 2 of validation"),
     ],
 )
-def test_batches_to_validate_on_are_named(validation, words, config):
+def test_error_names_invalid_batches_of_validation_data(validation, words, config):
     with pytest.raises(ValueError, match=f"^fit: .*{words}"):
         as_stream(ROWS, config(), validation=validation)
 
 
-def test_a_mapping_with_other_names_is_told_its_own(config):
+def test_error_for_a_mapping_lists_its_keys(config):
     with pytest.raises(ValueError, match="got a, b; rename them"):
         as_stream({"a": ROWS, "b": CONTEXT}, config())

@@ -25,7 +25,7 @@ def steep(small, **options):
 
 
 @pytest.mark.parametrize("whose", ["flow", "loss"])
-def test_few_steps_are_compared_with_twice_as_many_and_warned_about_once(
+def test_too_few_solver_steps_warn_once_by_comparison_with_twice_as_many(
     whose, small, config, points
 ):
     own = COARSE if whose == "flow" else cnf.Solver()
@@ -40,7 +40,7 @@ def test_few_steps_are_compared_with_twice_as_many_and_warned_about_once(
     assert len(all) == 1
 
 
-def test_steps_that_are_enough_are_not_warned_about(small, config, points):
+def test_enough_solver_steps_do_not_warn(small, config, points):
     flow = small(solver=cnf.Solver("rk4", steps=8))
     validation = Validation(MaximumLikelihood(), config(), cnf.Batch(points))
     with warnings.catch_warnings():
@@ -49,14 +49,14 @@ def test_steps_that_are_enough_are_not_warned_about(small, config, points):
 
 
 @pytest.mark.parametrize("off, warns", [(0.04, False), (0.06, True), (-0.06, True)])
-def test_a_twentieth_of_a_nat_is_warned_about(off, warns, small):
+def test_difference_of_a_twentieth_of_a_nat_warns(off, warns, small):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         told = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
     assert told == warns
 
 
-def test_comparison_is_at_some_validations_and_at_the_last(small, config, points, monkeypatch):
+def test_comparison_runs_at_some_validations_and_at_the_last(small, config, points, monkeypatch):
     validation = Validation(MaximumLikelihood(), config(validations=7), cnf.Batch(points))
     compared = []
     monkeypatch.setattr(validation, "compare_solvers", lambda *_: compared.append(validation.done))
@@ -65,7 +65,7 @@ def test_comparison_is_at_some_validations_and_at_the_last(small, config, points
     assert compared == [1, 2, 4, 7]
 
 
-def test_rows_of_the_comparison_are_taken_evenly(small, points, monkeypatch):
+def test_comparison_uses_evenly_spaced_rows(small, points, monkeypatch):
     monkeypatch.setattr(diagnosis, "ROWS", 10)
     flow = steep(small, solver=COARSE)
     nll = -flow.log_prob(points[::10]).mean().item()
@@ -73,7 +73,7 @@ def test_rows_of_the_comparison_are_taken_evenly(small, points, monkeypatch):
         diagnosis.warn_of_few_steps("fit", flow, cnf.Batch(points), whose="flow", kind="own")
 
 
-def test_statistics_of_a_batch_are_no_error_of_the_solver(small, points):
+def test_batch_statistics_are_not_taken_for_solver_error(small, points):
     ode = small(solver=cnf.Solver("rk4", steps=8)).transform
     transform = cnf.transforms.Compose([ode, cnf.transforms.BatchNorm(2)])
     flow = cnf.Flow(None, transform, event_shape=(2,)).train()
@@ -83,7 +83,7 @@ def test_statistics_of_a_batch_are_no_error_of_the_solver(small, points):
     assert all(part.training for part in flow.modules())
 
 
-def test_weights_count_in_the_comparison(small, points):
+def test_comparison_is_weighted(small, points):
     flow, weight = steep(small, solver=COARSE).double(), torch.zeros(100)
     points = points.double()
     weight[7] = 2.0
@@ -96,9 +96,7 @@ def test_weights_count_in_the_comparison(small, points):
 
 
 @pytest.mark.parametrize("likelihood", [MaximumLikelihood(), cnf.objectives.Joint()], ids=repr)
-def test_with_nothing_held_out_training_rows_are_compared_at_the_end(
-    likelihood, small, config, points
-):
+def test_comparison_uses_training_rows_if_none_are_held_out(likelihood, small, config, points):
     settings = config(validations=0, steps=1, lr=1e-9, ema=None)
     with pytest.warns(UserWarning, match="NLL of 100 training rows.*rk4, 1 steps.*twice") as all:
         cnf.fit(steep(small, solver=COARSE), likelihood, points, settings)
@@ -107,14 +105,14 @@ def test_with_nothing_held_out_training_rows_are_compared_at_the_end(
     cnf.fit(steep(small, solver=cnf.Solver()), likelihood, points, settings)
 
 
-def test_joint_trains_under_the_solver_of_its_likelihood(small):
+def test_joint_objective_trains_with_the_solver_of_its_likelihood(small):
     flow, matching = small(solver=cnf.Solver()), cnf.FlowMatching()
     joint = cnf.objectives.Joint((matching, MaximumLikelihood(solver=COARSE)))
     assert joint.as_trained(flow).transform.solver == COARSE
     assert cnf.objectives.Joint((matching,), (1.0,)).as_trained(flow) is flow
 
 
-def test_error_bars_and_the_race_warn_of_few_steps_too(small, points):
+def test_error_bars_and_race_warn_about_too_few_solver_steps(small, points):
     flow = steep(small, solver=COARSE)
     words = r"NLL of .* rows is .* by the flow's solver \(rk4, 1 steps\) and .* by twice the steps"
     with pytest.warns(UserWarning, match=f"log_prob_with_error: the {words}"):

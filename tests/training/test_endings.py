@@ -33,7 +33,7 @@ def manifest(tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_saves_and_ends_the_run(number, small, config, watched, manifest, tmp_path):
+def test_signal_saves_and_stops_the_run(number, small, config, watched, manifest, tmp_path):
     data, _ = watched("toy", lambda: signal.raise_signal(number))
     before = [signal.getsignal(each) for each in SIGNALS]
     history = cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
@@ -43,7 +43,7 @@ def test_signal_saves_and_ends_the_run(number, small, config, watched, manifest,
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_hangup_that_nohup_ignores_stays_ignored(small, config, watched):
+def test_hangup_signal_ignored_by_nohup_stays_ignored(small, config, watched):
     data, _ = watched("toy", lambda: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -53,7 +53,7 @@ def test_hangup_that_nohup_ignores_stays_ignored(small, config, watched):
     assert (history.reason, history.steps) == ("budget", 6)
 
 
-def test_validation_that_takes_longer_than_training_is_told_of(
+def test_validation_that_takes_longer_than_training_warns(
     small, config, monkeypatch, manifest, capsys, tmp_path
 ):
     monkeypatch.setattr("cnf.training.loop.SLOW", 0)
@@ -71,7 +71,7 @@ def boom():
     raise MemoryError("no room")
 
 
-def test_any_error_leaves_metrics_and_an_honest_manifest(
+def test_run_that_fails_leaves_metrics_and_a_manifest_that_says_so(
     small, config, watched, manifest, tmp_path
 ):
     data, _ = watched("toy", boom)
@@ -82,7 +82,7 @@ def test_any_error_leaves_metrics_and_an_honest_manifest(
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_divergence_is_named_and_the_last_finite_checkpoint_kept(
+def test_divergence_error_keeps_the_last_finite_checkpoint(
     config, broken, points, manifest, tmp_path
 ):
     folder = tmp_path / "run"
@@ -95,7 +95,7 @@ def test_divergence_is_named_and_the_last_finite_checkpoint_kept(
     assert state["budget"]["step"] == 3 + 19
 
 
-def test_weights_that_are_no_numbers_never_replace_a_checkpoint(
+def test_nan_weights_never_replace_a_checkpoint(
     small, config, points, watched, manifest, tmp_path
 ):
     flow = small()
@@ -118,7 +118,7 @@ def stiff():
     raise cnf.SolverError("the field is stiff", "loosen rtol", t=0.5, nfe=3, settings="dopri5")
 
 
-def test_ode_that_training_made_unsolvable_is_divergence(
+def test_ode_that_becomes_unsolvable_in_training_is_a_divergence_error(
     small, config, watched, manifest, tmp_path
 ):
     data, _ = watched("toy", stiff)
@@ -137,7 +137,7 @@ def test_ode_that_fails_at_the_first_step_is_a_solver_error(small, config, point
         cnf.fit(small(), Stiff(), points, config())
 
 
-def test_refused_resume_leaves_the_manifest_alone(small, config, points, manifest, tmp_path):
+def test_refused_resume_does_not_change_the_manifest(small, config, points, manifest, tmp_path):
     settings = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
     with pytest.raises(cnf.CheckpointError, match="is another run: seed was 0, is 1"):
@@ -145,7 +145,7 @@ def test_refused_resume_leaves_the_manifest_alone(small, config, points, manifes
     assert manifest()["ended"] == "budget"
 
 
-def test_auto_begins_then_goes_on(small, config, watched, same, tmp_path):
+def test_resume_auto_starts_and_then_resumes_a_run(small, config, watched, same, tmp_path):
     data, whole = watched("toy", lambda: signal.raise_signal(signal.SIGTERM))
     settings = config(folder=tmp_path / "run", resume="auto")
     assert cnf.fit(small(), cnf.FlowMatching(), data, settings).steps == 4
@@ -156,7 +156,7 @@ def test_auto_begins_then_goes_on(small, config, watched, same, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])
-def test_run_killed_before_its_first_checkpoint_can_be_begun_again(
+def test_run_killed_before_its_first_checkpoint_can_be_restarted(
     resume, small, config, points, monkeypatch, tmp_path
 ):
     settings = config(folder=tmp_path / "run", resume=resume)
@@ -169,7 +169,7 @@ def test_run_killed_before_its_first_checkpoint_can_be_begun_again(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "mine.txt"])
-def test_folder_with_files_of_ones_own_is_never_begun_in(name, small, config, points, tmp_path):
+def test_run_never_starts_in_a_folder_with_other_files(name, small, config, points, tmp_path):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
         cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path, resume="auto"))
@@ -185,7 +185,7 @@ def test_temporary_files_of_dead_processes_are_removed(small, config, points, tm
     assert not [path for path in folder.rglob("*") if path.suffix == ".tmp"]
 
 
-def test_folder_that_another_process_trains_into_is_refused(small, config, points, tmp_path):
+def test_folder_in_use_by_another_process_is_refused(small, config, points, tmp_path):
     folder = tmp_path / "run"
     hold = "import sys; from cnf.training.run import lock; from pathlib import Path\n"
     hold += "held = lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
@@ -235,14 +235,14 @@ def boxed(small):
     return cnf.Flow(box, small().transform, event_shape=(2,))
 
 
-def test_likelihood_on_a_bounded_base_names_its_support(boxed, points, config):
+def test_error_for_data_outside_of_a_bounded_base_names_its_support(boxed, points, config):
     settings = config(steps=30, validations=0)
     words = r"loss inf\); \d+ of 16 rows are mapped.*Interval\(.*take a base without bounds"
     with pytest.raises(cnf.DivergedError, match=words):
         cnf.fit(boxed, "maximum-likelihood", points, settings)
 
 
-def test_an_infinite_held_out_score_of_a_bounded_base_is_told_once(boxed, points, config):
+def test_infinite_held_out_score_of_a_bounded_base_warns_once(boxed, points, config):
     with pytest.warns(UserWarning, match="held-out NLL is infinite: .* base's support") as told:
         cnf.fit(boxed, "flow-matching", points, config(validations=3))
     assert sum("base's support" in str(one.message) for one in told) == 1

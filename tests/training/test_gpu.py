@@ -35,7 +35,7 @@ def test_likelihood_with_the_adjoint_trains_on_cuda(name, divergence, config, sm
     assert torch.isfinite(flow.log_prob(toy.sample(100).cuda())).all()
 
 
-def test_checkpoint_of_a_cuda_run_loads_on_the_cpu(config, small, points, tmp_path):
+def test_checkpoint_of_cuda_run_loads_on_cpu(config, small, points, tmp_path):
     flow = small()
     cnf.fit(flow, cnf.FlowMatching(), points, config(device="cuda", folder=tmp_path / "run"))
     read = cnf.load(tmp_path / "run")

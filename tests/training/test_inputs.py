@@ -47,7 +47,7 @@ class DictRows(Dataset):
         "Points",
     ],
 )
-def test_rows_of_any_kind_train_like_the_tensor(data, small, config, same):
+def test_rows_of_any_type_train_like_a_tensor(data, small, config, same):
     one, other = small(), small()
     cnf.fit(one, FlowMatching(), ROWS, config())
     cnf.fit(other, FlowMatching(), data, config(), validation=None)
@@ -60,7 +60,7 @@ def test_rows_of_any_kind_train_like_the_tensor(data, small, config, same):
      (FRAME["x"], 1), (ROWS[:, 0].tolist(), 1)],
     ids=["one-hot", "integers", "frame", "(N,)", "series", "list"],
 )  # fmt: skip
-def test_contexts_of_any_kind_train_like_the_tensor(context, size, small, config, same):
+def test_contexts_of_any_type_train_like_a_tensor(context, size, small, config, same):
     one, other = (small("realnvp", context=size) for _ in range(2))
     tensor = {3: CONTEXT, 1: ROWS[:, :1]}[size]
     cnf.fit(one, MaximumLikelihood(), ROWS, config(), context=tensor)
@@ -68,7 +68,7 @@ def test_contexts_of_any_kind_train_like_the_tensor(context, size, small, config
     assert same(one, other)
 
 
-def test_names_and_weights_travel_with_rows_and_batches(small, config, same):
+def test_names_and_weights_follow_rows_and_batches(small, config, same):
     flows = [small("realnvp", context=3) for _ in range(2)]
     weight = 1.0 + torch.arange(100) % 2
     cnf.fit(flows[0], MaximumLikelihood(), DictRows(), config())
@@ -87,7 +87,7 @@ def test_points_bring_their_context_and_weight(small, config, same):
     assert same(one, other)
 
 
-def test_densities_of_others_are_drawn_from_anew(small, config):
+def test_torch_distributions_are_sampled_at_every_step(small, config):
     normal = torch.distributions.Normal(torch.tensor([3.0, -2.0]), torch.tensor([0.5, 2.0]))
     settings = config(steps=100, batch_size=256, lr=1e-2, validation_rows=10_000, validations=1)
     flow = small("realnvp")
@@ -99,7 +99,7 @@ def test_densities_of_others_are_drawn_from_anew(small, config):
     assert history.column("val_nll")[-1] == pytest.approx(entropy, abs=0.2)
 
 
-def test_names_and_files_stand_for_data_and_objectives(small, config, same, tmp_path):
+def test_data_and_objectives_may_be_given_by_name_or_file(small, config, same, tmp_path):
     path = tmp_path / "mine.npy"
     np.save(path, ROWS)
     pairs = [(FlowMatching(), cnf.data.toy("moons"), "moons"), (FlowMatching(), ROWS, str(path)),
@@ -128,7 +128,7 @@ def test_a_generator_function_is_called_for_each_pass(small, config, same):
 @pytest.mark.parametrize(
     "validation", [FRAME, {"x": FRAME, "weight": [1.0] * 100}, ROWS.tolist(), "moons"]
 )
-def test_validation_is_of_any_kind(validation, small, config):
+def test_validation_data_may_have_any_type(validation, small, config):
     assert cnf.fit(small(), "flow-matching", ROWS, config(), validation=validation).column(
         "val_nll"
     )
@@ -166,29 +166,29 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_cannot_be_taken_is_told_what_to_write(kind, small, config):
+def test_error_for_unsupported_data_says_what_to_write(kind, small, config):
     data, options, message = WRONG[kind]
     with pytest.raises(ValueError, match=f"^fit: .*{message}"):
         cnf.fit(small(), FlowMatching(), data, config(), **options)
 
 
-def test_a_weight_of_0_may_be_drawn_into_a_batch(small, config):
+def test_batch_may_contain_rows_of_weight_0(small, config):
     batches = [{"x": ROWS[:16], "weight": torch.zeros(16)}, {"x": ROWS, "weight": torch.ones(100)}]
     history = cnf.fit(small(), FlowMatching(), batches, config())
     assert history.steps == 6 and history.skipped == 0
 
 
-def test_log_prob_of_an_array_says_what_to_write(small):
+def test_error_for_log_prob_of_an_array_says_what_to_write(small):
     with pytest.raises(ValueError, match=r"got ndarray; write torch.as_tensor\(x, dtype="):
         small().log_prob(ROWS.numpy())
 
 
-def test_points_of_a_frame_are_a_base(small):
+def test_points_of_a_data_frame_may_be_a_base(small):
     flow = cnf.Flow(FRAME, small().transform)
     assert (ROWS == flow.base.sample(())).all(1).any()
 
 
-def test_a_tuple_is_x_and_context_and_a_list_is_batches(small, config, same):
+def test_tuple_is_x_with_context_and_list_is_batches(small, config, same):
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     c = x.sum(1, keepdim=True)
     flows = [small("realnvp", context=1) for _ in range(2)]
@@ -206,7 +206,7 @@ def test_a_tuple_is_x_and_context_and_a_list_is_batches(small, config, same):
 
 
 @pytest.mark.parametrize("name", ["Poisson", "Dirichlet"])
-def test_distributions_without_a_density_are_no_data(name, small, config):
+def test_distributions_without_a_density_are_refused_as_data(name, small, config):
     made = getattr(torch.distributions, name)(torch.ones(2))
     made = torch.distributions.Independent(made, 1) if name == "Poisson" else made
     with pytest.raises(ValueError, match=f"fit: expected data to .*, got a {name}"):

@@ -11,7 +11,7 @@ import cnf
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_loggers_and_callbacks_are_told_of_every_record(small, config, tmp_path):
+def test_loggers_and_callbacks_get_every_record(small, config, tmp_path):
     heard, logger = [], CSVLogger(tmp_path)
     toy, objective = cnf.data.toy("moons"), cnf.FlowMatching()
     history = cnf.fit(
@@ -38,7 +38,7 @@ class Ending:
         self.status = status
 
 
-def test_what_a_callback_raises_ends_the_run_and_fails_its_loggers(small, config):
+def test_exception_of_a_callback_stops_the_run_and_marks_loggers_as_failed(small, config):
     def refuse(record):
         record.clear()
         raise RuntimeError("enough")
@@ -59,7 +59,7 @@ def test_what_a_callback_raises_ends_the_run_and_fails_its_loggers(small, config
         ({"callbacks": [Ending()]}, "expected functions of a record"),
     ],
 )
-def test_what_cannot_be_told_anything_is_refused(given, message, small, config):
+def test_invalid_loggers_and_callbacks_are_refused(given, message, small, config):
     with pytest.raises(TypeError, match=message):
         cnf.fit(small(), "flow-matching", "moons", config(), **given)
 
@@ -80,7 +80,7 @@ class FullDisk:
 
 
 @pytest.mark.filterwarnings("ignore:fit. the logger FullDisk cannot write its last records")
-def test_a_logger_that_cannot_write_is_named_and_costs_no_step(small, config, tmp_path):
+def test_error_names_a_logger_that_cannot_write_and_the_run_resumes(small, config, tmp_path):
     folder, whole = tmp_path / "run", small()
     cnf.fit(whole, "flow-matching", "moons", config())
     message = "fit: the logger FullDisk cannot write its record of step 3 .*No space left.*resume"
@@ -93,13 +93,13 @@ def test_a_logger_that_cannot_write_is_named_and_costs_no_step(small, config, tm
         assert torch.equal(ours, theirs)
 
 
-def test_a_logger_that_fails_at_the_end_is_a_warning(small, config):
+def test_logger_that_fails_at_the_end_warns(small, config):
     with pytest.warns(UserWarning, match="the logger FullDisk cannot write its last records"):
         history = cnf.fit(small(), "flow-matching", "moons", config(), loggers=[FullDisk("end")])
     assert history.steps == 6
 
 
-def test_tensorboard_that_cannot_write_is_named_and_its_run_is_free_again(
+def test_error_names_tensorboard_that_cannot_write_and_frees_the_run_folder(
     small, config, tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_tensorboard_that_cannot_write_is_named_and_its_run_is_free_again(
     cnf.fit(small(), "flow-matching", "moons", config(folder=folder, resume=True))
 
 
-def test_an_error_keeps_its_kind_where_the_run_cannot_be_saved_either(small, config, monkeypatch):
+def test_error_keeps_its_type_if_the_run_cannot_be_saved(small, config, monkeypatch):
     class Enough(Exception):
         pass
 

@@ -27,14 +27,14 @@ def test_fit_trains_in_train_mode_and_returns_in_eval_mode(small, config, points
     assert not any(part.training for part in flow.modules())
 
 
-def test_a_loaded_flow_is_in_eval_mode(small, tmp_path):
+def test_loaded_flow_is_in_eval_mode(small, tmp_path):
     flow = small("realnvp").train()
     cnf.training.save(flow, tmp_path)
     assert not any(part.training for part in cnf.load(tmp_path).modules())
     assert not cnf.load(tmp_path, into=flow).training
 
 
-def test_the_average_holds_what_the_first_rows_set(small, config, points):
+def test_average_starts_from_the_data_dependent_initialization(small, config, points):
     flow = small("glow", layers=2, preprocess=None)
     settings = config(steps=1, lr=1e-9, batch_size=100, validations=0)
     cnf.fit(flow, MaximumLikelihood(), points * 1e3, settings, validation=9e9 + points[:20])
@@ -44,7 +44,7 @@ def test_the_average_holds_what_the_first_rows_set(small, config, points):
     torch.testing.assert_close(z.std(0), torch.ones(2), rtol=0, atol=0.1)
 
 
-def test_a_solve_of_noise_names_dropout_and_train_mode():
+def test_error_of_a_noisy_solve_names_dropout_and_train_mode():
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
     solver = cnf.Solver(max_nfe=300)
     transform = Continuous(Adapter(net, (2,), call="concat"), solver)
@@ -54,7 +54,7 @@ def test_a_solve_of_noise_names_dropout_and_train_mode():
     assert flow.eval().log_prob(torch.ones(20, 2)).isfinite().all()
 
 
-def test_evaluation_leaves_train_mode_for_a_moment(small, points):
+def test_evaluation_uses_eval_mode_and_restores_train_mode(small, points):
     from cnf import metrics
     from cnf.metrics.error_bars import log_prob_with_error
 
@@ -83,7 +83,7 @@ def test_evaluation_leaves_train_mode_for_a_moment(small, points):
         (torch.nn.LayerNorm(8), None),
     ],
 )
-def test_likelihood_warns_of_a_field_that_is_no_function_of_its_row(part, told, points):
+def test_likelihood_warns_of_a_field_that_couples_rows_or_is_random(part, told, points):
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), part, torch.nn.Linear(8, 2))
     solver = cnf.Solver("rk4", steps=2)
     flow = cnf.Flow(

@@ -17,7 +17,7 @@ def trained(flow, objective, data, config, **settings):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_likelihood_in_bf16_mixed_is_nearly_that_of_float32(name, small, config, points):
+def test_likelihood_in_bf16_mixed_is_close_to_float32(name, small, config, points):
     losses = []
     for precision in ("bf16-mixed", None):
         flow = small(name)
@@ -29,7 +29,7 @@ def test_likelihood_in_bf16_mixed_is_nearly_that_of_float32(name, small, config,
     torch.testing.assert_close(*losses, rtol=0, atol=0.05)  # of about 4 nats
 
 
-def test_bf16_mixed_trains_on_data_as_they_are(small, config):
+def test_bf16_mixed_does_not_round_the_data(small, config):
     x = 1000 + torch.linspace(0, 1, 4096)
     x = torch.stack([x, x.view(64, 64).T.flatten()], 1)
     met = []
@@ -67,11 +67,13 @@ def test_precisions_too_narrow_for_log_determinants_are_refused(precision):
     ("precision", "dtype"),
     [("64-true", torch.float32), ("32-true", torch.float64), ("bf16-mixed", torch.float64)],
 )
-def test_a_precision_that_is_not_the_modules_is_refused(precision, dtype, small, config, points):
+def test_precision_other_than_the_modules_dtype_is_refused(
+    precision, dtype, small, config, points
+):
     with pytest.raises(ValueError, match=f"precision='{precision}'.*got {dtype}"):
         trained(small().to(dtype), FlowMatching(), points, config, precision=precision)
 
 
-def test_a_module_in_bfloat16_is_refused(small, config, points):
+def test_module_in_bfloat16_is_refused(small, config, points):
     with pytest.raises(ValueError, match=r"got torch.bfloat16; call module.float\(\)"):
         trained(small().bfloat16(), FlowMatching(), points, config)

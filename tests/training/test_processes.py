@@ -133,7 +133,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fabric"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_give_the_weights_of_one(launcher, name, launched):
+def test_two_processes_give_the_same_weights_as_one(launcher, name, launched):
     (alone, _), (folder, said) = launched("one"), launched(launcher)
     one, two = weights(alone / name), weights(folder / name)
     assert one.dtype == torch.float64
@@ -144,7 +144,7 @@ def test_two_processes_give_the_weights_of_one(launcher, name, launched):
     assert len(lines) == 2 and lines[0] == lines[1]  # both hold the kept weights afterwards
 
 
-def test_glow_resumed_by_two_processes_is_glow_trained_in_one_go(launched):
+def test_glow_resumed_by_two_processes_equals_uninterrupted_training(launched):
     folder = launched("fabric")[0]
     assert torch.equal(weights(folder / "actnorm"), weights(folder / "resumed"))
 
@@ -160,7 +160,7 @@ def test_only_the_first_process_writes(launched):
     assert '"processes": 2' in (folder / "manifest.json").read_text()
 
 
-def test_existing_folder_ends_both_processes(tmp_path):
+def test_existing_folder_stops_both_processes(tmp_path):
     """The second must not wait for a first that has gone."""
     (tmp_path / "flow-matching").mkdir()
     (tmp_path / "flow-matching" / "mine").write_text("mine")

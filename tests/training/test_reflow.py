@@ -57,7 +57,7 @@ def miss(flow, teacher):
     return apart.square().sum(1).mean().sqrt().item()
 
 
-def test_reflow_straightens_and_distillation_takes_one_step(trained, config):
+def test_reflow_straightens_and_distilled_flow_samples_in_one_step(trained, config):
     teacher = copy.deepcopy(trained)
     settings = config(steps=300, batch_size=256, lr=4e-3, ema=0.98, validations=0)
     first = miss(trained, teacher)
@@ -75,7 +75,7 @@ def test_reflow_straightens_and_distillation_takes_one_step(trained, config):
     assert all(p.isfinite().all() for p in trained.parameters())
 
 
-def test_reflow_far_from_zero_keeps_the_digits_of_float64(config, generator):
+def test_reflow_far_from_zero_has_float64_precision(config, generator):
     x = 1e8 + torch.randn(500, 2, generator=generator, dtype=F64) * torch.tensor([1.0, 3.0])
     flow = cnf.models.build("cnf", dim=2, hidden=(16,), solver=OWN)
     settings = config(steps=60, batch_size=128, lr=1e-2, ema=0.9)
@@ -92,7 +92,7 @@ def test_reflow_far_from_zero_keeps_the_digits_of_float64(config, generator):
 # Pairs
 
 
-def test_pairs_are_base_samples_and_where_the_flow_takes_them(small_flow):
+def test_pairs_are_base_samples_and_their_images_under_the_flow(small_flow):
     flow = small_flow("cnf", solver=OWN)  # its preprocessing shifts and scales
     batch = pairs(flow, 50, seed=3)
     assert set(batch.map(len).__dict__.values()) == {50, None} and batch.context is None
@@ -104,7 +104,7 @@ def test_pairs_are_base_samples_and_where_the_flow_takes_them(small_flow):
     assert abs(batch.x0.mean().item()) < 4 / math.sqrt(100)
 
 
-def test_pairs_repeat_with_their_seed(small_flow):
+def test_pairs_with_the_same_seed_are_equal(small_flow):
     flow = small_flow("rnode", solver=OWN)
     before = torch.get_rng_state()
     first, again, other = (pairs(flow, 20, seed=seed) for seed in (0, 0, 1))
@@ -113,7 +113,7 @@ def test_pairs_repeat_with_their_seed(small_flow):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_pairs_are_of_the_flows_own_solver(small_flow):
+def test_pairs_use_the_solver_of_the_flow(small_flow):
     flow = small_flow("rnode", solver=OWN)
     tight = flow.with_solver(Solver(rtol=1e-9, atol=1e-9))
     assert torch.equal(pairs(flow, 5).x0, pairs(tight, 5).x0)
@@ -122,7 +122,7 @@ def test_pairs_are_of_the_flows_own_solver(small_flow):
 
 
 @pytest.mark.parametrize("n", [6, 7, 8, 20])
-def test_pairs_come_in_chunks_with_their_contexts(n, small_flow, monkeypatch, generator):
+def test_pairs_are_computed_in_chunks_with_their_contexts(n, small_flow, monkeypatch, generator):
     flow = small_flow("rnode", context=3, solver=OWN)
     context = torch.randn(n, 3, generator=generator, dtype=F64)
     monkeypatch.setattr(module, "CHUNK", 7)
@@ -134,7 +134,7 @@ def test_pairs_come_in_chunks_with_their_contexts(n, small_flow, monkeypatch, ge
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (3,), (1, 3)], ids=str)
-def test_contexts_that_are_not_one_for_each_pair_are_refused(shape, small_flow):
+def test_wrong_number_of_contexts_is_refused(shape, small_flow):
     flow = small_flow("rnode", context=3, solver=OWN)
     with pytest.raises(ValueError, match="context"):
         pairs(flow, 5, torch.zeros(shape, dtype=F64))
@@ -151,7 +151,7 @@ def test_contexts_that_are_not_one_for_each_pair_are_refused(shape, small_flow):
     ],
     ids=["array", "lists", "table", "vector", "integers"],
 )
-def test_contexts_come_as_fit_takes_them(given, small_flow, generator):
+def test_contexts_may_have_any_type_that_fit_accepts(given, small_flow, generator):
     flow = small_flow("rnode", context=1, solver=OWN)
     context = torch.randn(5, 1, generator=generator, dtype=F64)
     found = given(context)
@@ -161,7 +161,7 @@ def test_contexts_come_as_fit_takes_them(given, small_flow, generator):
     assert torch.equal(batch.x, pairs(flow, 5, meant).x)
 
 
-def test_labels_as_contexts_are_told_how_to_be_coded(small_flow):
+def test_error_for_text_labels_as_contexts_says_how_to_encode_them(small_flow):
     flow = small_flow("rnode", context=2, solver=OWN)
     with pytest.raises(ValueError, match="pairs: expected context of shape .*one_hot"):
         pairs(flow, 5, [0, 1, 0, 1, 1])
@@ -171,7 +171,7 @@ def test_labels_as_contexts_are_told_how_to_be_coded(small_flow):
         pairs(flow, 5, torch.full((5, 2), torch.nan))
 
 
-def test_pairs_leave_the_flows_mode_alone(small_flow):
+def test_pairs_do_not_change_the_mode_of_the_flow(small_flow):
     flow = small_flow("rnode", solver=OWN).train()
     pairs(flow, 5)
     assert flow.training
@@ -180,7 +180,7 @@ def test_pairs_leave_the_flows_mode_alone(small_flow):
 # A Batch as data
 
 
-def test_fit_trains_on_these_pairs_and_each_keeps_its_partner(small, config, points):
+def test_fit_trains_on_given_pairs_without_separating_them(small, config, points):
     partner = 3 * points + torch.tensor([1.0, -2.0])
     objective, flow = Seen(), small()
     cnf.fit(flow, objective, Batch(points, x0=partner), config(steps=18, validations=0))
@@ -193,7 +193,7 @@ def test_fit_trains_on_these_pairs_and_each_keeps_its_partner(small, config, poi
     assert len(times.unique()) > 280
 
 
-def test_every_part_of_a_batch_follows_its_row(small, config, points):
+def test_all_parts_of_a_batch_are_permuted_together(small, config, points):
     mark = torch.arange(100.0) / 8
     data = Batch(
         torch.stack([mark, mark.square()], 1), mark[:, None] + 0.5, x0=mark[:, None].repeat(1, 2),
@@ -211,7 +211,7 @@ def test_every_part_of_a_batch_follows_its_row(small, config, points):
     assert torch.equal(objective.joined("weight"), row + 1)
 
 
-def test_a_coupling_leaves_given_pairs_alone(small_flow, generator):
+def test_coupling_does_not_change_given_pairs(small_flow, generator):
     flow = small_flow("cnf")
     x, x0 = (torch.randn(8, 2, generator=generator, dtype=F64) for _ in range(2))
     batch = FlowMatching(coupling="minibatch-ot").prepare(flow, Batch(x, x0=x0), generator)
@@ -219,14 +219,14 @@ def test_a_coupling_leaves_given_pairs_alone(small_flow, generator):
     assert batch.weight is None
 
 
-def test_a_batch_of_x_alone_trains_like_the_tensor(small, config, points, same):
+def test_batch_with_only_x_trains_like_a_tensor(small, config, points, same):
     one, other = small(), small()
     cnf.fit(one, FlowMatching(), points, config())
     cnf.fit(other, FlowMatching(), Batch(points), config())
     assert same(one, other)
 
 
-def test_conditional_pairs_train_with_their_contexts(small, config, points):
+def test_conditional_pairs_are_trained_with_their_contexts(small, config, points):
     flow, objective = small(context=2), Seen()
     context = points.flip(1)
     data = pairs(flow, 100, context)
@@ -240,7 +240,7 @@ def test_conditional_pairs_train_with_their_contexts(small, config, points):
 
 
 @pytest.mark.parametrize("name", ["context", "x0", "weight"])
-def test_parts_of_unequal_length_are_refused_by_name(name, small, config, points):
+def test_parts_of_a_batch_with_unequal_lengths_are_refused_by_name(name, small, config, points):
     part = torch.zeros(99) if name == "weight" else torch.zeros(99, 2)
     with pytest.raises(ValueError, match=f"Batch: expected {name} of .*100.*99"):
         cnf.fit(small(), FlowMatching(), Batch(points, **{name: part}), config())
@@ -254,7 +254,7 @@ def test_nan_in_a_batch_is_refused_by_name(name, small, config, points):
         cnf.fit(small(context=2), FlowMatching(), Batch(**parts), config(validations=0))
 
 
-def test_a_context_beside_a_batch_is_used_or_refused(small, config, points):
+def test_context_argument_with_a_batch_is_not_ignored(small, config, points):
     # the flow has no place for a context, and would say so if it were shown one
     with pytest.raises(ValueError, match="context"):
         cnf.fit(small(), FlowMatching(), Batch(points), config(), context=points)
@@ -263,7 +263,7 @@ def test_a_context_beside_a_batch_is_used_or_refused(small, config, points):
 # Rounds
 
 
-def test_each_round_has_pairs_and_a_seed_of_its_own(small, config):
+def test_each_round_of_reflow_has_new_pairs_and_its_own_seed(small, config):
     flow, objective = small(), Seen()
     flow.preprocess.loc.fill_(2.0)
     flow.preprocess.fitted.fill_(True)
@@ -276,7 +276,7 @@ def test_each_round_has_pairs_and_a_seed_of_its_own(small, config):
     assert flow.preprocess.loc.tolist() == [2.0, 2.0]  # pairs are no reason to standardize anew
 
 
-def test_a_tenth_of_the_pairs_is_held_out_or_what_is_given(small, config, points):
+def test_reflow_is_validated_on_held_out_pairs_or_given_rows(small, config, points):
     histories = [
         reflow(small(), config(), n=64, validation=validation)[0].column("val_nll")
         for validation in (None, points)
@@ -286,7 +286,7 @@ def test_a_tenth_of_the_pairs_is_held_out_or_what_is_given(small, config, points
     assert told and distill(small(), config(), n=64).column("val_nll") == []
 
 
-def test_distillation_looks_at_the_start_only(small, config, monkeypatch):
+def test_distillation_trains_at_time_zero_only(small, config, monkeypatch):
     objectives = []
 
     def fit(flow, objective, data, settings, **more):
@@ -306,11 +306,11 @@ def test_distillation_looks_at_the_start_only(small, config, monkeypatch):
     torch.testing.assert_close(objective(flow, batch).value, expected)
 
 
-def test_rounds_with_a_folder_run_to_their_end(small, config, tmp_path):
+def test_all_rounds_of_reflow_with_a_folder_finish(small, config, tmp_path):
     assert len(reflow(small(), config(folder=tmp_path / "run"), rounds=2, n=64)) == 2
 
 
-def test_a_distilled_flow_of_stacked_blocks_takes_one_step(small, config):
+def test_distilled_flow_of_stacked_blocks_samples_in_one_step(small, config):
     flow = small(layers=2)
     try:
         distill(flow, config(), n=64)
@@ -321,7 +321,7 @@ def test_a_distilled_flow_of_stacked_blocks_takes_one_step(small, config):
     assert stats.forward == 1
 
 
-def test_a_network_that_predicts_noise_is_distilled_or_refused(config, generator):
+def test_network_that_predicts_noise_is_distilled_or_refused(config, generator):
     field = Predicts(MLPField(2, (32, 32)), "noise")
     flow = Flow(None, Continuous(field, OWN), event_shape=(2,))
     x = torch.tensor([2.0, -1.0]) + 0.3 * torch.randn(1000, 2, generator=generator)
@@ -335,7 +335,7 @@ def test_a_network_that_predicts_noise_is_distilled_or_refused(config, generator
     assert miss(flow, teacher) < 0.2
 
 
-def test_only_continuous_flows_are_straightened(small, config):
+def test_reflow_of_a_discrete_flow_is_refused(small, config):
     for call in (reflow, distill):
         with pytest.raises(
             TypeError, match="FlowMatching: expected a flow whose transform is a C"

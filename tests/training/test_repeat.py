@@ -28,7 +28,7 @@ def trained(small, config):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_same_seed_gives_the_same_weights_bitwise(kind, trained, small, same):
+def test_same_seed_gives_bitwise_equal_weights(kind, trained, small, same):
     toy = cnf.data.toy("moons")
     first = trained(kind, toy, seed=1)
     torch.manual_seed(12345)  # what the user drew before must not matter
@@ -47,19 +47,21 @@ def test_other_seed_gives_other_weights(data, objective, small, config, points, 
     assert not same(*flows)
 
 
-def test_every_step_draws_anew_from_a_toy(config, square):
+def test_every_step_draws_new_samples_of_a_toy(config, square):
     cnf.fit(torch.nn.Linear(2, 2), square, cnf.data.toy("moons"), config(steps=6))
     assert len(torch.cat(square.seen).unique(dim=0)) == 6 * 16
 
 
-def test_folder_progress_and_checkpoints_change_no_weight(trained, points, same, tmp_path, capsys):
+def test_folder_progress_bar_and_checkpoints_do_not_change_weights(
+    trained, points, same, tmp_path, capsys
+):
     plain = trained("cnf by flow matching", points)
     settings = {"folder": tmp_path / "run", "progress": True, "checkpoint_seconds": 1e-9}
     assert same(plain, trained("cnf by flow matching", points, **settings))
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_global_random_state_is_untouched(kind, trained, points):
+def test_global_random_state_is_not_changed(kind, trained, points):
     with torch.random.fork_rng():
         torch.manual_seed(987654321)  # a state that no earlier training can have left
         before = torch.random.get_rng_state()
@@ -84,7 +86,7 @@ def test_dropout_repeats_and_differs_between_steps(config, points, square, same)
     assert same(train(), train())
 
 
-def test_seconds_budget_records_steps_and_ticks(small, config, points, tmp_path):
+def test_budget_in_seconds_records_steps_and_ticks(small, config, points, tmp_path):
     settings = config(seconds=0.2, folder=tmp_path / "run")
     history = cnf.fit(small(), cnf.FlowMatching(), points, settings)
     assert history.reason == "budget" and history.seconds >= 0.2
@@ -94,7 +96,7 @@ def test_seconds_budget_records_steps_and_ticks(small, config, points, tmp_path)
     assert (written["steps"], written["ticks"]) == (history.steps, history.ticks)
 
 
-def test_seconds_budget_repeats_bitwise_from_its_written_config(
+def test_budget_in_seconds_repeats_bitwise_from_its_saved_config(
     small, config, points, same, tmp_path
 ):
     first = small()
@@ -132,7 +134,7 @@ def test_validation_time_is_not_charged_to_the_budget(small, config, points, mon
 
 
 @pytest.mark.parametrize("kind", ["toy", "rows", "batches"])
-def test_a_step_that_only_compiles_changes_nothing(
+def test_step_that_only_compiles_does_not_change_training(
     kind, config, points, square, same, monkeypatch
 ):
     def train():
@@ -150,7 +152,7 @@ def test_a_step_that_only_compiles_changes_nothing(
     assert len(square.seen) == 6 + 7 and square.seen[6].shape == (16, 2)
 
 
-def test_second_gpu_changes_nothing_for_a_run_on_the_cpu(small, config, points, monkeypatch):
+def test_second_gpu_has_no_effect_on_a_run_on_the_cpu(small, config, points, monkeypatch):
     # Without devices, torch.random.fork_rng would ask both for their state, and warn.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)

@@ -51,7 +51,9 @@ def run(small, config, same):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_after_ctrl_c_gives_the_uninterrupted_weights(kind, run, watched, tmp_path):
+def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
+    kind, run, watched, tmp_path
+):
     def stopped(fit):
         history = fit()
         assert history.reason == "interrupted"
@@ -61,7 +63,9 @@ def test_resuming_after_ctrl_c_gives_the_uninterrupted_weights(kind, run, watche
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_after_a_crash_gives_the_uninterrupted_weights(kind, run, watched, tmp_path):
+def test_resuming_after_a_crash_gives_the_weights_of_an_uninterrupted_run(
+    kind, run, watched, tmp_path
+):
     def stopped(fit):
         with pytest.raises(Killed):
             fit()
@@ -74,12 +78,12 @@ def test_resuming_after_a_crash_gives_the_uninterrupted_weights(kind, run, watch
     "objective", [cnf.MaximumLikelihood(), cnf.MaximumLikelihood(divergence="hutchinson")]
 )
 @pytest.mark.parametrize("settings", [{"ema": None}, {"patience": 9}, {"optimizer": "adamw"}])
-def test_resuming_holds_for_every_setting(objective, settings, run, watched, tmp_path):
+def test_resuming_is_exact_for_every_setting(objective, settings, run, watched, tmp_path):
     data = watched("rows", press)
     run(*data, lambda fit: fit(), tmp_path / "run", objective=objective, **settings)
 
 
-def test_resume_of_tensors_goes_on_with_the_same_rows(config, points, square, tmp_path):
+def test_resume_with_tensors_continues_with_the_same_rows(config, points, square, tmp_path):
     net = torch.nn.Linear(2, 2)
     cnf.fit(net, square, points, config(steps=12))
     rows, square.seen = square.seen, []
@@ -100,7 +104,9 @@ def test_resume_of_tensors_goes_on_with_the_same_rows(config, points, square, tm
     assert torch.equal(torch.stack(rows), torch.stack(dies.seen + rest.seen))
 
 
-def test_interrupting_says_where_it_was_saved(small, config, watched, tmp_path, capsys):
+def test_message_of_interruption_says_where_the_run_is_saved(
+    small, config, watched, tmp_path, capsys
+):
     data, _ = watched("toy", press)
     settings = config(folder=tmp_path / "run", progress=True)
     cnf.fit(small(), cnf.FlowMatching(), data, settings)
@@ -109,14 +115,16 @@ def test_interrupting_says_where_it_was_saved(small, config, watched, tmp_path, 
     assert "".join(str(tmp_path / "run").split()) in said
 
 
-def test_interrupting_without_a_folder_says_that_nothing_was_saved(small, config, watched, capsys):
+def test_message_of_interruption_without_a_folder_says_that_nothing_is_saved(
+    small, config, watched, capsys
+):
     data, _ = watched("toy", press)
     history = cnf.fit(small(), cnf.FlowMatching(), data, config(progress=True))
     assert history.reason == "interrupted"
     assert "not saved" in capsys.readouterr().out
 
 
-def test_ctrl_c_means_what_it_meant_before_once_fit_is_over(small, config, points):
+def test_handler_of_ctrl_c_is_restored_after_fit(small, config, points):
     before = signal.getsignal(signal.SIGINT)
     cnf.fit(small(), cnf.FlowMatching(), points, config(steps=2))
     assert signal.getsignal(signal.SIGINT) is before
@@ -128,7 +136,7 @@ def test_second_ctrl_c_stops_at_once(small, config, watched):
         cnf.fit(small(), cnf.FlowMatching(), data, config())
 
 
-def test_config_of_an_interrupted_seconds_run_still_has_its_budget(
+def test_config_of_an_interrupted_run_keeps_its_budget_in_seconds(
     small, config, watched, tmp_path
 ):
     data, _ = watched("toy", press)
@@ -149,7 +157,7 @@ def test_resuming_a_finished_run_changes_nothing(small, config, points, same, tm
     assert same(flow, again)
 
 
-def test_finished_run_that_gets_a_longer_budget_is_logged_and_scored_on(
+def test_finished_run_with_a_longer_budget_continues_logs_and_scores(
     small, config, points, tmp_path
 ):
     settings = {"folder": tmp_path / "run", "validations": 5}
@@ -164,7 +172,7 @@ def test_finished_run_that_gets_a_longer_budget_is_logged_and_scored_on(
 
 
 @pytest.mark.parametrize(("steps", "in_all"), [(20, 20), (40, 40), (2, 4)])
-def test_seconds_run_goes_on_with_its_own_or_other_seconds(
+def test_run_with_a_budget_in_seconds_continues_with_the_same_or_another_budget(
     steps, in_all, small, config, watched, monkeypatch, tmp_path
 ):
     tick = 1 / 64  # each step's, whatever the machine: a seconds budget is then one of steps
@@ -187,7 +195,7 @@ def test_seconds_run_goes_on_with_its_own_or_other_seconds(
     assert len(after.ticks) == 200 and after.ticks == sorted(after.ticks)
 
 
-def test_run_killed_at_any_moment_goes_on_from_its_last_checkpoint(
+def test_run_killed_at_any_time_resumes_from_its_last_checkpoint(
     small, config, points, same, tmp_path
 ):
     """What lies on the disk is all that SIGKILL leaves: here a copy, made in the middle of it."""
@@ -231,7 +239,7 @@ def test_resume_refuses_other_rows(kind, wrap, small, config, points, tmp_path):
         cnf.fit(small(), cnf.FlowMatching(), other, config(resume=True, **settings))
 
 
-def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
+def test_fingerprint_of_data_covers_every_tensor_its_shape_and_dtype(points):
     """All of these hold the same bytes, some under another name or in another shape."""
     w = points[:, 0].abs().contiguous()
     batches = [
@@ -246,7 +254,7 @@ def test_every_tensor_and_its_shape_and_dtype_tell_rows_from_others(points):
     assert hash_of_rows(cnf.Batch(points.clone())) == hash_of_rows(batches[0])
 
 
-def test_last_rows_of_large_tensors_tell_them_from_others(points, monkeypatch):
+def test_fingerprint_of_large_tensors_covers_their_last_rows(points, monkeypatch):
     monkeypatch.setattr(origin, "WHOLE", 500)
     monkeypatch.setattr(origin, "ENDS", 5)
     batches = [cnf.Batch(points.clone()) for _ in range(3)]
@@ -284,7 +292,7 @@ def list_of(x):
     return Rows()
 
 
-def test_resume_tells_settings_that_differ_and_uses_the_new_ones(small, config, points, tmp_path):
+def test_resume_reports_changed_settings_and_uses_the_new_ones(small, config, points, tmp_path):
     settings = {"folder": tmp_path / "run", "optimizer": "adamw"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(steps=4, weight_decay=0.1, **settings))
     changed = {"steps": 8, "lr": 1e-9, "weight_decay": 0.9, "resume": True}
@@ -309,7 +317,7 @@ def test_skipped_steps_are_counted_over_the_whole_run(config, points, broken, tm
     assert cnf.fit(torch.nn.Linear(2, 2), broken({}), points, again).skipped == 2
 
 
-def test_model_that_differs_is_told_by_the_option(small, config, points, tmp_path):
+def test_error_for_another_model_names_the_option_that_differs(small, config, points, tmp_path):
     settings = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
     with pytest.raises(
@@ -319,7 +327,7 @@ def test_model_that_differs_is_told_by_the_option(small, config, points, tmp_pat
         cnf.fit(flow, cnf.FlowMatching(), points, config(resume=True, **settings))
 
 
-def test_batch_size_that_differs_is_another_run(small, config, points, tmp_path):
+def test_resume_refuses_another_batch_size(small, config, points, tmp_path):
     settings = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), points, config(**settings))
     with pytest.raises(cnf.CheckpointError, match="another run: batch_size was 16, is 20"):
@@ -368,7 +376,7 @@ def test_state_that_does_not_fit_is_a_checkpoint_error(kind, small, config, poin
 
 
 @pytest.mark.parametrize("before", [1, None, "no origin"])
-def test_run_of_other_random_streams_is_refused_and_its_flow_loads(
+def test_run_with_other_random_streams_is_not_resumed_but_its_flow_loads(
     before, small, config, points, tmp_path
 ):
     settings = {"folder": tmp_path / "run"}
@@ -408,7 +416,9 @@ def test_mid_run_checkpoint_holds_the_averaged_weights(small, config, points, tm
     assert any(not torch.allclose(saved["module"][n], expected[n], atol=1e-4) for n in names)
 
 
-def test_best_weights_of_patience_survive_a_resume(small, config, points, watched, same, tmp_path):
+def test_best_weights_of_patience_are_kept_over_a_resume(
+    small, config, points, watched, same, tmp_path
+):
     settings = {"steps": 12, "validations": 12, "patience": 12, "lr": 0.5}
     data, whole = watched("rows", press)
     straight, resumed = small(), small()

@@ -33,7 +33,7 @@ def test_folder_holds_the_promised_files_and_no_others(run):
     assert os.listdir(folder / "figures") == []
 
 
-def test_config_holds_everything_that_made_the_run(run):
+def test_config_holds_all_settings_of_the_run(run):
     _, folder, _ = run
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written["data"] == "moons" and written["model"] == "cnf"
@@ -58,7 +58,7 @@ def test_manifest_names_versions_machine_seed_steps_and_time(run):
     assert manifest["skipped_steps"] == 0
 
 
-def test_metrics_are_the_history(run):
+def test_metrics_file_equals_the_history(run):
     _, folder, history = run
     with open(folder / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -69,7 +69,7 @@ def test_metrics_are_the_history(run):
     assert {"seconds", "lr", "nfe", "fm"} <= rows[0].keys()
 
 
-def test_tensorboard_holds_loss_and_score(run):
+def test_tensorboard_file_holds_loss_and_score(run):
     _, folder, history = run
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,7 +80,7 @@ def test_tensorboard_holds_loss_and_score(run):
     assert len(events.Scalars("val_nll")) == 10
 
 
-def test_load_takes_folder_checkpoints_and_file(run, points):
+def test_load_accepts_run_folder_checkpoint_folder_and_file(run, points):
     flow, folder, _ = run
     expected = flow.log_prob(points)
     checkpoints = folder / "checkpoints"
@@ -88,7 +88,7 @@ def test_load_takes_folder_checkpoints_and_file(run, points):
         assert torch.equal(cnf.load(path).log_prob(points), expected)
 
 
-def test_hand_built_flow_trains_with_a_folder_and_loads_into(small, config, points, tmp_path):
+def test_hand_built_flow_trains_with_a_folder_and_loads_with_into(small, config, points, tmp_path):
     def by_hand():
         return cnf.Flow(None, small("realnvp").transform, event_shape=(2,))
 
@@ -108,7 +108,7 @@ def test_numpy_numbers_in_settings_are_written_as_numbers(small, config, points,
     assert (written["lr"], written["seed"]) == (1e-3, 3)
 
 
-def test_objective_with_settings_of_its_own_is_written(small, config, points, tmp_path):
+def test_settings_of_an_objective_are_written(small, config, points, tmp_path):
     objective = cnf.MaximumLikelihood(
         divergence=cnf.Hutchinson(probes=2), penalties={"kinetic": 0.1}
     )
@@ -118,7 +118,7 @@ def test_objective_with_settings_of_its_own_is_written(small, config, points, tm
     assert again == objective
 
 
-def test_existing_folder_is_refused_and_left_alone(run, small, config, points):
+def test_existing_folder_is_refused_and_not_changed(run, small, config, points):
     _, folder, _ = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     with pytest.raises(ValueError, match=f"{folder} exists already; .*resume"):
@@ -126,13 +126,13 @@ def test_existing_folder_is_refused_and_left_alone(run, small, config, points):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_empty_folder_is_taken(small, config, points, tmp_path):
+def test_empty_folder_is_accepted(small, config, points, tmp_path):
     cnf.fit(small(), cnf.FlowMatching(), points, config(folder=tmp_path))
     assert (tmp_path / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("where", ["a file", "under a file"])
-def test_folder_that_cannot_be_made_is_refused(where, small, config, points, tmp_path):
+def test_folder_that_cannot_be_created_is_refused(where, small, config, points, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     folder = file if where == "a file" else file / "run"
@@ -149,7 +149,7 @@ def test_run_refused_before_its_first_step_leaves_no_folder(config, points, tmp_
 
 
 @pytest.mark.parametrize("file", ["metrics.csv", "flow.safetensors", "state.pt", "config.yaml"])
-def test_disk_that_fills_during_a_run_is_told_in_one_line(
+def test_full_disk_during_a_run_ends_in_a_one_line_error(
     file, small, config, watched, tmp_path, monkeypatch
 ):
     replace, folder = os.replace, tmp_path / "run"
@@ -170,7 +170,7 @@ def test_disk_that_fills_during_a_run_is_told_in_one_line(
     cnf.load(folder)  # what was there is kept, whole
 
 
-def test_part_of_a_table_that_is_put_aside_is_told(small, config, tmp_path):
+def test_part_of_a_table_that_is_set_aside_is_reported(small, config, tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{k},{k * k}.5\n" for k in range(20)))
     rest, _ = cnf.data.load(tmp_path / "x.csv").split(0.3)
     told = configuration(small(), cnf.FlowMatching(), rest, config())

@@ -19,7 +19,7 @@ class Rounded:
         return y.floor()
 
 
-def test_a_dequantized_flow_is_validated_with_the_same_noise_each_time():
+def test_dequantized_flow_is_validated_with_the_same_noise_each_time():
     base = cnf.distributions.StandardNormal((2,))
     flow = Flow(base, cnf.models.build("realnvp", dim=2).transform, dequantization=Rounded())
     rows = Batch(torch.arange(8.0).reshape(4, 2))
@@ -38,7 +38,7 @@ def scored(*scores, began=3.0):
     Validation(MaximumLikelihood(), TrainConfig(progress=False), rows).warn_of_worsening(records)
 
 
-def test_a_held_out_score_that_got_worse_is_told_with_its_best():
+def test_warning_for_an_increasing_held_out_score_names_the_best():
     scored(2.5, 2.1, 2.55)
     scored(7.0)
     with pytest.warns(UserWarning, match=r"ends at 2.65 nats, and at step 20 it was 2.1:.*patien"):
@@ -49,7 +49,7 @@ def test_a_held_out_score_that_got_worse_is_told_with_its_best():
         scored(2.5, float("nan"))
 
 
-def test_a_standardize_that_cannot_hold_the_squares_refuses():
+def test_standardize_refuses_columns_whose_squares_overflow():
     x = torch.randn(50, 2, dtype=torch.float64)
     for scale in (1e-200, 1e300):
         flow = cnf.models.build("realnvp", dim=2)

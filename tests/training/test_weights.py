@@ -14,7 +14,7 @@ WEIGHT = torch.linspace(0.1, 5, 100)
 
 
 @pytest.mark.parametrize("objective", [FlowMatching(), MaximumLikelihood(), Joint()])
-def test_weights_beside_an_array_are_those_of_a_batch(objective, small, config, same, points):
+def test_weights_of_an_array_equal_those_of_a_batch(objective, small, config, same, points):
     beside, within, without = small(), small(), small()
     cnf.fit(beside, objective, points.numpy(), config(), weight=WEIGHT.double().numpy())
     cnf.fit(within, objective, Batch(points, weight=WEIGHT), config())
@@ -22,7 +22,7 @@ def test_weights_beside_an_array_are_those_of_a_batch(objective, small, config, 
     assert same(beside, within) and not same(beside, without)
 
 
-def test_held_out_likelihood_is_the_weighted_mean(small, config, points, monkeypatch):
+def test_held_out_likelihood_is_a_weighted_mean(small, config, points, monkeypatch):
     monkeypatch.setattr(validation, "CHUNK", 7)
     flow, held_out, weight = small("realnvp"), points[:40] + 1, (points[:40, 0] - 1).square()
     history = cnf.fit(
@@ -64,7 +64,7 @@ def test_held_out_loss_of_a_flow_without_density_is_weighted(small, config, poin
     assert weighted < 0.01 * plain
 
 
-def test_rows_of_weight_0_are_as_if_they_were_not_there(small, config, same, points):
+def test_rows_of_weight_0_have_no_effect(small, config, same, points):
     there, gone = small(), small()
     rows = torch.cat([torch.full((20, 2), 1e6), points])  # preprocessing must not see them
     weight = torch.cat([torch.zeros(20), WEIGHT])
@@ -73,7 +73,7 @@ def test_rows_of_weight_0_are_as_if_they_were_not_there(small, config, same, poi
     assert same(there, gone)
 
 
-def test_a_process_whose_weights_are_all_0_counts_for_nothing():
+def test_process_with_weights_0_has_no_effect():
     batch = Batch(torch.ones(4, 2), weight=torch.tensor([0.0, 0.0, 1.0, 3.0]))
     assert [batch.shared(rank, 2)[1] for rank in (0, 1)] == [0.0, 2.0]
     nothing = batch.but(weight=torch.zeros(4))
@@ -81,7 +81,7 @@ def test_a_process_whose_weights_are_all_0_counts_for_nothing():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_shares_hold_every_row_once_and_their_mean_is_the_whole_batchs(processes):
+def test_shards_partition_the_batch_and_average_to_its_mean(processes):
     x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2) ** 2
     shares = [Batch(x).shared(rank, processes) for rank in range(processes)]
     assert torch.equal(torch.cat([own.x for own, _ in shares]), x)
@@ -89,7 +89,7 @@ def test_shares_hold_every_row_once_and_their_mean_is_the_whole_batchs(processes
     assert mean.item() == pytest.approx(x.mean().item(), rel=1e-14)
 
 
-def test_a_batch_of_fewer_rows_than_processes_is_refused():
+def test_batch_with_fewer_rows_than_processes_is_refused():
     with pytest.raises(ValueError, match="at least 4 rows, one for each process, got one of 3"):
         Batch(torch.ones(3, 2)).shared(0, 4)
 
@@ -115,13 +115,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_weights_that_make_no_sense_are_refused(kind, small, config):
+def test_invalid_weights_are_refused(kind, small, config):
     data, weight, message = REFUSED[kind]
     with pytest.raises(ValueError, match=f"^fit.*{message}"):
         cnf.fit(small(), FlowMatching(), data, config(), weight=weight)
 
 
-def test_weights_of_validation_are_looked_at_before_training(small, config):
+def test_weights_of_validation_are_checked_before_training(small, config):
     bad = Batch(X).but(weight=-WEIGHT)
     with pytest.raises(ValueError, match="^fit: expected weights.*at least 0"):
         cnf.fit(small(), FlowMatching(), X, config(), validation=bad)

@@ -176,6 +176,6 @@ class Adapter(VectorField):
                 raise
             parts = "x, t and the context" if self.context_dim else "x and t"
             raise ValueError(
-                f"Adapter: {type(self.net).__name__} is called with {parts} in one tensor, "
-                f"{inputs.shape[-1]} numbers a row, and does not fit ({error})"
+                f"Adapter: expected {type(self.net).__name__} to accept {parts} in one tensor of "
+                f"{inputs.shape[-1]} columns, got an error: {error}"
             ) from error

@@ -313,7 +313,7 @@ def optimal(who: str, solve: Callable[..., Any], cost: np.ndarray) -> tuple[Any,
     """Solve exact optimal transport between uniform weights by POT.
 
     Args:
-        who: Who asks, for the message.
+        who: The caller, for the message.
         solve: POT's `emd` or `emd2`.
         cost: Costs, shape (N, M).
 
@@ -345,7 +345,9 @@ def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | Non
     masses = torch.from_numpy(plan).to(device_of(generator, x1))
     rows = masses.sum(1)
     if not torch.isfinite(rows).all() or rows.sum() <= 0:
-        raise ValueError("coupling: the plan came out empty or NaN; raise reg")
+        raise ValueError(
+            "coupling: expected a finite plan, got one that is empty or NaN; raise reg"
+        )
     # multinomial needs a positive mass in each row; the pair of a row without mass has weight 0.
     masses = torch.where(rows[:, None] > 0, masses, torch.ones_like(masses))
     j = torch.multinomial(masses, 1, generator=generator).squeeze(1)
@@ -356,8 +358,8 @@ def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | Non
 def _warn_context_ignored(name: str, context: Tensor | None) -> None:
     if context is not None:
         warn(
-            f"{name} pairs without looking at the context, so a conditional model starts "
-            'from the wrong distribution when it samples; take coupling="conditional-ot"'
+            f"{name} ignores the context, so that a conditional model samples from another base "
+            'distribution than it was trained with; take coupling="conditional-ot"'
         )
 
 

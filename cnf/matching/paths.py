@@ -159,8 +159,8 @@ class Linear(Path):
         return PathSample(t, xt, end - x0)
 
     def schedule(self, t: Tensor) -> Schedule:
-        kept = 1 - self.sigma_min
-        return Schedule(t, 1 - kept * t, 1.0, -kept, float(self.noise))
+        rate = 1 - self.sigma_min
+        return Schedule(t, 1 - rate * t, 1.0, -rate, float(self.noise))
 
 
 @PATHS.register("polynomial")

@@ -158,17 +158,24 @@ class Plan:
         """
         if len(x1) != self.size:
             raise ValueError(
-                f"semidiscrete: expected the {self.size} rows it was fitted to, got {len(x1)}"
+                f"semidiscrete: expected the {self.size} rows that it was fitted to, got {len(x1)}"
             )
         x, j = x0.detach().flatten(1), torch.empty(len(x0), dtype=torch.long, device=x0.device)
         if (context is None) != (self.labels is None):
-            raise ValueError("semidiscrete: expected a context if it was fitted with one, only")
+            with_or_without = "no context" if self.labels is None else "a context"
+            raise ValueError(
+                f"semidiscrete: expected {with_or_without}, as the coupling was fitted, got "
+                f"{'none' if context is None else 'one'}"
+            )
         if context is None or self.labels is None:
             rows, assign = self.groups[0]
             return Pairing(j=rows[assign(x)])
         wanted = (context.nan_to_num(torch.inf)[:, None] == self.labels).all(-1)
         if not wanted.any(1).all():
-            raise ValueError("semidiscrete: a context is none of the labels it was fitted with")
+            raise ValueError(
+                "semidiscrete: expected the labels that the coupling was fitted to, got a context "
+                "that is none of them; fit it to data with all labels"
+            )
         for (rows, assign), members in zip(self.groups, wanted.unbind(1), strict=True):
             if members.any():
                 j[members] = rows[assign(x[members])]

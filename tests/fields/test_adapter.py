@@ -11,7 +11,7 @@ F64 = torch.float64
 
 
 class Net(nn.Module):
-    """2x + 3t (+ 5·Σc), its arguments named by the order it is told."""
+    """2x + 3t (+ 5·Σc), with arguments in the given order."""
 
     def __init__(self, time_first):
         super().__init__()
@@ -77,7 +77,7 @@ def test_unknown_call_is_refused():
 
 def test_error_explains_a_net_with_wrong_shapes():
     x, t = torch.zeros(4, 2), torch.tensor(0.5)
-    with pytest.raises(ValueError, match="Linear is called with x and t in one tensor, 3 numbers"):
+    with pytest.raises(ValueError, match="Linear to accept x and t in one tensor of 3 columns"):
         Adapter(nn.Linear(2, 2), (2,), call="concat")(t, x)
     with pytest.raises(ValueError, match=r"velocity of x's shape \(4, 2\), got a tuple"):
         Adapter(Twice(), (2,), call="concat")(t, x)

@@ -1,4 +1,4 @@
-"""Couplings: what every one of them owes its caller."""
+"""Couplings: properties of every one of them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from cnf.matching import COUPLINGS, Pairing
 
 F64 = torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:.* pairs without looking at the context")
+pytestmark = pytest.mark.filterwarnings("ignore:.* ignores the context")
 
 
 def rows(index, n):

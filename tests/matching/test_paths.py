@@ -1,4 +1,4 @@
-"""Probability paths."""
+"""Probability paths: velocities, ends, schedules and noise."""
 
 import math
 from dataclasses import replace

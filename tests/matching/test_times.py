@@ -1,4 +1,4 @@
-"""The laws of flow matching's times, against their densities."""
+"""Distributions of training times, against their densities."""
 
 import math
 

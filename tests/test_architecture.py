@@ -1,4 +1,4 @@
-"""The floors of the package, read from its imports, and what `import cnf` may do."""
+"""Layers of the package, from its imports, and the effects of `import cnf`."""
 
 import ast
 import json

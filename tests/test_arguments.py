@@ -1,4 +1,4 @@
-"""What people type, as flags with one value each."""
+"""Arguments of the command line as flags with one value each."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The command line: every command on one run, repeats from config.yaml, refusals in a line."""
+"""The command line: every command on one run, repetition from config.yaml, and errors."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Contexts are standardized like the data, once, on every way into a flow."""
+"""Contexts are standardized like data, once, by every method of a flow."""
 
 import copy
 import warnings
@@ -120,8 +120,8 @@ def test_every_model_standardizes_its_context_by_default(name):
         cnf.models.build(name, dim=2, context=3).context_preprocess, StandardizeContext
     )
     assert cnf.models.build(name, dim=2).context_preprocess is None
-    told = cnf.models.build(name, dim=2, context=3, context_preprocess=None)
-    assert told.context_preprocess is None
+    flow_without = cnf.models.build(name, dim=2, context=3, context_preprocess=None)
+    assert flow_without.context_preprocess is None
 
 
 def test_flow_saved_before_contexts_were_standardized_loads_unchanged(tmp_path):

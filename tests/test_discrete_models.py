@@ -1,4 +1,4 @@
-"""The discrete models: their starts, what is mixed between layers, angles, saving."""
+"""The discrete models: initial values, mixing between layers, angles and saving."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the documentation says is true: its code runs, its commands parse, nothing is missing."""
+"""The documentation: its code runs, its commands parse, and its reference is complete."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Every public name has a docstring: what it is, which arguments it takes, what it raises."""
+"""Docstrings of public names: a summary, the arguments and the errors."""
 
 import ast
 import importlib

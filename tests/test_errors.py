@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong."""
+"""Errors and warnings for users."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""Flows that leave Python: torch.export and ONNX, for any number of rows."""
+"""Export of flows by torch.export and ONNX, for any number of rows."""
 
 import inspect
 import io

@@ -1,4 +1,4 @@
-"""The one interface, for every model with random weights."""
+"""The interface of a flow, for every model with random weights."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A flow as a distribution of torch and of Pyro, every shape against MultivariateNormal."""
+"""A flow as a distribution of torch and Pyro, against MultivariateNormal."""
 
 import pytest
 import torch

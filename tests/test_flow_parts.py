@@ -1,4 +1,4 @@
-"""Flows from other parts: a density as the base, dequantized data, images."""
+"""Flows with other parts: a density as base, dequantized data, images."""
 
 import math
 

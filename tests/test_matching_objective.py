@@ -1,4 +1,4 @@
-"""Flow matching of every target and path: its loss by hand, and what minimizes it."""
+"""Flow matching of every target and path: loss by hand, and its minimizer."""
 
 import math
 import warnings
@@ -210,8 +210,8 @@ def test_training_on_a_bridge_learns_velocity_and_score(generator):
     config = cnf.TrainConfig(
         steps=300, batch_size=512, lr=1e-2, ema=0.98, validations=0, progress=False, device="cpu"
     )
-    told = cnf.fit(flow, FlowMatching(), x, config)
-    scores = told.column("score")
+    history = cnf.fit(flow, FlowMatching(), x, config)
+    scores = history.column("score")
     assert sum(scores[-20:]) < 0.8 * sum(scores[:5]) / 5 * 20
     t, at = torch.tensor(0.5), torch.tensor([[0.0, 1.0], [1.5, 0.5]])
     expected = closed_form("bridge", t, at)
@@ -346,8 +346,11 @@ def test_objective_is_rebuilt_from_its_description(path, tmp_path):
         steps=1, batch_size=8, validations=0, progress=False, device="cpu", folder=tmp_path / "run"
     )
     cnf.fit(flow, objective, torch.randn(16, 2), config, context=torch.ones(16, 1))
-    told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert OBJECTIVES.build({"name": told["objective"], **told["objective_options"]}) == objective
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (
+        OBJECTIVES.build({"name": written["objective"], **written["objective_options"]})
+        == objective
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"coupling": "minibatch-ot"}, {"context_dropout": 0.5}])

@@ -1,4 +1,4 @@
-"""Flows as amortized posteriors: E[log q(z|y) - log p(z, y)] is least, -log p(y), at the truth."""
+"""Flows as amortized posteriors: reverse KL is least at the true posterior."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Autocast around a call: nets in bfloat16, everything else as wide as without it."""
+"""Autocast around a call: bfloat16 in networks only."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_log_prob_under_autocast_computes_maps_in_float32(name, generator):
 def test_backward_solve_uses_the_autocast_of_the_forward_solve(gradient, method):
     precisions = []
 
-    class Watched(VectorField):
+    class PrecisionRecorder(VectorField):
         def __init__(self):
             super().__init__((2,))
             self.net = torch.nn.Linear(2, 2)
@@ -44,7 +44,7 @@ def test_backward_solve_uses_the_autocast_of_the_forward_solve(gradient, method)
             precisions.append(v.dtype)
             return v
 
-    transform = Continuous(Watched(), Solver(gradient=gradient, **method))
+    transform = Continuous(PrecisionRecorder(), Solver(gradient=gradient, **method))
     with AUTOCAST:
         value, ladj = transform.inverse(torch.ones(4, 2))
     (value.sum() + ladj.sum()).backward()  # outside of autocast, as torch asks

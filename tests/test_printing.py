@@ -1,4 +1,4 @@
-"""What flows and their parts print: what they are, on a screen's width."""
+"""The repr of flows and their parts, within a screen's width."""
 
 import inspect
 

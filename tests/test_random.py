@@ -1,4 +1,4 @@
-"""Named streams: what decides their draws, and that no two uses share one."""
+"""Named streams: what determines their draws, and that no two uses share one."""
 
 import re
 from collections import Counter

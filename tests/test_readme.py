@@ -1,4 +1,4 @@
-"""What README.md says is true: its Python example runs."""
+"""README.md: its Python examples run."""
 
 import re
 from pathlib import Path
@@ -30,9 +30,11 @@ def test_readme_example_runs(capsys):
 
 
 def test_own_network_of_the_readme_learns_data_far_from_unit_scale():
-    told = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {"cnf": cnf}
-    exec(compile(next(block for block in told if "Adapter(" in block), "README.md", "exec"), names)
+    exec(
+        compile(next(block for block in blocks if "Adapter(" in block), "README.md", "exec"), names
+    )
     x = torch.tensor([5e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(1_000, 2)
     settings = cnf.TrainConfig(steps=60, progress=False)
     cnf.fit(names["flow"], cnf.FlowMatching(), x, settings)

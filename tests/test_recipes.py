@@ -1,4 +1,4 @@
-"""How likelihood trains the named models unless told otherwise, and STEER's random end."""
+"""Defaults for training the named models by likelihood, and STEER's random end time."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tables of names."""
+"""Registries of names."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""NaN and infinity: an answer for the row that they came in, and none of it in the others."""
+"""NaN and infinity affect only the result of their own row."""
 
 import math
 
@@ -116,13 +116,13 @@ def test_nan_affects_only_its_row_of_trajectory_and_integrals(solver, small_flow
 @pytest.mark.parametrize("name", ["cnf", "nsf"])
 def test_nan_affects_only_its_row_of_error_bars(name, small_flow, points):
     flow = small_flow(name, solver=Solver("rk4", steps=4))
-    told, alone = log_prob_with_error(flow, points), log_prob_with_error(flow, points[FINITE])
-    assert_rule(told.value, alone.value)
+    estimate, alone = log_prob_with_error(flow, points), log_prob_with_error(flow, points[FINITE])
+    assert_rule(estimate.value, alone.value)
     torch.testing.assert_close(
-        told.solver_error[FINITE], alone.solver_error, rtol=1e-12, atol=1e-12
+        estimate.solver_error[FINITE], alone.solver_error, rtol=1e-12, atol=1e-12
     )
-    assert told.solver_error[[1, 3]].isnan().all()
-    assert (told.solver_error[[2, 6]] == 0).all()  # -inf is exact
+    assert estimate.solver_error[[1, 3]].isnan().all()
+    assert (estimate.solver_error[[2, 6]] == 0).all()  # -inf is exact
 
 
 def test_nan_affects_only_its_row_with_layers_around_a_solve(randomized, points):
@@ -209,6 +209,6 @@ def test_given_probes_stay_with_their_rows(small_flow, generator):
     probe = torch.randn(1, 6, 2, generator=generator, dtype=torch.float64)
     x[2] = torch.nan
     sound = [0, 1, 3, 4, 5]
-    told = flow.log_prob(x, divergence=cnf.Hutchinson(probe=probe))
+    found = flow.log_prob(x, divergence=cnf.Hutchinson(probe=probe))
     expected = flow.log_prob(x[sound], divergence=cnf.Hutchinson(probe=probe[:, sound]))
-    torch.testing.assert_close(told[sound], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[sound], expected, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Step grids, guidance and SDEs, on flows whose law is known."""
+"""Step grids, guidance and SDEs, on flows with known distributions."""
 
 import math
 

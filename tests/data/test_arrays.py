@@ -1,4 +1,4 @@
-"""Numbers from whatever holds them, against numpy's own view of the same numbers."""
+"""Conversion of array-like data, against numpy's."""
 
 import numpy as np
 import pandas

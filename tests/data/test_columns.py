@@ -1,4 +1,4 @@
-"""What the columns of a table are for, and what is said of columns that have no density."""
+"""Roles of the columns of a table, and warnings about columns without a density."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Solver(compile=True): the same numbers, compiled once."""
+"""Solver(compile=True): results, and number of compilations."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""A fixed-step training solve is captured as one CUDA graph."""
+"""Capture of a fixed-step training solve as a CUDA graph."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Exact traces and Hutchinson's estimate."""
+"""Exact divergence and Hutchinson's estimate."""
 
 import itertools
 
@@ -198,13 +198,13 @@ def test_exact_uses_the_closed_form_and_agrees_with_autograd(randomized, generat
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
-class Still(nn.Module):
+class Constant(nn.Module):
     def forward(self, t, x):
         return x
 
 
 def test_error_for_infeasible_exact_divergence_names_the_estimator():
-    field = Adapter(Still(), (1, 40, 40))
+    field = Adapter(Constant(), (1, 40, 40))
     with pytest.raises(ValueError) as caught:
         Exact().rates(field, torch.tensor(0.1), torch.zeros(2, 1, 40, 40), None, None)
     for part in ("Adapter", "1600", str(EXACT_LIMIT), "divergence=Hutchinson(probes=8)"):

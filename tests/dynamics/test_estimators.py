@@ -184,14 +184,14 @@ def test_invalid_counts_are_refused(options):
 def test_estimate_for_images_equals_that_for_vectors(randomized, generator):
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.Tanh(),
                               torch.nn.Conv2d(3, 2, 3, padding=1))  # fmt: skip
-    field = Adapter(_Still(randomized(net)), (2, 3, 3))
+    field = Adapter(_Constant(randomized(net)), (2, 3, 3))
     x = torch.randn(4, 2, 3, 3, generator=generator, dtype=F64)
     div = rates(Hutchinson(2, sketch=18), field, x, generator=generator).divergence
     exact = rates(DIVERGENCES.build("exact"), field, x).divergence
     torch.testing.assert_close(div, exact.unsqueeze(-1).expand(4, 2), rtol=0, atol=1e-10)
 
 
-class _Still(torch.nn.Module):
+class _Constant(torch.nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net

@@ -1,4 +1,4 @@
-"""What `explain` says of the exact divergence, and the names that ask for it."""
+"""`explain`: method and cost of the exact divergence."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_forward_mode_costs_one_pass_per_dimension():
 
 
 @pytest.mark.parametrize(
-    ("field", "way"),
+    ("field", "method"),
     [
         (MLPField(3, (8, 8), context_dim=2), "MLPField: its own closed form"),
         (PotentialField(3, 8), "PotentialField: its own closed form"),
@@ -37,8 +37,8 @@ def test_forward_mode_costs_one_pass_per_dimension():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_explain_names_the_method(field, way):
-    assert explain(field).startswith(way)
+def test_explain_names_the_method(field, method):
+    assert explain(field).startswith(method)
 
 
 def test_auto_is_the_exact_divergence():

@@ -1,4 +1,4 @@
-"""The loop that torch.compile and CUDA graphs take, against torchdiffeq's."""
+"""The fixed-step loop for torch.compile and CUDA graphs, against torchdiffeq's."""
 
 import pytest
 import torch

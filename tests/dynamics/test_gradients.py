@@ -1,4 +1,4 @@
-"""Every way to differentiate a solve, against the matrix exponential and other closed forms."""
+"""Every gradient mode of a solve, against the matrix exponential and other closed_form forms."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ class Linear(nn.Module):
         return x @ self.matrix.T + context @ C.T
 
 
-def closed(matrix, x, context):
+def closed_form(matrix, x, context):
     """e^A x + ∫ e^{A(1-s)} ds C c, and tr A, from one exponential of [[A, I], [0, 0]]."""
     eye, zero = torch.eye(2, dtype=F64), torch.zeros(2, 4, dtype=F64)
     flow = torch.matrix_exp(torch.cat([torch.cat([matrix, eye], 1), zero]))
@@ -62,7 +62,7 @@ def test_a_linear_flow_and_its_gradients_have_closed_form(method, mode, towards,
     solved = transform.integrate(x, 2 * leaf, towards=towards)  # no leaf: an encoder's output
     sign = 1 if towards == "data" else -1
     matrix = A.clone().requires_grad_()
-    end, ladj = closed(sign * matrix, x, sign * 2 * leaf)
+    end, ladj = closed_form(sign * matrix, x, sign * 2 * leaf)
     torch.testing.assert_close(solved.value, end, rtol=0, atol=1e-6)  # tolerance 1e-9, 100 steps
     torch.testing.assert_close(solved.ladj, ladj, rtol=0, atol=1e-6)
     ours = torch.autograd.grad(loss(solved.value, solved.ladj), inputs)
@@ -189,21 +189,21 @@ def test_solve_without_gradients_has_no_graph(mode, generator):
     assert not end.requires_grad and (stats.forward, stats.solves) == (36, 1)
 
 
-class Watching(nn.Module):
+class DtypeRecorder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.seen = nn.Linear(2, 2), []
+        self.linear, self.dtypes = nn.Linear(2, 2), []
 
     def forward(self, t, x):
         v = self.linear(x)
-        self.seen.append(v.dtype)
+        self.dtypes.append(v.dtype)
         return v
 
 
 def test_checkpoint_recomputes_under_autocast_of_forward_pass():
-    net = Watching()
+    net = DtypeRecorder()
     transform = Continuous(Adapter(net, (2,)), Solver("rk4", steps=4, gradient="checkpoint"), None)
     with torch.autocast("cpu", torch.bfloat16):
         end, _ = transform(torch.ones(3, 2))
     end.sum().backward()
-    assert net.seen == [torch.bfloat16] * 32 and end.dtype == torch.float32
+    assert net.dtypes == [torch.bfloat16] * 32 and end.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Solvers on a grid of unequal steps, against Runge-Kutta by hand."""
+"""Solvers on a grid of unequal steps, against Runge-Kutta methods by hand."""
 
 import json
 import math
@@ -279,15 +279,15 @@ def test_error_bars_refine_the_grid():
 
     transform = Continuous(Adapter(Growth(), (2,)), Solver("euler", grid=(0.0, 0.2, 1.0)))
     flow = Flow(None, transform, event_shape=(2,)).double()
-    told = log_prob_with_error(flow, torch.ones(1, 2, dtype=F64))
+    estimate = log_prob_with_error(flow, torch.ones(1, 2, dtype=F64))
 
     def value(*widths):
         z = np.prod([1 - 0.5 * h for h in widths])
         return -math.log(2 * math.pi) - z**2 - sum(widths)  # ladj = -2·0.5·1
 
-    assert told.value.item() == pytest.approx(value(0.2, 0.8), abs=1e-12)
+    assert estimate.value.item() == pytest.approx(value(0.2, 0.8), abs=1e-12)
     expected = abs(value(0.1, 0.1, 0.4, 0.4) - value(0.2, 0.8))
-    assert told.solver_error.item() == pytest.approx(expected, rel=1e-9)
+    assert estimate.solver_error.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_check_accepts_a_flow_on_a_grid():
@@ -340,12 +340,12 @@ def test_every_step_of_a_grid_is_taken_or_refused():
     assert nfe == solver.evaluations
 
 
-@pytest.mark.parametrize("way", ["built", "replaced", "from a file's words"])
-def test_flow_on_a_grid_is_saved_and_loaded(way, tmp_path):
+@pytest.mark.parametrize("source", ["built", "replaced", "from a file's words"])
+def test_flow_on_a_grid_is_saved_and_loaded(source, tmp_path):
     solver = Solver("heun2", grid=GRID, gradient="backprop")
-    if way == "built":
+    if source == "built":
         flow = cnf.models.build("cnf", dim=2, hidden=(6,), solver=solver)
-    elif way == "replaced":
+    elif source == "replaced":
         flow = cnf.models.build("cnf", dim=2, hidden=(6,)).with_solver(solver)
     else:
         words = json.loads(json.dumps(asdict(solver)))

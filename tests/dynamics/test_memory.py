@@ -1,4 +1,4 @@
-"""What a solve keeps for its backward pass, counted in bytes, and how "auto" chooses."""
+"""Memory that a solve saves for its backward pass, and the choice of gradient="auto"."""
 
 import gc
 import weakref
@@ -18,34 +18,34 @@ from cnf.transforms import Compose, Continuous, Planar, Sylvester
 F64 = torch.float64
 
 
-class Kept:
-    """Bytes that autograd holds: now, and at most."""
+class SavedMemory:
+    """Bytes that autograd holds: now, and at peak."""
 
     def __init__(self):
-        self.now = self.most = self.count = 0
+        self.now = self.peak = self.count = 0
 
     def pack(self, tensor):
         # Detached: a node's own result, held by the node, would be a cycle that outlives it.
-        box, size = _Box(tensor if tensor.is_leaf else tensor.detach()), tensor.nbytes
+        saved, size = _Saved(tensor if tensor.is_leaf else tensor.detach()), tensor.nbytes
         self.now, self.count = self.now + size, self.count + 1
-        self.most = max(self.most, self.now)
-        weakref.finalize(box, self._drop, size)
-        return box
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(saved, self._drop, size)
+        return saved
 
     def _drop(self, size):
         self.now -= size
 
 
-class _Box:
+class _Saved:
     def __init__(self, held):
         self.held = held
 
 
 @contextmanager
-def watched():
-    kept = Kept()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda box: box.held):
-        yield kept
+def saved_memory():
+    memory = SavedMemory()
+    with torch.autograd.graph.saved_tensors_hooks(memory.pack, lambda saved: saved.held):
+        yield memory
 
 
 @pytest.fixture
@@ -63,27 +63,29 @@ def run(randomized, generator):
 
 
 @pytest.fixture
-def whole(run):
+def backprop_memory(run):
     """Steps → bytes of backprop's graph."""
 
-    def whole(steps):
-        with watched() as kept:
+    def backprop_memory(steps):
+        with saved_memory() as memory:
             run(Solver("rk4", steps=steps, gradient="backprop"))
-        return kept.most
+        return memory.peak
 
-    return whole
+    return backprop_memory
 
 
-def test_memory_grows_with_steps_for_backprop_and_with_a_segment_for_checkpoint(run, whole):
+def test_memory_grows_with_steps_for_backprop_and_with_a_segment_for_checkpoint(
+    run, backprop_memory
+):
     peaks = {}
     for segments in (1, 4, 8):
         solver = Solver("rk4", steps=64, gradient="checkpoint", segments=segments)
-        with watched() as kept:
+        with saved_memory() as memory:
             run(solver)
-        peaks[segments] = kept.most
-    assert whole(64) == pytest.approx(8 * whole(8), rel=0.05)
+        peaks[segments] = memory.peak
+    assert backprop_memory(64) == pytest.approx(8 * backprop_memory(8), rel=0.05)
     assert peaks[4] < 1.2 * peaks[1] / 4 and peaks[8] < 1.3 * peaks[1] / 8  # and the ends
-    assert peaks[1] == pytest.approx(whole(64), rel=0.05)
+    assert peaks[1] == pytest.approx(backprop_memory(64), rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
@@ -91,9 +93,9 @@ def test_memory_of_the_adjoint_does_not_depend_on_tolerance(method, run):
     found = []
     for tolerance in (1e-2, 1e-6):
         solver = Solver(method, rtol=tolerance, atol=tolerance, gradient="adjoint")
-        with record() as stats, watched() as kept:
+        with record() as stats, saved_memory() as memory:
             run(solver)
-        found.append((kept.most, stats.forward))
+        found.append((memory.peak, stats.forward))
     assert found[0][0] == found[1][0] and found[1][1] > 3 * found[0][1]
 
 
@@ -104,27 +106,27 @@ def test_number_of_tensors_saved_by_the_adjoint_does_not_depend_on_tolerance(
     counts = []
     for tolerance in (1e-3, 1e-9):
         transform = Continuous(field, Solver(rtol=tolerance, atol=tolerance, gradient="adjoint"))
-        with watched() as kept:
+        with saved_memory() as memory:
             transform.inverse(torch.ones(4, 2, dtype=F64))
-        counts.append(kept.count)
+        counts.append(memory.count)
     assert counts[0] == counts[1]
 
 
-def limited(share, steps, whole, **options):
+def solver_with_limit(share, steps, backprop_memory, **options):
     """A solver with that share of backprop's bytes to spend."""
-    return Solver("rk4", steps=steps, memory=share * whole(steps) / GIB, **options)
+    return Solver("rk4", steps=steps, memory=share * backprop_memory(steps) / GIB, **options)
 
 
-def test_auto_is_backprop_if_the_graph_fits(run, whole):
-    solver = limited(1.2, 8, whole)
+def test_auto_is_backprop_if_the_graph_fits(run, backprop_memory):
+    solver = solver_with_limit(1.2, 8, backprop_memory)
     with record() as stats:
         ours = run(solver)
     assert (stats.forward, stats.backward) == (32, 0)
     assert_same(ours, run(Solver("rk4", steps=8, gradient="backprop")))
 
 
-def test_auto_is_checkpoint_if_a_segment_fits(run, whole):
-    solver = limited(0.5, 8, whole)
+def test_auto_is_checkpoint_if_a_segment_fits(run, backprop_memory):
+    solver = solver_with_limit(0.5, 8, backprop_memory)
     with record() as stats:
         ours = run(solver)
     assert stats.backward == 32 and 32 < stats.forward <= 36  # and what showed that it does not
@@ -132,8 +134,8 @@ def test_auto_is_checkpoint_if_a_segment_fits(run, whole):
     assert run(solver, create_graph=True)[0].requires_grad
 
 
-def test_auto_is_adjoint_if_no_segment_fits(run, whole):
-    solver = limited(0.02, 8, whole)
+def test_auto_is_adjoint_if_no_segment_fits(run, backprop_memory):
+    solver = solver_with_limit(0.02, 8, backprop_memory)
     with record() as stats:
         ours = run(solver)
     assert stats.backward == 32
@@ -142,9 +144,11 @@ def test_auto_is_adjoint_if_no_segment_fits(run, whole):
         run(solver, create_graph=True)
 
 
-def test_auto_is_adjoint_for_adaptive_methods_above_the_limit(run, whole):
+def test_auto_is_adjoint_for_adaptive_methods_above_the_limit(run, backprop_memory):
     tight = {"rtol": 1e-7, "atol": 1e-7}
-    ours = run(Solver(memory=whole(1) / GIB, **tight))  # four evaluations of some hundred
+    ours = run(
+        Solver(memory=backprop_memory(1) / GIB, **tight)
+    )  # four evaluations of some hundred
     assert_same(ours, run(Solver(gradient="adjoint", **tight)))
     assert_same(run(Solver(**tight)), run(Solver(gradient="backprop", **tight)))
     apart = max((a - b).abs().max() for a, b in zip(ours, run(Solver(**tight)), strict=True))
@@ -155,15 +159,17 @@ def assert_same(one, other):
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_auto_respects_the_memory_limit(run, whole):
+def test_auto_respects_the_memory_limit(run, backprop_memory):
     for share in (0.9, 0.3, 0.02):
-        solver = limited(share, 64, whole)
-        with watched() as kept:
+        solver = solver_with_limit(share, 64, backprop_memory)
+        with saved_memory() as memory:
             run(solver)
-        assert kept.most < 1.3 * share * whole(64)  # the first evaluation, and the ends
+        assert memory.peak < 1.3 * share * backprop_memory(
+            64
+        )  # the first evaluation, and the ends
 
 
-def live():
+def live_tensors():
     """Tensors that are alive, and the storages that they hold; without the fake ones that tests
     before have compiled with, which hold nothing."""
     gc.collect()
@@ -171,12 +177,12 @@ def live():
     return len(found), len({tensor.untyped_storage().data_ptr() for tensor in found})
 
 
-def assert_nothing_stays(call):
+def assert_graph_is_freed(call):
     call()  # what is made once
-    before = live()
+    before = live_tensors()
     for _ in range(3):
         call()
-    assert live() == before
+    assert live_tensors() == before
 
 
 METHODS = {"fixed": {"method": "rk4", "steps": 2}, "adaptive": {"rtol": 0.1, "atol": 0.1}}
@@ -208,7 +214,7 @@ def test_graph_is_freed_with_and_without_backward(method, mode, small_flow):
         with pytest.raises(SolverError, match="too many evaluations"):
             failing.log_prob(x, context)
 
-    assert_nothing_stays(use)
+    assert_graph_is_freed(use)
 
 
 @pytest.mark.filterwarnings("ignore:.*by twice the steps")  # two Euler steps, for speed
@@ -223,7 +229,7 @@ def test_graph_is_freed_for_every_field(name, small_flow):
         objective(flow, batch)
         objective(flow, batch).value.backward()
 
-    assert_nothing_stays(use)
+    assert_graph_is_freed(use)
 
 
 def test_graph_of_recomputed_layers_is_freed(randomized):
@@ -235,4 +241,4 @@ def test_graph_of_recomputed_layers_is_freed(randomized):
         stack.inverse(x)
         stack(x)[1].sum().backward(inputs=[x])
 
-    assert_nothing_stays(use)
+    assert_graph_is_freed(use)

@@ -1,4 +1,4 @@
-"""What the tolerances bound: every row or their mean, forward and backward."""
+"""Error norms over all rows and of the worst row, in forward and backward solves."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from cnf.transforms import Continuous
 F64 = torch.float64
 
 
-def waves(omega):
+def wave_dynamics(omega):
     """dx/dt = ω cos(ω t) for each row's ω: x(1) = x(0) + sin ω."""
     return lambda t, state: ((omega * torch.cos(omega * t)).unsqueeze(-1).expand_as(state[0]),)
 
@@ -20,7 +20,7 @@ def error_of_the_hard_row(norm, method, rows=4000, tolerance=1e-5):
     omega[7] = 30.0
     solver = Solver(method, rtol=tolerance, atol=tolerance, norm=norm)
     start = torch.zeros(rows, 2, dtype=F64)
-    (x,), _ = solve(waves(omega), (start,), 0.0, 1.0, solver, ())
+    (x,), _ = solve(wave_dynamics(omega), (start,), 0.0, 1.0, solver, ())
     assert x[:7].abs().max() < 1e-12
     return (x[7] - omega[7].sin()).abs().max().item()
 
@@ -40,7 +40,7 @@ def transform(randomized):
     return build
 
 
-def alone_and_among(transform, x):
+def alone_and_in_batch(transform, x):
     kinetic = [REGULARIZERS["kinetic"]]
     whole = transform.integrate(x, towards="base", integrands=kinetic)
     row = transform.integrate(x[:1], towards="base", integrands=kinetic)
@@ -53,7 +53,7 @@ def alone_and_among(transform, x):
 @pytest.mark.parametrize("method", ["rk4", "euler", "heun3", "explicit_adams"])
 def test_fixed_step_result_of_a_row_does_not_depend_on_other_rows(method, transform, generator):
     x = torch.randn(50, 2, generator=generator, dtype=F64)
-    assert alone_and_among(transform(Solver(method, steps=10)), x) < 1e-12
+    assert alone_and_in_batch(transform(Solver(method, steps=10)), x) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
@@ -64,7 +64,9 @@ def test_rows_norm_result_of_a_row_does_not_depend_on_easier_rows(method):
         ends = []
         for count in (1, 501):
             start, solver = torch.zeros(count, 2, dtype=F64), Solver(method, norm=norm)
-            ends.append(solve(waves(omega[:count]), (start,), 0.0, 1.0, solver, ()).state[0][0])
+            ends.append(
+                solve(wave_dynamics(omega[:count]), (start,), 0.0, 1.0, solver, ()).state[0][0]
+            )
         apart[norm] = (ends[0] - ends[1]).abs().max()
     assert apart["rows"] < 1e-12 and apart["rms"] > 1e-6
 
@@ -72,7 +74,7 @@ def test_rows_norm_result_of_a_row_does_not_depend_on_easier_rows(method):
 def test_rows_norm_equals_rms_for_a_single_row():
     solvers = [Solver(norm=norm) for norm in ("rows", "rms")]
     omega, start = torch.full((1,), 9.0, dtype=F64), torch.ones(1, 3, dtype=F64)
-    ends = [solve(waves(omega), (start,), 0.0, 1.0, s, ()) for s in solvers]
+    ends = [solve(wave_dynamics(omega), (start,), 0.0, 1.0, s, ()) for s in solvers]
     assert ends[0].nfe == ends[1].nfe
     torch.testing.assert_close(ends[0].state, ends[1].state, rtol=0, atol=1e-14)
 

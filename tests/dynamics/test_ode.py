@@ -1,4 +1,4 @@
-"""Solving ODEs: answers, orders, gradients and evaluations, against the matrix exponential."""
+"""ODE solves: results, orders, gradients and evaluations, against the matrix exponential."""
 
 import gc
 import math

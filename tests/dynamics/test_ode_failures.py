@@ -1,4 +1,4 @@
-"""What cannot be solved: each cause has its own words, forward and backward, and nothing hangs."""
+"""Solves that fail: an error names the error_of in forward and backward solves."""
 
 import math
 
@@ -22,7 +22,7 @@ def adjoint(method, **options):
     return setting(method, gradient="adjoint", **options)
 
 
-def cause(field, solver, state=ONE):
+def error_of(field, solver, state=ONE):
     with pytest.raises(SolverError) as caught:
         solve(field, (state,), 0.0, 1.0, solver, ())
     return caught.value
@@ -38,7 +38,7 @@ def test_error_names_a_field_that_returns_nan(method, late):
     def field(t, state):
         return (torch.where(t >= 0.5 * late, math.nan, 1.0) * state[0],)
 
-    error = cause(field, setting(method))
+    error = error_of(field, setting(method))
     assert "the field returned NaN or infinity" in str(error)
     assert "Check the inputs' scale" in str(error) and error.nfe < 300
     assert f"({method}, " in str(error)
@@ -46,7 +46,7 @@ def test_error_names_a_field_that_returns_nan(method, late):
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_error_at_the_first_step_has_its_time(method):
-    error = cause(lambda t, state: (state[0] * math.nan,), setting(method))
+    error = error_of(lambda t, state: (state[0] * math.nan,), setting(method))
     assert 0 <= error.t <= 1  # not NaN: the field was asked at t = 0
 
 
@@ -55,7 +55,7 @@ def test_stiff_field_stops_at_max_nfe(method):
     def field(t, state):
         return (-1e6 * (state[0] - torch.cos(50 * t)),)
 
-    error = cause(field, setting(method, max_nfe=200))
+    error = error_of(field, setting(method, max_nfe=200))
     assert "too many evaluations" in str(error) and "raise max_nfe" in str(error)
     assert error.nfe == 200
 
@@ -91,17 +91,17 @@ def test_error_in_a_segment_has_its_time():
     def field(t, state):
         return (torch.where(t > 0.6, math.nan, 1.0) * state[0],)
 
-    assert 0.6 <= cause(field, setting("dopri5", gradient="checkpoint")).t < 0.7
+    assert 0.6 <= error_of(field, setting("dopri5", gradient="checkpoint")).t < 0.7
 
 
 def test_fixed_step_method_stops_at_max_nfe():
-    error = cause(lambda t, state: (state[0],), Solver("rk4", steps=10, max_nfe=12))
+    error = error_of(lambda t, state: (state[0],), Solver("rk4", steps=10, max_nfe=12))
     assert error.nfe == 12 and "rk4, 10 steps" in str(error)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8"])
 def test_error_for_blow_up_in_finite_time_is_a_step_size_underflow(method):
-    error = cause(lambda t, state: (state[0] ** 3,), setting(method))  # escapes at t = ½
+    error = error_of(lambda t, state: (state[0] ** 3,), setting(method))  # escapes at t = ½
     assert "the step fell below what the dtype resolves" in str(error)
     assert error.t == pytest.approx(0.5, abs=1e-3)
 
@@ -109,7 +109,7 @@ def test_error_for_blow_up_in_finite_time_is_a_step_size_underflow(method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_state_in_half_precision_is_refused(method, dtype):
-    error = cause(lambda t, state: (state[0],), setting(method), torch.ones(3, dtype=dtype))
+    error = error_of(lambda t, state: (state[0],), setting(method), torch.ones(3, dtype=dtype))
     assert str(dtype) in str(error) and "autocast inside the field" in str(error)
     assert error.nfe == 0
 

@@ -1,4 +1,4 @@
-"""References and draws that the fields' tests share."""
+"""Reference divergences and random points for the tests of fields."""
 
 import math
 

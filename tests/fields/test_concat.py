@@ -1,4 +1,4 @@
-"""The layers by which time and context enter, against their formulas written out."""
+"""Layers conditioned on time and context, against their formulas."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Convolutional fields: shapes, conditions, and traces known in closed form."""
+"""Convolutional fields: shapes, conditioning, and traces in closed form."""
 
 import pytest
 import torch

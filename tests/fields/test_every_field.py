@@ -1,4 +1,4 @@
-"""What every field promises, closed form or not, checked over all of them."""
+"""Properties of every field, with and without a closed-form divergence."""
 
 import copy
 

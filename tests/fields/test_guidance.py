@@ -1,4 +1,4 @@
-"""Fields that go without their context, guidance, and the flows that are made of them."""
+"""Fields with an optional context, classifier-free guidance, and flows of both."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 class Affine(VectorField):
-    """v = rate·x + c, with no divergence of its own and no answer to a missing context."""
+    """v = rate·x + c, without a closed-form divergence and without an optional context."""
 
     def __init__(self, rate=0.7):
         super().__init__((2,), 2)

@@ -1,4 +1,4 @@
-"""The potential field: velocity, time derivative and Laplacian against autograd's of φ."""
+"""The potential field: velocity, time derivative and Laplacian against autograd."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Fields that predict data, noise or score, on Gaussians, where each of them has a closed form."""
+"""Fields that predict data, noise or score, on Gaussians with closed forms."""
 
 import math
 
@@ -89,7 +89,7 @@ class Gauss:
 
 
 class Mean(VectorField):
-    """A network that has learned its target."""
+    """A network that predicts its target exactly."""
 
     def __init__(self, gauss, target, event):
         super().__init__(event)
@@ -101,7 +101,7 @@ class Mean(VectorField):
 
 
 class Known(Mean):
-    """The same with a divergence of its own."""
+    """The same with a closed-form divergence."""
 
     def with_divergence(self, t, x, context=None):
         one = self(t, torch.ones_like(x)) - self(t, torch.zeros_like(x))

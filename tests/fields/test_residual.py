@@ -1,4 +1,4 @@
-"""The residual field, its trace against autograd's and its formula written out."""
+"""The residual field: its trace against autograd, and its formula."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Fields through which torch has no forward mode: the exact divergence by reverse mode."""
+"""Exact divergence by reverse mode of fields without forward mode in torch."""
 
 import pytest
 import torch

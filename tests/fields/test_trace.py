@@ -1,4 +1,4 @@
-"""Traces of Jacobians, by forward mode and along chains of gated layers."""
+"""Traces of Jacobians by forward mode, and of chains of layers in closed form."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BATCHES = [(), (4,), (2, 3), (0,)]
 
 
 class Timeless(nn.Module):
-    """A map of batches as the net of a field, for one row too."""
+    """A map of batches as the network of a field that accepts single rows."""
 
     def __init__(self, v):
         super().__init__()
@@ -123,7 +123,7 @@ def test_gated_product_is_the_transposed_product(batch, generator):
 
 
 def chain(gates, batch, per_row, scaled, generator):
-    """Random weights, of rows' own where `per_row` holds the layer, gates, and a scale."""
+    """Random weights (for each row in the layers `per_row`), gates and a scale."""
     widths = [3, 5, 4, 7, 2, 6][: gates + 1]
 
     def draw(*shape):

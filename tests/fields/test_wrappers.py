@@ -1,4 +1,4 @@
-"""Fields made of fields."""
+"""Fields that wrap other fields."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ F64 = torch.float64
 
 
 class Line(VectorField):
-    """v = rate · t · x + offset (+ c), with no divergence of its own."""
+    """v = rate · t · x + offset (+ c), without a closed-form divergence."""
 
     def __init__(self, rate, offset=0.0, context_dim=0):
         super().__init__((2,), context_dim)

@@ -1,4 +1,4 @@
-"""Fixtures for training: tiny budgets, small flows that repeat bit for bit, modules to break."""
+"""Fixtures for training: tiny budgets, small repeatable flows, modules that fail."""
 
 import pytest
 import torch
@@ -72,14 +72,14 @@ class Square(Objective):
     """Mean of |net(x)|², whatever the net; remembers the rows it was given."""
 
     def __init__(self):
-        self.seen, self.contexts = [], []
+        self.batches, self.contexts = [], []
 
     def prepare(self, module, batch, generator=None):
         return batch
 
     def __call__(self, module, batch, generator=None):
         if torch.is_grad_enabled():
-            self.seen.append(batch.x)
+            self.batches.append(batch.x)
             self.contexts.append(batch.context)
         value = module(batch.x).square().mean()
         return cnf.Loss(value, {"square": value.detach()})
@@ -112,7 +112,7 @@ def broken():
     return Broken
 
 
-class Watched:
+class ActingData:
     """Density or batches that do something at one step: raise, or press Ctrl-C."""
 
     def __init__(self, inner, at, action):
@@ -124,7 +124,7 @@ class Watched:
         self.calls += 1
 
 
-class WatchedDensity(Watched):
+class ActingDensity(ActingData):
     dim = 2
 
     def log_prob(self, x):
@@ -136,7 +136,7 @@ class WatchedDensity(Watched):
         return self.inner.sample(n, generator)
 
 
-class WatchedRows(Watched, torch.utils.data.Dataset):
+class ActingRows(ActingData, torch.utils.data.Dataset):
     def __len__(self):
         return len(self.inner)
 
@@ -145,7 +145,7 @@ class WatchedRows(Watched, torch.utils.data.Dataset):
         return self.inner[row]
 
 
-class WatchedBatches(Watched):
+class ActingBatches(ActingData):
     def __iter__(self):
         for batch in self.inner:
             self.act()
@@ -153,18 +153,18 @@ class WatchedBatches(Watched):
 
 
 @pytest.fixture
-def watched():
+def acting_data():
     """(kind, action) → (data, the same data without the action), the action near step 4."""
     toy = cnf.data.toy("moons")
     rows = torch.randn(100, 2, generator=torch.Generator().manual_seed(3))
 
     def make(kind, action):
         if kind == "toy":
-            return WatchedDensity(toy, 3, action), WatchedDensity(toy, -1, None)
+            return ActingDensity(toy, 3, action), ActingDensity(toy, -1, None)
         if kind == "rows":
             head = 100  # the held-out rows and those preprocessing is fitted to
-            return WatchedRows(rows, head + 3 * 16, action), WatchedRows(rows, -1, None)
+            return ActingRows(rows, head + 3 * 16, action), ActingRows(rows, -1, None)
         batches = list(rows[:96].split(16))
-        return WatchedBatches(batches, 1 + 3, action), WatchedBatches(batches, -1, None)
+        return ActingBatches(batches, 1 + 3, action), ActingBatches(batches, -1, None)
 
     return make

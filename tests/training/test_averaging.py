@@ -1,4 +1,4 @@
-"""What is kept: averaged weights, the best weights; what happens to bad gradients."""
+"""Averaged weights, validation, patience, and gradients that are NaN."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ from cnf.objectives import Objective
 from cnf.training import checkpoint
 
 
-def hand_average(weights, decay):
+def exponential_average(weights, decay):
     average = weights[0].clone()
     for step, weight in enumerate(weights[1:], 1):
         rate = min(decay, step / (step + 9))  # the first weights are soon forgotten
@@ -46,7 +46,9 @@ def linear(points, config, square):
 def test_module_holds_the_moving_average_after_training(linear, decay, tmp_path):
     net, raw, _ = linear(tmp_path / "run", ema=decay, lr=0.1)
     assert len(raw) == 9
-    torch.testing.assert_close(net.weight.detach(), hand_average(raw, decay), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        net.weight.detach(), exponential_average(raw, decay), rtol=0, atol=1e-14
+    )
     assert not torch.equal(net.weight, raw[-1])
 
 
@@ -97,7 +99,7 @@ def test_validations_are_evenly_spaced_in_the_budget(small, config, points):
 def test_no_validation_means_no_score_and_training_on_every_row(config, points, square):
     history = cnf.fit(torch.nn.Linear(2, 2), square, points, config(steps=6, validations=0))
     assert history.column("val_loss") == []
-    assert len(torch.cat(square.seen).unique(dim=0)) == 96  # six whole batches of sixteen
+    assert len(torch.cat(square.batches).unique(dim=0)) == 96  # six whole batches of sixteen
 
 
 @pytest.mark.parametrize("validation_rows, held_out", [(50, 10), (4, 4)])
@@ -114,7 +116,7 @@ def test_one_tenth_of_the_rows_is_held_out_and_never_trained_on(
     monkeypatch.setattr(cnf.training.validation.Validation, "__init__", spy)
     settings = config(steps=60, validation_rows=validation_rows)
     cnf.fit(torch.nn.Linear(2, 2), square, points, settings)
-    trained = {tuple(row) for row in torch.cat(square.seen).tolist()}
+    trained = {tuple(row) for row in torch.cat(square.batches).tolist()}
     kept_out = {tuple(row) for row in scored[0].tolist()}
     assert len(kept_out) == held_out
     assert not trained & kept_out
@@ -123,7 +125,7 @@ def test_one_tenth_of_the_rows_is_held_out_and_never_trained_on(
 
 def test_each_epoch_has_every_row_once_in_a_new_order(config, points, square):
     cnf.fit(torch.nn.Linear(2, 2), square, points[:96], config(steps=12, validations=0))
-    first, second = torch.cat(square.seen[:6]), torch.cat(square.seen[6:])
+    first, second = torch.cat(square.batches[:6]), torch.cat(square.batches[6:])
     assert len(first.unique(dim=0)) == len(second.unique(dim=0)) == 96
     assert not torch.equal(first, second)
 
@@ -285,7 +287,7 @@ def test_skipped_steps_do_not_count_as_steps_of_the_average(config, points):
     history = cnf.fit(net, Steep({2, 3, 6}), points, settings)
     assert history.skipped == 3
     raw = [torch.tensor(-0.1 * k, dtype=torch.float64) for k in range(6)]
-    assert net.weight[0, 0].item() == pytest.approx(hand_average(raw, 0.5).item(), abs=1e-7)
+    assert net.weight[0, 0].item() == pytest.approx(exponential_average(raw, 0.5).item(), abs=1e-7)
 
 
 def test_equal_score_is_not_an_improvement(config, points):

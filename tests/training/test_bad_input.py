@@ -1,4 +1,4 @@
-"""What a user can get wrong is answered in one line: who, what was expected, what came."""
+"""Invalid input to `fit`: a one-line error with who, what was expected and what came."""
 
 import re
 

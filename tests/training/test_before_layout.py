@@ -1,4 +1,4 @@
-"""Flows that version 0.1 wrote, before names were spelled as torch spells them: as they were."""
+"""Flows and options saved by version 0.1."""
 
 import json
 from pathlib import Path

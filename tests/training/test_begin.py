@@ -1,4 +1,4 @@
-"""What an objective does once before training: a coupling is fitted to the data, and told of."""
+"""Preparation of an objective before training: a coupling is fitted to the data."""
 
 import pytest
 import torch
@@ -13,29 +13,34 @@ from cnf.training.stream import NoData, as_stream
 FEW = {"name": "semidiscrete", "steps": 5}
 
 
-class Watched(FlowMatching):
+class RecordingFlowMatching(FlowMatching):
     """Remembers the rows that it trains on."""
 
-    seen: list[Batch] = []
+    batches: list[Batch] = []
 
     def __call__(self, module, batch, generator=None):
         if torch.is_grad_enabled():
-            Watched.seen.append(batch)
+            RecordingFlowMatching.batches.append(batch)
         return super().__call__(module, batch, generator)
 
 
 def test_pairs_follow_the_plan_of_the_training_rows(small, config, points):
-    Watched.seen.clear()
+    RecordingFlowMatching.batches.clear()
     flow = small()
-    history = cnf.fit(flow, Watched(coupling=FEW), points, config(validations=0))
+    history = cnf.fit(flow, RecordingFlowMatching(coupling=FEW), points, config(validations=0))
     assert history.steps == 6 and history.preparing > 0 and history.pairing > 0
     assert history.preparing + history.pairing < history.seconds
-    rows = torch.cat([batch.x1 for batch in Watched.seen])
+    rows = torch.cat([batch.x1 for batch in RecordingFlowMatching.batches])
     inside = flow.inside(points)[0]
     assert len(rows) == 6 * 16 and all((inside == row).all(1).any() for row in rows)
     # a plan keeps near to near: far less than the distance of independent pairs
-    pairs = [(batch.x1 - batch.x0).square().sum(1).mean() for batch in Watched.seen]
-    mixed = [(batch.x1.roll(1, 0) - batch.x0).square().sum(1).mean() for batch in Watched.seen]
+    pairs = [
+        (batch.x1 - batch.x0).square().sum(1).mean() for batch in RecordingFlowMatching.batches
+    ]
+    mixed = [
+        (batch.x1.roll(1, 0) - batch.x0).square().sum(1).mean()
+        for batch in RecordingFlowMatching.batches
+    ]
     assert sum(pairs) < 0.5 * sum(mixed)
 
 
@@ -55,8 +60,8 @@ def test_resuming_keeps_the_seconds_of_preparation_and_pairing(small, config, po
 
     first, again = run(), run(resume=True)  # nothing is left to do
     assert 0 < first.preparing + first.pairing < first.seconds
-    told = again.preparing, again.pairing, again.seconds
-    assert told == (first.preparing, first.pairing, first.seconds)
+    seconds = again.preparing, again.pairing, again.seconds
+    assert seconds == (first.preparing, first.pairing, first.seconds)
 
 
 def test_state_without_seconds_of_preparation_and_pairing_resumes():
@@ -73,8 +78,8 @@ def test_run_saves_the_given_coupling_and_resumes_with_it(small, config, points,
         return flow
 
     first = run()
-    told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    again = OBJECTIVES.build({"name": told["objective"], **told["objective_options"]})
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    again = OBJECTIVES.build({"name": written["objective"], **written["objective_options"]})
     assert again == FlowMatching(coupling=FEW)
     assert same(first, run(resume=True))
 
@@ -153,9 +158,9 @@ def test_progress_bar_shows_the_share_of_pairing():
         with bar.doing("preparing"):
             assert bar._bar.tasks[0].description == "preparing title"
         assert bar._bar.tasks[0].description == "title"
-        for share, nfe, told in ((0.8, 0, "pairing 80%"), (0.1, 0, "NFE 0"), (0.8, 7, "NFE 7")):
+        for share, nfe, text in ((0.8, 0, "pairing 80%"), (0.1, 0, "NFE 0"), (0.8, 7, "NFE 7")):
             bar.update(0.5, 3, 1.0, nfe, share)
-            assert bar._bar.tasks[0].fields["cost"] == told
+            assert bar._bar.tasks[0].fields["cost"] == text
 
 
 def test_composed_preprocessing_is_fitted_part_by_part_in_float64(config):

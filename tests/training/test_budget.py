@@ -1,4 +1,4 @@
-"""The part of the budget used, and the learning rate that follows from it."""
+"""Fraction of the budget, and the learning rate that depends on it."""
 
 import math
 

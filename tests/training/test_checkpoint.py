@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read again, what is foreign or broken is refused, unrun."""
+"""Checkpoints: saving and loading, and refusal of broken or foreign files."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""What is said of one's own columns before training."""
+"""Warnings about columns of the user's data before training."""
 
 import pytest
 import torch
@@ -66,16 +66,16 @@ def test_warning_names_columns_without_a_density(spoil):
 def test_warning_lists_two_faults_separately_by_column_number():
     x = rows()
     x[:, 0], x[:, 3] = 1.0, x[:, 1]
-    told = r"\(column 0: constant; column 3: follows from column 1\)"
-    with pytest.warns(UserWarning, match=told):
+    message = r"\(column 0: constant; column 3: follows from column 1\)"
+    with pytest.warns(UserWarning, match=message):
         warn_of_degenerate(x, None)
 
 
 def test_copies_of_a_column_are_reported_as_functions_of_the_original():
     x = rows()
     x[:, 2], x[:, 3] = x[:, 0], -x[:, 0]
-    told = r"\(column 'c': follows from column 'a'; column 'd': follows from column 'a'\)"
-    with pytest.warns(UserWarning, match=told):
+    message = r"\(column 'c': follows from column 'a'; column 'd': follows from column 'a'\)"
+    with pytest.warns(UserWarning, match=message):
         warn_of_degenerate(x, NAMES)
 
 
@@ -117,9 +117,9 @@ def test_fit_warns_once_and_about_user_data_only(small, config):
     x = rows()[:, :2].clone()
     x[:, 1] = 2 * x[:, 0]
     points = cnf.data.Points(x, columns=["time", "twice"])
-    with pytest.warns(UserWarning, match="'twice': follows from column 'time'") as told:
+    with pytest.warns(UserWarning, match="'twice': follows from column 'time'") as caught:
         cnf.fit(small(), cnf.FlowMatching(), points, config())
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("kind", ["pyarrow", "pandas"])
@@ -161,9 +161,9 @@ def test_table_warns_once_at_training(small, config, tmp_path):
     lines = [f"{k},{k % 3},{v:.9f}" for k, v in enumerate(draw[:, 0].tolist())]
     (tmp_path / "x.csv").write_text(",rooms,income\n" + "\n".join(lines))
     points = cnf.data.load(tmp_path / "x.csv")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         cnf.fit(cnf.models.build("realnvp", dim=3), "maximum-likelihood", points, config())
-    said = sorted(str(warning.message) for warning in told)
+    said = sorted(str(warning.message) for warning in caught)
     assert len(said) == 2
     assert "fit: column 'column-1' numbers the rows" in said[0]
     assert "(column 'rooms': 20 different values or fewer)" in said[1]

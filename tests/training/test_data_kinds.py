@@ -1,4 +1,4 @@
-"""Everything that `fit` takes as data, and context that follows its rows."""
+"""Types of data that `fit` accepts, and contexts that follow their rows."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_order_of_a_shuffled_dataloader_does_not_depend_on_global_random_state(
 def test_shuffled_dataloader_has_another_order_in_each_pass(config, square):
     loader = DataLoader(TensorDataset(ROWS[:96]), batch_size=16, shuffle=True)
     cnf.fit(nn.Linear(2, 2), square, loader, config(steps=12, validations=0))
-    first, second = torch.cat(square.seen[:6]), torch.cat(square.seen[6:])
+    first, second = torch.cat(square.batches[:6]), torch.cat(square.batches[6:])
     assert torch.equal(first.sort(0).values, second.sort(0).values)
     assert not torch.equal(first, second)
 
@@ -109,7 +109,7 @@ def test_shuffled_dataloader_has_another_order_in_each_pass(config, square):
 def test_iterable_is_restarted_when_it_ends(config, square):
     batches = list(ROWS[:48].split(16))
     cnf.fit(nn.Linear(2, 2), square, batches, config(steps=7))
-    assert all(torch.equal(square.seen[k], batches[k % 3]) for k in range(7))
+    assert all(torch.equal(square.batches[k], batches[k % 3]) for k in range(7))
 
 
 @pytest.mark.parametrize("data", ["tensors", "arrays", "dataset", "batches"])
@@ -124,7 +124,7 @@ def test_context_follows_its_rows(data, config, square):
     else:
         data = list(zip(ROWS.split(16), CONTEXT.split(16), strict=True))
     cnf.fit(nn.Linear(2, 2), square, data, config(steps=12), context=context)
-    x, c = torch.cat(square.seen), torch.cat(square.contexts)
+    x, c = torch.cat(square.batches), torch.cat(square.contexts)
     assert len(x.unique(dim=0)) >= 80
     assert torch.equal(c[:, :2], x)
 

@@ -1,4 +1,4 @@
-"""Fixed steps that are too few for the likelihood that they report."""
+"""Warnings about fixed solver steps that are too few for the likelihood."""
 
 import warnings
 
@@ -52,8 +52,8 @@ def test_enough_solver_steps_do_not_warn(small, config, points):
 def test_difference_of_a_twentieth_of_a_nat_warns(off, warns, small):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
-    assert told == warns
+        warned = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
+    assert warned == warns
 
 
 def test_comparison_runs_at_some_validations_and_at_the_last(small, config, points, monkeypatch):

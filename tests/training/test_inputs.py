@@ -1,4 +1,4 @@
-"""What people hand to `fit`: each works as the tensor does, or is told what to write instead."""
+"""Inputs that users give to `fit`: they are accepted, or an error says what to write."""
 
 import numpy as np
 import pandas

@@ -1,4 +1,4 @@
-"""Loggers and callbacks hear of every record, once, and end a run that they refuse."""
+"""Loggers and callbacks get every record once, and their errors stop a run."""
 
 import csv
 import errno
@@ -12,18 +12,19 @@ import cnf
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_loggers_and_callbacks_get_every_record(small, config, tmp_path):
-    heard, logger = [], CSVLogger(tmp_path)
+    records, logger = [], CSVLogger(tmp_path)
     toy, objective = cnf.data.toy("moons"), cnf.FlowMatching()
     history = cnf.fit(
-        small(), objective, toy, config(), loggers=[logger], callbacks=[heard.append]
+        small(), objective, toy, config(), loggers=[logger], callbacks=[records.append]
     )
-    assert heard == history.records and [record["step"] for record in heard] == [1, 2, 3, 4, 5, 6]
+    assert records == history.records
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["loss"])) for row in rows] == [
-        (record["step"], record["loss"]) for record in heard
+        (record["step"], record["loss"]) for record in records
     ]
-    assert float(rows[-1]["val_nll"]) == heard[-1]["val_nll"]
+    assert float(rows[-1]["val_nll"]) == records[-1]["val_nll"]
 
 
 class Ending:

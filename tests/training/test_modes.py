@@ -1,4 +1,4 @@
-"""Who is in train mode when, and what a first look may change."""
+"""Train and eval mode in training, and data-dependent initialization."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from cnf.transforms import ActNorm, Continuous
 def test_fit_trains_in_train_mode_and_returns_in_eval_mode(small, config, points):
     modes = []
 
-    class Watched(Objective):
+    class ModeRecorder(Objective):
         def prepare(self, module, batch, generator=None):
             return batch
 
@@ -22,7 +22,7 @@ def test_fit_trains_in_train_mode_and_returns_in_eval_mode(small, config, points
             return MaximumLikelihood()(module, batch, generator)
 
     flow = small("realnvp").eval()
-    cnf.fit(flow, Watched(), points, config(validations=2))
+    cnf.fit(flow, ModeRecorder(), points, config(validations=2))
     assert modes and all(modes)
     assert not any(part.training for part in flow.modules())
 
@@ -58,12 +58,12 @@ def test_evaluation_uses_eval_mode_and_restores_train_mode(small, points):
     from cnf import metrics
     from cnf.metrics.error_bars import log_prob_with_error
 
-    class Watched(torch.nn.Linear):
+    class ModeRecorder(torch.nn.Linear):
         def forward(self, x):
             assert not self.training
             return super().forward(x)
 
-    net = Watched(3, 2)
+    net = ModeRecorder(3, 2)
     field = Adapter(net, (2,), call="concat")
     flow = cnf.Flow(None, Continuous(field, cnf.Solver("rk4", steps=2)), event_shape=(2,)).train()
     metrics.nll(flow, points)
@@ -75,7 +75,7 @@ def test_evaluation_uses_eval_mode_and_restores_train_mode(small, points):
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "named"),
     [
         (torch.nn.Dropout(0.5), r"field\.net\.1, a Dropout with p=0.5, which differs"),
         (torch.nn.BatchNorm1d(8), r"field\.net\.1, a BatchNorm1d, which mixes the rows"),
@@ -83,7 +83,7 @@ def test_evaluation_uses_eval_mode_and_restores_train_mode(small, points):
         (torch.nn.LayerNorm(8), None),
     ],
 )
-def test_likelihood_warns_of_a_field_that_couples_rows_or_is_random(part, told, points):
+def test_likelihood_warns_of_a_field_that_couples_rows_or_is_random(part, named, points):
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), part, torch.nn.Linear(8, 2))
     solver = cnf.Solver("rk4", steps=2)
     flow = cnf.Flow(
@@ -91,10 +91,10 @@ def test_likelihood_warns_of_a_field_that_couples_rows_or_is_random(part, told, 
     ).train()
     rows, generator = (lambda n: cnf.Batch(points[:n])), torch.Generator()
     cnf.FlowMatching().begin(flow, rows, generator)  # warnings are errors here
-    if told is None:
+    if named is None:
         MaximumLikelihood().begin(flow, rows, generator)
         return
-    with pytest.warns(UserWarning, match=rf"fit: likelihood.*transform\.{told}"):
+    with pytest.warns(UserWarning, match=rf"fit: likelihood.*transform\.{named}"):
         MaximumLikelihood().begin(flow, rows, generator)
     with pytest.warns(UserWarning, match="fit: likelihood"):
         cnf.objectives.Joint().begin(flow, rows, generator)

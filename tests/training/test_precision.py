@@ -1,4 +1,4 @@
-"""bf16-mixed: bfloat16 in fields and nets, everything else as wide as without it."""
+"""bf16-mixed: bfloat16 in fields and networks only."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_bf16_mixed_does_not_round_the_data(small, config):
     x = torch.stack([x, x.view(64, 64).T.flatten()], 1)
     met = []
 
-    class Watched(Objective):
+    class PrecisionRecorder(Objective):
         def prepare(self, module, batch, generator=None):
             return batch
 
@@ -44,7 +44,7 @@ def test_bf16_mixed_does_not_round_the_data(small, config):
             return MaximumLikelihood()(module, batch, generator)
 
     settings = {"precision": "bf16-mixed", "batch_size": 3000, "validations": 0}
-    cnf.fit(small("realnvp"), Watched(), x, config(steps=1, **settings))
+    cnf.fit(small("realnvp"), PrecisionRecorder(), x, config(steps=1, **settings))
     (rows,) = met
     assert rows.dtype == torch.float32 and len(rows.unique()) == 3000
 

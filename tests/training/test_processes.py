@@ -1,4 +1,4 @@
-"""One process or two, torchrun's or Fabric's: the same weights, and only the first one writes."""
+"""Training in two processes, by torchrun and Fabric: same weights as in one."""
 
 import contextlib
 import os
@@ -72,10 +72,10 @@ for name, (objective, data) in runs.items():
         config.resume = True
         for p in flow.parameters():
             torch.nn.init.zeros_(p)
-    heard = []
-    history = cnf.fit(flow, objective, data, config, weight=weight, callbacks=[heard.append])
+    records = []
+    history = cnf.fit(flow, objective, data, config, weight=weight, callbacks=[records.append])
     assert history.skipped == (2 if name == "nan-in-one" else 0)
-    assert bool(heard) == (int(os.environ.get("LOCAL_RANK", 0)) == 0)  # the first one tells
+    assert bool(records) == (int(os.environ.get("LOCAL_RANK", 0)) == 0)  # the first one tells
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     # One write: two processes share the pipe, and print writes its newline by itself.
     sys.stdout.write(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}\\n")

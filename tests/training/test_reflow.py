@@ -1,4 +1,4 @@
-"""A flow's own pairs as data: reflow, and distillation to one step."""
+"""Pairs of a flow as data: reflow, and distillation to one step."""
 
 import copy
 import importlib
@@ -20,7 +20,7 @@ ONE = Solver("euler", steps=1)
 OWN = Solver("midpoint", steps=10)
 
 
-class Seen(Objective):
+class RecordingFlowMatching(Objective):
     """Flow matching that remembers its prepared batches."""
 
     def __init__(self, inner=None):
@@ -182,7 +182,7 @@ def test_pairs_do_not_change_the_mode_of_the_flow(small_flow):
 
 def test_fit_trains_on_given_pairs_without_separating_them(small, config, points):
     partner = 3 * points + torch.tensor([1.0, -2.0])
-    objective, flow = Seen(), small()
+    objective, flow = RecordingFlowMatching(), small()
     cnf.fit(flow, objective, Batch(points, x0=partner), config(steps=18, validations=0))
     x1, x0 = objective.joined("x1"), objective.joined("x0")
     x = x1 * flow.preprocess.scale + flow.preprocess.loc
@@ -199,7 +199,7 @@ def test_all_parts_of_a_batch_are_permuted_together(small, config, points):
         torch.stack([mark, mark.square()], 1), mark[:, None] + 0.5, x0=mark[:, None].repeat(1, 2),
         weight=mark + 1,
     )  # fmt: skip
-    objective = Seen(FlowMatching(path="bridge"))
+    objective = RecordingFlowMatching(FlowMatching(path="bridge"))
     flow = small(context=1)
     cnf.fit(flow, objective, data, config(steps=12, validations=0))
     row = objective.joined("x0")[:, 0]
@@ -227,7 +227,7 @@ def test_batch_with_only_x_trains_like_a_tensor(small, config, points, same):
 
 
 def test_conditional_pairs_are_trained_with_their_contexts(small, config, points):
-    flow, objective = small(context=2), Seen()
+    flow, objective = small(context=2), RecordingFlowMatching()
     context = points.flip(1)
     data = pairs(flow, 100, context)
     cnf.fit(flow, objective, data, config(steps=12))
@@ -264,7 +264,7 @@ def test_context_argument_with_a_batch_is_not_ignored(small, config, points):
 
 
 def test_each_round_of_reflow_has_new_pairs_and_its_own_seed(small, config):
-    flow, objective = small(), Seen()
+    flow, objective = small(), RecordingFlowMatching()
     flow.preprocess.loc.fill_(2.0)
     flow.preprocess.fitted.fill_(True)
     histories = reflow(flow, config(seed=5, validations=0), rounds=2, n=64, objective=objective)
@@ -282,8 +282,8 @@ def test_reflow_is_validated_on_held_out_pairs_or_given_rows(small, config, poin
         for validation in (None, points)
     ]
     assert histories[0] and histories[1] and histories[0] != histories[1]
-    told = distill(small(), config(), n=64, validation=points).column("val_nll")
-    assert told and distill(small(), config(), n=64).column("val_nll") == []
+    scores = distill(small(), config(), n=64, validation=points).column("val_nll")
+    assert scores and distill(small(), config(), n=64).column("val_nll") == []
 
 
 def test_distillation_trains_at_time_zero_only(small, config, monkeypatch):

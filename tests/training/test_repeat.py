@@ -49,7 +49,7 @@ def test_other_seed_gives_other_weights(data, objective, small, config, points, 
 
 def test_every_step_draws_new_samples_of_a_toy(config, square):
     cnf.fit(torch.nn.Linear(2, 2), square, cnf.data.toy("moons"), config(steps=6))
-    assert len(torch.cat(square.seen).unique(dim=0)) == 6 * 16
+    assert len(torch.cat(square.batches).unique(dim=0)) == 6 * 16
 
 
 def test_folder_progress_bar_and_checkpoints_do_not_change_weights(
@@ -149,7 +149,7 @@ def test_step_that_only_compiles_does_not_change_training(
     plain = train()
     monkeypatch.setattr(Learner, "compiles", True)
     assert same(plain, train())
-    assert len(square.seen) == 6 + 7 and square.seen[6].shape == (16, 2)
+    assert len(square.batches) == 6 + 7 and square.batches[6].shape == (16, 2)
 
 
 def test_second_gpu_has_no_effect_on_a_run_on_the_cpu(small, config, points, monkeypatch):

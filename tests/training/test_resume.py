@@ -1,4 +1,4 @@
-"""An interrupted run, resumed, gives the very weights of an uninterrupted one."""
+"""A resumed run gives the weights of an uninterrupted one."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ class Killed(Exception):
     pass
 
 
-def press():
+def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
@@ -52,46 +52,46 @@ def run(small, config, same):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_after_ctrl_c_gives_the_weights_of_an_uninterrupted_run(
-    kind, run, watched, tmp_path
+    kind, run, acting_data, tmp_path
 ):
     def stopped(fit):
         history = fit()
         assert history.reason == "interrupted"
         assert 0 < history.steps < 12
 
-    run(*watched(kind, press), stopped, tmp_path / "run")
+    run(*acting_data(kind, press_ctrl_c), stopped, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_after_a_crash_gives_the_weights_of_an_uninterrupted_run(
-    kind, run, watched, tmp_path
+    kind, run, acting_data, tmp_path
 ):
     def stopped(fit):
         with pytest.raises(Killed):
             fit()
         assert (tmp_path / "run" / "checkpoints" / "state.pt").is_file()
 
-    run(*watched(kind, kill), stopped, tmp_path / "run", checkpoint_seconds=1e-9)
+    run(*acting_data(kind, kill), stopped, tmp_path / "run", checkpoint_seconds=1e-9)
 
 
 @pytest.mark.parametrize(
     "objective", [cnf.MaximumLikelihood(), cnf.MaximumLikelihood(divergence="hutchinson")]
 )
 @pytest.mark.parametrize("settings", [{"ema": None}, {"patience": 9}, {"optimizer": "adamw"}])
-def test_resuming_is_exact_for_every_setting(objective, settings, run, watched, tmp_path):
-    data = watched("rows", press)
+def test_resuming_is_exact_for_every_setting(objective, settings, run, acting_data, tmp_path):
+    data = acting_data("rows", press_ctrl_c)
     run(*data, lambda fit: fit(), tmp_path / "run", objective=objective, **settings)
 
 
 def test_resume_with_tensors_continues_with_the_same_rows(config, points, square, tmp_path):
     net = torch.nn.Linear(2, 2)
     cnf.fit(net, square, points, config(steps=12))
-    rows, square.seen = square.seen, []
+    rows, square.batches = square.batches, []
     settings = {"steps": 12, "folder": tmp_path / "run", "checkpoint_seconds": 1e-9}
 
     class Dies(type(square)):
         def prepare(self, module, batch, generator=None):
-            if len(self.seen) == 7:
+            if len(self.batches) == 7:
                 kill()
             return batch
 
@@ -101,13 +101,13 @@ def test_resume_with_tensors_continues_with_the_same_rows(config, points, square
         cnf.fit(torch.nn.Linear(2, 2), dies, points, config(**settings))
     rest = type(square)()
     cnf.fit(torch.nn.Linear(2, 2), rest, points, config(resume=True, **settings))
-    assert torch.equal(torch.stack(rows), torch.stack(dies.seen + rest.seen))
+    assert torch.equal(torch.stack(rows), torch.stack(dies.batches + rest.batches))
 
 
 def test_message_of_interruption_says_where_the_run_is_saved(
-    small, config, watched, tmp_path, capsys
+    small, config, acting_data, tmp_path, capsys
 ):
-    data, _ = watched("toy", press)
+    data, _ = acting_data("toy", press_ctrl_c)
     settings = config(folder=tmp_path / "run", progress=True)
     cnf.fit(small(), cnf.FlowMatching(), data, settings)
     said = "".join(capsys.readouterr().out.split())
@@ -116,9 +116,9 @@ def test_message_of_interruption_says_where_the_run_is_saved(
 
 
 def test_message_of_interruption_without_a_folder_says_that_nothing_is_saved(
-    small, config, watched, capsys
+    small, config, acting_data, capsys
 ):
-    data, _ = watched("toy", press)
+    data, _ = acting_data("toy", press_ctrl_c)
     history = cnf.fit(small(), cnf.FlowMatching(), data, config(progress=True))
     assert history.reason == "interrupted"
     assert "not saved" in capsys.readouterr().out
@@ -130,16 +130,16 @@ def test_handler_of_ctrl_c_is_restored_after_fit(small, config, points):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_second_ctrl_c_stops_at_once(small, config, watched):
-    data, _ = watched("toy", lambda: (press(), press()))
+def test_second_ctrl_c_stops_at_once(small, config, acting_data):
+    data, _ = acting_data("toy", lambda: (press_ctrl_c(), press_ctrl_c()))
     with pytest.raises(KeyboardInterrupt):
         cnf.fit(small(), cnf.FlowMatching(), data, config())
 
 
 def test_config_of_an_interrupted_run_keeps_its_budget_in_seconds(
-    small, config, watched, tmp_path
+    small, config, acting_data, tmp_path
 ):
-    data, _ = watched("toy", press)
+    data, _ = acting_data("toy", press_ctrl_c)
     settings = config(seconds=30.0, folder=tmp_path / "run")
     cnf.fit(small(), cnf.FlowMatching(), data, settings)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -173,7 +173,7 @@ def test_finished_run_with_a_longer_budget_continues_logs_and_scores(
 
 @pytest.mark.parametrize(("steps", "in_all"), [(20, 20), (40, 40), (2, 4)])
 def test_run_with_a_budget_in_seconds_continues_with_the_same_or_another_budget(
-    steps, in_all, small, config, watched, monkeypatch, tmp_path
+    steps, in_all, small, config, acting_data, monkeypatch, tmp_path
 ):
     tick = 1 / 64  # each step's, whatever the machine: a seconds budget is then one of steps
 
@@ -181,7 +181,7 @@ def test_run_with_a_budget_in_seconds_continues_with_the_same_or_another_budget(
         trainer.budget.spend(tick)
 
     monkeypatch.setattr("cnf.training.loop._Trainer._spend", spend)
-    data, whole = watched("toy", press)
+    data, whole = acting_data("toy", press_ctrl_c)
     settings = {"folder": tmp_path / "run", "seconds": 20 * tick, "validations": 0}
     before = cnf.fit(small(), cnf.FlowMatching(), data, config(**settings))
     assert (before.reason, before.steps) == ("interrupted", 4)
@@ -417,10 +417,10 @@ def test_mid_run_checkpoint_holds_the_averaged_weights(small, config, points, tm
 
 
 def test_best_weights_of_patience_are_kept_over_a_resume(
-    small, config, points, watched, same, tmp_path
+    small, config, points, acting_data, same, tmp_path
 ):
     settings = {"steps": 12, "validations": 12, "patience": 12, "lr": 0.5}
-    data, whole = watched("rows", press)
+    data, whole = acting_data("rows", press_ctrl_c)
     straight, resumed = small(), small()
     cnf.fit(straight, cnf.FlowMatching(), whole, config(**settings))
     folder = {"folder": tmp_path / "run"}

@@ -1,4 +1,4 @@
-"""A run's folder holds what made it, what it did and what came out."""
+"""A run's folder: its settings, metrics, checkpoints and results."""
 
 import csv
 import errno
@@ -150,7 +150,7 @@ def test_run_refused_before_its_first_step_leaves_no_folder(config, points, tmp_
 
 @pytest.mark.parametrize("file", ["metrics.csv", "flow.safetensors", "state.pt", "config.yaml"])
 def test_full_disk_during_a_run_ends_in_a_one_line_error(
-    file, small, config, watched, tmp_path, monkeypatch
+    file, small, config, acting_data, tmp_path, monkeypatch
 ):
     replace, folder = os.replace, tmp_path / "run"
     filled = []
@@ -161,7 +161,7 @@ def test_full_disk_during_a_run_ends_in_a_one_line_error(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    data, _ = watched("toy", lambda: filled.append(True))
+    data, _ = acting_data("toy", lambda: filled.append(True))
     settings = config(folder=folder, checkpoint_seconds=1e-9)
     with pytest.raises(cnf.CheckpointError, match="No space left") as raised:
         cnf.fit(small(), cnf.FlowMatching(), data, settings)
@@ -173,5 +173,5 @@ def test_full_disk_during_a_run_ends_in_a_one_line_error(
 def test_part_of_a_table_that_is_set_aside_is_reported(small, config, tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{k},{k * k}.5\n" for k in range(20)))
     rest, _ = cnf.data.load(tmp_path / "x.csv").split(0.3)
-    told = configuration(small(), cnf.FlowMatching(), rest, config())
-    assert told["test"] == 0.3 and told["columns"] == ["a", "b"]
+    options = configuration(small(), cnf.FlowMatching(), rest, config())
+    assert options["test"] == 0.3 and options["columns"] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Weights of rows: in the loss, in held-out scores, and where they make no sense."""
+"""Weights of rows: in the loss, in held-out scores, and invalid ones."""
 
 import numpy as np
 import pytest

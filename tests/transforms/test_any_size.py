@@ -1,4 +1,4 @@
-"""Layers of every scheme, map and size that hypothesis draws, and numbers at float32's ends."""
+"""Layers of random type and size, drawn by hypothesis, and inputs at float32's limits."""
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from cnf.transforms import (
 F64 = torch.float64
 SCHEMES = (Coupling, Autoregressive, Elementwise)
 SPLINES = (RationalQuadratic, CircularSpline)
-FREE = [name for name in TRANSFORMS.examples if name != "batchnorm"]  # its numbers are not drawn
+# Without batchnorm, whose running statistics are not parameters.
+FREE = [name for name in TRANSFORMS.examples if name != "batchnorm"]
 
 
 @st.composite
@@ -32,7 +33,7 @@ def maps(draw):
 
 @st.composite
 def layers(draw):
-    """A layer of a drawn scheme, map, number of variables, net and context."""
+    """A layer of random type, map, number of variables, network and context."""
     dim, context = draw(st.integers(1, 6)), draw(st.integers(0, 3))
     hidden = draw(st.lists(st.integers(1, 9), max_size=3))
     scheme = draw(st.sampled_from(SCHEMES))
@@ -41,8 +42,8 @@ def layers(draw):
     return scheme(dim, transformer=draw(maps()), hidden=hidden, context_dim=context), dim, context
 
 
-def drawn(module, scale, generator):
-    """The module in float64 with parameters of the size asked for."""
+def randomized_module(module, scale, generator):
+    """The module in float64 with random parameters of the given scale."""
     with torch.no_grad():
         for parameter in module.double().parameters():
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1
@@ -52,7 +53,7 @@ def drawn(module, scale, generator):
 
 
 def agrees_with_autograd(transform, z, condition):
-    """Both directions at each point: log|det| of autograd's Jacobian, and back again."""
+    """Assert that log|det| equals autograd's at each point, and that the round trip is exact."""
     x, forward = transform(z, condition)
     again, inverse = transform.inverse(x, condition)
     assert x.dtype == forward.dtype == inverse.dtype == F64
@@ -74,7 +75,7 @@ def agrees_with_autograd(transform, z, condition):
 def test_layers_with_any_elementwise_map_agree_with_autograd(layer, scale, seed):
     transform, dim, context = layer
     generator = torch.Generator().manual_seed(seed)
-    drawn(transform, scale, generator)
+    randomized_module(transform, scale, generator)
     z = 2 * torch.randn(3, dim, generator=generator, dtype=F64)
     spline = getattr(transform.transformer, "transformer", transform.transformer)
     if isinstance(spline, CircularSpline):  # other numbers come back less whole turns
@@ -88,7 +89,7 @@ def test_layers_with_any_elementwise_map_agree_with_autograd(layer, scale, seed)
 @settings(max_examples=15, deadline=None)
 def test_layers_of_any_size_agree_with_autograd(name, dim, scale, seed):
     generator = torch.Generator().manual_seed(seed)
-    transform = drawn(TRANSFORMS.examples[name](dim), scale, generator)
+    transform = randomized_module(TRANSFORMS.examples[name](dim), scale, generator)
     z = torch.randn(3, dim, generator=generator, dtype=F64)
     agrees_with_autograd(transform, z, None)
 
@@ -105,7 +106,7 @@ EVERY = {f"example: {name}": build for name, build in TRANSFORMS.examples.items(
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", EVERY)
 def test_results_are_finite_at_the_limits_of_float32(name, direction, generator):
-    layer = drawn(EVERY[name](2), 1.0, generator).float()
+    layer = randomized_module(EVERY[name](2), 1.0, generator).float()
     sizes = torch.logspace(-30, 30, 61)
     sizes = torch.cat([-sizes, torch.zeros(1), sizes])
     value = torch.cartesian_prod(sizes, sizes).requires_grad_()

@@ -1,4 +1,4 @@
-"""Autoregressive layers: who sees whom, one pass per variable, closed form."""
+"""Autoregressive layers: dependencies, number of passes and closed forms."""
 
 import pytest
 import torch
@@ -18,16 +18,16 @@ def test_output_i_depends_on_previous_inputs_and_the_context(
     net = randomized(MADE(dim, 3, hidden, context_dim))
     x = torch.randn(4, dim, generator=generator, dtype=F64)
     context = torch.randn(4, context_dim, generator=generator, dtype=F64) if context_dim else None
-    seen = torch.autograd.functional.jacobian(lambda x: net(x, context).sum(-1), x)
-    assert seen.shape == (3, dim, 4, dim)
-    reached = seen.abs().amax((0, 2)) > 0
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x, context).sum(-1), x)
+    assert jacobian.shape == (3, dim, 4, dim)
+    reached = jacobian.abs().amax((0, 2)) > 0
     assert not reached.triu().any()
     widths = [width for width in hidden if width < dim - 1]
     if not widths:  # every output sees all that it may
         assert torch.equal(reached, torch.ones(dim, dim).tril(-1).bool())
     if context is not None:
-        seen = torch.autograd.functional.jacobian(lambda c: net(x, c).sum(-1), context)
-        assert (seen.abs().amax((0, 2)) > 0).all()
+        jacobian = torch.autograd.functional.jacobian(lambda c: net(x, c).sum(-1), context)
+        assert (jacobian.abs().amax((0, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])

@@ -1,4 +1,4 @@
-"""Many rows without gradients go through in parts, with the same answers."""
+"""Evaluation of large batches in chunks gives the same results."""
 
 import pytest
 import torch
@@ -17,26 +17,26 @@ def test_evaluation_in_chunks_equals_evaluation_of_whole_batch(
     flow = small_flow(name, context=2, **options)
     x = torch.randn(*batch, flow.event_shape[0], generator=generator, dtype=torch.float64)
     context = torch.randn(*batch, 2, generator=generator, dtype=torch.float64)
-    met = []
-    way = type(flow.transform).inverse
+    sizes = []
+    inverse = type(flow.transform).inverse
 
-    def watched(self, x, context=None):
+    def recording_inverse(self, x, context=None):
         if self.event_shape == flow.event_shape:
-            met.append(x.shape[:-1].numel())
-        return way(self, x, context)
+            sizes.append(x.shape[:-1].numel())
+        return inverse(self, x, context)
 
     with torch.no_grad():
         whole = flow.log_prob(x, context)
-        drawn = flow.sample((), context, generator=torch.Generator().manual_seed(1))
+        samples = flow.sample((), context, generator=torch.Generator().manual_seed(1))
         monkeypatch.setattr(chunks, "rows_at_once", lambda *_: 7)
-        monkeypatch.setattr(type(flow.transform), "inverse", watched)
+        monkeypatch.setattr(type(flow.transform), "inverse", recording_inverse)
         torch.testing.assert_close(flow.log_prob(x, context), whole)
         again = flow.sample((), context, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(again, drawn)
-    assert max(met) <= 7 and sum(met) == whole.numel()
-    met.clear()
+    torch.testing.assert_close(again, samples)
+    assert max(sizes) <= 7 and sum(sizes) == whole.numel()
+    sizes.clear()
     flow.log_prob(x, context)  # with gradients: whole
-    assert met == [whole.numel()]
+    assert sizes == [whole.numel()]
 
 
 def test_batch_norm_in_train_mode_is_not_evaluated_in_chunks(generator, monkeypatch):

@@ -57,7 +57,7 @@ def test_gradient_of_the_linear_flow_has_closed_form(linear, z):
 
 
 class Sum(nn.Module):
-    """v = (0.5, -2) + t·c, so that along the way ∫‖v‖² and ∇·v = 0 are known."""
+    """v = (0.5, -2) + t·c, so that ∫‖v‖² and ∇·v = 0 are known."""
 
     def forward(self, t, x, context):
         return torch.tensor([0.5, -2.0], dtype=F64) + t.unsqueeze(-1) * context

@@ -1,4 +1,4 @@
-"""Linear transforms: their matrices, determinants and first values."""
+"""Linear transforms: matrices, determinants and initial values."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ F64 = torch.float64
 
 
 def matrix(transform, dim):
-    """Of data → base."""
+    """The matrix of the map data → base."""
     rows, _ = transform.inverse(torch.eye(dim, dtype=F64))
     return rows.T
 

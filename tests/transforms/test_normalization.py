@@ -1,4 +1,4 @@
-"""Location and scale: of the data, of the first batch, of every batch."""
+"""Normalization by statistics of all data, of the first batch and of every batch."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The same weights give the same density here and in zuko: both mean the same thing."""
+"""Layers have the same density as zuko's for the same weights."""
 
 import math
 

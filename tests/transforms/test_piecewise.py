@@ -1,4 +1,4 @@
-"""Stacked blocks as one field, and a trained end time: what a `Continuous` makes of them."""
+"""Stacked blocks as one field in a `Continuous`, and a trained end time."""
 
 import pytest
 import torch

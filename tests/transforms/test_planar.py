@@ -1,4 +1,4 @@
-"""Planar, Sylvester and radial flows: constraints, roots, gradients through them."""
+"""Planar, Sylvester and radial flows: constraints, roots and their gradients."""
 
 import math
 
@@ -18,8 +18,8 @@ CASES = {
 
 
 @pytest.fixture
-def strong(generator):
-    """Parameters large enough to try the constraints."""
+def large_parameters(generator):
+    """A function that makes parameters large enough for the constraints to matter."""
 
     def make(name, context=0, scale=4.0):
         transform = CASES[name](context).double()
@@ -34,9 +34,9 @@ def strong(generator):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [0.1, 4.0, 30.0])
-def test_round_trip_and_ladj_for_any_parameters(name, scale, strong, generator):
+def test_round_trip_and_ladj_for_any_parameters(name, scale, large_parameters, generator):
     for _ in range(20):
-        transform = strong(name, scale=scale)
+        transform = large_parameters(name, scale=scale)
         z = 3 * torch.randn(40, 3, generator=generator, dtype=F64)
         x, ladj = transform(z)
         again, inverse = transform.inverse(x)
@@ -47,8 +47,10 @@ def test_round_trip_and_ladj_for_any_parameters(name, scale, strong, generator):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("context", [0, 2])
-def test_gradients_of_both_directions_equal_finite_differences(name, context, strong, generator):
-    transform = strong(name, context, scale=1.0)
+def test_gradients_of_both_directions_equal_finite_differences(
+    name, context, large_parameters, generator
+):
+    transform = large_parameters(name, context, scale=1.0)
     condition = torch.randn(2, context, generator=generator, dtype=F64) if context else None
     value = torch.randn(2, 3, generator=generator, dtype=F64, requires_grad=True)
     for apply in (transform.forward, transform.inverse):
@@ -134,9 +136,9 @@ def test_root_is_found_in_a_fixed_number_of_steps(k, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_small_parameters_give_nearly_the_identity(name, strong, generator):
+def test_small_parameters_give_nearly_the_identity(name, large_parameters, generator):
     z = torch.randn(100, 3, generator=generator, dtype=F64)
-    x, ladj = strong(name, scale=1e-3)(z)
+    x, ladj = large_parameters(name, scale=1e-3)(z)
     assert (x - z).abs().max() < 0.01 and ladj.abs().max() < 0.01
 
 
@@ -180,8 +182,8 @@ def test_planars_constraint_is_a_shifted_softplus(x):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_autocast_has_no_effect(name, strong, generator):
-    transform = strong(name, context=2, scale=1.0).float()
+def test_autocast_has_no_effect(name, large_parameters, generator):
+    transform = large_parameters(name, context=2, scale=1.0).float()
     z, context = (torch.randn(20, size, generator=generator) for size in (3, 2))
     with torch.autocast("cpu", torch.bfloat16):
         found = transform(z, context), transform.inverse(z, context)

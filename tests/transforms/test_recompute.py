@@ -1,4 +1,4 @@
-"""Activations recomputed by inversion: the same values and gradients, in memory that stays."""
+"""Recomputation of activations by inversion: values, gradients and memory."""
 
 import copy
 import weakref
@@ -42,20 +42,22 @@ def stack(context):
 def test_values_and_gradients_equal_those_without_recomputation(
     context, direction, randomized, generator
 ):
-    kept = randomized(Compose(stack(context)))
-    small = Compose(list(kept.transforms), recompute=True)
+    plain = randomized(Compose(stack(context)))
+    recomputed = Compose(list(plain.transforms), recompute=True)
     value = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
     condition = torch.randn(5, 2, generator=generator, dtype=F64, requires_grad=True)
-    leaves = [value, *kept.parameters(), *([condition] if context else [])]
-    for grad in agree(kept, small, direction, value, condition if context else None, leaves):
+    leaves = [value, *plain.parameters(), *([condition] if context else [])]
+    for grad in assert_agreement(
+        plain, recomputed, direction, value, condition if context else None, leaves
+    ):
         assert grad.abs().max() > 1e-3
 
 
-def agree(kept, small, direction, value, condition, leaves):
-    """The same values, and gradients to 1e-6; the plain ones."""
+def assert_agreement(plain, recomputed, direction, value, condition, leaves):
+    """Assert equal values, and gradients up to 1e-6; return the plain gradients."""
     weight = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
     found = []
-    for transform in (kept, small):
+    for transform in (plain, recomputed):
         y, ladj = getattr(transform, direction)(value, condition)
         loss = (weight * y).sum() + (weight[:, 0] * ladj).sum()
         grads = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
@@ -73,7 +75,9 @@ def test_every_registered_transform_can_be_recomputed(name, direction, randomize
     if direction == "inverse":
         value = layer(value)[0].detach()
     leaves = [value.requires_grad_(), *layer.parameters()]
-    agree(Compose([layer]), Compose([layer], recompute=True), direction, value, None, leaves)
+    assert_agreement(
+        Compose([layer]), Compose([layer], recompute=True), direction, value, None, leaves
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
@@ -81,27 +85,27 @@ def test_every_registered_transform_can_be_recomputed(name, direction, randomize
 def test_transform_of_every_discrete_model_can_be_recomputed(
     name, direction, small_flow, generator
 ):
-    kept = small_flow(name, dim=3, gain=0.5).transform
-    small = Compose(list(kept.transforms), recompute=True)
+    plain = small_flow(name, dim=3, gain=0.5).transform
+    recomputed = Compose(list(plain.transforms), recompute=True)
     value = torch.randn(5, 3, generator=generator, dtype=F64, requires_grad=True)
-    agree(kept, small, direction, value, None, [value, *kept.parameters()])
+    assert_agreement(plain, recomputed, direction, value, None, [value, *plain.parameters()])
 
 
 def test_first_batch_initializes_actnorm_as_without_recomputation(generator):
     value = 3 * torch.randn(50, 3, generator=generator, dtype=F64) + 7
     torch.manual_seed(0)
-    kept = Compose([Coupling(3), ActNorm((3,)), LU(3, rotated=True), ActNorm((3,))]).double()
-    small = Compose(list(copy.deepcopy(kept).transforms), recompute=True)
-    for transform in (kept, small):
+    plain = Compose([Coupling(3), ActNorm((3,)), LU(3, rotated=True), ActNorm((3,))]).double()
+    recomputed = Compose(list(copy.deepcopy(plain).transforms), recompute=True)
+    for transform in (plain, recomputed):
         with torch.no_grad(), initializing(transform):
             transform.inverse(value)
         z, ladj = transform.inverse(value)
         (z.square().sum() - ladj.sum()).backward()
     torch.testing.assert_close(z.mean(0), torch.zeros(3, dtype=F64), rtol=0, atol=1e-10)
-    for one, other in zip(kept.parameters(), small.parameters(), strict=True):
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(one.grad, other.grad)
-    assert small.transforms[1].initialized and small.transforms[3].initialized
+    assert recomputed.transforms[1].initialized and recomputed.transforms[3].initialized
 
 
 def test_backward_pass_recomputes_under_autocast_of_forward_pass(generator):
@@ -133,26 +137,26 @@ def test_shared_layer_accumulates_its_gradients(randomized, generator):
         torch.testing.assert_close(recomputed, plain)
 
 
-class Kept:
-    """A tensor that the graph keeps."""
+class SavedTensor:
+    """A tensor that the graph saves."""
 
     def __init__(self, tensor):
         self.tensor = tensor.detach()  # or an output would hold the graph that holds it
 
 
-def saved(transform, value):
-    """Bytes that the graph keeps for the backward pass, parameters aside."""
+def saved_bytes(transform, value):
+    """Bytes that the graph saves for the backward pass, without parameters."""
     own, packed = {p.data_ptr() for p in transform.parameters()}, weakref.WeakSet()
 
     def pack(tensor):
-        kept = Kept(tensor)
-        packed.add(kept)
-        return kept
+        saved = SavedTensor(tensor)
+        packed.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         output = transform.inverse(value)
     storages = {
-        kept.tensor.untyped_storage() for kept in packed if kept.tensor.data_ptr() not in own
+        saved.tensor.untyped_storage() for saved in packed if saved.tensor.data_ptr() not in own
     }
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     assert output[0].requires_grad
@@ -164,7 +168,7 @@ def test_saved_memory_does_not_grow_with_number_of_layers():
     for recompute in (False, True):
         for layers in (4, 32):
             transform = Compose([Coupling(2) for _ in range(layers)], recompute=recompute)
-            sizes[recompute, layers] = saved(transform, value)
+            sizes[recompute, layers] = saved_bytes(transform, value)
     assert sizes[False, 32] > 7 * sizes[False, 4]
     assert sizes[True, 32] == sizes[True, 4] <= 100 * 2 * 4
 

@@ -1,4 +1,4 @@
-"""Rational-quadratic splines: against their formula, at edges, in the tails, in float32."""
+"""Rational-quadratic splines: formula, bin edges, tails and precision in float32."""
 
 import math
 
@@ -13,13 +13,13 @@ from cnf.transforms import Autoregressive, CircularSpline, Coupling, Inverted, R
 F64 = torch.float64
 
 
-def drawn(bins, count, generator, scale=1.0, dtype=F64, bound=5.0):
+def random_spline(bins, count, generator, scale=1.0, dtype=F64, bound=5.0):
     spline = RationalQuadratic(bins, bound)
     raw = scale * torch.randn(spline.size, count, generator=generator, dtype=dtype)
     return spline, spline.parametrize(raw)
 
 
-def by_the_paper(z, widths, heights, slopes, bound):
+def spline_of_the_paper(z, widths, heights, slopes, bound):
     """Equations (4) and (5) of Durkan et al. (2019), one number at a time."""
     zk, xk = (np.concatenate([[0.0], np.cumsum(v)]) - bound for v in (widths, heights))
     k = min(int(np.searchsorted(zk, z, side="right")) - 1, len(widths) - 1)
@@ -34,11 +34,11 @@ def by_the_paper(z, widths, heights, slopes, bound):
 @pytest.mark.parametrize("bins", [1, 2, 8])
 def test_spline_equals_the_formula_of_the_paper(bins, generator):
     z = torch.linspace(-2.99, 2.99, 23, dtype=F64)
-    spline, parameters = drawn(bins, len(z), generator, bound=3.0)
+    spline, parameters = random_spline(bins, len(z), generator, bound=3.0)
     x, log_slope = spline.forward(z, *parameters)
     for k in range(len(z)):
         (widths, heights), slopes = (p[..., k].numpy() for p in parameters)
-        expected = by_the_paper(z[k].item(), widths, heights, slopes, 3.0)
+        expected = spline_of_the_paper(z[k].item(), widths, heights, slopes, 3.0)
         assert (x[k].item(), log_slope[k].item()) == pytest.approx(expected, rel=1e-10)
     assert bins == 1 or log_slope.abs().max() > 0.1  # with one bin and slopes of 1: the identity
 
@@ -64,7 +64,7 @@ def test_zero_parameters_give_the_identity():
 
 
 def test_widths_and_heights_sum_to_the_interval_and_respect_the_minimum(generator):
-    spline, ((widths, heights), slopes) = drawn(6, 40, generator, scale=30.0)
+    spline, ((widths, heights), slopes) = random_spline(6, 40, generator, scale=30.0)
     for sizes in (widths, heights):
         torch.testing.assert_close(sizes.sum(0), torch.full((40,), 10.0, dtype=F64))
         assert sizes.min() >= 0.01 - 1e-12
@@ -82,7 +82,7 @@ def test_widths_and_heights_sum_to_the_interval_and_respect_the_minimum(generato
 @settings(max_examples=60, deadline=None)
 def test_round_trip_and_slope(bins, scale, seed, bound):
     generator = torch.Generator().manual_seed(seed)
-    spline, parameters = drawn(bins, 20, generator, scale, bound=bound)
+    spline, parameters = random_spline(bins, 20, generator, scale, bound=bound)
     z = (2.4 * torch.rand(20, generator=generator, dtype=F64) - 1.2) * bound
     z = z.requires_grad_()
     x, log_slope = spline.forward(z, *parameters)
@@ -134,7 +134,7 @@ def test_gradients_equal_finite_differences(direction, generator):
 
 
 def test_inverted_exchanges_the_directions(generator):
-    spline, parameters = drawn(5, 9, generator)
+    spline, parameters = random_spline(5, 9, generator)
     z = torch.linspace(-4, 4, 9, dtype=F64)
     other = Inverted(spline)
     assert other.size == spline.size

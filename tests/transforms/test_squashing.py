@@ -1,4 +1,4 @@
-"""Sigmoid, tanh and softplus: torch's densities, no density outside, tails, ends."""
+"""Sigmoid, tanh and softplus: densities against torch's, supports, tails and precision."""
 
 import math
 

@@ -29,7 +29,7 @@ DIM = 3
 
 
 class Residual(nn.Module):
-    """A net of one's own for couplings."""
+    """A custom conditioner for couplings."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -47,8 +47,10 @@ def continuous(context):
 
 CASES = {
     "coupling": lambda context: Coupling(DIM, context_dim=context),
-    "coupling, others kept": lambda context: Coupling(DIM, [2, 1], context_dim=context),
-    "coupling, a net of one's own": lambda context: Coupling(
+    "coupling, other variables unchanged": lambda context: Coupling(
+        DIM, [2, 1], context_dim=context
+    ),
+    "coupling, custom conditioner": lambda context: Coupling(
         DIM,
         context_dim=context,
         transformer=RationalQuadratic(3),
@@ -72,7 +74,7 @@ for scheme in (Coupling, Autoregressive, Elementwise):
 
 
 def example(name, context):
-    """A registered transform is tested whoever adds it, through its example."""
+    """A registered transform, from its example, so that every new one is tested."""
     build = TRANSFORMS.examples[name]
     conditional = "context_dim" in inspect.signature(build).parameters
     return build(DIM, context_dim=context) if conditional else build(DIM)
@@ -90,7 +92,7 @@ KEEPS_VOLUME = ("permutation", "householder", "rotation", "additive")
 @pytest.fixture
 def case(randomized, generator):
     def make(name, context=2, batch=(5,), direction="forward"):
-        """A transform in evaluation mode, what its direction takes, and a context."""
+        """A transform in eval mode, an input of its direction, and a context."""
         transform = randomized(CASES[name](context)).eval()
         value = torch.randn(*batch, DIM, generator=generator, dtype=F64)
         condition = None
@@ -214,7 +216,7 @@ def test_affine_coupling_has_closed_form():
 
 
 def test_coupling_leaves_the_chosen_variables_unchanged(case):
-    transform, value, condition = case("coupling, others kept")
+    transform, value, condition = case("coupling, other variables unchanged")
     x, _ = transform(value, condition)
     assert torch.equal(x[:, 1:], value[:, 1:]) and not torch.isclose(x[:, 0], value[:, 0]).any()
 
@@ -272,11 +274,11 @@ def test_compose_refuses_incompatible_transforms():
 def test_error_names_wrong_shapes_and_missing_contexts(name, case):
     transform, value, condition = case(name)
     for got in (value[:, :1], value.repeat(1, 2)) if transform.event_shape else ():
-        for way in (transform.forward, transform.inverse):
+        for direction in (transform.forward, transform.inverse):
             with pytest.raises(ValueError, match=r"ward: expected z of|rse: expected x of"):
-                way(got, condition)
-    for way in (transform.forward, transform.inverse) if transform.context_dim else ():
+                direction(got, condition)
+    for direction in (transform.forward, transform.inverse) if transform.context_dim else ():
         with pytest.raises(ValueError, match=r"(forward|inverse): expected a context .* None"):
-            way(value)
+            direction(value)
         with pytest.raises(ValueError, match=r"expected context of shape \(\*, 2\), got \(5, 1\)"):
-            way(value, condition[:, :1])
+            direction(value, condition[:, :1])

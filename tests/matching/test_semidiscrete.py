@@ -201,7 +201,7 @@ def test_continuous_contexts_are_refused(generator):
         ValueError, match="expected a context, as the coupling was fitted, got none"
     ):
         plan(x1[:2], x1)
-    with pytest.raises(ValueError, match="the 40 rows it was fitted to, got 39"):
+    with pytest.raises(ValueError, match="the 40 rows that it was fitted to, got 39"):
         plan(x1[:2], x1[:39], torch.ones(2, 1))
 
 

@@ -208,7 +208,7 @@ def test_network_may_modify_the_concatenated_input_in_place(use):
 def test_other_errors_of_a_field_are_not_changed():
     field = Adapter(nn.Linear(5, 2), (2,), call="concat")
     flow = Flow(StandardNormal((2,)), Continuous(field, Solver("rk4", steps=1)))
-    with pytest.raises(ValueError, match="Adapter: Linear .*mat1 and mat2 shapes"):
+    with pytest.raises(ValueError, match="Adapter: expected Linear .*mat1 and mat2 shapes"):
         flow.log_prob(torch.ones(3, 2))
 
 

@@ -123,7 +123,7 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
     if not isinstance(value, Tensor):
         raise ValueError(
             f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}; write "
-            f"torch.as_tensor({name}, dtype=torch.float32), or the flow's dtype"
+            f"torch.as_tensor({name})"
         )
     if not value.is_floating_point():
         raise ValueError(f"{who}: expected {name} of floating dtype, got {value.dtype}")
@@ -135,7 +135,10 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
 def expect_context(who: str, context: Tensor | None, size: int) -> Tensor:
     """Return the context; raise ValueError unless it has the shape (*, size)."""
     if context is None:
-        raise ValueError(f"{who}: expected a context of shape (*, {size}), got None")
+        raise ValueError(
+            f"{who}: expected a context of shape (*, {size}), got None; give context=…, also to "
+            "cnf.fit"
+        )
     expect_event(who, "context", context, (size,))
     return context
 

@@ -89,8 +89,7 @@ def test_event_of_the_right_shape_passes(shape):
         (
             [[0.0, 0.0]],
             (2,),
-            "f: expected x to be a torch.Tensor, got list; write "
-            "torch.as_tensor(x, dtype=torch.float32), or the flow's dtype",
+            "f: expected x to be a torch.Tensor, got list; write torch.as_tensor(x)",
         ),
     ],
 )

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import cnf
 from cnf import Batch, Flow, FlowMatching
 from cnf.fields import MLPField, NullContext, Predicts, VectorField, WithScore, score
 from cnf.matching import Linear
-from cnf.matching.paths import Bridge
+from cnf.matching.paths import Bridge, Path, Schedule, check_path
 from cnf.objectives import OBJECTIVES, MatchedPairs
 from cnf.transforms import Continuous, Standardize
 
@@ -373,3 +375,63 @@ def test_loss_has_gradients_of_a_network_that_computes_the_context(options, smal
         numeric = (loss(weight + step) - loss(weight - step)) / 2e-6
     torch.testing.assert_close(found[0, 1], numeric, rtol=1e-6, atol=1e-8)
     assert numeric.abs() > 1e-4
+
+
+@dataclass(frozen=True)
+class OwnPath(Path):
+    """A path of one's own from coefficients that tests choose."""
+
+    make: Any = None
+
+    def schedule(self, t):
+        return self.make(t)
+
+
+def fit_with(**options):
+    torch.manual_seed(0)
+    flow = cnf.models.cnf(2, hidden=(8,), context=options.pop("context", 0))
+    config = cnf.TrainConfig(steps=3, batch_size=8, validations=0, progress=False)
+    data = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    context = data[:, :1] if flow.context_dim else None
+    return cnf.fit(flow, FlowMatching(**options), data, config, context=context)
+
+
+def test_path_of_wrong_derivatives_is_refused():
+    wrong = OwnPath(lambda t: Schedule(t**2, 1 - t**2, t, -2 * t))
+    with pytest.raises(ValueError, match=r"d_alpha to be the derivative of alpha, 0\.2 at t=0\.1"):
+        fit_with(path=wrong)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: Schedule(0.5 * t, 1 - 0.5 * t, 0.5, -0.5),
+        lambda t: Schedule(t, 2 - 2 * t, 1.0, -2.0),
+        lambda t: Schedule(1 - t, t, -1.0, 1.0),
+    ],
+)
+def test_path_that_does_not_lead_from_base_to_data_warns(make):
+    with pytest.warns(UserWarning, match="what is trained does not carry the base to the data"):
+        fit_with(path=OwnPath(make))
+
+
+@pytest.mark.parametrize("name", cnf.matching.PATHS)
+def test_every_named_path_passes_its_own_check(name):
+    check_path(cnf.matching.PATHS.build(name))
+
+
+def test_coupling_that_ignores_the_context_warns_once():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        fit_with(coupling="minibatch-ot", context=1)
+    assert ["minibatch-ot ignores the context" in str(w.message) for w in heard] == [True]
+
+
+def test_coupling_that_returns_or_takes_something_else_is_named():
+    def pair(x0, x1, context=None, generator=None):
+        return torch.arange(len(x0)), torch.arange(len(x1))
+
+    with pytest.raises(TypeError, match=r"coupling pair to return a cnf\.matching\.Pairing"):
+        fit_with(coupling=pair)
+    with pytest.raises(TypeError, match=r"takes \(x0, x1, context, generator\), got <lambda>"):
+        fit_with(coupling=lambda x0, x1: None)

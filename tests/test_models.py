@@ -7,11 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import cnf
 from cnf.models import MODELS, build
 from cnf.registry import options_of
-from cnf.transforms import Coupling, RationalQuadratic
+from cnf.transforms import MAPS, Coupling, RationalQuadratic
 
 
 def fitting(name, **wanted):
@@ -121,11 +122,15 @@ def test_invalid_option_values_are_refused(name, options):
         build(name, **{"dim": 2, **options})
 
 
-@pytest.mark.parametrize("transformer", ["affine", RationalQuadratic, Coupling(2)])
 @pytest.mark.parametrize("model", [cnf.models.coupling_flow, cnf.models.autoregressive_flow])
-def test_a_transformer_that_is_no_map_is_refused(model, transformer):
-    with pytest.raises(TypeError, match="expected transformer to be an elementwise map, such as"):
-        model(2, transformer)
+def test_transformer_is_a_map_its_class_or_its_name(model):
+    spline = {"name": MAPS.name_of(RationalQuadratic), "bins": 3}
+    assert "3 bins" in repr(model(2, spline)) and "affine" in repr(model(2, "affine"))
+    assert "8 bins" in repr(model(2, RationalQuadratic))
+    with pytest.raises(TypeError, match="expected elementwise map to be one of additive, affine"):
+        model(2, Coupling(2))
+    with pytest.raises(ValueError, match="unknown elementwise map 'afine'.*Did you mean 'affine'"):
+        model(2, "afine")
 
 
 def test_solver_may_be_given_as_its_arguments():
@@ -152,3 +157,18 @@ def test_copies_and_pickles_give_the_same_results(name):
     flow, x = build(name, dim=2, **fitting(name, hidden=(5, 5), layers=2)), torch.ones(3, 2)
     for again in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert torch.equal(again.log_prob(x), flow.log_prob(x)) and again.spec == flow.spec
+
+
+def test_misspelt_option_of_a_builder_is_suggested():
+    with pytest.raises(ValueError, match="nsf: unknown option 'layer'.*Did you mean 'layers'"):
+        cnf.models.nsf(2, layer=3)
+
+
+def test_conditioner_of_ones_own_is_a_function_with_the_right_outputs():
+    with pytest.raises(TypeError, match=r"a function \(inputs, outputs\).*got a Linear"):
+        Coupling(2, conditioner=nn.Linear(1, 2))
+    with pytest.raises(TypeError, match=r"returns a network, got a int"):
+        Coupling(2, conditioner=lambda inputs, outputs: 3)
+    wrong = Coupling(2, conditioner=lambda inputs, outputs: nn.Linear(inputs, outputs + 1))
+    with pytest.raises(ValueError, match="Linear to give 2 numbers for each row, got 3"):
+        wrong.inverse(torch.zeros(4, 2))

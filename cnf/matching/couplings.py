@@ -355,12 +355,21 @@ def _sample_pairs(plan: np.ndarray, x1: Tensor, generator: torch.Generator | Non
     return Pairing(j=j.to(x1.device), weight=weight.to(x1))
 
 
+# These pair without the context.
+UNCONDITIONAL = frozenset({minibatch_ot, sinkhorn, unbalanced, partial})
+
+
+def context_ignored(name: str) -> str:
+    """The warning that a coupling pairs without the context."""
+    return (
+        f"{name} ignores the context, so that a conditional model samples from another base "
+        'distribution than it was trained with; take coupling="conditional-ot"'
+    )
+
+
 def _warn_context_ignored(name: str, context: Tensor | None) -> None:
     if context is not None:
-        warn(
-            f"{name} ignores the context, so that a conditional model samples from another base "
-            'distribution than it was trained with; take coupling="conditional-ot"'
-        )
+        warn(context_ignored(name))
 
 
 def _context_weight(cost: Tensor, apart: Tensor, candidates: float) -> float:

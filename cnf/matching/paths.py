@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_positive
+from cnf.errors import expect_positive, warn
 from cnf.registry import Registry
 
 
@@ -58,6 +58,38 @@ class Schedule(NamedTuple):
         sigma = (self.sigma**2 + self.gamma**2) ** 0.5
         slope = (self.sigma * self.d_sigma + self.gamma * self.d_gamma) / sigma
         return Schedule(self.alpha, sigma, self.d_alpha, slope)
+
+
+def check_path(path: "Path") -> None:
+    """Refuse a path whose derivatives are not those of its coefficients; warn of its ends.
+
+    Args:
+        path: The path.
+
+    Raises:
+        ValueError: A derivative differs from automatic differentiation's.
+    """
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    for name in ("alpha", "sigma", "gamma"):
+        value = lambda t, name=name: torch.as_tensor(getattr(path.schedule(t), name)) + 0 * t  # noqa: E731
+        expected = torch.func.jvp(value, (t,), (torch.ones_like(t),))[1]
+        given = torch.as_tensor(getattr(path.schedule(t), f"d_{name}")) + 0 * t
+        wrong = ~torch.isclose(given, expected, rtol=1e-3, atol=1e-4)
+        if wrong.any():
+            at, got, right = (float(v[wrong][0]) for v in (t, given, expected))
+            raise ValueError(
+                f"{path}: expected d_{name} to be the derivative of {name}, {right:.4g} at "
+                f"t={at:.2g}, got {got:.4g}"
+            )
+    ends = path.schedule(path.clipped(torch.tensor([0.0, 1.0], dtype=torch.float64))).gaussian()
+    begins, arrives = torch.as_tensor(ends.alpha) + torch.zeros(2)
+    noise = (torch.as_tensor(ends.sigma) + torch.zeros(2))[0]
+    if abs(begins) > 0.05 or abs(noise - 1) > 0.05 or abs(arrives - 1) > 0.05:
+        warn(
+            f"{path}: expected a path from the base sample to the data, alpha from 0 to 1 and "
+            f"sigma 1 at t=0, got alpha from {begins:.3g} to {arrives:.3g} and sigma {noise:.3g}: "
+            "what is trained does not carry the base to the data"
+        )
 
 
 class Path(ABC):

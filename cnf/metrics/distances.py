@@ -9,10 +9,12 @@ of such sets scatter around zero, so they can be negative.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from cnf.data.arrays import as_numbers
 from cnf.errors import expect_counts, expect_finite, expect_positive, optional
 from cnf.matching.couplings import optimal
 from cnf.metrics.estimate import Estimate
@@ -52,7 +54,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     >>> wasserstein2(x, x + torch.tensor([3.0, 4.0]))
     5.0
     """
-    x, y = _pair("wasserstein2", x.cpu(), y.cpu())
+    x, y = (points.cpu() for points in _pair("wasserstein2", x, y))
     ot = optional("ot", "evaluation")
     cost = _distances(x, y).square_().numpy()
     squared, _ = optimal("wasserstein2", ot.emd2, cost)
@@ -217,7 +219,7 @@ def c2st(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0, max_points: int = 
     Raises:
         ValueError: The sets are empty, not finite or of different D, or smaller than the folds.
     """
-    x, y = _pair("c2st", x.cpu(), y.cpu())
+    x, y = (points.cpu() for points in _pair("c2st", x, y))
     n = min(len(x), len(y), max_points)
     if not 2 <= folds <= n:
         raise ValueError(f"c2st: expected 2 ≤ folds ≤ points of each class, got {folds} and {n}")
@@ -242,8 +244,9 @@ def c2st(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0, max_points: int = 
     return float(scores.mean())
 
 
-def _pair(who: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(who: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Both sets in float64 on x's device, or the reason why they cannot be compared."""
+    x, y = as_numbers(who, "x", x), as_numbers(who, "y", y)
     for name, value in (("x", x), ("y", y)):
         if value.dim() != 2 or 0 in value.shape:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from cnf.data.arrays import as_numbers
 from cnf.dynamics import ode
 from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
@@ -77,7 +78,7 @@ def nll(flow: Flow, x: Tensor, context: Tensor | None = None, chunk: int = 10_00
         context: Condition, shape (N, C) or one that broadcasts.
         chunk: Points evaluated at once.
     """
-    _expect_points("nll", x)
+    x = _points("nll", x)
     return Estimate.of(-log_prob_chunked(flow, x, context, chunk))
 
 
@@ -97,7 +98,7 @@ def gap(flow: Flow, density: Density, x: Tensor, chunk: int = 10_000) -> Estimat
         x: Points drawn from p, shape (N, D).
         chunk: Points evaluated at once.
     """
-    _expect_points("gap", x)
+    x = _points("gap", x)
     log_q = log_prob_chunked(flow, x, chunk=chunk).double()
     log_p = log_prob_chunked(density, x, chunk=chunk).to(log_q)
     return Estimate.of(log_p - log_q)
@@ -235,15 +236,18 @@ def round_trip_error(
         context: Their contexts, shape (N, C).
         scale: The unit of each coordinate, which broadcasts to x; that of the data if 1.
     """
-    _expect_points("round_trip_error", x)
+    x = _points("round_trip_error", x)
     back = flow.decode(flow.encode(x, context), context)
     return ((back - x) / scale).abs().max().item()
 
 
-def _expect_points(who: str, x: Tensor) -> None:
+def _points(who: str, x: Any) -> Tensor:
+    """Points as a tensor, from an array or a table too."""
+    x = as_numbers(who, "x", x)
     if x.numel() == 0:
         raise ValueError(f"{who}: expected at least one point, got x of shape {tuple(x.shape)}")
     expect_finite(who, "x", x)
+    return x
 
 
 def _starts(who: str, flow: Flow, n: int, generator: Generator | None) -> Tensor:

@@ -8,7 +8,7 @@ from cnf.models.build import MODELS
 from cnf.models.stacks import angles, layered, spline, stacked
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Inverse, Transform
-from cnf.transforms.elementwise import ElementwiseMap
+from cnf.transforms.elementwise import Transformer
 
 
 @MODELS.register("maf")
@@ -145,7 +145,7 @@ def nsf_ar(
 
 def autoregressive_flow(
     dim: int,
-    transformer: ElementwiseMap | None = None,
+    transformer: Transformer = None,
     *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64),
@@ -167,7 +167,8 @@ def autoregressive_flow(
 
     Args:
         dim: Number of variables D.
-        transformer: Map of each variable, with parameters from the conditioner; affine if None.
+        transformer: Map of each variable, with parameters from the conditioner: a name in `MAPS`,
+            {"name": …, **options} or an instance; affine if None.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each layer's conditioner, a masked MLP (MADE).
         layers: Number of layers.

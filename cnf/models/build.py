@@ -55,6 +55,7 @@ class Models(Registry):
 
             @wraps(builder)
             def built(*args: P.args, **options: P.kwargs) -> Flow:
+                expect_options_of(builder, name, options)
                 try:
                     given = arguments.bind_partial(*args, **options).arguments
                 except TypeError as error:

@@ -8,7 +8,7 @@ from cnf.models.build import MODELS
 from cnf.models.stacks import angles, half, layered, spline, stacked
 from cnf.transforms.base import Transform
 from cnf.transforms.coupling import Coupling
-from cnf.transforms.elementwise import Additive, Affine, Elementwise, ElementwiseMap
+from cnf.transforms.elementwise import Additive, Affine, Elementwise, Transformer
 
 
 @MODELS.register("nice")
@@ -149,7 +149,7 @@ def nsf(
 
 def coupling_flow(
     dim: int,
-    transformer: ElementwiseMap | None = None,
+    transformer: Transformer = None,
     *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64),
@@ -171,7 +171,8 @@ def coupling_flow(
 
     Args:
         dim: Number of variables D; 2 or more.
-        transformer: Map of each variable, with parameters from the conditioner; affine if None.
+        transformer: Map of each variable, with parameters from the conditioner: a name in `MAPS`,
+            {"name": …, **options} or an instance; affine if None.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.

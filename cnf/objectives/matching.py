@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
 
@@ -16,8 +17,14 @@ from cnf.fields import VectorField
 from cnf.fields.predicts import Predicts, WithScore, path_of
 from cnf.fields.wrappers import wrapped
 from cnf.flow import Flow, require_field
-from cnf.matching.couplings import COUPLINGS, independent
-from cnf.matching.paths import PATHS, Linear, Path, PathSample
+from cnf.matching.couplings import (
+    COUPLINGS,
+    UNCONDITIONAL,
+    Pairing,
+    context_ignored,
+    independent,
+)
+from cnf.matching.paths import PATHS, Linear, Path, PathSample, check_path
 from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
@@ -93,6 +100,7 @@ class FlowMatching(Objective):
         # Made once: a step of small nets is short. No field: the settings stay what was given.
         fitted = isinstance(self.coupling, FittedCoupling)
         coupling = self.coupling if fitted else COUPLINGS.build(self.coupling, "FlowMatching")
+        _expect_coupling(coupling)
         object.__setattr__(self, "_built", (coupling, TIMES.build(self.times, "FlowMatching")))
         if self.path is not None:
             path = PATHS.build(self.path, "FlowMatching")
@@ -117,7 +125,9 @@ class FlowMatching(Objective):
                 context = flow.inner_context("FlowMatching", data.context, x1.shape[:1])
                 plan = coupling.fit(x1, lambda n, g: flow.base.sample((n,), g), context, generator)
             begun = replace(self, coupling=FittedCoupling(plan, data.x, x1, context))
-        object.__setattr__(begun, "_begun", self._resolve(flow))
+        resolved = self._resolve(flow)
+        check_path(resolved.path)
+        object.__setattr__(begun, "_begun", resolved)
         return begun
 
     def _resolve(self, module: nn.Module) -> _Regression:
@@ -186,12 +196,32 @@ class FlowMatching(Objective):
         if not pairs:
             return x0, x1, context, batch.weight
         with torch.no_grad():
-            i, j, weight = coupling(x0, x1, context, generator)
+            i, j, weight = self._pairing(flow, x0, x1, context, generator)
         x0 = x0 if i is None else x0[i]
         if j is not None:  # what belongs to a data point follows it
             x1, context = x1[j], None if context is None else context[j]
             batch = batch.but(weight=None if batch.weight is None else batch.weight[j])
         return x0, x1, context, _product(batch.weight, weight)
+
+    def _pairing(
+        self,
+        flow: Flow,
+        x0: Tensor,
+        x1: Tensor,
+        context: Tensor | None,
+        generator: Generator | None,
+    ) -> Pairing:
+        coupling = self._built[0]
+        if context is not None and getattr(coupling, "func", coupling) in UNCONDITIONAL:
+            flow.warn_once("coupling", context_ignored(COUPLINGS.name_of(coupling) or "coupling"))
+            context = None
+        pairing = coupling(x0, x1, context, generator)
+        if not isinstance(pairing, Pairing):
+            raise TypeError(
+                f"FlowMatching: expected the coupling {_name(coupling)} to return a "
+                f"cnf.matching.Pairing(i, j, weight), got a {type(pairing).__name__}"
+            )
+        return pairing
 
     def __call__(
         self, module: nn.Module, batch: Batch | MatchedPairs, generator: Generator | None = None
@@ -288,6 +318,25 @@ class FittedCoupling:
         dequantized = flow.dequantization is not None  # anew each time
         x1 = flow.inside(self.x[j], generator)[0] if dequantized else self.x1[j]
         return x1, None if self.context is None else self.context[j]
+
+
+def _expect_coupling(coupling: Any) -> None:
+    """Raise TypeError unless it can be called as a coupling is."""
+    if isinstance(coupling, FittedCoupling) or hasattr(coupling, "fit"):
+        return
+    try:
+        signature(coupling).bind(None, None, None, None)
+    except TypeError:
+        raise TypeError(
+            f"FlowMatching: expected a coupling that takes (x0, x1, context, generator), got "
+            f"{_name(coupling)}{signature(coupling)}"
+        ) from None
+    except ValueError:  # some callables have no signature
+        return
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 _WATCHED: WeakSet[VectorField] = WeakSet()  # fields that were seen to leave their inputs alone

@@ -85,6 +85,7 @@ def entrants(contestants: Any) -> dict[str, Contestant]:
         pairs = [(name, _entrant(one)[1]) for name, one in given.items()]
     else:
         alone = isinstance(given, str) or not isinstance(given, Iterable)
+        alone |= isinstance(given, Sequence) and len(given) == 3 and isinstance(given[1], Flow)
         pairs = [_entrant(one) for one in ([given] if alone else given)]
     found = dict(pairs)
     if not found or len(found) < len(pairs):

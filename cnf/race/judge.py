@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from cnf.data import Points
 from cnf.dynamics.solver import Solver
+from cnf.errors import warn
 from cnf.flow import Flow, evaluating
 from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked, nfe
 from cnf.metrics.distances import sliced
@@ -57,7 +59,9 @@ class Judge:
             self.scale = torch.where(spread > 0, spread, 1.0)
         other = self.standardized(_unweighted(_as_points(reference)).x[: len(self.target.x)])
         self.floor = {
-            metric.score.key: _scored(metric, self.distance(metric, other))[metric.score.key]
+            metric.score.key: self._tried(metric, partial(self.distance, metric, other))[
+                metric.score.key
+            ]
             for metric in race_metrics()
             if metric.needs == "samples"
         }
@@ -110,8 +114,17 @@ class Judge:
             trial: What `trial` gives.
         """
         if metric.needs == "samples":
-            return _scored(metric, self.distance(metric, trial.drawn))
-        return _scored(metric, metric.function(trial))
+            return self._tried(metric, partial(self.distance, metric, trial.drawn))
+        return self._tried(metric, partial(metric.function, trial))
+
+    def _tried(self, metric: Metric, call: Callable[[], Any]) -> dict[str, float]:
+        """What a metric gives; NaN and a warning where it fails, which must not end the race."""
+        try:
+            return _scored(metric, call())
+        except Exception as error:
+            key = metric.score.key
+            warn(f"compare: the metric {key!r} failed: {type(error).__name__}: {error}")
+            return {key: math.nan}
 
     def distance(self, metric: Metric, drawn: Tensor) -> float | Estimate:
         """The distance of standardized samples to the test points; NaN where either are too few.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cnf.errors import UnknownNameError
 from cnf.flow import Flow
 from cnf.metrics import METRICS, Estimate, Metric, Score
 from cnf.plotting.style import color_of
@@ -110,6 +111,11 @@ class Results:
     settings: dict[str, Any]
     machine: dict[str, Any]
 
+    def __repr__(self) -> str:
+        from cnf.race.tables import as_text
+
+        return as_text(self)
+
     @property
     def contestants(self) -> list[str]:
         """Names in the order in which they ran."""
@@ -161,6 +167,8 @@ class Results:
 
     def of(self, contestant: str) -> list[Entry]:
         """A contestant's entries, one per seed."""
+        if contestant not in self.contestants:
+            raise UnknownNameError("contestant", contestant, self.contestants)
         return [entry for entry in self.entries if entry.contestant == contestant]
 
     def mean(self, contestant: str, key: str) -> Estimate:

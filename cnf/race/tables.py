@@ -1,11 +1,19 @@
 """Scores as tables in a terminal."""
 
+import io
 import math
 from typing import Any
 
 from cnf.errors import optional
 from cnf.metrics.estimate import number
 from cnf.race.results import DECIDING, Results
+
+
+def as_text(results: Results) -> str:
+    """The race's table as plain text of 80 columns."""
+    console = optional("rich.console", "cli").Console(width=80, file=io.StringIO())
+    console.print(results_table(results))
+    return console.file.getvalue().strip()
 
 
 def results_table(results: Results) -> Any:

@@ -108,6 +108,8 @@ class TrainConfig:
                 value = int(value)  # 1e4 is meant for a whole number
             expect_counts("TrainConfig", least, **{name: value})
             setattr(self, name, None if value is None else int(value))
+        if self.seed >= 2**64:
+            raise ValueError(f"TrainConfig: expected seed < 2^64, got {self.seed}")
         for name in _REAL:
             value = getattr(self, name)
             setattr(self, name, None if value is None else _real(name, value))

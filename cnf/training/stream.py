@@ -166,7 +166,8 @@ class RowStream(Stream):
         if len(self.train) < self.size:
             raise ValueError(
                 f"fit: expected at least batch_size={self.size} rows to train on, got "
-                f"{len(self.train)} ({len(rows)} less {held_out} held out); lower batch_size"
+                f"{len(self.train)} ({len(rows)} less {held_out} held out, each of shape "
+                f"{tuple(rows[order[:1]].x.shape[1:])}); lower batch_size"
             )
         self.validation = validation
         self.head = rows.head(self.train)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cnf.nets import MADE
 from cnf.transforms.base import TRANSFORMS
-from cnf.transforms.elementwise import ElementwiseMap, Parameters, Scheme
+from cnf.transforms.elementwise import Parameters, Scheme, Transformer
 
 
 @TRANSFORMS.register(
@@ -39,7 +39,7 @@ class Autoregressive(Scheme):
     def __init__(
         self,
         dim: int,
-        transformer: ElementwiseMap | None = None,
+        transformer: Transformer = None,
         *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),

@@ -8,12 +8,36 @@ from torch import Tensor, nn
 from cnf.errors import call_without_edits
 from cnf.nets import MLP, on_circle
 from cnf.transforms.base import TRANSFORMS
-from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
+from cnf.transforms.elementwise import Parameters, Transformer, TwoWayScheme
 
 
 @TRANSFORMS.register(
     "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
 )
+def built_conditioner(
+    who: str, conditioner: Callable[[int, int], nn.Module], inputs: int, outputs: int
+) -> nn.Module:
+    """The network that a conditioner function makes.
+
+    Args:
+        who: Whose conditioner it is, for errors.
+        conditioner: A function of the numbers of inputs and outputs.
+        inputs: Numbers that the network gets for each row.
+        outputs: Numbers that it gives.
+
+    Raises:
+        TypeError: It is a network, or gives something else.
+    """
+    net = None if isinstance(conditioner, nn.Module) else conditioner(inputs, outputs)
+    if not isinstance(net, nn.Module):
+        got = type(conditioner if net is None else net).__name__
+        raise TypeError(
+            f"{who}: expected conditioner to be a function (inputs, outputs) that returns a "
+            f"network, got a {got}; write conditioner=lambda inputs, outputs: Net(inputs, outputs)"
+        )
+    return net
+
+
 class Coupling(TwoWayScheme):
     """x_a = z_a, x_b = m(z_b; θ(z_a, c)): triangular Jacobian, log|det| = Σ_b log m'.
 
@@ -46,7 +70,7 @@ class Coupling(TwoWayScheme):
         self,
         dim: int,
         keep: Sequence[int] | None = None,
-        transformer: ElementwiseMap | None = None,
+        transformer: Transformer = None,
         *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),
@@ -83,7 +107,7 @@ class Coupling(TwoWayScheme):
         if conditioner is None:
             self.net = MLP(inputs, outputs, hidden, activation, zero_last=True)
         else:
-            self.net = conditioner(inputs, outputs)
+            self.net = built_conditioner("Coupling", conditioner, inputs, outputs)
 
     def _transformed(
         self,
@@ -101,6 +125,13 @@ class Coupling(TwoWayScheme):
             raw = self.net.columns(conditioning)
         else:  # without a context and a period its input is a view of x
             raw = call_without_edits(self.net, lambda: self.net(conditioning).T, x=conditioning)
+            outputs = self.transformer.size * len(moved)
+            if len(raw) != outputs:
+                raise ValueError(
+                    f"Coupling: expected the conditioner {type(self.net).__name__} to give "
+                    f"{outputs} numbers for each row, got {len(raw)}; it is built by "
+                    "conditioner(inputs, outputs)"
+                )
         raw = raw.unflatten(0, (self.transformer.size, len(moved)))
         moved, ladj = direction(moved, *self._constrained(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])

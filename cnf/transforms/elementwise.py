@@ -1,7 +1,8 @@
 """Elementwise maps (transformers) and the base classes of the layers that apply them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,6 @@ from cnf.nets import MADE, MLP
 from cnf.printing import joined, shaped
 from cnf.registry import Registry
 from cnf.transforms.base import TRANSFORMS, Transform
-
-MAPS = Registry("elementwise map")
 
 Parameters = tuple[Tensor, ...]
 
@@ -53,6 +52,9 @@ class ElementwiseMap(ABC):
             x: Shape (*).
             parameters: What `parametrize` makes.
         """
+
+
+MAPS = Registry("elementwise map", ElementwiseMap)
 
 
 @MAPS.register("additive")
@@ -128,6 +130,9 @@ class Inverted(ElementwiseMap):
         return f"inverse {self.transformer}"
 
 
+Transformer = ElementwiseMap | str | Mapping[str, Any] | None
+
+
 class Scheme(Transform):
     """A transform that applies an elementwise map, the transformer, to the variables.
 
@@ -135,7 +140,8 @@ class Scheme(Transform):
 
     Args:
         dim: D, or the number of channels of an image.
-        transformer: The map; affine if None.
+        transformer: The map: a name in `MAPS`, {"name": …, **options} or an instance; affine if
+            None.
         parametrize: Function from unconstrained numbers, of shape (transformer.size, *), to the
             map's parameters; `transformer.parametrize` if None.
         context_dim: Size of the context; 0 for none.
@@ -145,7 +151,7 @@ class Scheme(Transform):
     def __init__(
         self,
         dim: int,
-        transformer: ElementwiseMap | None = None,
+        transformer: Transformer = None,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         context_dim: int = 0,
         event_dims: int = 1,
@@ -153,12 +159,7 @@ class Scheme(Transform):
         shape = (dim,) if event_dims == 1 else None
         super().__init__(event_dims, context_dim, shape)
         self.dim = dim
-        if not isinstance(transformer, ElementwiseMap | None):
-            raise TypeError(
-                f"{type(self).__name__}: expected transformer to be an elementwise map, such as "
-                f"cnf.transforms.RationalQuadratic(bins=8), got {transformer!r}"
-            )
-        self.transformer = transformer or Affine()
+        self.transformer: ElementwiseMap = MAPS.build(transformer or "affine", type(self).__name__)
         self.parametrize = parametrize or self.transformer.parametrize
 
     def extra_repr(self) -> str:
@@ -226,7 +227,7 @@ class Elementwise(TwoWayScheme):
     def __init__(
         self,
         dim: int,
-        transformer: ElementwiseMap | None = None,
+        transformer: Transformer = None,
         *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cnf.nets import ACTIVATIONS, zero_
 from cnf.transforms.base import Transform
-from cnf.transforms.elementwise import ElementwiseMap, Parameters, TwoWayScheme
+from cnf.transforms.elementwise import Parameters, Transformer, TwoWayScheme
 from cnf.transforms.recompute import Direction
 
 
@@ -123,7 +123,7 @@ class ConvCoupling(TwoWayScheme):
         self,
         channels: int,
         keep: int,
-        transformer: ElementwiseMap | None = None,
+        transformer: Transformer = None,
         *,
         parametrize: Callable[[Tensor], Parameters] | None = None,
         hidden: Sequence[int] = (64, 64),

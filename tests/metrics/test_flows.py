@@ -6,6 +6,7 @@ import torch
 from torch import Generator
 from torch.distributions import Independent, Normal
 
+import cnf
 from cnf.dynamics.solver import Solver
 from cnf.fields.base import VectorField
 from cnf.flow import Flow
@@ -281,3 +282,12 @@ def test_error_of_a_weighted_mean_is_that_of_its_rows_shares(generator):
     assert equal.error == pytest.approx(draws.std(correction=0).item() / 50**0.5)
     two = Estimate.of(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 1.0]))
     assert two.value == pytest.approx(1) and two.error == pytest.approx((9 / 8) ** 0.5)
+
+
+def test_arrays_are_scored_as_tensors_and_swapped_arguments_are_named():
+    flow = cnf.models.realnvp(2, layers=2, hidden=(4,))
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    assert cnf.metrics.nll(flow, x.numpy()) == cnf.metrics.nll(flow, x)
+    assert cnf.metrics.wasserstein2(x.numpy(), x.numpy() + 1) > 1
+    with pytest.raises(ValueError, match="nll: expected x to be an array of numbers, got a Flow"):
+        cnf.metrics.nll(x, flow)

@@ -523,3 +523,32 @@ def test_evaluations_are_counted_once_for_both_scores(monkeypatch):
     judge = judge_module.Judge(toy.sample(50), toy.sample(50), toy, w2_points=20)
     scores = judge.scores(cnf.models.cnf(2, hidden=(8,), solver=cnf.Solver("rk4", steps=3)))
     assert len(calls) == 1 and scores["nfe_sample"] == scores["nfe_log_prob"] == 12
+
+
+def test_metric_that_fails_is_nan_and_named_and_the_race_goes_on(monkeypatch):
+    entries = dict(METRICS)
+
+    def broken(true, drawn):
+        raise ZeroDivisionError("boom")
+
+    score = metrics.Score("broken", "Broken", "A metric that fails")
+    monkeypatch.setattr(METRICS, "_entries", entries)
+    metrics.metric("samples", score)(broken)
+    with pytest.warns(UserWarning, match="the metric 'broken' failed: ZeroDivisionError: boom"):
+        results = race(["realnvp"], "moons", steps=2)
+    assert math.isnan(results.mean("realnvp", "broken")[0])
+    assert math.isfinite(results.mean("realnvp", "w2")[0])
+
+
+def test_results_print_as_the_table_and_names_are_suggested():
+    results = race(["realnvp"], "moons", steps=2)
+    text = repr(results)
+    assert "RealNVP" in text and max(map(len, text.splitlines())) <= 80 and "0x" not in text
+    with pytest.raises(ValueError, match="unknown contestant 'realnpv'.*Did you mean 'realnvp'"):
+        results.mean("realnpv", "gap")
+
+
+def test_one_contestant_of_ones_own_needs_no_list():
+    flow = cnf.models.realnvp(2, layers=2, hidden=(4,))
+    results = race(("Mine", flow, cnf.MaximumLikelihood()), "moons", steps=2)
+    assert results.contestants == ["Mine"]

@@ -315,9 +315,9 @@ class _Trainer:
             self.bar.say(f"Interrupted at step {history.steps}: {saved or 'not saved'}.")
         if history.validating > max(SLOW, history.seconds):
             self.bar.say(
-                f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s: "
-                f"lower validations={self.config.validations} or "
-                f"validation_rows={self.config.validation_rows}."
+                f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s "
+                f"(validations={self.config.validations}, "
+                f"validation_rows={self.config.validation_rows})."
             )
 
     def fail(self, error: BaseException) -> None:

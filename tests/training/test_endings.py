@@ -64,7 +64,7 @@ def test_validation_that_takes_longer_than_training_warns(
     assert manifest()["validation_seconds"] == pytest.approx(history.validating, abs=1e-3)
     said = " ".join(capsys.readouterr().out.split())
     assert "Validation took 1 s, training 0." in said
-    assert "lower validations=1 or validation_rows=50." in said
+    assert "(validations=1, validation_rows=50)." in said
 
 
 def run_out_of_memory():

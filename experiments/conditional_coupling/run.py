@@ -22,7 +22,7 @@ import cnf
 from cnf.fields import ResidualField
 from cnf.matching import COUPLINGS
 from cnf.metrics.distances import wasserstein2
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms import Continuous
 
@@ -64,7 +64,7 @@ class Paired:
     def __iter__(self) -> Iterator[cnf.Batch]:
         size, wanted = self.config["coupling_size"], self.config["batch_size"]
         for k in range(self.config["steps"] * wanted // size):
-            generator = seeded(self.seed, k)
+            generator = stream(self.seed, "step", k)
             x0 = gaussians(size, generator)
             x1, label = moons(size, generator)
             j = self.coupling(x0, x1, label, generator).j
@@ -103,13 +103,13 @@ def run(coupling: str, seed: int, config: dict) -> None:
         device="cpu",
     )  # fmt: skip
     if coupling == "semidiscrete":
-        rows, labels = moons(config["table_rows"], seeded(seed, -1))
+        rows, labels = moons(config["table_rows"], stream(seed, "table"))
         history = cnf.fit(
             flow, cnf.FlowMatching(coupling=coupling), rows, settings, context=labels
         )
     else:
         history = cnf.fit(flow, cnf.FlowMatching(), Paired(coupling, seed, config), settings)
-    generator = seeded(seed, -2)
+    generator = stream(seed, "pairs")
     x0, (x1, label) = gaussians(config["points"], generator), moons(config["points"], generator)
     with torch.no_grad(), cnf.dynamics.record() as stats:
         adaptive = flow.decode(x0, label)
@@ -125,8 +125,8 @@ def run(coupling: str, seed: int, config: dict) -> None:
 
 def floor(seed: int, config: dict) -> None:
     """What true samples score in a model's place, from draws of their own."""
-    x1, _ = moons(config["points"], seeded(seed, -3))
-    other, _ = moons(config["points"], seeded(seed, -4))
+    x1, _ = moons(config["points"], stream(seed, "test"))
+    other, _ = moons(config["points"], stream(seed, "floor"))
     squared = f"{wasserstein2(other, x1) ** 2:.4f}"
     write(
         {

@@ -25,7 +25,7 @@ from cnf.matching import COUPLINGS, Pairing
 from cnf.metrics.distances import wasserstein2
 from cnf.metrics.flows import path_energy
 from cnf.metrics.nfe_curves import nfe_curve
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms import Continuous
 
@@ -49,9 +49,9 @@ class Task:
 
     def __post_init__(self) -> None:
         toy, count = cnf.data.toy(self.target), self.config["points"]
-        self.rows = toy.sample(self.config["rows"], seeded(self.seed, 1))
-        self.test = toy.sample(count, seeded(self.seed, 2))
-        starts = self.flow().base.sample((count,), seeded(self.seed, 3))
+        self.rows = toy.sample(self.config["rows"], stream(self.seed, "rows"))
+        self.test = toy.sample(count, stream(self.seed, "test"))
+        starts = self.flow().base.sample((count,), stream(self.seed, "starts"))
         self.squared = wasserstein2(starts, self.test) ** 2
         self.pairings: list[Tensor] = []
 
@@ -73,10 +73,10 @@ class Task:
 
     def scored(self, method: str, flow: cnf.Flow, *histories) -> dict:
         """W2 from fresh base samples, path energy, and W2 after few Euler steps."""
-        starts = flow.base.sample((len(self.test),), seeded(self.seed, 4))
+        starts = flow.base.sample((len(self.test),), stream(self.seed, "starts of the solver"))
         with torch.no_grad():
             w2 = wasserstein2(flow.decode(starts), self.test)
-        energy = path_energy(flow, len(self.test), seeded(self.seed, 5)).value
+        energy = path_energy(flow, len(self.test), stream(self.seed, "energy")).value
         squared = self.squared
         if flow.preprocess is not None:  # both in the field's space
             squared = wasserstein2(starts, flow.preprocess.inverse(self.test)[0]) ** 2
@@ -135,7 +135,7 @@ def results(name: str, seed: int, methods: list[str], config: dict) -> Iterator[
     task = Task(seed, config, *config["tasks"][name])
     for method in methods:
         if method == FLOOR:
-            other = cnf.data.toy(task.target).sample(len(task.test), seeded(seed, 6))
+            other = cnf.data.toy(task.target).sample(len(task.test), stream(seed, "other"))
             yield task.row(FLOOR, wasserstein2(other, task.test))
         elif method == REFLOW:
             flow = task.flow()

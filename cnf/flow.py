@@ -4,13 +4,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.dropout import _DropoutNd
 
+from cnf.dequantization import Dequantization
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.fixed import captured, transformed
@@ -58,23 +59,6 @@ def evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
-
-
-class Dequantization(Protocol):
-    """Discrete data made continuous: a draw, and its part of the bound on log P(x)."""
-
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,).
-
-        Args:
-            x: Discrete data, shape (*batch, *event).
-            generator: Source of the draw; torch's default generator if None.
-        """
-        ...
-
-    def decode(self, y: Tensor) -> Tensor:
-        """The discrete value that y stands for."""
-        ...
 
 
 class Flow(nn.Module):
@@ -254,7 +238,8 @@ class Flow(nn.Module):
             z, ladj = by_chunks(transform, transform.inverse, y, context)
         else:  # probes that are given are for all rows at once
             z, ladj = transform.inverse(y, context)
-        log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, self.dtype)  # of pixels, the flow's
+        log_prob = (self.base.log_prob(z) + ladj + outer).to(dtype)
         return rows.restore(log_prob, rows.log_density)
 
     def log_prob_and_integral(
@@ -283,7 +268,8 @@ class Flow(nn.Module):
             y, context, towards="base", divergence=_for_rows(divergence, rows),
             integrands=integrands, stop=stop,
         )  # fmt: skip
-        log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(dtype)
         estimates = solved.estimates
         return rows.restore(log_prob, rows.log_density), Integral(
             rows.restore(solved.value),
@@ -462,6 +448,8 @@ class Flow(nn.Module):
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """Data `inside`, checked, their context, and what that adds to the log-density."""
+        if self.dequantization is not None and isinstance(x, Tensor):
+            x = x.to(torch.promote_types(x.dtype, self.dtype))  # pixels are uint8
         expect_event(who, "x", x, self.event_shape)
         self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:

@@ -26,6 +26,7 @@ FLOORS = {
     "sampling": 6,
     "flow": 5,
     "transforms": 4,
+    "dequantization": 4,
     "fields": 3,
     "dynamics": 3,
     "nets": 2,

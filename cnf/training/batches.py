@@ -139,8 +139,8 @@ class Placement:
     def __call__(self, batch: Batch) -> Batch:
         placed = {}
         for name, value in vars(batch).items():
-            if value is not None and not value.is_floating_point():
-                placed[name] = value.to(self.device)
+            if value is not None and not value.is_floating_point():  # pixels, of eight bits
+                placed[name] = value.to(self.device).to(self.dtype)
             elif value is not None:
                 wide = name in self.wide
                 dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from cnf.dequantization import UniformDequantization
 from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
@@ -21,7 +22,13 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
         part = getattr(module, name, None)
         if rows is not None and hasattr(part, "fit"):
-            part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
+            rows = rows.to(next(part.buffers(), rows).device)  # pyright: ignore
+            if name == "preprocess" and getattr(module, "dequantization", None) is not None:
+                # Noise of any kind will do for a location and a scale.
+                rows = UniformDequantization(module.dequantization.levels).encode(
+                    rows.float(), stream(0, "noise of preprocessing")
+                )[0]
+            part.fit(rows)  # pyright: ignore
     if isinstance(module, Flow) and module.dequantization is None:
         for name, text in _far(module, head):
             if text is not None:

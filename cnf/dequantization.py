@@ -1,6 +1,6 @@
 r"""Dequantization: whole numbers, such as the levels of pixels, made continuous.
 
-A density p of y models whole numbers x by P(x) = ∫ p(x + u) du over u in [0, 1)^D. With any density
+A density p of y models whole numbers x by P(x) = ∫ p(x + u) du, u in [0, 1)^D. With any density
 q(u|x) of the noise,
 
 .. math:: \log P(x) \ge E_{u \sim q}[\log p(x + u) - \log q(u|x)],
@@ -39,9 +39,7 @@ class Dequantization(nn.Module, ABC):
         self.levels = levels
 
     @abstractmethod
-    def noise(
-        self, x: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | float]:
+    def noise(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor | float]:
         """A draw u in [0, 1)^D given x, of its shape, and log q(u|x), shape (*batch,) or 0.
 
         Args:
@@ -109,8 +107,8 @@ class VariationalDequantization(Dequantization):
     """Noise from a flow given x, trained with the density by maximum likelihood.
 
     u = Φ(f(e, x)) with e from a standard normal, Φ its distribution function, and f a stack of
-    affine couplings, whose conditioners get x and the part of e that they leave as it is. It begins
-    as uniform noise. Flow matching, which trains the field alone, leaves it so.
+    affine couplings, whose conditioners get x and the part of e that they leave unchanged. It
+    begins as uniform noise. Flow matching, which trains the field alone, leaves it so.
 
     Source: Ho et al. (2019), Flow++, https://arxiv.org/abs/1902.00275, with Φ for the sigmoid.
 

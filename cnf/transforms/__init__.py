@@ -18,12 +18,20 @@ from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 from cnf.transforms.planar import Planar, Radial, Sylvester
+from cnf.transforms.preprocessing import (
+    PREPROCESSING,
+    Preprocessing,
+    RadialGaussianization,
+    Whiten,
+    logit,
+)
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
 from cnf.transforms.squashing import Sigmoid, Softplus, Tanh
 
 __all__ = [
     "LU",
     "MAPS",
+    "PREPROCESSING",
     "TRANSFORMS",
     "ActNorm",
     "Additive",
@@ -45,7 +53,9 @@ __all__ = [
     "PerPixel",
     "Permutation",
     "Planar",
+    "Preprocessing",
     "Radial",
+    "RadialGaussianization",
     "RationalQuadratic",
     "Rotation",
     "Scheme",
@@ -57,4 +67,6 @@ __all__ = [
     "Sylvester",
     "Tanh",
     "Transform",
+    "Whiten",
+    "logit",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cnf.errors import abbreviated
 from cnf.precision import widest
+from cnf.random import stream
 from cnf.registry import Registry
 from cnf.transforms.base import TRANSFORMS, Transform
 from cnf.transforms.splines import Curve
@@ -103,7 +104,7 @@ class Preprocessing(Transform):
 
 
 @PREPROCESSING.register("whiten")
-@TRANSFORMS.register("whiten", example=lambda dim: Whiten(dim))
+@TRANSFORMS.register("whiten", example=lambda dim: _fitted(Whiten(dim)))
 class Whiten(Preprocessing):
     """x = L·z + m with LLᵀ the covariance of the data: the inverse makes it the unit matrix.
 
@@ -156,7 +157,9 @@ class Whiten(Preprocessing):
 
 
 @PREPROCESSING.register("radial")
-@TRANSFORMS.register("radial-gaussianization", example=lambda dim: RadialGaussianization(dim))
+@TRANSFORMS.register(
+    "radial-gaussianization", example=lambda dim: _fitted(RadialGaussianization(dim))
+)
 class RadialGaussianization(Preprocessing):
     r"""A monotone map of the length |x|, fitted so that the inverse makes it a standard normal's.
 
@@ -212,6 +215,7 @@ class RadialGaussianization(Preprocessing):
             self.slopes.reshape(-1, *[1] * len(batch)).expand(-1, *batch),
         )
         after = (v + (u - inside) * log_slope.exp()) * new_width + new_center
+        after = after.clamp(max=math.log(torch.finfo(value.dtype).max) - 1)  # a finite length
         change = after - before
         dim = math.prod(value.shape[-self.event_dims :])
         ladj = dim * change + log_slope + (new_width / width).log()
@@ -271,3 +275,10 @@ def logit(
         raise ValueError(f"logit: expected 0 <= alpha < 1/2, got {alpha}")
     low = -levels * alpha / (1 - 2 * alpha)
     return Sigmoid(low, levels - low, 1 if isinstance(event_shape, int) else len(event_shape))
+
+
+def _fitted(part: Preprocessing) -> Preprocessing:
+    """An example, fitted to skewed data."""
+    shape = (20 * KNOTS, *(part.event_shape or ()))
+    part.fit(torch.randn(shape, generator=stream(0, "example of preprocessing")).exp())
+    return part

@@ -2,18 +2,22 @@
 
 from cnf.data.columns import Columns
 from cnf.data.density import Toy
+from cnf.data.images import IMAGE_SETS, Images, read_images
 from cnf.data.pictures import Picture
 from cnf.data.source import load
 from cnf.data.tabular import Points, read_table, table_kind, write_table
 from cnf.data.toys import TOYS, toy
 
 __all__ = [
+    "IMAGE_SETS",
     "TOYS",
     "Columns",
+    "Images",
     "Picture",
     "Points",
     "Toy",
     "load",
+    "read_images",
     "read_table",
     "table_kind",
     "toy",

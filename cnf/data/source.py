@@ -7,6 +7,7 @@ from typing import Any
 from cnf.data.arrays import is_rows
 from cnf.data.columns import Columns
 from cnf.data.density import Toy
+from cnf.data.images import IMAGE_SETS, Images, is_images, read_images
 from cnf.data.pictures import PICTURES, Picture
 from cnf.data.tabular import TABLES, Points, read_points, table_kind
 from cnf.data.toys import TOYS, toy
@@ -21,13 +22,16 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     The result has the attributes `name`, `dim` and `support` and a method `sample`.
 
     Args:
-        source: The name of a density (see `TOYS`), a path to a picture or to a table of numbers,
-            points as a tensor, an array or a table of shape (N, D), or a `Toy` or `Points`, which
+        source: The name of a density (see `TOYS`) or of a set of pictures ("mnist"); a path to a
+            picture, which is a density, to pictures (see `read_images`) or to a table of numbers;
+            points as a tensor, an array or a table of shape (N, D); or a `Toy` or `Points`, which
             is returned unchanged.
-        columns: Roles of a table's columns; all are modeled if None.
+        columns: Roles of a table's columns, all of which are modeled if None; of pictures
+            `Columns(context=["labels"])` makes their labels the context.
 
     Returns:
-        A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points.
+        A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points,
+        `Images` (Points too) for pictures.
 
     Raises:
         ValueError: A string is neither a name nor a file of a known kind, the points are not
@@ -41,7 +45,10 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     Traceback (most recent call last):
     ValueError: load: unknown density 'mons'; known: ... Did you mean 'moons'? ...
     """
-    table = isinstance(source, str | PathLike) and table_kind(Path(source)) is not None
+    named = isinstance(source, str | PathLike)
+    if named and (str(source) in IMAGE_SETS or is_images(Path(source))):
+        return _images(source, columns)
+    table = named and table_kind(Path(source)) is not None
     if columns not in (None, Columns()) and not table:
         raise ValueError(f"load: columns can be chosen of a table, got {source}")
     if isinstance(source, Toy | Points):
@@ -66,10 +73,26 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     return found
 
 
+def _images(source: str | PathLike[str], columns: Columns | None) -> Images:
+    given = columns or Columns()
+    if given not in (Columns(), Columns(context=["labels"])):
+        raise ValueError(
+            "load: of pictures only the labels can be a context, Columns(context=['labels']), "
+            f"got {columns} for {source}"
+        )
+    name = str(source)
+    images = IMAGE_SETS[name]() if name in IMAGE_SETS else read_images(Path(source))
+    return images.conditional() if given.context else images
+
+
 def _refusal(source: str, path: Path) -> str:
     kinds = f"pictures ({', '.join(PICTURES)}) and tables ({', '.join(TABLES)})"
     if path.is_dir():
-        return f"load: expected a file or a name, got the folder {source}; files may be {kinds}"
+        return (
+            f"load: expected a file, a name or a folder of pictures, got the folder {source} "
+            f"without any; files may be {kinds}"
+        )
     if path.exists():
         return f"load: expected a file of a known kind, got {source}; files may be {kinds}"
-    return f"load: {UnknownNameError('density', source, TOYS)} Or give a file: {kinds}."
+    known = [*TOYS, *IMAGE_SETS]
+    return f"load: {UnknownNameError('density', source, known)} Or give a file: {kinds}."

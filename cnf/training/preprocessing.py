@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from cnf.dequantization import UniformDequantization
 from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
@@ -15,6 +14,7 @@ from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
 
 
+@torch.no_grad()
 def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     """Fit to the first rows what is not fitted yet, of the data and of their context."""
     if head is None:
@@ -23,11 +23,9 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
         part = getattr(module, name, None)
         if rows is not None and hasattr(part, "fit"):
             rows = rows.to(next(part.buffers(), rows).device)  # pyright: ignore
-            if name == "preprocess" and getattr(module, "dequantization", None) is not None:
-                # Noise of any kind will do for a location and a scale.
-                rows = UniformDequantization(module.dequantization.levels).encode(
-                    rows.float(), stream(0, "noise of preprocessing")
-                )[0]
+            if name == "preprocess" and isinstance(module, Flow) and module.dequantization:
+                draws = stream(0, "noise of preprocessing")
+                rows, _ = module.dequantization.encode(rows.to(module.dtype), draws)
             part.fit(rows)  # pyright: ignore
     if isinstance(module, Flow) and module.dequantization is None:
         for name, text in _far(module, head):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from cnf.data import Points, load
+from cnf.data import Images, Points, load
 from cnf.data.arrays import is_rows
 from cnf.distributions import Base, FromTorch, as_base
 from cnf.errors import warn
@@ -311,6 +311,8 @@ def as_stream(
         missing: Whether a context may be missing, NaN.
     """
     held_out = None
+    if isinstance(data, Images) and validation is None and config.validations:
+        validation = data.validation and data.validation.first(config.validation_rows)
     if validation is not None:
         held_out = _held_out(validation, config.validation_rows, missing)
     if isinstance(data, tuple) and not is_rows(data):  # of batches make a list

@@ -32,6 +32,7 @@ FLOORS = {
     "nets": 2,
     "distributions": 2,
     "errors": 1,
+    "expectation_maximization": 1,
     "precision": 1,
     "printing": 1,
     "random": 1,

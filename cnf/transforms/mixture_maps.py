@@ -139,7 +139,7 @@ class MixtureOfLogistics(_Mixture):
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
-    """log Φ(z). Far below 0 torch's derivative of it is a difference of large numbers."""
+    """The log of Φ(z). Far below 0 torch's derivative of it is a difference of large numbers."""
     near = torch.special.log_ndtr(z.clamp(min=FAR))
     below = z.clamp(max=FAR)
     r = below.square().reciprocal()

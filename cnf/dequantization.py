@@ -10,6 +10,7 @@ and one draw of the right-hand side is what `Flow.log_prob` gives.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,6 @@ from cnf.transforms.coupling import Coupling
 from cnf.transforms.image import ConvCoupling, PerPixel, Squeeze
 from cnf.transforms.linear import Permutation
 
-DEQUANTIZATIONS = Registry("dequantization")
-
 
 class Dequantization(nn.Module, ABC):
     """Whole numbers 0, …, levels - 1 and the cells [x, x + 1) that stand for them.
@@ -37,6 +36,13 @@ class Dequantization(nn.Module, ABC):
         super().__init__()
         expect_counts(type(self).__name__, least=2, levels=levels)
         self.levels = levels
+        self.options: dict[str, Any] = {"levels": levels}
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """Its name and options, from which `cnf.load` builds it again; None without a name."""
+        name = DEQUANTIZATIONS.name_of(self)
+        return {"name": name, **self.options} if name else None
 
     @abstractmethod
     def noise(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor | float]:
@@ -90,6 +96,9 @@ class Dequantization(nn.Module, ABC):
             )
 
 
+DEQUANTIZATIONS = Registry("dequantization", Dequantization)
+
+
 @DEQUANTIZATIONS.register("uniform")
 class UniformDequantization(Dequantization):
     """Uniform noise: q(u|x) = 1.
@@ -132,6 +141,7 @@ class VariationalDequantization(Dequantization):
     ) -> None:
         super().__init__(levels)
         expect_counts("VariationalDequantization", layers=layers)
+        self.options |= {"layers": layers, "hidden": list(hidden)}
         self.event_shape = expect_shape("VariationalDequantization", event_shape, "event_shape")
         make = _of_vectors if len(self.event_shape) == 1 else _of_images
         self.transform = make(self.event_shape, layers, hidden)

@@ -226,7 +226,7 @@ def test_device_without_float64_refuses_unresolved_contexts_when_fitted(monkeypa
     again.load_state_dict(far.state_dict())
     assert far.columns.unresolved == again.columns.unresolved == (1,)
     assert again.columns.dtype == F64
-    monkeypatch.setattr("cnf.transforms.normalization.widest", lambda device: torch.float32)
+    monkeypatch.setattr("cnf.transforms.preprocessing.widest", lambda device: torch.float32)
     assert near.to("cpu").columns.loc.dtype == torch.float32
     with pytest.raises(ValueError, match=r"columns \[1\] need float64, which cpu does"):
         far.to("cpu")

@@ -22,7 +22,7 @@ def draws(seed=0):
 def normal_flow(dequantization):
     """Two independent normals, mean 2 and standard deviation 1.5, of 4 levels each."""
     place = Standardize((2,))
-    place.settle(torch.full((2,), 2.0), torch.full((2,), 1.5), F64)
+    place.settle({"loc": torch.full((2,), 2.0), "scale": torch.full((2,), 1.5)}, F64)
     flow = Flow(StandardNormal((2,)), place, dequantization=dequantization)
     return flow.double()
 

@@ -16,7 +16,7 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
-from cnf.models.build import MODELS, assembled
+from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
 from cnf.transforms.continuous import Continuous, Recipe
 
 
@@ -31,8 +31,9 @@ def cnf(
     frequencies: int = 4,
     fourier: int | None = None,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -51,8 +52,12 @@ def cnf(
             D <= 4 and 0 above, where the exact trace would take D more products.
         solver: A `Solver` or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
@@ -74,7 +79,9 @@ def cnf(
     field = Preconditioned(_blocks(block, layers))
     recipe = Recipe(solver=Solver() if solver is None else None)
     solver = Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6})
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 @MODELS.register("ffjord")
@@ -87,8 +94,9 @@ def ffjord(
     activation: str | None = None,
     end_time: float = 0.5,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -109,8 +117,12 @@ def ffjord(
             if None.
         end_time: End time of each block's ODE at the start of training; it is trained.
         solver: A `Solver` or its arguments; by default dopri5 at 1e-5 with the adjoint.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
@@ -128,7 +140,9 @@ def ffjord(
     solver = Solver.of(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
     field = _blocks(block, layers)
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 @MODELS.register("rnode")
@@ -142,8 +156,9 @@ def rnode(
     kinetic: float = 0.01,
     jacobian: float = 0.01,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -165,8 +180,12 @@ def rnode(
         kinetic: Weight of the penalty ∫‖v‖² dt, added to the NLL in nats.
         jacobian: Weight of the penalty ∫‖∂v/∂x‖² dt.
         solver: A `Solver` or its arguments, for training and evaluation.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
@@ -188,7 +207,9 @@ def rnode(
     )
     solver = Solver.of(solver)
     field = _blocks(block, layers)
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 @MODELS.register("otflow")
@@ -200,8 +221,9 @@ def otflow(
     transport: float = 0.01,
     hjb: float = 0.05,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     null_context: bool = False,
 ) -> Flow:
     """OT-Flow: the gradient field of a potential, trained with transport and HJB penalties.
@@ -219,8 +241,12 @@ def otflow(
             the paper's α = (1, 100, 5).
         hjb: Weight of the Hamilton-Jacobi-Bellman residual, 5/100 in the paper.
         solver: A `Solver` or its arguments, for training and evaluation.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
@@ -239,19 +265,22 @@ def otflow(
         lr=0.1,
     )
     solver = Solver.of(solver or {"method": "rk4", "steps": 16})
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 def _continuous(
     field: VectorField,
     solver: Solver,
-    preprocess: str | None,
+    preprocess: Preprocess,
     context_preprocess: str | None,
+    dequantization: Dequantize,
     recipe: Recipe,
     null_context: bool,
 ) -> Flow:
     transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
-    return assembled(transform, field.event_shape, preprocess, context_preprocess)
+    return assembled(transform, field.event_shape, preprocess, context_preprocess, dequantization)
 
 
 def _blocks(block: Callable[[], VectorField], layers: int) -> VectorField:

@@ -9,7 +9,8 @@ from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import stream
-from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.normalization import ActNorm, BatchNorm
+from cnf.transforms.preprocessing import Standardize
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
 

@@ -17,12 +17,13 @@ from cnf.transforms.elementwise import (
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
-from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.normalization import ActNorm, BatchNorm
 from cnf.transforms.planar import Planar, Radial, Sylvester
 from cnf.transforms.preprocessing import (
     PREPROCESSING,
     Preprocessing,
     RadialGaussianization,
+    Standardize,
     Whiten,
     logit,
 )

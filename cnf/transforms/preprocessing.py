@@ -2,18 +2,19 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.errors import abbreviated
-from cnf.precision import widest
+from cnf.errors import abbreviated, expect_shape
+from cnf.precision import COARSE, widest
 from cnf.random import stream
 from cnf.registry import Registry
 from cnf.transforms.base import TRANSFORMS, Transform
+from cnf.transforms.normalization import by_channel
 from cnf.transforms.splines import Curve
 from cnf.transforms.squashing import Sigmoid
 
@@ -49,7 +50,8 @@ class Preprocessing(Transform):
             self.register_buffer(name, value.to(widest(value.device)))
         self.register_buffer("fitted", torch.tensor(False))
         self.dtype, self.unresolved = torch.float32, ()
-        self.register_load_state_dict_post_hook(lambda module, _: module._resolve())
+        self.register_load_state_dict_pre_hook(_default_dtype)
+        self.register_load_state_dict_post_hook(_find_unresolved)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -63,10 +65,30 @@ class Preprocessing(Transform):
         """
         if self.fitted:
             return
-        wide = x.to(next(self.buffers()).dtype)
-        for name, value in self._fit(wide).items():
-            getattr(self, name).copy_(value)
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.settle(self._fit(x.to(next(self.buffers()).dtype)), x.dtype)
+
+    @torch.no_grad()
+    def settle(self, numbers: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Set its numbers to given ones, and mark the transform as fitted.
+
+        Args:
+            numbers: A value for each buffer that is fitted.
+            dtype: Dtype of the data.
+
+        Raises:
+            ValueError: The squares of a column overflow or underflow.
+        """
+        loc, scale = self._columns(numbers)
+        lost = (loc.isinf() | scale.isinf() | (scale == 0)).flatten()
+        if lost.any():
+            raise ValueError(
+                f"{type(self).__name__}: columns {lost.nonzero().flatten().tolist()} are too "
+                f"large or too small for their squares to be held in {loc.dtype}; rescale them"
+            )
+        for name, value in numbers.items():
+            buffer = getattr(self, name)
+            buffer.copy_(value.view_as(buffer))
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.fitted.fill_(True)
         self._resolve()
 
@@ -74,8 +96,21 @@ class Preprocessing(Transform):
     def _fit(self, x: Tensor) -> dict[str, Tensor]:
         """The numbers for data x, of the buffers' dtype."""
 
+    @abstractmethod
+    def _columns(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Location and scale of each column whose values the numbers tell apart."""
+
     def _resolve(self) -> None:
-        """Find what float32 would merge, once, so that no call has to ask a GPU."""
+        """Find what float32 would merge, once, so that no call has to synchronize with a GPU."""
+        loc, scale = self._columns({name: getattr(self, name) for name in self.numbers})
+        rounding = torch.finfo(torch.float32).eps / 4 * loc.abs()  # RMS rounding error
+        coarse = (rounding > COARSE * scale).flatten()
+        self.unresolved = tuple(coarse.nonzero().flatten().tolist())
+
+    @property
+    def spec(self) -> str | None:
+        """Its name in `PREPROCESSING`, by which `cnf.load` builds it again; None without one."""
+        return PREPROCESSING.name_of(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'' if self.fitted else 'not '}fitted"
@@ -101,6 +136,58 @@ class Preprocessing(Transform):
             moved = torch.empty_like if value.is_meta else torch.Tensor.to
             self._buffers[name] = moved(value, device=device, dtype=dtype)
         return self
+
+
+def _default_dtype(module: Any, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Insert the dtype float32, which files of version 0.1 lack."""
+    state.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.float32))
+
+
+def _find_unresolved(module: Any, _: object) -> None:
+    module._resolve()
+
+
+@PREPROCESSING.register("standardize")
+@TRANSFORMS.register("standardize", example=lambda dim: Standardize((dim,)))
+class Standardize(Preprocessing):
+    """x = z·scale + loc, whose inverse standardizes data to mean 0 and variance 1; not trained.
+
+    Each variable has its own location and scale. For images each channel has, as statistics of
+    single pixels would turn small variations of nearly constant border pixels into outliers. In
+    float32 a location of 10⁸ would have an error of up to 4.
+
+    Args:
+        event_shape: Shape of one x: (D,), or (C, H, W).
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        shape, places = by_channel(expect_shape("Standardize", event_shape, "event_shape"))
+        super().__init__(event_shape, loc=torch.zeros(shape), scale=torch.ones(shape))
+        self.places = places
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("z", z)
+        return (z * self.scale + self.loc).to(z.dtype), self._ladj(z)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._expect("x", x)
+        return ((x - self.loc) / self.scale).to(x.dtype), -self._ladj(x)
+
+    def _fit(self, x: Tensor) -> dict[str, Tensor]:
+        over, scale = [0, *range(2, x.dim())], self.scale
+        if len(x) > 1:  # a constant column has scale 1
+            scale = torch.where(x.amax(over) > x.amin(over), x.std(over), 1.0)
+        return {"loc": x.mean(over), "scale": scale}
+
+    def _columns(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return numbers["loc"], numbers["scale"]
+
+    def _ladj(self, value: Tensor) -> Tensor:
+        ladj = (self.places * self.scale.log().sum()).to(value.dtype)
+        return ladj.expand(value.shape[: value.dim() - self.event_dims])
 
 
 @PREPROCESSING.register("whiten")
@@ -150,6 +237,9 @@ class Whiten(Preprocessing):
                 "the columns before; drop them, add noise, or take preprocess='standardize'"
             )
         return {"loc": rows.mean(0), "factor": factor}
+
+    def _columns(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return numbers["loc"], numbers["factor"].diagonal()
 
     def _ladj(self, value: Tensor) -> Tensor:
         ladj = self.factor.diagonal().log().sum().to(value.dtype)
@@ -250,6 +340,9 @@ class RadialGaussianization(Preprocessing):
             "slopes": torch.from_numpy(slopes) * width / new_width,
         }
 
+    def _columns(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return numbers["place"].new_zeros(0), numbers["place"].new_ones(0)  # data without a mean
+
 
 CURVE = Curve(KNOTS - 1, 1.0, 1e-9)
 
@@ -274,7 +367,9 @@ def logit(
     if not 0 <= alpha < 0.5:
         raise ValueError(f"logit: expected 0 <= alpha < 1/2, got {alpha}")
     low = -levels * alpha / (1 - 2 * alpha)
-    return Sigmoid(low, levels - low, 1 if isinstance(event_shape, int) else len(event_shape))
+    part = Sigmoid(low, levels - low, 1 if isinstance(event_shape, int) else len(event_shape))
+    part.spec = {"name": "logit", "alpha": alpha, "levels": levels}
+    return part
 
 
 def _fitted(part: Preprocessing) -> Preprocessing:

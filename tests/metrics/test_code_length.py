@@ -22,7 +22,7 @@ def draws(seed=0):
 
 def normal_flow(levels=4):
     place = Standardize((2,))
-    place.settle(torch.full((2,), 2.0), torch.full((2,), 1.5), F64)
+    place.settle({"loc": torch.full((2,), 2.0), "scale": torch.full((2,), 1.5)}, F64)
     noise = UniformDequantization(levels)
     return Flow(StandardNormal((2,)), place, dequantization=noise).double()
 

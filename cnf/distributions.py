@@ -347,7 +347,7 @@ class GaussianMixture(Base):
             components: K.
             steps: Batches in all.
             batch_size: Rows of each, all if there are fewer.
-            ridge: Added to each covariance's diagonal, in units of the mean variance of the data.
+            ridge: Part of the covariance of all data that is added to each covariance.
             generator: Source of the starts and of the batches.
 
         Raises:

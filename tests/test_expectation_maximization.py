@@ -41,10 +41,10 @@ def test_density_is_torchs(batch, dim):
     torch.testing.assert_close(mine.log_prob(z), torchs(mine).log_prob(z))
 
 
-def test_density_in_slices_of_components_is_the_same(monkeypatch):
+def test_density_in_slices_of_rows_is_the_same(monkeypatch):
     mine, z = mixture(5, 3), torch.randn(7, 3, generator=draws(), dtype=F64)
     whole = mine.log_prob(z)
-    monkeypatch.setattr("cnf.expectation_maximization.BYTES", 2 * z.numel() * 8)
+    monkeypatch.setattr("cnf.expectation_maximization.BYTES", 2 * 15 * 8)
     torch.testing.assert_close(mine.log_prob(z), whole)
 
 
@@ -68,7 +68,7 @@ def test_one_step_of_em_is_scikit_learns():
     with pytest.warns(match="converge"):
         theirs.fit(x.numpy())
     begun = Mixture(start.weights, start.means, start.scales)
-    ours, _ = _maximized(_statistics(x, begun), torch.eye(2, dtype=F64), 0.0, x)
+    ours = _maximized(_statistics(x, begun), ridge=0.0)
     for found, expected in (
         (ours.weights, theirs.weights_),
         (ours.means, theirs.means_),
@@ -103,6 +103,22 @@ def test_full_batches_never_lower_the_likelihood():
         for n in (1, 2, 4, 8, 16)
     ]
     assert scores == sorted(scores) and scores[-1] > scores[0] + 0.01
+
+
+def test_statistics_in_slices_of_rows_are_the_same(monkeypatch):
+    mine, z = mixture(5, 3), torch.randn(7, 3, generator=draws(), dtype=F64)
+    begun = Mixture(mine.weights, mine.means, mine.scales)
+    whole = _statistics(z, begun)
+    monkeypatch.setattr("cnf.expectation_maximization.BYTES", 2 * 10 * 8)
+    torch.testing.assert_close(_statistics(z, begun), whole)
+
+
+def test_fit_follows_the_units_of_the_data():
+    x = mixture(3, 2, seed=3).sample((2_000,), draws())
+    units = torch.tensor([1e4, 1e-3], dtype=F64)
+    one = GaussianMixture.fit(x, 3, steps=9, batch_size=500, generator=draws(1))
+    two = GaussianMixture.fit(x * units, 3, steps=9, batch_size=500, generator=draws(1))
+    torch.testing.assert_close(two.log_prob(x * units), one.log_prob(x) - math.log(10))
 
 
 def test_component_without_rows_begins_again():

@@ -5,7 +5,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -42,6 +42,28 @@ def find(name: str, files: Mapping[str, str], address: str) -> list[Path]:
         if _in(folder, file) is None:
             _download(name, address + file, folder / file, md5)
     return [folder / file for file in files]
+
+
+def lying(name: str, files: Sequence[str], remedy: str) -> Path:
+    """The first of the files that lies where a data set is looked for; none is downloaded.
+
+    Args:
+        name: Name of the data set.
+        files: Names of files, any of which will do.
+        remedy: Where the file is to be had, for the message.
+
+    Raises:
+        FileNotFoundError: None of them lies there.
+    """
+    for folder in places(name):
+        for file in files:
+            if (folder / file).is_file():
+                return folder / file
+    looked = " and ".join(map(str, places(name)))
+    raise FileNotFoundError(
+        f"load: expected {' or '.join(files)} of {name} in {looked}, found none; put it there, or "
+        f"set CNF_DATA to the folder that holds {name}/: {remedy}"
+    )
 
 
 def _in(folder: Path, file: str) -> Path | None:

@@ -48,6 +48,7 @@ class Images(Points):
     """
 
     columns = None
+    rowwise = ("x", "context", "weight", "labels")
 
     def __init__(
         self,
@@ -70,37 +71,12 @@ class Images(Points):
         self.context: Tensor | None = None
         self.weight: Tensor | None = None
         self.labels: Tensor | None = None if labels is None else _labels(labels, len(x))
-        self.validation: Images | None = None
-        self.test: Images | None = None
 
     @property
     def sizes(self) -> dict[str, Any]:
         """Options of a model for these pictures."""
         context = {} if self.context is None else {"context": self.context.shape[1]}
         return {"shape": tuple(self.x.shape[1:]), **context}
-
-    def take(self, rows: Tensor) -> "Images":
-        """The pictures at indices `rows`, with labels and contexts."""
-        taken = super().take(rows)
-        assert isinstance(taken, Images)
-        taken.labels = None if self.labels is None else self.labels.to(rows.device)[rows]
-        return taken
-
-    def first(self, n: int) -> "Images":
-        """The first n pictures, or all there are."""
-        return self.take(torch.arange(min(n, len(self.x))))
-
-    def split(self, share: float) -> tuple["Images", "Images"]:
-        """The rest and the test part: the data set's own, where it has one.
-
-        Args:
-            share: Part of the pictures in a test part that is drawn, in [0, 1).
-        """
-        if self.test is not None:
-            return self, self.test
-        rest, aside = super().split(share)
-        assert isinstance(rest, Images) and isinstance(aside, Images)
-        return rest, aside
 
     def conditional(self) -> "Images":
         """The same pictures with their labels as the context, in columns of zeros and ones.

@@ -9,6 +9,7 @@ from cnf.data.columns import Columns
 from cnf.data.density import Toy
 from cnf.data.images import IMAGE_SETS, Images, is_images, read_images
 from cnf.data.pictures import PICTURES, Picture
+from cnf.data.table_sets import TABLE_SETS
 from cnf.data.tabular import TABLES, Points, read_points, table_kind
 from cnf.data.toys import TOYS, toy
 from cnf.errors import UnknownNameError
@@ -22,16 +23,16 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     The result has the attributes `name`, `dim` and `support` and a method `sample`.
 
     Args:
-        source: The name of a density (see `TOYS`) or of a set of pictures ("mnist"); a path to a
-            picture, which is a density, to pictures (see `read_images`) or to a table of numbers;
-            points as a tensor, an array or a table of shape (N, D); or a `Toy` or `Points`, which
-            is returned unchanged.
+        source: The name of a density (see `TOYS`), of a set of pictures (`IMAGE_SETS`: "mnist") or
+            of a table (`TABLE_SETS`: "power"); a path to a picture, which is a density, to
+            pictures (see `read_images`) or to a table of numbers; points as a tensor, an array or
+            a table of shape (N, D); or a `Toy` or `Points`, which is returned unchanged.
         columns: Roles of a table's columns, all of which are modeled if None; of pictures
             `Columns(context=["labels"])` makes their labels the context.
 
     Returns:
-        A `Toy` for a name, a `Picture` (a Toy too) for a picture, `Points` for a table or points,
-        `Images` (Points too) for pictures.
+        A `Toy` for the name of a density, a `Picture` (a Toy too) for a picture, `Points` for a
+        table or points, `Images` (Points too) for pictures.
 
     Raises:
         ValueError: A string is neither a name nor a file of a known kind, the points are not
@@ -57,6 +58,8 @@ def load(source: Any, columns: Columns | None = None) -> Source:
         return Points(source)
     if isinstance(source, str) and source in TOYS:
         return toy(source)
+    if isinstance(source, str) and source in TABLE_SETS:
+        return TABLE_SETS[source]()
     if not isinstance(source, str | PathLike):
         raise TypeError(
             "load: expected a name, a path, a tensor or an array, or a data source, "
@@ -94,5 +97,5 @@ def _refusal(source: str, path: Path) -> str:
         )
     if path.exists():
         return f"load: expected a file of a known kind, got {source}; files may be {kinds}"
-    known = [*TOYS, *IMAGE_SETS]
+    known = [*TOYS, *IMAGE_SETS, *TABLE_SETS]
     return f"load: {UnknownNameError('density', source, known)} Or give a file: {kinds}."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnf.data import Points
 from cnf.data.arrays import as_numbers, is_rows
+from cnf.data.tabular import is_large
 from cnf.errors import expect_finite, expect_weights
 from cnf.objectives import Batch
 from cnf.precision import widest
@@ -79,6 +80,8 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
         context: Of `fit`.
         weight: Of `fit`.
         missing: Whether a context may be missing, NaN.
+
+    That numbers are finite is not checked where they are large, see `is_large`.
 
     Raises:
         ValueError: There are fewer than two rows, or they are not what `fit` takes.
@@ -227,7 +230,8 @@ def _checked(
 def _expect_numbers(
     who: str, name: str, value: Tensor, missing: bool, numbers: Tensor | None
 ) -> None:
-    if value.is_floating_point() and not (missing and name == "context"):
+    missing = missing and name == "context"
+    if value.is_floating_point() and not missing and not is_large(value):
         expect_finite(who, name, value, numbers)
 
 

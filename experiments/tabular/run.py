@@ -21,15 +21,14 @@ from cnf.data import Points, load
 from cnf.distributions import GaussianMixture
 from cnf.metrics import Estimate, log_prob_chunked
 from cnf.models.autoregressive import autoregressive_flow
-from cnf.random import seeded
+from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms import PREPROCESSING, Compose, MixtureOfGaussians, Transform, logit
 
 HERE = Path(__file__).parent
 PATH = HERE / "results.csv"
 COLUMNS = [
-    "set", "row", "nats", "error", "over", "gain", "gain_error", "parameters", "steps", "seconds",
-    "revision", "machine",
+    "set", "row", "nats", "error", "parameters", "steps", "core_seconds", "revision", "machine",
 ]  # fmt: skip
 PUBLISHED = {  # Papamakarios et al. (2017), table 1 and the appendix: two standard errors
     ("bsds300", "Gaussian"): "96.67 ± 0.25",
@@ -44,7 +43,7 @@ def bsds300(seed: int) -> Points:
 def mnist(seed: int) -> Points:
     """MAF's protocol: logits of noisy pixels in float64, in which the density is."""
     images = load("mnist")
-    squash, noise = logit(784), seeded(seed, 1)
+    squash, noise = logit(784), stream(seed, "noise of pixels")
     for part in (images, images.validation, images.test):
         pixels = part.x.flatten(1).double()
         u = (pixels + torch.rand(pixels.shape, generator=noise, dtype=torch.float64)) / 256
@@ -62,14 +61,14 @@ def gaussianized(rows: Tensor, names: list[str]) -> Transform:
 
 def preprocessed(points: Points, seed: int, preprocess: list[str]) -> tuple[cnf.Flow, int]:
     """A normal base under preprocessing: nothing is trained."""
-    return cnf.Flow(None, gaussianized(points.x, preprocess)), 0
+    return cnf.Flow(None, gaussianized(points.x, preprocess), event_shape=(points.dim,)), 0
 
 
 def mixture(points: Points, seed: int, components: int, steps: int) -> tuple[cnf.Flow, int]:
     """A mixture with full covariances, by EM, inside of whitening and the radial map."""
     transform = gaussianized(points.x, ["whiten", "radial"])
     z = torch.cat([transform.inverse(rows)[0] for rows in points.x.split(100_000)])
-    base = GaussianMixture.fit(z, components, steps=steps, generator=seeded(seed, 2))
+    base = GaussianMixture.fit(z, components, steps=steps, generator=stream(seed, "mixture"))
     return cnf.Flow(base, transform), steps
 
 
@@ -107,9 +106,9 @@ KINDS: dict[str, Callable[..., tuple[cnf.Flow, int]]] = {
 def scored(name: str, row: str, points: Points, told: dict[str, Any], seed: int) -> dict[str, Any]:
     options = {key: value for key, value in told.items() if key not in ("kind", "over")}
     torch.manual_seed(seed)
-    began = time.perf_counter()
+    began = time.process_time()
     flow, steps = KINDS[told["kind"]](points, seed, **options)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     flow.eval()
     assert points.test is not None
     log_prob = log_prob_chunked(flow, points.test.x, chunk=5_000).double()
@@ -117,21 +116,15 @@ def scored(name: str, row: str, points: Points, told: dict[str, Any], seed: int)
     torch.save(log_prob, HERE / "log_probs" / f"{name}-{row}.pt")
     found = Estimate.of(log_prob)
     about = environment()
-    result = {
+    return {
         "set": name, "row": row, "nats": f"{found.value:.3f}", "error": f"{found.error:.3f}",
-        "over": told.get("over", ""), "gain": "", "gain_error": "",
-        "parameters": numbers(flow), "steps": steps, "seconds": f"{seconds:.0f}",
+        "parameters": numbers(flow), "steps": steps, "core_seconds": f"{seconds:.0f}",
         "revision": about["revision"], "machine": f"{about['processor']}, one core",
     }  # fmt: skip
-    if "over" in told:
-        other = torch.load(HERE / "log_probs" / f"{name}-{told['over']}.pt")
-        gain = Estimate.of(log_prob - other)
-        result |= {"gain": f"{gain.value:.3f}", "gain_error": f"{gain.error:.3f}"}
-    return result
 
 
 def numbers(flow: cnf.Flow) -> int:
-    """Of parameters, or of what was fitted where nothing is trained by gradients."""
+    """Of what gradients or EM have fitted; preprocessing is not counted."""
     free = sum(p.numel() for p in flow.parameters())
     base = flow.base
     if isinstance(base, GaussianMixture):
@@ -153,21 +146,29 @@ def keep(result: dict[str, Any]) -> None:
         writer.writerow(result)
 
 
+def paired(name: str, row: str, over: str) -> str:
+    """The mean difference of two rows' log-likelihoods of the same points, in words."""
+    files = [HERE / "log_probs" / f"{name}-{one}.pt" for one in (row, over)]
+    if not all(file.exists() for file in files):
+        return "–"
+    mine, other = (torch.load(file) for file in files)
+    return f"{Estimate.of(mine - other)} over {over}"
+
+
 def table(config: dict[str, Any]) -> str:
     found = {(row["set"], row["row"]): row for row in rows()}
     lines = [
-        "| set | model | nats | published | paired difference | parameters | steps | seconds |",
+        "| set | model | nats | published | paired difference | parameters | steps | core s |",
         "|---|---|---:|---:|---|---:|---:|---:|",
     ]
     for name, told in config["sets"].items():
-        for row in told:
+        for row, options in told.items():
             if one := found.get((name, row)):
-                gain = f"+{one['gain']} ± {one['gain_error']} over {one['over']}"
-                gain = gain.replace("+-", "−") if one["over"] else "–"
                 cells = [
-                    name, row, f"{one['nats']} ± {one['error']}".replace("-", "−"),
-                    PUBLISHED.get((name, row), "–"), gain, f"{int(one['parameters']):,}",
-                    f"{int(one['steps']):,}", one["seconds"],
+                    name, row, str(Estimate(float(one["nats"]), float(one["error"]))),
+                    PUBLISHED.get((name, row), "–"),
+                    paired(name, row, options["over"]) if "over" in options else "–",
+                    f"{int(one['parameters']):,}", f"{int(one['steps']):,}", one["core_seconds"],
                 ]  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

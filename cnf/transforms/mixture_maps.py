@@ -140,12 +140,15 @@ class MixtureOfLogistics(_Mixture):
 
 def _log_ndtr(z: Tensor) -> Tensor:
     """The log of Φ(z). Far below 0 torch's derivative of it is a difference of large numbers."""
-    near = torch.special.log_ndtr(z.clamp(min=FAR))
     below = z.clamp(max=FAR)
-    r = below.square().reciprocal()
-    series = 1 - r * (1 - 3 * r * (1 - 5 * r * (1 - 7 * r)))
-    far = -0.5 * below * below - (-below).log() - HALF_LOG_2PI + series.log()
-    return torch.where(z < FAR, far, near)
+    far = -0.5 * below * below - HALF_LOG_2PI - _log_slope_far(below)
+    return torch.where(z < FAR, far, torch.special.log_ndtr(z.clamp(min=FAR)))
+
+
+def _log_slope_far(z: Tensor) -> Tensor:
+    """The log of φ(z)/Φ(z), which is the slope of log Φ, for z up to `FAR`."""
+    r = z.square().reciprocal()
+    return (-z).log() - (-r * (1 - 3 * r * (1 - 5 * r * (1 - 7 * r)))).log1p()
 
 
 def _log_ndtri(log_share: Tensor) -> Tensor:
@@ -163,6 +166,7 @@ def _log_ndtri(log_share: Tensor) -> Tensor:
 
 
 def _newton_of_log_ndtr(z: Tensor, log_share: Tensor) -> Tensor:
-    log_ndtr = _log_ndtr(z)
-    log_slope = -0.5 * z * z - HALF_LOG_2PI - log_ndtr
+    log_ndtr, near = _log_ndtr(z), z.clamp(min=FAR)
+    log_slope = -0.5 * near * near - HALF_LOG_2PI - torch.special.log_ndtr(near)
+    log_slope = torch.where(z < FAR, _log_slope_far(z.clamp(max=FAR)), log_slope)
     return z - (log_ndtr - log_share) * (-log_slope).exp()

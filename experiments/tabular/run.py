@@ -93,6 +93,8 @@ def made(
 def trained(flow: cnf.Flow, points: Points, seed: int, train: dict[str, Any]) -> int:
     settings = cnf.TrainConfig(**train, seed=seed, validations=6, progress=False)
     history = cnf.fit(flow, "maximum-likelihood", points, settings)
+    if history.reason == "interrupted":
+        raise SystemExit(f"interrupted after {history.steps} steps")
     print("validation NLL", [round(score, 2) for score in history.column("val_nll")], flush=True)
     return history.steps
 
@@ -106,6 +108,7 @@ KINDS: dict[str, Callable[..., tuple[cnf.Flow, int]]] = {
 def scored(name: str, row: str, points: Points, told: dict[str, Any], seed: int) -> dict[str, Any]:
     options = {key: value for key, value in told.items() if key not in ("kind", "over")}
     torch.manual_seed(seed)
+    about = environment()  # as it is loaded
     began = time.process_time()
     flow, steps = KINDS[told["kind"]](points, seed, **options)
     seconds = time.process_time() - began
@@ -115,7 +118,6 @@ def scored(name: str, row: str, points: Points, told: dict[str, Any], seed: int)
     (HERE / "log_probs").mkdir(exist_ok=True)
     torch.save(log_prob, HERE / "log_probs" / f"{name}-{row}.pt")
     found = Estimate.of(log_prob)
-    about = environment()
     return {
         "set": name, "row": row, "nats": f"{found.value:.3f}", "error": f"{found.error:.3f}",
         "parameters": numbers(flow), "steps": steps, "core_seconds": f"{seconds:.0f}",
@@ -164,8 +166,9 @@ def table(config: dict[str, Any]) -> str:
     for name, told in config["sets"].items():
         for row, options in told.items():
             if one := found.get((name, row)):
+                nats = f"{float(one['nats']):.2f} ± {float(one['error']):.2f}".replace("-", "−")
                 cells = [
-                    name, row, str(Estimate(float(one["nats"]), float(one["error"]))),
+                    name, row, nats,
                     PUBLISHED.get((name, row), "–"),
                     paired(name, row, options["over"]) if "over" in options else "–",
                     f"{int(one['parameters']):,}", f"{int(one['steps']):,}", one["core_seconds"],

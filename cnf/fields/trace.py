@@ -23,8 +23,10 @@ GRAPH_BYTES = 2**31  # the same for a graph, beyond which groups are recomputed 
 COPIES = 8  # number of tensors of the largest one's size that exist at once
 TOGETHER = 16  # directions for which v(x), which each group computes, costs little
 
-# For each field: train mode or not → see `tangent_size`.
-_TANGENTS: WeakKeyDictionary[nn.Module, dict[bool, float | None]] = WeakKeyDictionary()
+# For each field: whether it is in train mode, and under autocast → see `tangent_size`.
+_TANGENTS: WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], float | None]] = (
+    WeakKeyDictionary()
+)
 
 
 def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
@@ -39,12 +41,15 @@ def has_forward_mode(field: nn.Module, v: Velocity, x: Tensor) -> bool:
 def tangent_size(field: nn.Module, v: Velocity, x: Tensor, event_dims: int = 1) -> float | None:
     """Size of the largest tensor, in numbers, of one row's tangent; None without forward mode.
 
-    One tangent is pushed through each field in train and in eval mode, with and without a graph.
+    One tangent is pushed through each field in train and in eval mode, with and without autocast,
+    with and without a graph.
     The size is 0 under `torch.compile` and inside of other transforms, where forward mode is
     assumed to be supported.
     """
     known = _TANGENTS.setdefault(field, {})
-    if field.training not in known:
+    # torch does not cast what some operations' tangents return, which a convolution then refuses.
+    key = field.training, torch.is_autocast_enabled(x.device.type)
+    if key not in known:
         if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None:
             return 0.0
         at = x.detach().clone()
@@ -63,8 +68,8 @@ def tangent_size(field: nn.Module, v: Velocity, x: Tensor, event_dims: int = 1) 
             found = None
         if found is not None and not x.numel():
             return 0.0  # no rows to measure
-        known[field.training] = found
-    return known[field.training]
+        known[key] = found
+    return known[key]
 
 
 class _Largest(TorchDispatchMode):

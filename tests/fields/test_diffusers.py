@@ -67,6 +67,7 @@ def test_net_gets_time_in_thousandths_and_the_embedded_context(
     torch.testing.assert_close(v, expected, rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(div, torch.full(batch, 3.0 * 4, dtype=F64))
     assert (field.embed is None) == (not context)
+    assert repr(field).startswith(f"DiffusersField({type(field.net).__name__}, (1, 2, 2)")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A flow: a base distribution and a transform, with what stands between it and the data."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,14 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.dequantization import Dequantization
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
+from cnf.dynamics.divergence import (
+    DIVERGENCES,
+    Divergence,
+    Exact,
+    probes_of,
+    seconds_of_exact,
+    traced_field,
+)
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
@@ -41,6 +50,8 @@ from cnf.transforms.continuous import (
 from cnf.transforms.normalization import initializing
 
 Shape = int | Sequence[int]
+LONG = 60.0  # seconds after which `log_prob` says beforehand what it will take
+FEW, MANY = 20, 64  # evaluations of an adaptive solve at least; tangents whose time is measured
 FAR = 1_000.0  # scales: none of n points is further than √n from their mean
 
 
@@ -216,6 +227,9 @@ class Flow(nn.Module):
         once, where gradients are off: on the CPU in any call, on a GPU, which looking waits for,
         in the 1st, 2nd, 4th, 8th, … call. `fit`, `check` and the scores call this, too.
 
+        An exact divergence by D tangents that will take more than a minute is warned of, once,
+        before it starts, with its time and the estimate that avoids it.
+
         Args:
             x: Data.
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
@@ -234,6 +248,7 @@ class Flow(nn.Module):
         transform = self.transform
         if estimator is not None:
             transform = reconfigured(transform, divergence=_for_rows(estimator, rows))
+        self._warn_of_cost(transform, y)
         if probes_of(estimator) is None:
             z, ladj = by_chunks(transform, transform.inverse, y, context)
         else:  # probes that are given are for all rows at once
@@ -502,6 +517,24 @@ class Flow(nn.Module):
                     "of the training data?",
                 )
 
+    def _warn_of_cost(self, transform: Transform, y: Tensor) -> None:
+        """Warn, before it starts, that exact divergences will take more than `LONG`."""
+        if captured() or "cost" in self._warned or y.is_meta or type(y) is not Tensor:
+            return
+        rows = y[(..., *[0] * len(self.event_shape))].numel()
+        for part in transforms_in(transform):
+            if not isinstance(part, Continuous) or not _is_exact(part.divergence) or not rows:
+                continue
+            field = traced_field(part.field)
+            if field is None or math.prod(field.event_shape) < MANY:
+                continue
+            if part.field not in _SECONDS:
+                _SECONDS[part.field] = seconds_of_exact(field, rows) / rows
+            each = rows * _SECONDS[part.field]
+            known = part.solver.evaluations
+            if each * (known or FEW) > LONG:
+                self.warn_once("cost", _cost(field, part.solver, rows, each))
+
     def _start(
         self, z: Tensor, context: Tensor | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None]:
@@ -597,6 +630,26 @@ class Flow(nn.Module):
             shape = (*shape, *context.shape[:-1])
             context = context.expand(*shape, self.context_dim)
         return self.base.sample(shape, generator).to(self.dtype), context
+
+
+_SECONDS: WeakKeyDictionary[VectorField, float] = WeakKeyDictionary()  # see `seconds_of_exact`
+
+
+def _is_exact(divergence: str | Divergence | None) -> bool:
+    return divergence is not None and isinstance(DIVERGENCES.build(divergence), Exact)
+
+
+def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
+    known = solver.evaluations
+    count = f"{known} evaluations" if known else f"its evaluations, often {FEW} to 200"
+    total = each * (known or FEW) / 60
+    return (
+        f"Flow.log_prob: the exact divergence of {type(field).__name__} takes "
+        f"{math.prod(field.event_shape)} tangents of each of {rows} rows, {each:.3g} s for an "
+        f"evaluation: {'' if known else 'at least '}{total:.3g} minutes for {count} by "
+        f"{solver.method}. For an estimate at the price of a few, call "
+        "log_prob(x, divergence=Hutchinson(probes=8)); Solver('rk4', steps=8) takes 32"
+    )
 
 
 def _drops_out(module: nn.Module) -> bool:

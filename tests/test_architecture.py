@@ -37,6 +37,7 @@ FLOORS = {
     "printing": 1,
     "random": 1,
     "registry": 1,
+    "rematerialize": 2,
     "rows": 1,
     "matching": 1,
     "data": 1,

@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def test_likelihood_is_the_mean_negative_log_prob(small_flow, x):
-    for name in cnf.models.MODELS:
+    for name in cnf.models.MODELS.taking("dim"):
         flow = small_flow(name)
         solver = getattr(flow.transform, "solver", None)
         loss = MaximumLikelihood("exact", {}, solver)(flow, Batch(x))

@@ -13,7 +13,7 @@ from torch import Tensor
 from cnf.dynamics.fixed import transformed
 from cnf.errors import expect_choice
 from cnf.fields.base import HasDivergence, VectorField, exact_divergence
-from cnf.fields.trace import has_forward_mode
+from cnf.fields.trace import has_forward_mode, seconds_of_trace
 from cnf.fields.wrappers import Wrapper
 from cnf.random import draw
 from cnf.registry import Registry
@@ -291,6 +291,39 @@ def _orthogonal_part(probe: Tensor, span: Tensor, start: int) -> Tensor:
     return (flat - torch.einsum("nm...,m...d->n...d", inside, basis)).reshape(probe.shape)
 
 
+def traced_field(field: VectorField) -> VectorField | None:
+    """The field whose exact divergence takes D tangents or products; None if in closed form.
+
+    Args:
+        field: The field, possibly wrapped.
+    """
+    inner = _innermost(field)
+    return None if isinstance(inner, HasDivergence) else inner
+
+
+def seconds_of_exact(field: VectorField, rows: int) -> float:
+    """How long an evaluation with the exact divergence takes by D tangents, without gradients.
+
+    Some of the tangents of some of the rows are timed.
+
+    Args:
+        field: A field without a closed form, as `traced_field` returns it.
+        rows: Number of rows.
+    """
+    like = next(field.parameters())
+    t, dims = like.new_tensor(0.5), len(field.event_shape)
+    x = like.new_zeros(rows, *field.event_shape)
+    context = like.new_zeros(field.context_dim) if field.context_dim else None
+    return seconds_of_trace(lambda y: field(t, y, context), x, dims, field)
+
+
+def _innermost(field: VectorField) -> VectorField:
+    field = field.block(0)
+    while isinstance(field, Wrapper):
+        field = field.field.block(0)
+    return field
+
+
 def explain(field: VectorField, rows: int = 256) -> str:
     """How the exact divergence of a field is computed, and what it costs.
 
@@ -307,9 +340,7 @@ def explain(field: VectorField, rows: int = 256) -> str:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    outer = field = field.block(0)
-    while isinstance(field, Wrapper):
-        field = field.field.block(0)
+    outer, field = field.block(0), _innermost(field)
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None

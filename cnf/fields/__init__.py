@@ -3,11 +3,13 @@
 from cnf.fields.base import FIELDS, Adapter, HasDivergence, VectorField, exact_divergence
 from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
+from cnf.fields.diffusers import DiffusersField
 from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
 from cnf.fields.predicts import Predicts, WithScore, converted, score
 from cnf.fields.residual import ResidualField
+from cnf.fields.unet import UNetField
 from cnf.fields.wrappers import EndTime, Piecewise, Preconditioned
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "LAYERS",
     "Adapter",
     "ConvField",
+    "DiffusersField",
     "EndTime",
     "Guided",
     "HasDivergence",
@@ -25,6 +28,7 @@ __all__ = [
     "Preconditioned",
     "Predicts",
     "ResidualField",
+    "UNetField",
     "VectorField",
     "WithScore",
     "converted",

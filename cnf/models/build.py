@@ -80,6 +80,17 @@ class Models(Registry):
 
         return add
 
+    def taking(self, option: str) -> list[str]:
+        """Names of the models that have an option: "dim" those of vectors, "shape" of images.
+
+        Args:
+            option: Name of an argument, such as "dim", "shape" or "solver".
+
+        >>> MODELS.taking("shape")
+        ['cnf', 'ffjord', 'rnode', 'unet', 'glow']
+        """
+        return [name for name, builder in self.items() if option in signature(builder).parameters]
+
 
 MODELS = Models("model")
 

@@ -32,6 +32,7 @@ import regularized
 import roofline
 import seminorm
 import torch
+import unet
 from measure import Options
 
 from cnf.training.origin import environment
@@ -42,6 +43,7 @@ QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
+    "unet": unet,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Pictures as data points: their pixels as whole numbers, from files as they lie on disk."""
 
+import copy
 import gzip
 import io
 import math
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from cnf.data.arrays import as_numbers
+from cnf.data.columns import Columns
 from cnf.data.downloads import find
 from cnf.data.pictures import PICTURES
-from cnf.data.tabular import Points
+from cnf.data.tabular import Points, expect_writable, unwritable
 from cnf.errors import abbreviated, optional
 from cnf.registry import Registry
 
+PIXELS = (".png", ".npy", ".npz")  # files that pictures are written to
 LIMIT = 10_000**2  # pixels of one picture: a larger one is refused before it is unpacked
 IDX_TYPE = 8  # unsigned bytes
 
@@ -71,23 +74,32 @@ class Images(Points):
         self.context: Tensor | None = None
         self.weight: Tensor | None = None
         self.labels: Tensor | None = None if labels is None else _labels(labels, len(x))
+        self.reading = Columns()
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Options of a model for these pictures."""
+        """Options of a model for these pictures: sizes, and what makes pixels real numbers."""
         context = {} if self.context is None else {"context": self.context.shape[1]}
-        return {"shape": tuple(self.x.shape[1:]), **context}
+        uniform = {"name": "uniform", "levels": self.levels}
+        shape = tuple(self.x.shape[1:])
+        return {"shape": shape, **context, "dequantization": uniform, "preprocess": "logit"}
 
-    def conditional(self) -> "Images":
+    def conditional(self, classes: int | None = None) -> "Images":
         """The same pictures with their labels as the context, in columns of zeros and ones.
 
+        Args:
+            classes: Number of columns; one more than the largest label if None.
+
         Raises:
-            ValueError: They have no labels.
+            ValueError: They have no labels, or larger ones.
         """
         if self.labels is None:
             raise ValueError(f"{self.name}: expected labels to condition on, and there are none")
         parts = [part for part in (self, self.validation, self.test) if part is not None]
-        classes = max(int(part.labels.max()) for part in parts if part.labels is not None) + 1
+        most = max(int(part.labels.max()) for part in parts if part.labels is not None)
+        classes = most + 1 if classes is None else classes
+        if most >= classes:
+            raise ValueError(f"{self.name}: expected labels below {classes}, got {most}")
         made = [_with_context(part, classes) for part in parts]
         first, rest = made[0], iter(made[1:])
         first.validation = self.validation and next(rest)
@@ -111,7 +123,9 @@ def _labels(labels: Any, n: int) -> Tensor:
 
 def _with_context(images: Images, classes: int) -> Images:
     assert images.labels is not None
-    made = images.take(torch.arange(len(images.x)))
+    made = copy.copy(images)
+    labels = [str(k) for k in range(classes)]
+    made.reading = Columns(context=["labels"], labels={"labels": labels})
     made.context = torch.nn.functional.one_hot(images.labels, classes).float()
     return made
 
@@ -143,6 +157,68 @@ def read_images(path: str | Path, labels: str | Path | None = None) -> Images:
     images = Images(pixels, path.name.split(".")[0], given)
     images.source = str(path.resolve())
     return images
+
+
+def write_images(path: str | Path, x: Tensor, levels: int | None = 256) -> None:
+    """Write pictures to a new file: a grid of them as a .png, or their pixels as .npy or .npz.
+
+    Args:
+        path: The file, which must not exist; its folder is created if necessary.
+        x: Pixels, shape (N, C, H, W).
+        levels: How many values a pixel may have; None for real numbers, which a .png shows from
+            the lowest (black) to the highest.
+
+    Raises:
+        ValueError: The ending is another, or the file exists.
+        ImportError: Pillow, which a .png needs, is not installed.
+        OSError: The file cannot be written.
+    """
+    path = expect_writable("write_images", path, PIXELS)
+    whole = levels is not None and levels <= 256
+    pixels = (x.to(torch.uint8) if whole else x).cpu().numpy()
+    try:
+        if path.suffix == ".png":
+            optional("PIL.Image", "data").fromarray(image_grid(x, levels)).save(path)
+        elif path.suffix == ".npy":
+            np.save(path, pixels)
+        else:
+            np.savez_compressed(path, x=pixels)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise unwritable("write_images", path, error) from error
+
+
+def image_grid(x: Tensor, levels: int | None = 256, columns: int | None = None) -> np.ndarray:
+    """One picture of many: a grid in reading order with white lines, uint8.
+
+    Args:
+        x: Pixels, shape (N, C, H, W), with one channel or three; NaN is shown black.
+        levels: How many values a pixel may have; None for real numbers, of which the lowest is
+            shown black and the highest white.
+        columns: Pictures in a row; about as many as there are rows if None.
+
+    Returns:
+        Shape (rows, columns) of gray pictures, (rows, columns, 3) of colored ones.
+
+    Raises:
+        ValueError: Another shape, or another number of channels.
+    """
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or not len(x):
+        raise ValueError(
+            "image_grid: expected pictures of shape (N, C, H, W) with C of 1 or 3, got "
+            f"{tuple(x.shape)}"
+        )
+    values = x.detach().cpu().double().nan_to_num(0.0)
+    low, high = (0.0, levels - 1) if levels else (values.min().item(), values.max().item())
+    shades = ((values - low) * (255 / max(high - low, 1e-12))).round().clamp(0, 255)
+    n, channels, height, width = x.shape
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
+    rows = math.ceil(n / columns)
+    grid = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
+    for k, picture in enumerate(shades.to(torch.uint8).numpy()):
+        top, left = k // columns * (height + 1), k % columns * (width + 1)
+        grid[:, top : top + height, left : left + width] = picture
+    return grid[0] if channels == 1 else np.moveaxis(grid, 0, 2)
 
 
 def is_images(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Loading of a data source from a name, a file or an array."""
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     ValueError: load: unknown density 'mons'; known: ... Did you mean 'moons'? ...
     """
     named = isinstance(source, str | PathLike)
-    if named and (str(source) in IMAGE_SETS or is_images(Path(source))):
+    if named and _names_images(source):
         return _images(source, columns)
     table = named and table_kind(Path(source)) is not None
     if columns not in (None, Columns()) and not table:
@@ -76,16 +77,30 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     return found
 
 
+def has_columns(source: str | PathLike[str]) -> bool:
+    """Whether `load` can give the columns of such data roles: those of a table, or labels.
+
+    Args:
+        source: A name or a path.
+    """
+    return table_kind(Path(source)) is not None or _names_images(source)
+
+
+def _names_images(source: str | PathLike[str]) -> bool:
+    return str(source) in IMAGE_SETS or is_images(Path(source))
+
+
 def _images(source: str | PathLike[str], columns: Columns | None) -> Images:
     given = columns or Columns()
-    if given not in (Columns(), Columns(context=["labels"])):
+    if replace(given, labels=None) not in (Columns(), Columns(context=["labels"])):
         raise ValueError(
             "load: of pictures only the labels can be a context, Columns(context=['labels']), "
             f"got {columns} for {source}"
         )
     name = str(source)
     images = IMAGE_SETS[name]() if name in IMAGE_SETS else read_images(Path(source))
-    return images.conditional() if given.context else images
+    classes = len((given.labels or {}).get("labels", ())) or None
+    return images.conditional(classes) if given.context else images
 
 
 def _refusal(source: str, path: Path) -> str:

@@ -517,23 +517,25 @@ def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = Non
             )
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise _unwritable("write_table", path, error) from error
+        raise unwritable("write_table", path, error) from error
 
 
-def expect_writable(who: str, path: str | Path) -> Path:
-    """Check that a new .npy or .csv file can be written, and create its folder if necessary.
+def expect_writable(who: str, path: str | Path, endings: Sequence[str] = (".npy", ".csv")) -> Path:
+    """Check that a new file can be written, and create its folder if necessary.
 
     Args:
         who: Who writes, for messages.
         path: The file.
+        endings: Those it may have.
 
     Raises:
         ValueError: The ending is another, or the file exists.
         OSError: The folder cannot be created or written to.
     """
     path = Path(path)
-    if path.suffix not in (".npy", ".csv"):
-        raise ValueError(f"{who}: expected a .npy or .csv file, got {path.name}")
+    if path.suffix not in endings:
+        *first, last = endings
+        raise ValueError(f"{who}: expected a {', '.join(first)} or {last} file, got {path.name}")
     if path.exists():
         raise ValueError(f"{who}: {path} exists already; choose another name, or remove it")
     try:
@@ -541,11 +543,18 @@ def expect_writable(who: str, path: str | Path) -> Path:
         path.touch()
         path.unlink()
     except OSError as error:
-        raise _unwritable(who, path, error) from error
+        raise unwritable(who, path, error) from error
     return path
 
 
-def _unwritable(who: str, path: Path, error: OSError) -> OSError:
+def unwritable(who: str, path: Path, error: OSError) -> OSError:
+    """The error that says that a file cannot be written, and why.
+
+    Args:
+        who: Who writes.
+        path: The file.
+        error: The system's error.
+    """
     return OSError(
         f"{who}: cannot write {path} ({error.strerror or error}); choose a file in a folder that "
         "you may write into, on a disk with room"

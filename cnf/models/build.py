@@ -9,7 +9,7 @@ from cnf.dequantization import DEQUANTIZATIONS, Dequantization
 from cnf.distributions import Base
 from cnf.errors import expect_choice, is_count, is_whole
 from cnf.flow import Flow
-from cnf.registry import Registry, expect_options_of, spec
+from cnf.registry import Registry, expect_options_of, options_of, spec
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.context import StandardizeContext
 from cnf.transforms.preprocessing import PREPROCESSING
@@ -107,9 +107,15 @@ def build(name: str, /, **options: Any) -> Flow:
             `preprocess`, `context_preprocess`, `dequantization`, …
 
     Raises:
-        ValueError: The name is unknown, or the model does not have an option.
+        ValueError: The name is unknown, or the model does not have an option, or models no images.
     """
     builder = MODELS[name]
+    if "shape" in options and "shape" not in options_of(builder):
+        known = ", ".join(model for model in MODELS if "shape" in options_of(MODELS[model]))
+        raise ValueError(
+            f"{name}: models vectors, got images of shape {tuple(options['shape'])}; models of "
+            f"images are {known}"
+        )
     expect_options_of(builder, name, options)
     return builder(**options)
 

@@ -158,10 +158,10 @@ def check_event_shape(module: nn.Module, rows: Batch | None, name: str = "data")
     expected = getattr(module, "event_shape", None)
     discrete = getattr(module, "dequantization", None) is not None
     if not rows.x.is_floating_point() and not discrete:
-        raise ValueError(
-            f"fit: expected {name} of floating dtype, got {rows.x.dtype}; use {name}.double(), or "
-            f"{name}.astype(float) of an array or a table"
-        )
+        remedy = f"use {name}.double(), or {name}.astype(float) of an array or a table"
+        if rows.x.dim() == 4:
+            remedy = "build a model of pixels with dequantization='uniform'"
+        raise ValueError(f"fit: expected {name} of floating dtype, got {rows.x.dtype}; {remedy}")
     if expected is not None and tuple(rows.x.shape[1:]) != expected:
         raise ValueError(
             f"fit: the flow models points of shape {expected}, those of {name} are of shape "

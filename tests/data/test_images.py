@@ -1,6 +1,7 @@
 """Pictures from their files, and what is no picture."""
 
 import gzip
+import math
 import pickle
 import struct
 import tarfile
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import cnf
-from cnf.data import Columns, Images, load
+from cnf.data import Columns, Images, image_grid, load, write_images
 from cnf.data.downloads import find
 
 RNG = np.random.default_rng(0)
@@ -43,7 +44,9 @@ def test_idx_files_are_read_as_they_lie(packed, tmp_path):
     images = load(path)
     assert isinstance(images, Images) and images.name == "six-images-idx3-ubyte"
     assert torch.equal(images.x, torch.from_numpy(PIXELS[:, None]))
-    assert images.sizes == {"shape": (1, 5, 4)} and images.dim == 20 and images.entropy is None
+    uniform = {"name": "uniform", "levels": 256}
+    expected = {"shape": (1, 5, 4), "dequantization": uniform, "preprocess": "logit"}
+    assert images.sizes == expected and images.dim == 20 and images.entropy is None
 
 
 BROKEN = {
@@ -147,7 +150,11 @@ def test_folders_are_classes(tmp_path):
     assert images.labels.tolist() == [0, 0, 1]
     conditional = load(tmp_path, Columns(context=["labels"]))
     assert conditional.context.tolist() == [[1, 0], [1, 0], [0, 1]]
-    assert conditional.sizes == {"shape": (3, 5, 4), "context": 2}
+    assert conditional.sizes["shape"] == (3, 5, 4) and conditional.sizes["context"] == 2
+    more = load(tmp_path, Columns(context=["labels"], labels={"labels": ["0", "1", "2"]}))
+    assert more.context.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0]]
+    with pytest.raises(ValueError, match="expected labels below 1, got 1"):
+        images.conditional(classes=1)
     picture(tmp_path / "stray.png", np.moveaxis(COLOR[0], 0, 2))
     with pytest.raises(ValueError, match=r"stray\.png beside the folders cat, dog"):
         load(tmp_path)
@@ -274,3 +281,47 @@ def test_frames_of_bytes_are_not_pictures(tmp_path):
     """A table of bytes, (N, D), has two axes, and is a table."""
     np.save(tmp_path / "t.npy", PIXELS[0])
     assert not isinstance(load(tmp_path / "t.npy"), Images)
+
+
+@pytest.mark.parametrize("name", ["some.npy", "some.npz"])
+@pytest.mark.parametrize("pixels", [PIXELS[:, None], COLOR], ids=["gray", "color"])
+def test_pixels_that_are_written_are_read_again(name, pixels, tmp_path):
+    write_images(tmp_path / "deep" / name, torch.from_numpy(pixels).float())
+    assert torch.equal(load(tmp_path / "deep" / name).x, torch.from_numpy(pixels))
+
+
+def test_real_numbers_stay_so_in_a_file_of_arrays(tmp_path):
+    x = torch.rand(2, 1, 3, 3)
+    write_images(tmp_path / "x.npz", x, levels=None)
+    with np.load(tmp_path / "x.npz") as file:
+        assert np.array_equal(file["x"], x.numpy())
+
+
+def test_grid_shows_the_pictures_in_reading_order_between_white_lines(tmp_path):
+    write_images(tmp_path / "grid.png", torch.from_numpy(COLOR))
+    with Image.open(tmp_path / "grid.png") as image:
+        grid = np.asarray(image)
+    assert grid.shape == (2 * 5 + 1, 3 * 4 + 2, 3)
+    for k in range(6):
+        top, left = k // 3 * 6, k % 3 * 5
+        tile = grid[top : top + 5, left : left + 4]
+        assert np.array_equal(np.moveaxis(tile, 2, 0), COLOR[k])
+    assert (grid[5] == 255).all() and (grid[:, [4, 9]] == 255).all()
+
+
+def test_levels_and_real_numbers_span_black_to_white():
+    coarse = torch.tensor([0.0, 3.0, 7.0, math.nan]).reshape(1, 1, 2, 2)
+    assert image_grid(coarse, levels=8).tolist() == [[0, 109], [255, 0]]
+    real = torch.tensor([-2.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2)
+    assert image_grid(real, levels=None).tolist() == [[0, 128], [191, 255]]
+
+
+def test_other_files_and_shapes_of_pictures_are_refused(tmp_path):
+    pixels = torch.from_numpy(COLOR)
+    with pytest.raises(ValueError, match=r"expected a \.png, \.npy or \.npz file, got x\.csv"):
+        write_images(tmp_path / "x.csv", pixels)
+    (tmp_path / "there.png").touch()
+    with pytest.raises(ValueError, match="exists already"):
+        write_images(tmp_path / "there.png", pixels)
+    with pytest.raises(ValueError, match=r"C of 1 or 3, got \(6, 2, 5, 4\)"):
+        image_grid(pixels[:, :2])

@@ -31,6 +31,7 @@ from cnf.objectives import OBJECTIVES
 from cnf.random import stream
 from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
+from cnf.training.history import held_out_nll
 from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
 from cnf.training.run import free_folder, read_config, read_manifest, read_scores
@@ -86,7 +87,7 @@ def train(
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
     history = fit(flow, goal, source, config)
-    scores = history.column("val_nll")
+    scores = [score for record in history.records if (score := held_out_nll(record)) is not None]
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
     if scores and flow.dequantization is not None:
         held_out += f"{-scores[-1] / bits_in_nats(flow):.4f} bits/dim, "
@@ -238,7 +239,8 @@ def plot(run: Path, data: str | None = None) -> None:
     flow, (source, _) = load(run), _data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
     entropy = source.entropy or 0.0
-    curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in read_scores(run)]
+    scored = ((float(row["seconds"]), held_out_nll(row)) for row in read_scores(run))
+    curve = [(seconds, nll - entropy) for seconds, nll in scored if nll is not None]
     results = as_results(flow, source, run.stem, curve)
     for path in save_figures(results, folder).values():
         print(str(path))

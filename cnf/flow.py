@@ -43,9 +43,12 @@ from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
     Continuous,
     Integral,
+    Solve,
     is_adaptive,
     is_continuous,
+    odes_in,
     reconfigured,
+    solve_each,
 )
 from cnf.transforms.normalization import initializing
 
@@ -264,35 +267,72 @@ class Flow(nn.Module):
         *,
         divergence: str | Divergence = "exact",
         integrands: Sequence[Integrand] = (),
-        stop: float | None = None,
+        stop: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Integral]:
-        """As `log_prob`, with all that the solve of a continuous flow gives.
+        """As `log_prob`, with all that the solves of a continuous flow give, in sum.
 
         Args:
             x: As of `log_prob`.
             context: As of `log_prob`.
-            divergence: As of `log_prob`.
+            divergence: As of `log_prob`; probes that are given are those of every solve.
             integrands: As of `Continuous.integrate`.
-            stop: As of `Continuous.integrate`.
+            stop: How far from its end, as a part of [0, 1], each solve stops.
+            generator: As of `log_prob`.
+
+        Raises:
+            TypeError: The flow solves no ODE.
+        """
+        count = len(require_odes("Flow.log_prob_and_integral", self))
+        solves = [Solve(divergence, integrands, stop)] * count
+        rows, log_prob, z, ladj, solved = self._solved(x, context, solves, generator)
+        estimates = [each.estimates for each in solved if each.estimates is not None]
+        spread = [estimate - estimate.mean(0) for estimate in estimates]
+        return rows.restore(log_prob, rows.log_density), Integral(
+            rows.restore(z),
+            rows.restore(ladj),
+            tuple(
+                rows.restore(torch.stack(each).sum(0))
+                for each in zip(*(each.integrals for each in solved), strict=True)
+            ),
+            sum(each.nfe for each in solved),
+            rows.restore(ladj + torch.stack(spread).sum(0), axis=1) if spread else None,
+        )
+
+    def log_prob_and_integrals(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        solves: Sequence[Solve],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        """As `log_prob`, with the integrals of each ODE, which is solved in its own way.
+
+        Args:
+            x: As of `log_prob`.
+            context: As of `log_prob`.
+            solves: One for each ODE of the transform, see `cnf.transforms.continuous.solve_each`.
             generator: As of `log_prob`.
         """
-        transform = require_field("Flow.log_prob_and_integral", self)
-        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
-        solved = transform.integrate(
-            y, context, towards="base", divergence=_for_rows(divergence, rows),
-            integrands=integrands, stop=stop,
-        )  # fmt: skip
-        dtype = torch.promote_types(x.dtype, self.dtype)
-        log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(dtype)
-        estimates = solved.estimates
-        return rows.restore(log_prob, rows.log_density), Integral(
-            rows.restore(solved.value),
-            rows.restore(solved.ladj),
-            tuple(rows.restore(integral) for integral in solved.integrals),
-            solved.nfe,
-            None if estimates is None else rows.restore(estimates, axis=1),
+        rows, log_prob, _, _, solved = self._solved(x, context, solves, generator)
+        return rows.restore(log_prob, rows.log_density), tuple(
+            tuple(rows.restore(integral) for integral in each.integrals) for each in solved
         )
+
+    def _solved(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        solves: Sequence[Solve],
+        generator: torch.Generator | None,
+    ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor, Tensor, tuple[Integral, ...]]:
+        """The rows, and of the selected ones log_prob, z, the transform's ladj and each solve."""
+        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
+        own = [replace(each, divergence=_for_rows(each.divergence, rows)) for each in solves]
+        z, ladj, solved = solve_each(self.transform, y, context, own)
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return rows, (self.base.log_prob(z) + ladj + outer).to(dtype), z, ladj, solved
 
     def sample(
         self,
@@ -669,10 +709,27 @@ def require_field(who: str, flow: Flow, instead: str = "") -> Continuous:
     return flow.transform
 
 
+def require_odes(who: str, flow: Flow) -> list[Continuous]:
+    """The ODEs that the flow solves, or a TypeError that says that there is none.
+
+    Args:
+        who: What needs one.
+        flow: The flow.
+    """
+    if odes := odes_in(flow.transform):
+        return odes
+    raise TypeError(
+        f"{who}: expected a flow whose transform holds a Continuous, since only these solve an "
+        f"ODE, got a {type(flow.transform).__name__} without one"
+    )
+
+
 def _no_field(who: str, flow: Flow) -> str:
+    several = len(odes_in(flow.transform))
+    held = f" of {several} of them, each with a field of its own" if several else ""
     return (
         f"{who}: expected a flow whose transform is a Continuous, since only these have a vector "
-        f"field, got a {type(flow.transform).__name__}"
+        f"field, got a {type(flow.transform).__name__}{held}"
     )
 
 

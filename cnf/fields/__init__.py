@@ -1,6 +1,13 @@
 """Vector fields: v(t, x, context), always a velocity."""
 
-from cnf.fields.base import FIELDS, Adapter, HasDivergence, VectorField, exact_divergence
+from cnf.fields.base import (
+    FIELDS,
+    Adapter,
+    HasDivergence,
+    HasTangents,
+    VectorField,
+    exact_divergence,
+)
 from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
 from cnf.fields.diffusers import DiffusersField
@@ -21,6 +28,7 @@ __all__ = [
     "EndTime",
     "Guided",
     "HasDivergence",
+    "HasTangents",
     "MLPField",
     "NullContext",
     "Piecewise",

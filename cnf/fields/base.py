@@ -81,6 +81,40 @@ class HasDivergence(Protocol):
         ...
 
 
+@runtime_checkable
+class HasTangents(Protocol):
+    """A field that computes products of its Jacobian together with its velocity."""
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity, of x's shape, and J·τ for each tangent τ, of the tangents' shape.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        ...
+
+
+def tangent_products(
+    field: VectorField, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `with_tangents` gives of a field that has it.
+
+    Args:
+        field: The field.
+        t: Time, shape () or (*batch,).
+        x: Points, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
+        tangents: Shape (n, *batch, *event).
+    """
+    assert isinstance(field, HasTangents), f"{type(field).__name__} has no products of tangents"
+    return field.with_tangents(t, x, context, tangents)
+
+
 def exact_divergence(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from cnf.race.judge import TIGHT, Judge, draw_test_points
 from cnf.race.results import Entry, Results, distinct
 from cnf.random import VERSION, preserved, reseed, stream
 from cnf.training import History, TrainConfig, checkpoint, fit
+from cnf.training.history import held_out_nll
 from cnf.training.interrupt import Interrupted
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
@@ -308,8 +309,8 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
         truth = -float(density.log_prob(held_out).mean())
     curve, before = [], 0.0
     for history in histories:
-        scored = (record for record in history.records if "val_nll" in record)
-        curve += [(before + record["seconds"], record["val_nll"] - truth) for record in scored]
+        scored = ((record["seconds"], held_out_nll(record)) for record in history.records)
+        curve += [(before + at, nll - truth) for at, nll in scored if nll is not None]
         before += history.seconds
     return curve
 

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import compiled
+import convolutions
 import couplings
 import discrete
 import imports
@@ -43,7 +44,7 @@ QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
-    "unet": unet,
+    "unet": unet, "convolutions": convolutions,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cnf.data import TOYS
+from cnf.data import IMAGE_SETS, TABLE_SETS, TOYS
 from cnf.dynamics import DIVERGENCES, REGULARIZERS
 from cnf.dynamics.solver import ADAPTIVE, FIXED
 from cnf.fields import FIELDS
@@ -16,6 +16,8 @@ from cnf.transforms import TRANSFORMS
 KINDS: dict[str, Any] = {
     "models": MODELS,
     "densities": TOYS,
+    "pictures": IMAGE_SETS,
+    "tables": TABLE_SETS,
     "objectives": OBJECTIVES,
     "paths": PATHS,
     "couplings": COUPLINGS,

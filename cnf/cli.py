@@ -20,14 +20,18 @@ from cnf import data as densities
 from cnf import models
 from cnf.arguments import error_message, flags, normalized, required, settings_class
 from cnf.catalog import KINDS
-from cnf.data import Columns, Points
+from cnf.data import IMAGE_SETS, Columns, Images, Points
+from cnf.data.images import PIXELS
 from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
+from cnf.metrics import Estimate
+from cnf.metrics.code_length import bits_in_nats
 from cnf.objectives import OBJECTIVES
 from cnf.random import stream
 from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
+from cnf.training.history import held_out_nll
 from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
 from cnf.training.run import free_folder, read_config, read_manifest, read_scores
@@ -48,9 +52,13 @@ def train(
 ) -> None:
     """Train a model on a density or on your own points, and save everything in a run's folder.
 
+    A model of pictures has uniform dequantization, and the logit as its preprocessing, unless its
+    options say otherwise.
+
     Args:
-        data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
-            npy, parquet).
+        data: A density by name (see `cnf list densities`), a picture as a density, a file of
+            points (csv, npy, parquet), or pictures: a set by name, such as mnist, or a file or
+            folder of them.
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden 128,128.
         objective: What is minimized (see `cnf list objectives`). If not given, flow matching with
@@ -58,7 +66,7 @@ def train(
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
         test: Part of your own points that is held out from training, for `cnf evaluate`.
-        table: Roles of the columns of your own table.
+        table: Roles of the columns of your own table; of pictures --context labels.
         config: The settings of the run.
 
     Raises:
@@ -79,30 +87,38 @@ def train(
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
     history = fit(flow, goal, source, config)
-    scores = history.column("val_nll")
+    scores = [score for record in history.records if (score := held_out_nll(record)) is not None]
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
+    if scores and flow.dequantization is not None:
+        held_out += f"{-scores[-1] / bits_in_nats(flow):.4f} bits/dim, "
     print(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
     if history.reason == "interrupted":
         print(f"Interrupted; go on with: cnf train --resume {shlex.quote(str(config.folder))}")
         raise SystemExit(128 + history.signal)
 
 
-def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
-    """Score a trained flow: gap or NLL, distances between samples, paths, cost.
+def evaluate(
+    run: Path, data: str | None = None, points: int | None = None, draws: int = 1
+) -> None:
+    """Score a trained flow: gap or NLL, bits/dim, distances between samples, paths, cost.
 
     Args:
         run: A run's folder or a flow file.
         data: Density, picture or file of held-out points, whose columns are read as the run's
             were (weights may be missing), and all of which are scored. If not given, the data
             that the run was trained on: of your own points, those that training held out.
-        points: Largest number of test points.
+        points: Largest number of test points; 10,000 if not given, 1,000 of pictures.
+        draws: Noise drawn for each picture: with more of it the bound in NLL and bits/dim falls to
+            what the flow gives.
     """
+    from cnf.race.compare import TEST_PICTURES, TEST_POINTS
     from cnf.race.judge import Judge, draw_test_points
     from cnf.race.tables import scores_table
 
     flow = load(run)
     source, share = _data(run, data)
     density = None if isinstance(source, Points) else source
+    points = points or (TEST_PICTURES if isinstance(source, Images) else TEST_POINTS)
     target = None
     if density is not None:
         test, other = draw_test_points(density, points)
@@ -116,15 +132,17 @@ def evaluate(run: Path, data: str | None = None, points: int = 10_000) -> None:
             target, other = (test.take(half) for half in halves)
             count += f" of {len(test.x):,}"
         test = test.take(rows)
-        which = f"{count} rows{which}"
+        which = f"{count} {'pictures' if isinstance(source, Images) else 'rows'}{which}"
     with status("scoring") as say:
-        judge = Judge(test, other, density, target=target)
+        judge = Judge(test, other, density, target=target, draws=draws)
         scores = judge.scores(flow, say=say)
         judge.warn_of_few_steps("evaluate", flow)
     if run.is_dir():
         (run / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n")
-    apart = "" if density else " Distances are measured on standardized columns."
-    print(f"Scored on {which}.{apart}")
+    print(f"Scored on {which}.{'' if density else judge.about(flow)}")
+    if "bits_per_dim" in scores:
+        nats, bits = (Estimate(scores[k], scores[f"{k}_error"]) for k in ("nll", "bits_per_dim"))
+        print(f"{bits} bits/dim, {nats} nats, {draws} draw{'s' * (draws > 1)} of the noise each.")
     _console().print(scores_table(scores, judge.floor))
 
 
@@ -173,7 +191,8 @@ def sample(
 
     Args:
         run: A run's folder or a flow file.
-        output: The file, .npy or .csv; it must not exist. Its folder is created if necessary.
+        output: The file, .npy or .csv; of pictures .png, a grid of them, .npy or .npz. It must not
+            exist. Its folder is created if necessary.
         n: Number of points.
         seed: Seed of the draws.
         steps: Number of midpoint steps to sample a continuous flow in, instead of its own solver.
@@ -185,8 +204,10 @@ def sample(
     """
     if n < 1:
         raise ValueError(f"expected --n to be at least 1, got {n}")
-    expect_writable("sample", output)  # before the draws, which may take long
     flow = load(run)
+    pictures = len(flow.event_shape) == 3
+    endings = PIXELS if pictures else (".npy", ".csv")
+    expect_writable("sample", output, endings)  # before the draws, which may take long
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
     reading = _columns(read_config(run)) if (run / "config.yaml").is_file() else Columns()
@@ -197,8 +218,11 @@ def sample(
         wanted = ", ".join(reading.context or [f"{flow.context_dim} numbers"])
         raise ValueError(f"this flow is conditioned on {wanted}; give --context")
     drawn = flow.sample((n,), given, generator=torch.Generator().manual_seed(seed))
-    densities.write_table(output, drawn, reading.header)
-    print(f"{n} points in {output}")
+    if pictures:
+        densities.write_images(output, drawn, getattr(flow.dequantization, "levels", None))
+    else:
+        densities.write_table(output, drawn, reading.header)
+    print(f"{n} {'pictures' if pictures else 'points'} in {output}")
 
 
 def plot(run: Path, data: str | None = None) -> None:
@@ -210,15 +234,18 @@ def plot(run: Path, data: str | None = None) -> None:
             given.
     """
     from cnf.race.compare import as_results
-    from cnf.race.figures import save_figures
+    from cnf.race.figures import save_figures, what_is_left_out
 
     flow, (source, _) = load(run), _data(run, data)
     folder = (run if run.is_dir() else run.parent) / "figures"
     entropy = source.entropy or 0.0
-    curve = [(float(row["seconds"]), float(row["val_nll"]) - entropy) for row in read_scores(run)]
+    scored = ((float(row["seconds"]), held_out_nll(row)) for row in read_scores(run))
+    curve = [(seconds, nll - entropy) for seconds, nll in scored if nll is not None]
     results = as_results(flow, source, run.stem, curve)
     for path in save_figures(results, folder).values():
         print(str(path))
+    if left_out := what_is_left_out(source):
+        print(left_out)
 
 
 def compare(
@@ -237,8 +264,8 @@ def compare(
     """Race likelihood training, flow matching and discrete flows on one density; write a report.
 
     Args:
-        data: A density by name (see `cnf list densities`), a picture, or a file of points (csv,
-            npy, parquet).
+        data: A density by name (see `cnf list densities`), a picture, a file of points (csv, npy,
+            parquet), or pictures by name (mnist) or path.
         seconds: Budget of each contestant in seconds of training; 60 if neither is given.
         steps: Budget of each contestant in optimizer steps.
         contestants: Names of the contestants, such as nsf,realnvp (see `cnf list contestants`);
@@ -255,6 +282,7 @@ def compare(
         ValueError: A setting is out of range, or a name is unknown.
     """
     from cnf.race import compare as race
+    from cnf.race.figures import what_is_left_out
     from cnf.race.report import write_report
     from cnf.race.tables import results_table
 
@@ -272,6 +300,8 @@ def compare(
     _console().print(results_table(results))
     with status("drawing the pictures", progress):
         page = write_report(results, folder)
+    if left_out := what_is_left_out(source):
+        print(left_out)
     print(f"The report: {page.resolve()}")
 
 
@@ -458,7 +488,7 @@ def _data(run: Path, data: str | None) -> tuple[Any, float]:
         return densities.load(data), 0.0
     settings = read_config(run)
     name = data or settings["data"]
-    columns = _columns(settings) if densities.table_kind(Path(name)) else None
+    columns = _columns(settings) if densities.has_columns(name) else None
     found = _training_data(name, columns) if data is None else _other_data(name, columns)
     return found, settings.get("test", 0.0)
 
@@ -485,9 +515,11 @@ def _training_data(name: str, columns: Columns | None) -> Any:
 
 
 def _has_training_table(run: Path) -> bool:
-    """Whether the table that a run was trained on still exists."""
-    known = (run / "config.yaml").is_file()
-    return known and Path(read_config(run)["data"]).is_file()
+    """Whether the table, or the pictures, that a run was trained on still exist."""
+    if not (run / "config.yaml").is_file():
+        return False
+    data = read_config(run)["data"]
+    return data in IMAGE_SETS or Path(data).exists()
 
 
 def _columns(settings: dict[str, Any]) -> Columns:

@@ -20,7 +20,14 @@ from torch.distributions import (
 )
 
 from cnf.data.arrays import as_numbers, is_rows
-from cnf.errors import expect_event, expect_finite, expect_generator, expect_shape
+from cnf.errors import (
+    expect_counts,
+    expect_event,
+    expect_finite,
+    expect_generator,
+    expect_shape,
+)
+from cnf.expectation_maximization import Mixture, fitted_mixture, log_densities
 from cnf.printing import named, shaped
 from cnf.random import device_of, draw, preserved, reseed
 
@@ -287,7 +294,7 @@ class FromDensity(Base):
 
 
 class GaussianMixture(Base):
-    """A mixture of K Gaussians with diagonal covariances.
+    """A mixture of K Gaussians with diagonal or full covariances.
 
     >>> means = torch.tensor([[-2.0, 0.0], [2.0, 0.0]])
     >>> GaussianMixture(means, scales=torch.ones(2, 2)).sample((3,)).shape
@@ -295,8 +302,11 @@ class GaussianMixture(Base):
 
     Args:
         means: Centers, shape (K, D).
-        scales: Standard deviations, shape (K, D).
+        scales: Standard deviations, shape (K, D), or Cholesky factors of covariances, (K, D, D).
         weights: Mixture weights up to a common factor, shape (K,); equal if None.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
     """
 
     means: Tensor
@@ -305,13 +315,59 @@ class GaussianMixture(Base):
 
     def __init__(self, means: Tensor, scales: Tensor, weights: Tensor | None = None) -> None:
         super().__init__(means.shape[1:])
+        self.full = scales.dim() == 3
+        if scales.shape != (*means.shape, *means.shape[1:][: self.full]):
+            raise ValueError(
+                "GaussianMixture: expected means of shape (K, D) and scales of shape (K, D), or "
+                f"(K, D, D), got {tuple(means.shape)} and {tuple(scales.shape)}"
+            )
         weights = torch.ones_like(means[:, 0]) if weights is None else weights
         self.register_buffer("means", means)
         self.register_buffer("scales", scales)
         self.register_buffer("weights", weights / weights.sum())
         self.to(means.dtype)
 
+    @classmethod
+    def fit(
+        cls,
+        x: Any,
+        components: int,
+        *,
+        steps: int = 200,
+        batch_size: int = 10_000,
+        ridge: float = 1e-4,
+        generator: torch.Generator | None = None,
+    ) -> "GaussianMixture":
+        """Fit full covariances to data by EM in minibatches; see `fitted_mixture`.
+
+        A single component is the normal of the data's mean and covariance.
+
+        Args:
+            x: Rows, shape (N, D).
+            components: K.
+            steps: Batches in all.
+            batch_size: Rows of each, all if there are fewer.
+            ridge: Part of the covariance of all data that is added to each covariance.
+            generator: Source of the starts and of the batches.
+
+        Raises:
+            ValueError: Too few rows, or numbers that are not finite.
+        """
+        rows = as_numbers("GaussianMixture.fit", "x", x)
+        expect_counts("GaussianMixture.fit", components=components, steps=steps)
+        expect_counts("GaussianMixture.fit", batch_size=batch_size)
+        rows = rows if rows.is_floating_point() else rows.double()
+        expect_finite("GaussianMixture.fit", "x", rows)
+        weights, means, factors = fitted_mixture(
+            rows, components, steps=steps, batch_size=batch_size, ridge=ridge, generator=generator
+        )
+        return cls(means, factors, weights)
+
     def log_prob(self, z: Tensor) -> Tensor:
+        if self.full:
+            mixture = Mixture(self.weights, self.means, self.scales)
+            rows = z.reshape(-1, z.shape[-1])
+            return log_densities(rows, mixture).logsumexp(-1).reshape(z.shape[:-1])
         standard = (z.unsqueeze(-2) - self.means) / self.scales
         parts = -0.5 * (standard**2 + LOG_2PI) - self.scales.log()
         return torch.logsumexp(parts.sum(-1) + self.weights.log(), -1)
@@ -325,10 +381,13 @@ class GaussianMixture(Base):
         rows = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)
         rows = rows[:count].reshape(shape).to(self.means.device)
         noise = self._drawn(torch.randn, (*shape, *self.event_shape), generator)
+        if self.full:
+            return self.means[rows] + (self.scales[rows] @ noise.unsqueeze(-1)).squeeze(-1)
         return self.means[rows] + self.scales[rows] * noise
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {len(self.means)} components"
+        kind = ", full covariances" if self.full else ""
+        return f"{super().extra_repr()}, {len(self.means)} components{kind}"
 
 
 class Uniform(Base):

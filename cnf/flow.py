@@ -1,18 +1,28 @@
 """A flow: a base distribution and a transform, with what stands between it and the data."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.dropout import _DropoutNd
 
+from cnf.dequantization import Dequantization
 from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_distribution
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
+from cnf.dynamics.divergence import (
+    DIVERGENCES,
+    Divergence,
+    Exact,
+    probes_of,
+    seconds_of_exact,
+    traced_field,
+)
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
 from cnf.dynamics.solver import Solver
@@ -33,13 +43,18 @@ from cnf.transforms.chunks import by_chunks
 from cnf.transforms.continuous import (
     Continuous,
     Integral,
+    Solve,
     is_adaptive,
     is_continuous,
+    odes_in,
     reconfigured,
+    solve_each,
 )
 from cnf.transforms.normalization import initializing
 
 Shape = int | Sequence[int]
+LONG = 60.0  # seconds after which `log_prob` says beforehand what it will take
+FEW, MANY = 20, 64  # evaluations of an adaptive solve at least; tangents whose time is measured
 FAR = 1_000.0  # scales: none of n points is further than √n from their mean
 
 
@@ -58,23 +73,6 @@ def evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, mode in zip(parts, modes, strict=True):
             part.training = mode
-
-
-class Dequantization(Protocol):
-    """Discrete data made continuous: a draw, and its part of the bound on log P(x)."""
-
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Continuous y, of x's shape, and the log-weight -log q(y|x), shape (*batch,).
-
-        Args:
-            x: Discrete data, shape (*batch, *event).
-            generator: Source of the draw; torch's default generator if None.
-        """
-        ...
-
-    def decode(self, y: Tensor) -> Tensor:
-        """The discrete value that y stands for."""
-        ...
 
 
 class Flow(nn.Module):
@@ -232,6 +230,9 @@ class Flow(nn.Module):
         once, where gradients are off: on the CPU in any call, on a GPU, which looking waits for,
         in the 1st, 2nd, 4th, 8th, … call. `fit`, `check` and the scores call this, too.
 
+        An exact divergence by D tangents that will take more than a minute is warned of, once,
+        before it starts, with its time and the estimate that avoids it.
+
         Args:
             x: Data.
             context: Condition, shape (*batch, context_dim) or one that broadcasts to it.
@@ -250,11 +251,13 @@ class Flow(nn.Module):
         transform = self.transform
         if estimator is not None:
             transform = reconfigured(transform, divergence=_for_rows(estimator, rows))
+        self._warn_of_cost(transform, y)
         if probes_of(estimator) is None:
             z, ladj = by_chunks(transform, transform.inverse, y, context)
         else:  # probes that are given are for all rows at once
             z, ladj = transform.inverse(y, context)
-        log_prob = (self.base.log_prob(z) + ladj + outer).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, self.dtype)  # of pixels, the flow's
+        log_prob = (self.base.log_prob(z) + ladj + outer).to(dtype)
         return rows.restore(log_prob, rows.log_density)
 
     def log_prob_and_integral(
@@ -264,34 +267,72 @@ class Flow(nn.Module):
         *,
         divergence: str | Divergence = "exact",
         integrands: Sequence[Integrand] = (),
-        stop: float | None = None,
+        stop: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Integral]:
-        """As `log_prob`, with all that the solve of a continuous flow gives.
+        """As `log_prob`, with all that the solves of a continuous flow give, in sum.
 
         Args:
             x: As of `log_prob`.
             context: As of `log_prob`.
-            divergence: As of `log_prob`.
+            divergence: As of `log_prob`; probes that are given are those of every solve.
             integrands: As of `Continuous.integrate`.
-            stop: As of `Continuous.integrate`.
+            stop: How far from its end, as a part of [0, 1], each solve stops.
+            generator: As of `log_prob`.
+
+        Raises:
+            TypeError: The flow solves no ODE.
+        """
+        count = len(require_odes("Flow.log_prob_and_integral", self))
+        solves = [Solve(divergence, integrands, stop)] * count
+        rows, log_prob, z, ladj, solved = self._solved(x, context, solves, generator)
+        estimates = [each.estimates for each in solved if each.estimates is not None]
+        spread = [estimate - estimate.mean(0) for estimate in estimates]
+        return rows.restore(log_prob, rows.log_density), Integral(
+            rows.restore(z),
+            rows.restore(ladj),
+            tuple(
+                rows.restore(torch.stack(each).sum(0))
+                for each in zip(*(each.integrals for each in solved), strict=True)
+            ),
+            sum(each.nfe for each in solved),
+            rows.restore(ladj + torch.stack(spread).sum(0), axis=1) if spread else None,
+        )
+
+    def log_prob_and_integrals(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        solves: Sequence[Solve],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
+        """As `log_prob`, with the integrals of each ODE, which is solved in its own way.
+
+        Args:
+            x: As of `log_prob`.
+            context: As of `log_prob`.
+            solves: One for each ODE of the transform, see `cnf.transforms.continuous.solve_each`.
             generator: As of `log_prob`.
         """
-        transform = require_field("Flow.log_prob_and_integral", self)
-        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
-        solved = transform.integrate(
-            y, context, towards="base", divergence=_for_rows(divergence, rows),
-            integrands=integrands, stop=stop,
-        )  # fmt: skip
-        log_prob = (self.base.log_prob(solved.value) + solved.ladj + outer).to(x.dtype)
-        estimates = solved.estimates
-        return rows.restore(log_prob, rows.log_density), Integral(
-            rows.restore(solved.value),
-            rows.restore(solved.ladj),
-            tuple(rows.restore(integral) for integral in solved.integrals),
-            solved.nfe,
-            None if estimates is None else rows.restore(estimates, axis=1),
+        rows, log_prob, _, _, solved = self._solved(x, context, solves, generator)
+        return rows.restore(log_prob, rows.log_density), tuple(
+            tuple(rows.restore(integral) for integral in each.integrals) for each in solved
         )
+
+    def _solved(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        solves: Sequence[Solve],
+        generator: torch.Generator | None,
+    ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor, Tensor, tuple[Integral, ...]]:
+        """The rows, and of the selected ones log_prob, z, the transform's ladj and each solve."""
+        rows, y, context, outer = self._enter(x, context, "Flow.log_prob", generator)
+        own = [replace(each, divergence=_for_rows(each.divergence, rows)) for each in solves]
+        z, ladj, solved = solve_each(self.transform, y, context, own)
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return rows, (self.base.log_prob(z) + ladj + outer).to(dtype), z, ladj, solved
 
     def sample(
         self,
@@ -462,6 +503,8 @@ class Flow(nn.Module):
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """Data `inside`, checked, their context, and what that adds to the log-density."""
+        if self.dequantization is not None and isinstance(x, Tensor):
+            x = x.to(torch.promote_types(x.dtype, self.dtype))  # pixels are uint8
         expect_event(who, "x", x, self.event_shape)
         self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:
@@ -513,6 +556,24 @@ class Flow(nn.Module):
                     "the flow was fitted to: its density there means nothing. Is it in the units "
                     "of the training data?",
                 )
+
+    def _warn_of_cost(self, transform: Transform, y: Tensor) -> None:
+        """Warn, before it starts, that exact divergences will take more than `LONG`."""
+        if captured() or "cost" in self._warned or y.is_meta or type(y) is not Tensor:
+            return
+        rows = y[(..., *[0] * len(self.event_shape))].numel()
+        for part in transforms_in(transform):
+            if not isinstance(part, Continuous) or not _is_exact(part.divergence) or not rows:
+                continue
+            field = traced_field(part.field)
+            if field is None or math.prod(field.event_shape) < MANY:
+                continue
+            if part.field not in _SECONDS:
+                _SECONDS[part.field] = seconds_of_exact(field, rows) / rows
+            each = rows * _SECONDS[part.field]
+            known = part.solver.evaluations
+            if each * (known or FEW) > LONG:
+                self.warn_once("cost", _cost(field, part.solver, rows, each))
 
     def _start(
         self, z: Tensor, context: Tensor | None
@@ -611,6 +672,26 @@ class Flow(nn.Module):
         return self.base.sample(shape, generator).to(self.dtype), context
 
 
+_SECONDS: WeakKeyDictionary[VectorField, float] = WeakKeyDictionary()  # see `seconds_of_exact`
+
+
+def _is_exact(divergence: str | Divergence | None) -> bool:
+    return divergence is not None and isinstance(DIVERGENCES.build(divergence), Exact)
+
+
+def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
+    known = solver.evaluations
+    count = f"{known} evaluations" if known else f"its evaluations, often {FEW} to 200"
+    total = each * (known or FEW) / 60
+    return (
+        f"Flow.log_prob: the exact divergence of {type(field).__name__} takes "
+        f"{math.prod(field.event_shape)} tangents of each of {rows} rows, {each:.3g} s for an "
+        f"evaluation: {'' if known else 'at least '}{total:.3g} minutes for {count} by "
+        f"{solver.method}. For an estimate at the price of a few, call "
+        "log_prob(x, divergence=Hutchinson(probes=8)); Solver('rk4', steps=8) takes 32"
+    )
+
+
 def _drops_out(module: nn.Module) -> bool:
     return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in module.modules())
 
@@ -628,10 +709,27 @@ def require_field(who: str, flow: Flow, instead: str = "") -> Continuous:
     return flow.transform
 
 
+def require_odes(who: str, flow: Flow) -> list[Continuous]:
+    """The ODEs that the flow solves, or a TypeError that says that there is none.
+
+    Args:
+        who: What needs one.
+        flow: The flow.
+    """
+    if odes := odes_in(flow.transform):
+        return odes
+    raise TypeError(
+        f"{who}: expected a flow whose transform holds a Continuous, since only these solve an "
+        f"ODE, got a {type(flow.transform).__name__} without one"
+    )
+
+
 def _no_field(who: str, flow: Flow) -> str:
+    several = len(odes_in(flow.transform))
+    held = f" of {several} of them, each with a field of its own" if several else ""
     return (
         f"{who}: expected a flow whose transform is a Continuous, since only these have a vector "
-        f"field, got a {type(flow.transform).__name__}"
+        f"field, got a {type(flow.transform).__name__}{held}"
     )
 
 

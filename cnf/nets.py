@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cnf.errors import is_count
 from cnf.registry import Registry
@@ -328,3 +330,17 @@ class Condition(nn.Module):
             return features
         batch = x.shape[:-1]
         return torch.cat([features.expand(*batch, -1), context.expand(*batch, -1)], -1)
+
+
+def attention_kernel(x: Tensor) -> AbstractContextManager[object]:
+    """A context manager for attention in a network of x, which x may be differentiated through.
+
+    Only torch's plain kernel has the second derivative that the gradient of a divergence takes;
+    the fused ones are taken where x needs no gradient, as in flow matching.
+
+    Args:
+        x: The input of the network.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

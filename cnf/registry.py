@@ -66,13 +66,16 @@ class Registry(Mapping[str, Any]):
 
         return add
 
-    def build(self, spec: Any, who: str | None = None) -> Any:
+    def build(
+        self, spec: Any, who: str | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> Any:
         """Build an instance from its specification.
 
         Args:
             spec: An instance, which is returned unchanged; a name or a registered class; or a
                 mapping with a "name" and the options of that class or function.
             who: Whose argument it is, for errors.
+            defaults: Options for those entries that take them, where the mapping lacks them.
 
         Returns:
             An instance, or, of a registered function, the function with its options bound.
@@ -97,6 +100,8 @@ class Registry(Mapping[str, Any]):
         entry = self[name]
         called = self.base is not None or isclass(entry)
         expect_options_of(entry, name, options, called)
+        known = options_of(entry, called)
+        options = {**{k: v for k, v in (defaults or {}).items() if k in known}, **options}
         return entry(**options) if called else partial(entry, **options)
 
     def _expected(self, who: str | None) -> str:
@@ -187,9 +192,9 @@ def expect_options(who: str, options: Iterable[str], known: Sequence[str]) -> No
 def spec(value: Any) -> Any:
     """The specification of a value in terms of JSON, from which `Registry.build` restores it.
 
-    An instance of a registered class becomes its name and fields, without those that are None or
-    empty mappings. One's own functions and objects, which no registry builds, become their `repr`
-    without the address in memory, which differs between processes.
+    An instance with a `spec` becomes that; one of a registered class its name and fields, without
+    those that are None or empty mappings. One's own functions and objects, which no registry
+    builds, become their `repr` without the address in memory, which differs between processes.
 
     >>> import cnf
     >>> spec(cnf.matching.paths.Bridge(sigma=0.5))
@@ -203,6 +208,9 @@ def spec(value: Any) -> Any:
         return {key: spec(item) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [spec(item) for item in value]
+    own = None if isclass(value) else getattr(value, "spec", None)
+    if own is not None:
+        return spec(own)
     found = (table.name_of(value) for table in _TABLES)
     name = next((name for name in found if name is not None), None)
     if isinstance(value, partial) and name:

@@ -30,7 +30,7 @@ def seeded(seed=0):
 
 
 def test_likelihood_is_the_mean_negative_log_prob(small_flow, x):
-    for name in cnf.models.MODELS:
+    for name in cnf.models.MODELS.taking("dim"):
         flow = small_flow(name)
         solver = getattr(flow.transform, "solver", None)
         loss = MaximumLikelihood("exact", {}, solver)(flow, Batch(x))
@@ -218,7 +218,9 @@ def test_given_x0_is_used(small_flow, x):
     "objective", [FlowMatching(), MaximumLikelihood(penalties={"kinetic": 1})]
 )
 def test_objectives_that_need_a_field_refuse_a_discrete_flow(objective, small_flow, x):
-    with pytest.raises(TypeError, match="whose transform is a Continuous, .* got a Compose"):
+    with pytest.raises(
+        TypeError, match="whose transform (is|holds) a Continuous, .* got a Compose"
+    ):
         objective(small_flow("realnvp"), Batch(x))
 
 

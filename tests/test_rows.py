@@ -39,7 +39,7 @@ def assert_rule(value, alone):
 
 
 @pytest.mark.parametrize("context", [0, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.taking("dim"))
 def test_log_prob_of_nan_is_nan_and_at_infinity_minus_infinity(
     name, context, small_flow, points, contexts
 ):
@@ -80,7 +80,7 @@ def test_non_finite_context_gives_nan_in_its_row_only(name, bad, small_flow, gen
     assert drawn[:, rest].isfinite().all() and log_prob[:, rest].isfinite().all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.taking("dim"))
 def test_nan_affects_only_its_row_of_encode_and_decode(name, small_flow, points):
     flow = small_flow(name, solver=Solver(rtol=1e-5, atol=1e-5))
     for way in (flow.encode, flow.decode):

@@ -194,6 +194,8 @@ def _told(error: Exception) -> str:
 
 
 def _data(flow: Flow, x: Tensor) -> Tensor:
+    if flow.dequantization is not None:  # pixels are uint8
+        x = x.to(torch.promote_types(x.dtype, flow.dtype))
     expect_event("check", "x", x, flow.event_shape)
     x = x.detach()
     if x.numel() == 0:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cnf.random import device_of
 YEARS = range(1800, 2200)
 DECIMAL = re.compile(r"[.eE]")  # in a line of numbers
 SPLIT = 497_831_422  # seed of the random split into training and test rows
+LARGE = 2**30  # bytes: points beyond are not read whole before training, but as they are drawn
 
 
 class Points:
@@ -47,9 +48,14 @@ class Points:
         weight: The weights, likewise, or None.
         reading: Roles of the columns of the file that the points were read from, or None.
         test_share: Part of the rows that `split` has set aside.
+        validation: Points that the data set holds out for validation, or None.
+        test: Those that it holds out as a test, or None.
         support: Box of shape (2, D), rows low and high: the quantiles 0.001 and 0.999 of each
             column, extended by 10 % of their distance.
         entropy: None, as it is unknown.
+
+    Of points larger than `LARGE`, such as a mapped file, `fit` checks that they are finite as it
+    draws them, and `support` is that of a hundred blocks of rows.
 
     Raises:
         ValueError: The shape is another, there are fewer than 2 rows, a value is not a finite
@@ -61,9 +67,12 @@ class Points:
     """
 
     entropy = None
+    rowwise = ("x", "context", "weight")
     source: str | None = None  # the file they were read from
     reading: Columns | None = None
     test_share = 0.0
+    validation: Self | None = None
+    test: Self | None = None
 
     def __init__(
         self,
@@ -91,7 +100,8 @@ class Points:
         if weight is not None:
             expect_weights("Points", weight[:, 0])
         self.weight = None if weight is None else weight[:, 0]
-        low, high = np.quantile(self.x.cpu().double().numpy(), (0.001, 0.999), axis=0)
+        some = _blocks(self.x).cpu().double().numpy()
+        low, high = np.quantile(some, (0.001, 0.999), axis=0)
         margin = np.where(high > low, 0.1 * (high - low), 0.5)
         self.support = torch.from_numpy(np.stack([low - margin, high + margin])).to(self.x.dtype)
 
@@ -127,33 +137,48 @@ class Points:
         return torch.searchsorted(edges, drawn * edges[-1], right=True).clamp(max=len(edges) - 1)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Options of a model for these points: dim, and context if they have one."""
         context = {} if self.context is None else {"context": self.context.shape[1]}
         return {"dim": self.dim, **context}
 
-    def take(self, rows: Tensor) -> "Points":
+    def take(self, rows: Tensor) -> Self:
         """The points at indices `rows`, with contexts and weights, on the device of `rows`."""
-        taken = copy.copy(self)
-        for name in ("x", "context", "weight"):
-            value = getattr(self, name)
-            setattr(taken, name, None if value is None else value.to(rows.device)[rows])
-        return taken
+        return self._each(lambda value: value.to(rows.device)[rows])
 
-    def split(self, share: float) -> tuple["Points", "Points"]:
-        """Split the points at random, always in the same way for the same number of rows.
+    def first(self, n: int) -> Self:
+        """The first n points, or all there are."""
+        return self._each(lambda value: value[:n])
+
+    def split(self, share: float) -> tuple[Self, Self]:
+        """The rows to train on, and the test part: the data set's own, where it has one.
+
+        Else the test part is drawn, always in the same way for the same number of rows. Of points
+        larger than `LARGE` it is the last rows, so that nothing is copied: a file that is sorted
+        is to be shuffled before.
 
         Args:
-            share: Part of the rows in the second part, in [0, 1).
-
-        Returns:
-            The rows to train on, and those that are set aside.
+            share: Part of the rows in a test part that is drawn, in [0, 1).
         """
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
-        count = int(share * len(order))
-        rest, aside = self.take(order[count:]), self.take(order[:count])
+        if self.test is not None:
+            return self, self.test
+        count = int(share * len(self.x))
+        if is_large(self.x):
+            kept = len(self.x) - count
+            rest, aside = self.first(kept), self._each(lambda value: value[kept:])
+        else:
+            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
+            rest, aside = self.take(order[count:]), self.take(order[:count])
         rest.test_share = share
         return rest, aside
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A copy, with whatever has a row for each point changed."""
+        changed = copy.copy(self)
+        for name in self.rowwise:
+            value = getattr(self, name)
+            setattr(changed, name, None if value is None else change(value))
+        return changed
 
     def _of_each_row(self, name: str, values: Any) -> Tensor | None:
         if values is None:
@@ -199,8 +224,24 @@ def as_points(who: str, values: Any) -> Tensor:
     x = x.to(
         torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.double
     )
-    expect_finite(who, "x", x)
+    if not is_large(x):
+        expect_finite(who, "x", x)
     return x
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether rows are not read whole before training, being larger than `LARGE`."""
+    return x.nbytes > LARGE
+
+
+def _blocks(x: Tensor, count: int = 100, rows: int = 1_000) -> Tensor:
+    """The points, or of more than count·rows the finite ones in evenly spaced blocks."""
+    if len(x) <= count * rows:
+        return x
+    starts = torch.linspace(0, len(x) - rows, count).long().tolist()
+    found = torch.cat([x[start : start + rows] for start in starts])
+    finite = found.isfinite().all(1)
+    return found[finite] if finite.any() else torch.zeros_like(found[:2])
 
 
 def read_table(path: str | Path) -> Tensor:
@@ -213,7 +254,8 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
 
     The format follows from the ending: .csv and .txt (with or without a header line; separated by
     commas, semicolons, tabs or spaces; lines that start with # are skipped), .csv.gz and .txt.gz,
-    .npy, .npz (a single array, or one named x) and .parquet. Nothing is unpickled.
+    .npy, .npz (a single array, or one named x) and .parquet. Nothing is unpickled. A .npy of
+    floats that is larger than `LARGE` is mapped and not read, unless columns are chosen.
 
     Args:
         path: The file.
@@ -233,6 +275,10 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
         raise ValueError(f"{who}: expected a file ending in {', '.join(TABLES)}, got {ending}")
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a table, got {path}, which is no file")
+    if columns in (None, Columns()) and (mapped := _mapped(path)) is not None:
+        points = Points(mapped, path.name[: -len(kind)])
+        points.reading = Columns([str(k + 1) for k in range(points.dim)])
+        return points
     table = TABLES[kind](who, path, (columns and columns.labels) or {})
     reading = (columns or Columns()).resolve(who, table)
     x, context, weight = reading.pick(who, table)
@@ -390,6 +436,17 @@ def _read_numpy(who: str, path: Path, _: Collection[str]) -> Table:
     )
 
 
+def _mapped(path: Path) -> np.ndarray | None:
+    """The rows of a large .npy of floats, mapped; None for any other file."""
+    if path.suffix.lower() != ".npy" or path.stat().st_size <= LARGE:
+        return None
+    with contextlib.suppress(ValueError, EOFError, OSError):  # the reader of tables tells
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # a copy where it is written to
+        native = array.dtype in (np.float32, np.float64) and array.flags.c_contiguous
+        return array if array.ndim == 2 and native else None
+    return None
+
+
 def _array(who: str, values: np.ndarray) -> Table:
     rows = values[:, None] if values.ndim == 1 else values
     if rows.ndim != 2 or rows.dtype.kind not in "fiub":
@@ -460,23 +517,25 @@ def write_table(path: str | Path, x: Tensor, columns: Sequence[str] | None = Non
             )
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise _unwritable("write_table", path, error) from error
+        raise unwritable("write_table", path, error) from error
 
 
-def expect_writable(who: str, path: str | Path) -> Path:
-    """Check that a new .npy or .csv file can be written, and create its folder if necessary.
+def expect_writable(who: str, path: str | Path, endings: Sequence[str] = (".npy", ".csv")) -> Path:
+    """Check that a new file can be written, and create its folder if necessary.
 
     Args:
         who: Who writes, for messages.
         path: The file.
+        endings: Those it may have.
 
     Raises:
         ValueError: The ending is another, or the file exists.
         OSError: The folder cannot be created or written to.
     """
     path = Path(path)
-    if path.suffix not in (".npy", ".csv"):
-        raise ValueError(f"{who}: expected a .npy or .csv file, got {path.name}")
+    if path.suffix not in endings:
+        *first, last = endings
+        raise ValueError(f"{who}: expected a {', '.join(first)} or {last} file, got {path.name}")
     if path.exists():
         raise ValueError(f"{who}: {path} exists already; choose another name, or remove it")
     try:
@@ -484,11 +543,18 @@ def expect_writable(who: str, path: str | Path) -> Path:
         path.touch()
         path.unlink()
     except OSError as error:
-        raise _unwritable(who, path, error) from error
+        raise unwritable(who, path, error) from error
     return path
 
 
-def _unwritable(who: str, path: Path, error: OSError) -> OSError:
+def unwritable(who: str, path: Path, error: OSError) -> OSError:
+    """The error that says that a file cannot be written, and why.
+
+    Args:
+        who: Who writes.
+        path: The file.
+        error: The system's error.
+    """
     return OSError(
         f"{who}: cannot write {path} ({error.strerror or error}); choose a file in a folder that "
         "you may write into, on a disk with room"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cnf.dynamics.fixed import transformed
 from cnf.errors import expect_choice
-from cnf.fields.base import HasDivergence, VectorField, exact_divergence
-from cnf.fields.trace import has_forward_mode
-from cnf.fields.wrappers import Wrapper
+from cnf.fields.base import HasDivergence, VectorField, exact_divergence, tangent_products
+from cnf.fields.trace import has_forward_mode, seconds_of_trace
+from cnf.fields.wrappers import Wrapper, has_tangents
 from cnf.random import draw
 from cnf.registry import Registry
 
@@ -28,8 +28,8 @@ class Rates(NamedTuple):
         velocity: Velocity, shape (*batch, *event).
         divergence: Divergence per unit time, shape (*batch,), or (*batch, channels) with an
             estimate for each probe.
-        products: The products εᵀJ of each probe, shape (probes, *batch, *event), if they were
-            computed.
+        products: The products εᵀJ, or J ε, of each probe, shape (probes, *batch, *event), if they
+            were computed.
     """
 
     velocity: Tensor
@@ -247,7 +247,10 @@ class Hutchinson(Divergence):
                 )
                 probe = torch.cat([span, _orthogonal_part(probe[sketched:], span, start)])
             sketched = len(span)
-        v, products = vector_jacobian_products(velocity, x, probe)
+        if has_tangents(field) and not sketched:
+            v, products = tangent_products(field, t, x, context, probe)
+        else:
+            v, products = vector_jacobian_products(velocity, x, probe)
         quadratic_forms = (products * probe).flatten(start).sum(-1)  # (n, *batch)
         estimates = quadratic_forms[sketched:] + quadratic_forms[:sketched].sum(0)
         return Rates(v, estimates.movedim(0, -1), None if sketched else products)
@@ -256,6 +259,14 @@ class Hutchinson(Divergence):
 def probes_of(divergence: str | Divergence | None) -> Tensor | None:
     """The given probes, which are for all rows at once; None if each solve draws its own."""
     return divergence.probe if isinstance(divergence, Hutchinson) else None
+
+
+def number_of_probes(divergence: Divergence) -> int:
+    """How many probes a solve takes, whether given or drawn; 0 where it takes none."""
+    if not isinstance(divergence, Hutchinson):
+        return 0
+    given = divergence.probe
+    return divergence.sketch + divergence.probes if given is None else len(given)
 
 
 @DIVERGENCES.register("hutch++")
@@ -291,6 +302,39 @@ def _orthogonal_part(probe: Tensor, span: Tensor, start: int) -> Tensor:
     return (flat - torch.einsum("nm...,m...d->n...d", inside, basis)).reshape(probe.shape)
 
 
+def traced_field(field: VectorField) -> VectorField | None:
+    """The field whose exact divergence takes D tangents or products; None if in closed form.
+
+    Args:
+        field: The field, possibly wrapped.
+    """
+    inner = _innermost(field)
+    return None if isinstance(inner, HasDivergence) else inner
+
+
+def seconds_of_exact(field: VectorField, rows: int) -> float:
+    """How long an evaluation with the exact divergence takes by D tangents, without gradients.
+
+    Some of the tangents of some of the rows are timed.
+
+    Args:
+        field: A field without a closed form, as `traced_field` returns it.
+        rows: Number of rows.
+    """
+    like = next(field.parameters())
+    t, dims = like.new_tensor(0.5), len(field.event_shape)
+    x = like.new_zeros(rows, *field.event_shape)
+    context = like.new_zeros(field.context_dim) if field.context_dim else None
+    return seconds_of_trace(lambda y: field(t, y, context), x, dims, field)
+
+
+def _innermost(field: VectorField) -> VectorField:
+    field = field.block(0)
+    while isinstance(field, Wrapper):
+        field = field.field.block(0)
+    return field
+
+
 def explain(field: VectorField, rows: int = 256) -> str:
     """How the exact divergence of a field is computed, and what it costs.
 
@@ -307,9 +351,7 @@ def explain(field: VectorField, rows: int = 256) -> str:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    outer = field = field.block(0)
-    while isinstance(field, Wrapper):
-        field = field.field.block(0)
+    outer, field = field.block(0), _innermost(field)
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None
@@ -325,3 +367,9 @@ def explain(field: VectorField, rows: int = 256) -> str:
         flops.append(counter.get_total_flops())
     ratio = flops[1] / max(1, flops[0])
     return f"{type(field).__name__}: {how}; v and ∇·v take {ratio:.1f} × the products of v alone"
+
+
+def exact_directions(field: VectorField) -> int:
+    """How many directions the exact divergence of a field takes; 0 for a closed form."""
+    traced = traced_field(field)
+    return 0 if traced is None else math.prod(traced.event_shape)

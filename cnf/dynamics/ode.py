@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cnf.dynamics import fixed
 from cnf.dynamics.monitor import Dynamics, InstrumentedDynamics, State, TooMuchMemory, record
-from cnf.dynamics.rematerialize import checkpointed
 from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
+from cnf.rematerialize import checkpointed
 
 __all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
 

@@ -23,8 +23,8 @@ class Point(NamedTuple):
         x: Points, shape (*batch, *event).
         context: Condition, shape (*batch, C), or None.
         v: Velocity at (t, x), of x's shape.
-        products: The product εᵀJ of each probe, shape (probes, *batch, *event), if the divergence
-            is estimated from them, else None.
+        products: The product εᵀJ, or J ε, of each probe, shape (probes, *batch, *event), if the
+            divergence is estimated from them, else None.
     """
 
     field: VectorField
@@ -53,8 +53,8 @@ def kinetic_energy(point: Point) -> Tensor:
 def jacobian_norm(point: Point) -> Tensor:
     """The squared Frobenius norm ‖J‖² of the Jacobian, shape (*batch,).
 
-    With Hutchinson's divergence it is estimated by ‖εᵀJ‖² from the same products, at no further
-    cost. With the exact divergence it is exact, from D tangents.
+    With Hutchinson's divergence it is estimated by ‖εᵀJ‖² or ‖J ε‖², whose means are equal, from
+    the same products, at no further cost. With the exact divergence it is exact, from D tangents.
 
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
     """

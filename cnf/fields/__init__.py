@@ -1,13 +1,22 @@
 """Vector fields: v(t, x, context), always a velocity."""
 
-from cnf.fields.base import FIELDS, Adapter, HasDivergence, VectorField, exact_divergence
+from cnf.fields.base import (
+    FIELDS,
+    Adapter,
+    HasDivergence,
+    HasTangents,
+    VectorField,
+    exact_divergence,
+)
 from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
+from cnf.fields.diffusers import DiffusersField
 from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
 from cnf.fields.predicts import Predicts, WithScore, converted, score
 from cnf.fields.residual import ResidualField
+from cnf.fields.unet import UNetField
 from cnf.fields.wrappers import EndTime, Piecewise, Preconditioned
 
 __all__ = [
@@ -15,9 +24,11 @@ __all__ = [
     "LAYERS",
     "Adapter",
     "ConvField",
+    "DiffusersField",
     "EndTime",
     "Guided",
     "HasDivergence",
+    "HasTangents",
     "MLPField",
     "NullContext",
     "Piecewise",
@@ -25,6 +36,7 @@ __all__ = [
     "Preconditioned",
     "Predicts",
     "ResidualField",
+    "UNetField",
     "VectorField",
     "WithScore",
     "converted",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_choice, expect_shape
-from cnf.fields.trace import trace_of_jacobian
+from cnf.fields.trace import groups_of, trace_of_jacobian
 from cnf.printing import named, shaped
 from cnf.registry import Registry
 
@@ -81,6 +81,40 @@ class HasDivergence(Protocol):
         ...
 
 
+@runtime_checkable
+class HasTangents(Protocol):
+    """A field that computes products of its Jacobian together with its velocity."""
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity, of x's shape, and J·τ for each tangent τ, of the tangents' shape.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        ...
+
+
+def tangent_products(
+    field: VectorField, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `with_tangents` gives of a field that has it.
+
+    Args:
+        field: The field.
+        t: Time, shape () or (*batch,).
+        x: Points, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
+        tangents: Shape (n, *batch, *event).
+    """
+    assert isinstance(field, HasTangents), f"{type(field).__name__} has no products of tangents"
+    return field.with_tangents(t, x, context, tangents)
+
+
 def exact_divergence(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +122,9 @@ def exact_divergence(
 
     It is computed by the field's closed form, if it has one, else by D tangents in one pass of
     forward mode, or by D vector-Jacobian products in reverse mode if torch has no forward mode for
-    an operation of the field.
+    an operation of the field. The tangents of many or large rows are computed in groups of
+    `cnf.fields.trace.BYTES`; with gradients, if their graph would be large, they are computed
+    once more in the backward pass.
 
     Args:
         field: The field.
@@ -108,7 +144,36 @@ def exact_divergence(
             f"forward-mode directions per evaluation (limit {EXACT_LIMIT}); "
             "use an estimate: log_prob(x, divergence=Hutchinson(probes=8))"
         )
-    return trace_of_jacobian(lambda y: field(t, y, context), x, len(field.event_shape), field)
+    return _by_groups(field, t, x, context)
+
+
+def _by_groups(
+    field: VectorField, t: Tensor, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Velocity and exact divergence, of as many rows and tangents at once as memory permits."""
+    dims = len(field.event_shape)
+
+    def trace(
+        t: Tensor, x: Tensor, context: Tensor | None, together: int
+    ) -> tuple[Tensor, Tensor]:
+        return trace_of_jacobian(
+            lambda y: field(t, y, context), x, dims, field, together, (t, context)
+        )
+
+    rows, together = groups_of(lambda y: field(t, y, context), x, dims, field)
+    batch = x.shape[: x.dim() - dims]
+    if rows >= math.prod(batch):
+        return trace(t, x, context, together)
+    points = x.reshape(-1, *field.event_shape).split(rows)
+    times: Sequence[Tensor] = [t] * len(points)
+    if t.dim():
+        times = t.expand(batch).reshape(-1).split(rows)
+    contexts: Sequence[Tensor | None] = [context] * len(points)
+    if context is not None and context.dim() > 1:
+        contexts = context.expand(*batch, -1).reshape(-1, field.context_dim).split(rows)
+    parts = [trace(*own, together) for own in zip(times, points, contexts, strict=True)]
+    velocities, divergences = zip(*parts, strict=True)
+    return torch.cat(velocities).reshape(x.shape), torch.cat(divergences).reshape(batch)
 
 
 @FIELDS.register("adapter")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnf.fields.base import VectorField, exact_divergence
+from cnf.fields.base import VectorField, exact_divergence, tangent_products
 from cnf.fields.wrappers import Wrapper
 
 
@@ -47,6 +47,19 @@ class NullContext(Wrapper):
             context: Condition, shape (*batch, C), or None.
         """
         return exact_divergence(self.field, t, x, self.filled(context))
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `cnf.fields.HasTangents`, which this is if the wrapped field is.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        return tangent_products(self.field, t, x, self.filled(context), tangents)
 
     def filled(self, context: Tensor | None) -> Tensor:
         """The context, with missing values replaced by those of the learned vector."""

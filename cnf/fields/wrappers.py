@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnf.fields.base import VectorField, exact_divergence
+from cnf.fields.base import HasTangents, VectorField, exact_divergence, tangent_products
 from cnf.printing import grouped
 
 
@@ -80,6 +80,21 @@ class Retimed(Wrapper):
         rate, local = self._clock(t)
         v, div = exact_divergence(self.field, local, x, context)
         return rate * v, rate * div
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `cnf.fields.HasTangents`, which this is if the wrapped field is.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        rate, local = self._clock(t)
+        v, products = tangent_products(self.field, local, x, context, tangents)
+        return rate * v, rate * products
 
     @abstractmethod
     def _clock(self, t: Tensor) -> tuple[Tensor | int, Tensor]:
@@ -209,6 +224,21 @@ class Preconditioned(Wrapper):
         trace = math.prod(self.event_shape) * growth + shrink * div.reshape(*div.shape, *event)
         return growth * x + v, trace.reshape(div.shape)
 
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `cnf.fields.HasTangents`, which this is if the wrapped field is.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        growth, shrink = self._coefficients(t.to(x.dtype))
+        v, products = tangent_products(self.field, t, shrink * x, context, shrink * tangents)
+        return growth * x + v, growth * tangents + products
+
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The coefficients s'/s and 1/s, in a shape that broadcasts over the event."""
         if t.dim():
@@ -216,6 +246,11 @@ class Preconditioned(Wrapper):
         u = 2 * t - 1
         twice = 2 / (1 + u * u)  # 1/s²
         return u * twice, twice.sqrt()
+
+
+def has_tangents(field: VectorField) -> bool:
+    """Whether the field, and each that it wraps, is one that `HasTangents`."""
+    return all(isinstance(each, HasTangents) for each in wrapped(field))
 
 
 def wrapped(field: VectorField) -> Iterator[VectorField]:

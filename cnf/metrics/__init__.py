@@ -1,5 +1,6 @@
 """What is measured: of samples, of flows, with error bars, against evaluations of the field."""
 
+from cnf.metrics.code_length import bits_per_dim
 from cnf.metrics.distances import (
     c2st,
     energy_distance,
@@ -31,6 +32,7 @@ __all__ = [
     "Metric",
     "Score",
     "Trial",
+    "bits_per_dim",
     "c2st",
     "energy_distance",
     "gap",

@@ -198,6 +198,7 @@ def energy_distance(x: Tensor, y: Tensor, biased: bool = False) -> float:
 @metric(
     "samples",
     Score("c2st", "C2ST", "A classifier telling samples from data; 0.5 is best", note="accuracy"),
+    dims=200,  # its networks have 10 D units in each layer
 )
 def c2st(x: Tensor, y: Tensor, folds: int = 5, seed: int = 0, max_points: int = 2000) -> float:
     """Classifier two-sample test: held-out accuracy of telling x from y (0.5: it cannot).

@@ -8,11 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.dynamics import ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson, number_of_probes
 from cnf.errors import optional
 from cnf.flow import Flow, evaluating
 from cnf.training.diagnosis import warn_of_difference
-from cnf.transforms.continuous import Continuous, has_fixed_steps, is_continuous
+from cnf.transforms.continuous import Continuous, has_fixed_steps, is_continuous, odes_in
 
 
 class LogProb(NamedTuple):
@@ -62,7 +62,7 @@ def log_prob_with_error(
         generator: Source of the probes and of the dequantization's draw.
 
     Raises:
-        TypeError: An estimator for a flow whose transform is not a single `Continuous`.
+        ValueError: The confidence is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(
@@ -93,15 +93,9 @@ def _fixed(
     """The divergence with its probes drawn, so that both solves have the same."""
     if not is_continuous(flow.transform):
         return None
-    if isinstance(flow.transform, Continuous):
-        divergence = divergence or flow.transform.divergence
+    divergence = divergence or odes_in(flow.transform)[0].divergence
     built: Divergence = DIVERGENCES.build(divergence or "exact")
     if isinstance(built, Hutchinson):
-        if not isinstance(flow.transform, Continuous):
-            raise TypeError(
-                "log_prob_with_error: an estimator's spread needs a flow whose transform is one "
-                f"Continuous, got a {type(flow.transform).__name__}; take divergence='exact'"
-            )
         return replace(built, probe=built.draw(x.to(flow.dtype), generator))
     return built
 
@@ -117,9 +111,8 @@ def _scored(
 ) -> tuple[Tensor, Tensor | None]:
     """The log-density, and, where it is estimated, each probe's, shape (probes, *batch)."""
     generator = Generator(x.device).manual_seed(seed)
-    if not isinstance(flow.transform, Continuous):
+    if divergence is None or not number_of_probes(divergence):
         return flow.log_prob(x, context, divergence=divergence, generator=generator), None
-    assert divergence is not None
     value, solved = flow.log_prob_and_integral(
         x, context, divergence=divergence, generator=generator
     )

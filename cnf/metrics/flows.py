@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from cnf.data.arrays import as_numbers
 from cnf.dynamics import ode
+from cnf.dynamics.divergence import Divergence
 from cnf.dynamics.regularizers import kinetic_energy
 from cnf.errors import expect_counts, expect_finite
 from cnf.flow import Flow, evaluating, require_field
@@ -204,7 +205,11 @@ def straightness(
 
 @_evaluated
 def nfe(
-    flow: Flow, n: int = 1000, generator: Generator | None = None, context: Tensor | None = None
+    flow: Flow,
+    n: int = 1000,
+    generator: Generator | None = None,
+    context: Tensor | None = None,
+    divergence: str | Divergence | None = None,
 ) -> Evaluations:
     """Evaluations of the vector field that one `sample` and one `log_prob` of n points take.
 
@@ -215,12 +220,13 @@ def nfe(
         n: Points.
         generator: Source of the base samples.
         context: Condition, shape (C,) or (n, C).
+        divergence: As of `Flow.log_prob`.
     """
     start = _starts("nfe", flow, n, generator)
     with ode.record() as sampling:
         x = flow.decode(start, context)
     with ode.record() as scoring:
-        flow.log_prob(x, context)
+        flow.log_prob(x, context, divergence=divergence)
     return Evaluations(sampling.forward, scoring.forward)
 
 
@@ -272,6 +278,7 @@ def _energy_from(who: str, flow: Flow, start: Tensor, context: Tensor | None) ->
 
 PATHS = 2_000  # for path energy and straightness
 COUNT = 1_000  # points of what is slow, or counted only
+PICTURES = 100  # of either, where points are pictures
 SLOW = 1_000  # milliseconds
 
 
@@ -315,8 +322,9 @@ def _straightness(trial: Trial) -> float:
 def _of_paths(measure: Callable[..., Estimate], trial: Trial) -> float:
     if not isinstance(trial.flow.transform, Continuous):
         return math.nan
-    context = None if trial.context is None else trial.context[:PATHS]
-    count = PATHS if context is None else len(context)
+    most = PATHS if trial.test.x.dim() == 2 else PICTURES
+    context = None if trial.context is None else trial.context[:most]
+    count = most if context is None else len(context)
     return measure(trial.flow, count, trial.generator, context).value
 
 
@@ -327,7 +335,7 @@ def _of_paths(measure: Callable[..., Estimate], trial: Trial) -> float:
 def _round_trip(trial: Trial) -> float:
     x, context = trial.test.x[:COUNT], trial.test.context
     context = None if context is None else context[:COUNT]
-    return round_trip_error(trial.exact, x, context, trial.scale.to(x))
+    return round_trip_error(trial.exact, x, context, trial.scale.to(x.device))
 
 
 @metric(
@@ -380,7 +388,8 @@ def _ms_sample(trial: Trial) -> float:
     ),
 )  # fmt: skip
 def _ms_log_prob(trial: Trial) -> float:
-    return _milliseconds(lambda: trial.flow.log_prob(trial.test.x, trial.test.context))
+    x, context, divergence = trial.test.x, trial.test.context, trial.divergence
+    return _milliseconds(lambda: trial.flow.log_prob(x, context, divergence=divergence))
 
 
 def _milliseconds(call: Callable[[], Any], repeats: int = 3) -> float:

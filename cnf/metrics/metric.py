@@ -68,6 +68,7 @@ class Trial:
         scale: The unit of each column, which broadcasts to x.
         evaluations: Of the field, in one `sample` and one `log_prob` of 1,000 points.
         generator: Source of the starts of paths, from which metrics draw in turn.
+        divergence: The estimator of the trace that `log_q` is computed with; None for none.
     """
 
     flow: Flow
@@ -81,6 +82,7 @@ class Trial:
     scale: Tensor
     evaluations: Evaluations
     generator: Generator
+    divergence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ class Metric:
         needs: "samples" or "flow".
         function: What measures it.
         points: Of sets of samples, at most so many times the race's `w2_points`; all if None.
+        dims: Most dimensions of samples that it is measured in; any if None.
     """
 
     score: Score
     needs: Literal["samples", "flow"]
     function: Callable[..., Any]
     points: int | None = None
+    dims: int | None = None
 
     @property
     def about(self) -> str:
@@ -106,7 +110,10 @@ class Metric:
 
 
 def metric(
-    needs: Literal["samples", "flow"], score: Score, points: int | None = None
+    needs: Literal["samples", "flow"],
+    score: Score,
+    points: int | None = None,
+    dims: int | None = None,
 ) -> Callable[[F], F]:
     """Decorator that has every race measure what a function returns, and show it.
 
@@ -120,10 +127,11 @@ def metric(
             `Estimate`; of a flow also None, where it does not apply to the race.
         score: Its name, and how it is shown.
         points: Compare at most so many times the race's `w2_points` samples; all if None.
+        dims: Most dimensions of samples that it is measured in; any if None.
     """
 
     def add(function: F) -> F:
-        METRICS.register(score.key)(Metric(score, needs, function, points))
+        METRICS.register(score.key)(Metric(score, needs, function, points, dims))
         return function
 
     return add

@@ -4,6 +4,7 @@ from cnf.models.autoregressive import autoregressive_flow, iaf, maf, nsf_ar
 from cnf.models.build import MODELS, build
 from cnf.models.continuous import cnf, ffjord, otflow, rnode
 from cnf.models.coupling import coupling_flow, nice, nsf, realnvp
+from cnf.models.images import unet
 from cnf.models.multiscale import glow
 from cnf.models.planar_radial import planar, radial, sylvester
 
@@ -26,4 +27,5 @@ __all__ = [
     "realnvp",
     "rnode",
     "sylvester",
+    "unet",
 ]

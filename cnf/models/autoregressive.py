@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cnf.distributions import Base
 from cnf.flow import Flow
-from cnf.models.build import MODELS
+from cnf.models.build import MODELS, Dequantize, Preprocess
 from cnf.models.stacks import angles, layered, spline, stacked
 from cnf.transforms.autoregressive import Autoregressive
 from cnf.transforms.base import Inverse, Transform
@@ -20,8 +20,9 @@ def maf(
     layers: int = 5,
     activation: str = "relu",
     between: str | None = "reverse",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Masked autoregressive flow: `log_prob` takes one pass of the conditioners, `sample` D.
 
@@ -35,8 +36,12 @@ def maf(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
             random permutation), "lu" (a trained linear map) or None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -47,6 +52,7 @@ def maf(
     return autoregressive_flow(
         dim, context=context, hidden=hidden, layers=layers, activation=activation,
         between=between, preprocess=preprocess, context_preprocess=context_preprocess,
+        dequantization=dequantization,
     )  # fmt: skip
 
 
@@ -59,8 +65,9 @@ def iaf(
     layers: int = 5,
     activation: str = "relu",
     between: str | None = "reverse",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Inverse autoregressive flow: `sample` takes one pass of the conditioners, `log_prob` D.
 
@@ -74,8 +81,12 @@ def iaf(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
             random permutation), "lu" (a trained linear map) or None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -90,7 +101,7 @@ def iaf(
         )
 
     stack = layered(layer, layers, dim, between, halves=False)
-    return stacked(stack, dim, preprocess, context_preprocess)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("nsf-ar")
@@ -104,8 +115,9 @@ def nsf_ar(
     bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     period: float | None = None,
 ) -> Flow:
     """Autoregressive neural spline flow: one pass of the nets for `log_prob`, D for `sample`.
@@ -124,8 +136,12 @@ def nsf_ar(
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
             random permutation), "lu" (a trained linear map) or None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         period: Period of the data, if all variables are angles: the splines are circular on
             [-period/2, period/2) and the base is uniform. It requires preprocess=None, no bound
             and no "lu".
@@ -140,6 +156,7 @@ def nsf_ar(
         dim, spline("nsf-ar", bins, bound, period, between, preprocess), context=context,
         hidden=hidden, layers=layers, activation=activation, between=between, period=period,
         base=angles(dim, period), preprocess=preprocess, context_preprocess=context_preprocess,
+        dequantization=dequantization,
     )  # fmt: skip
 
 
@@ -154,8 +171,9 @@ def autoregressive_flow(
     between: str | None = "reverse",
     period: float | None = None,
     base: Base | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Autoregressive flow with any elementwise map as its transformer.
 
@@ -177,8 +195,12 @@ def autoregressive_flow(
             random permutation), "lu" (a trained linear map) or None.
         period: Period of the data, if they are angles; the conditioners see sines and cosines.
         base: Base distribution; N(0, I) if None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -194,4 +216,4 @@ def autoregressive_flow(
         )  # fmt: skip
 
     stack = layered(layer, layers, dim, between, halves=False)
-    return stacked(stack, dim, preprocess, context_preprocess, base)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization, base)

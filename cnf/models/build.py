@@ -5,16 +5,20 @@ from functools import wraps
 from inspect import Parameter, isclass, signature
 from typing import Any, ParamSpec
 
+from cnf.dequantization import DEQUANTIZATIONS, Dequantization
 from cnf.distributions import Base
 from cnf.errors import expect_choice, is_count, is_whole
 from cnf.flow import Flow
-from cnf.registry import Registry, expect_options_of, spec
-from cnf.transforms.base import Transform
+from cnf.registry import Registry, expect_options_of, options_of, spec
+from cnf.transforms.base import Compose, Transform
 from cnf.transforms.context import StandardizeContext
-from cnf.transforms.normalization import Standardize
+from cnf.transforms.preprocessing import PREPROCESSING
 
 P = ParamSpec("P")
-FORMER = ("standardise",)  # its name in files of version 0.1
+FORMER = "standardise"  # the name of "standardize" in files of version 0.1
+Part = str | Mapping[str, Any] | Transform
+Preprocess = Part | Sequence[Part] | None
+Dequantize = str | Mapping[str, Any] | Dequantization | None
 
 
 class Models(Registry):
@@ -77,6 +81,17 @@ class Models(Registry):
 
         return add
 
+    def taking(self, option: str) -> list[str]:
+        """Names of the models that have an option: "dim" those of vectors, "shape" of images.
+
+        Args:
+            option: Name of an argument, such as "dim", "shape" or "solver".
+
+        >>> MODELS.taking("shape")
+        ['cnf', 'ffjord', 'rnode', 'unet', 'glow']
+        """
+        return [name for name, builder in self.items() if option in signature(builder).parameters]
+
 
 MODELS = Models("model")
 
@@ -90,12 +105,18 @@ def build(name: str, /, **options: Any) -> Flow:
     Args:
         name: A name in `MODELS`, such as "nsf-ar" for `nsf_ar`.
         options: The function's arguments: `dim`, `context`, `hidden`, `layers`, `solver`,
-            `preprocess`, `context_preprocess`, …
+            `preprocess`, `context_preprocess`, `dequantization`, …
 
     Raises:
-        ValueError: The name is unknown, or the model does not have an option.
+        ValueError: The name is unknown, or the model does not have an option, or models no images.
     """
     builder = MODELS[name]
+    if "shape" in options and "shape" not in options_of(builder):
+        known = ", ".join(model for model in MODELS if "shape" in options_of(MODELS[model]))
+        raise ValueError(
+            f"{name}: models vectors, got images of shape {tuple(options['shape'])}; models of "
+            f"images are {known}"
+        )
     expect_options_of(builder, name, options)
     return builder(**options)
 
@@ -103,33 +124,59 @@ def build(name: str, /, **options: Any) -> Flow:
 def assembled(
     transform: Transform,
     event_shape: Sequence[int],
-    preprocess: str | None,
+    preprocess: Preprocess,
     context_preprocess: str | None,
+    dequantization: Dequantize,
     base: Base | None = None,
 ) -> Flow:
-    """A flow of a transform and a base, with preprocessing of data and context by name.
+    """A flow of a transform and a base, with what stands between it and the data by name.
+
+    >>> flow = build("nsf", dim=2, preprocess=["whiten", "radial"])
+    >>> flow.preprocess
+    Compose(RadialGaussianization(2, not fitted), Whiten(2, not fitted))
+    >>> flow.spec["options"]["preprocess"]
+    ['whiten', 'radial']
 
     Args:
         transform: The map from base to data.
         event_shape: Shape of a data point.
-        preprocess: "standardize" or None.
+        preprocess: A name in `PREPROCESSING`, a mapping with a "name" and options, an instance, a
+            list of these in the order in which they are applied to the data, or None. What has
+            levels takes those of the dequantization, unless others are given.
         context_preprocess: "standardize" or None; without effect if there is no context.
+        dequantization: A name in `DEQUANTIZATIONS`, a mapping with a "name" and options, an
+            instance, or None.
         base: Base distribution; N(0, I) if None.
 
     Raises:
-        ValueError: A name is unknown.
+        ValueError: A name or an option is unknown.
     """
-    for argument, name in (("preprocess", preprocess), ("context_preprocess", context_preprocess)):
-        if name not in FORMER:
-            expect_choice("models", argument, name, ("standardize", None))
+    if context_preprocess != FORMER:
+        expect_choice("models", "context_preprocess", context_preprocess, ("standardize", None))
     of_context = context_preprocess and transform.context_dim
+    sizes = {"event_shape": tuple(event_shape)}
+    noise = None
+    if dequantization is not None:
+        noise = DEQUANTIZATIONS.build(dequantization, "models", sizes)
+        sizes["levels"] = noise.levels
     return Flow(
         base,
         transform,
-        Standardize(event_shape) if preprocess else None,
+        _preprocessing(preprocess, sizes),
+        noise,
         context_preprocess=StandardizeContext(transform.context_dim) if of_context else None,
         event_shape=event_shape,
     )
+
+
+def _preprocessing(given: Preprocess, sizes: Mapping[str, Any]) -> Transform | None:
+    """The transform from what the flow models to (dequantized) data; None if nothing is given."""
+    if given is None:
+        return None
+    listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    names = ("standardize" if one == FORMER else one for one in listed)
+    parts = [PREPROCESSING.build(name, "models", sizes) for name in names]
+    return Compose(parts[::-1]) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _expect_sizes(who: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:

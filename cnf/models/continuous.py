@@ -16,7 +16,9 @@ from cnf.fields import (
     VectorField,
 )
 from cnf.flow import Flow
-from cnf.models.build import MODELS, assembled
+from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
+from cnf.models.scales import Ode, at_scales
+from cnf.transforms.base import Transform
 from cnf.transforms.continuous import Continuous, Recipe
 
 
@@ -31,8 +33,9 @@ def cnf(
     frequencies: int = 4,
     fourier: int | None = None,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
     null_context: bool = False,
 ) -> Flow:
@@ -51,8 +54,12 @@ def cnf(
             D <= 4 and 0 above, where the exact trace would take D more products.
         solver: A `Solver` or its arguments; by default dopri5 at 1e-6, and 1e-5 while likelihood
             trains it.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
@@ -74,7 +81,9 @@ def cnf(
     field = Preconditioned(_blocks(block, layers))
     recipe = Recipe(solver=Solver() if solver is None else None)
     solver = Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6})
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 @MODELS.register("ffjord")
@@ -83,20 +92,25 @@ def ffjord(
     *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64, 64),
-    layers: int = 1,
+    layers: int | None = None,
     activation: str | None = None,
-    end_time: float = 0.5,
+    end_time: float | None = None,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
+    scales: int | None = None,
     null_context: bool = False,
 ) -> Flow:
     """FFJORD: concatsquash layers, a trained end time, dopri5 at 1e-5 with the adjoint.
 
-    The defaults are those of the paper for 2-D densities, except that data are standardized; for
-    images, the field has softplus activations and convolutions. Likelihood training uses one
-    Hutchinson probe, evaluation the exact trace.
+    The defaults are those of the paper for 2-D densities, except that data are standardized, and
+    for images: at each scale but the last, two blocks, a squeeze, two more, and half of the
+    channels are factored out; the fields are convolutions with softplus, to each of which t is
+    joined as a channel. Likelihood training uses one Hutchinson probe for each ODE, evaluation the
+    exact trace, which takes C·H·W directions for images: an estimate is asked for by
+    `log_prob(x, divergence=Hutchinson(probes=8))`.
 
     Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 
@@ -104,31 +118,44 @@ def ffjord(
         dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
-        layers: Number of blocks, each with a field of its own.
+        layers: Number of blocks, each with a field of its own: 1 for vectors and 2 for images if
+            None. Of images, in each ODE: before and after each squeeze, and at the last scale.
         activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
             if None.
-        end_time: End time of each block's ODE at the start of training; it is trained.
+        end_time: End time of each block's ODE at the start of training; it is trained. 0.5 for
+            vectors and 1 for images if None.
         solver: A `Solver` or its arguments; by default dopri5 at 1e-5 with the adjoint.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
-        shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
+        shape: Shape (C, H, W) of images, instead of dim, for convolutional fields.
+        scales: Number of scales, for images; as many as leave no side below 4 pixels if None (28,
+            14 and 7 pixels: 3). With 1 the flow has one `field`, and can be trained by
+            flow matching.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
-        A `Flow` whose `field` is the vector field.
+        A `Flow` whose `field` is the vector field; with several scales there is no single one.
 
     Raises:
-        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
-            unknown.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
+            unknown, or height and width cannot be halved so often.
     """
+    if end_time is None:
+        end_time = 0.5 if shape is None else 1.0
 
-    def block() -> VectorField:
-        return EndTime(_ffjord_field(dim, shape, hidden, context, activation), end_time)
+    def block(event: Sequence[int]) -> VectorField:
+        return EndTime(_ffjord_field(event, hidden, context, activation), end_time)
 
+    layers = _layers(layers, shape)
     solver = Solver.of(solver or {"gradient": "adjoint"})
     recipe = Recipe(divergence="hutchinson")
-    field = _blocks(block, layers)
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    ode = _stack(block, layers, solver, recipe, null_context)
+    transform, event = _of_points_or_images("ffjord", dim, shape, scales, ode)
+    return assembled(transform, event, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("rnode")
@@ -137,14 +164,16 @@ def rnode(
     *,
     context: int = 0,
     hidden: Sequence[int] = (64, 64, 64),
-    layers: int = 1,
+    layers: int | None = None,
     activation: str | None = None,
     kinetic: float = 0.01,
     jacobian: float = 0.01,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
+    scales: int | None = None,
     null_context: bool = False,
 ) -> Flow:
     """RNODE: FFJORD regularized to straight paths, such that few fixed steps suffice to train.
@@ -152,6 +181,7 @@ def rnode(
     Likelihood training penalizes the kinetic energy and the Jacobian's Frobenius norm, which is
     estimated from the same product as the trace, and uses RK4 with steps of 1/4 unless a solver is
     given. Evaluation uses the exact trace and dopri5 at 1e-5.
+    The penalties of images are summed over the ODEs of all scales. No end time is trained.
 
     Source: Finlay et al. (2020), RNODE, https://arxiv.org/abs/2002.02798.
 
@@ -159,36 +189,45 @@ def rnode(
         dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the field's hidden layers (channels, for images).
-        layers: Number of blocks, each with a field of its own.
+        layers: Number of blocks, each with a field of its own: 1 for vectors and 2 for images if
+            None. Of images, in each ODE: before and after each squeeze, and at the last scale.
         activation: A name in `cnf.nets.ACTIVATIONS`; "tanh" for vectors and "softplus" for images
             if None.
         kinetic: Weight of the penalty ∫‖v‖² dt, added to the NLL in nats.
         jacobian: Weight of the penalty ∫‖∂v/∂x‖² dt.
         solver: A `Solver` or its arguments, for training and evaluation.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
-        shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
+        shape: Shape (C, H, W) of images, instead of dim, for convolutional fields.
+        scales: Number of scales, for images; as many as leave no side below 4 pixels if None (28,
+            14 and 7 pixels: 3). With 1 the flow has one `field`, and can be trained by
+            flow matching.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
-        A `Flow` whose `field` is the vector field.
+        A `Flow` whose `field` is the vector field; with several scales there is no single one.
 
     Raises:
-        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
-            unknown.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
+            unknown, or height and width cannot be halved so often.
     """
 
-    def block() -> VectorField:
-        return _ffjord_field(dim, shape, hidden, context, activation)
+    def block(event: Sequence[int]) -> VectorField:
+        return _ffjord_field(event, hidden, context, activation)
 
+    layers = _layers(layers, shape)
     recipe = Recipe(
         "hutchinson",
         {name: w for name, w in (("kinetic", kinetic), ("jacobian", jacobian)) if w},
         Solver("rk4", steps=4 * layers) if solver is None else None,
     )
-    solver = Solver.of(solver)
-    field = _blocks(block, layers)
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    ode = _stack(block, layers, Solver.of(solver), recipe, null_context)
+    transform, event = _of_points_or_images("rnode", dim, shape, scales, ode)
+    return assembled(transform, event, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("otflow")
@@ -200,8 +239,9 @@ def otflow(
     transport: float = 0.01,
     hjb: float = 0.05,
     solver: Solver | Mapping[str, Any] | str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     null_context: bool = False,
 ) -> Flow:
     """OT-Flow: the gradient field of a potential, trained with transport and HJB penalties.
@@ -219,8 +259,12 @@ def otflow(
             the paper's α = (1, 100, 5).
         hjb: Weight of the Hamilton-Jacobi-Bellman residual, 5/100 in the paper.
         solver: A `Solver` or its arguments, for training and evaluation.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
@@ -239,19 +283,22 @@ def otflow(
         lr=0.1,
     )
     solver = Solver.of(solver or {"method": "rk4", "steps": 16})
-    return _continuous(field, solver, preprocess, context_preprocess, recipe, null_context)
+    return _continuous(
+        field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
+    )
 
 
 def _continuous(
     field: VectorField,
     solver: Solver,
-    preprocess: str | None,
+    preprocess: Preprocess,
     context_preprocess: str | None,
+    dequantization: Dequantize,
     recipe: Recipe,
     null_context: bool,
 ) -> Flow:
     transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
-    return assembled(transform, field.event_shape, preprocess, context_preprocess)
+    return assembled(transform, field.event_shape, preprocess, context_preprocess, dequantization)
 
 
 def _blocks(block: Callable[[], VectorField], layers: int) -> VectorField:
@@ -259,14 +306,44 @@ def _blocks(block: Callable[[], VectorField], layers: int) -> VectorField:
     return block() if layers == 1 else Piecewise([block() for _ in range(layers)])
 
 
-def _ffjord_field(
-    dim: int | None,
-    shape: Sequence[int] | None,
-    hidden: Sequence[int],
-    context: int,
-    activation: str | None,
-) -> VectorField:
+def _layers(layers: int | None, shape: Sequence[int] | None) -> int:
+    if layers is not None:
+        return layers
+    return 1 if shape is None else 2
+
+
+def _stack(
+    block: Callable[[Sequence[int]], VectorField],
+    layers: int,
+    solver: Solver,
+    recipe: Recipe,
+    null_context: bool,
+) -> Ode:
+    """What makes the `Continuous` of some blocks for points of a shape."""
+
+    def ode(event: Sequence[int]) -> Continuous:
+        field = _blocks(lambda: block(event), layers)
+        field = NullContext(field) if null_context else field
+        return Continuous(field, solver, recipe=recipe)
+
+    return ode
+
+
+def _of_points_or_images(
+    who: str, dim: int | None, shape: Sequence[int] | None, scales: int | None, ode: Ode
+) -> tuple[Transform, Sequence[int]]:
+    """The transform, and the shape of an event: one ODE for points, several scales for images."""
     if shape is not None:
-        return ConvField(shape, hidden, context, activation or "softplus")
+        return at_scales(who, shape, scales, ode), tuple(shape)
     assert dim is not None
-    return MLPField(dim, hidden, context, activation or "tanh", 0, layer="concatsquash")
+    if scales is not None:
+        raise ValueError(f"{who}: scales are those of an image: expected shape=…, got dim={dim}")
+    return ode((dim,)), (dim,)
+
+
+def _ffjord_field(
+    event: Sequence[int], hidden: Sequence[int], context: int, activation: str | None
+) -> VectorField:
+    if len(event) == 1:
+        return MLPField(event[0], hidden, context, activation or "tanh", 0, layer="concatsquash")
+    return ConvField(event, hidden, context, activation or "softplus", layer="concat")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cnf.distributions import Base
 from cnf.flow import Flow
-from cnf.models.build import MODELS
+from cnf.models.build import MODELS, Dequantize, Preprocess
 from cnf.models.stacks import angles, half, layered, spline, stacked
 from cnf.transforms.base import Transform
 from cnf.transforms.coupling import Coupling
@@ -19,8 +19,9 @@ def nice(
     hidden: Sequence[int] = (128, 128),
     layers: int = 8,
     activation: str = "relu",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """NICE: additive coupling layers, which preserve volume, and a diagonal scaling.
 
@@ -32,8 +33,12 @@ def nice(
         hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -53,7 +58,7 @@ def nice(
 
     scaling = Elementwise(dim, Affine(), context_dim=context)
     stack = [*layered(layer, layers, dim, None), scaling]
-    return stacked(stack, dim, preprocess, context_preprocess)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("realnvp")
@@ -65,8 +70,9 @@ def realnvp(
     layers: int = 8,
     activation: str = "silu",
     between: str | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """RealNVP: affine couplings with a bounded log-scale; it starts as the identity.
 
@@ -81,8 +87,12 @@ def realnvp(
         between: Map between layers, whose masks alternate between the halves: None, "shuffle" (a
             random permutation before every pair of layers, so that the halves are random) or "lu"
             (a trained linear map).
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -93,6 +103,7 @@ def realnvp(
     return coupling_flow(
         dim, context=context, hidden=hidden, layers=layers, activation=activation,
         between=between, preprocess=preprocess, context_preprocess=context_preprocess,
+        dequantization=dequantization,
     )  # fmt: skip
 
 
@@ -107,8 +118,9 @@ def nsf(
     bound: float | None = None,
     activation: str = "relu",
     between: str | None = "lu",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     period: float | None = None,
 ) -> Flow:
     """Neural spline flow: couplings by rational-quadratic splines; it starts as the identity.
@@ -128,8 +140,12 @@ def nsf(
         between: Map between layers, whose masks alternate between the halves: None, "shuffle" (a
             random permutation before every pair of layers, so that the halves are random) or "lu"
             (a trained linear map).
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         period: Period of the data, if all variables are angles: the splines are circular on
             [-period/2, period/2) and the base is uniform. It requires preprocess=None, no bound
             and no "lu".
@@ -144,6 +160,7 @@ def nsf(
         dim, spline("nsf", bins, bound, period, between, preprocess), context=context,
         hidden=hidden, layers=layers, activation=activation, between=between, period=period,
         base=angles(dim, period), preprocess=preprocess, context_preprocess=context_preprocess,
+        dequantization=dequantization,
     )  # fmt: skip
 
 
@@ -158,8 +175,9 @@ def coupling_flow(
     between: str | None = None,
     period: float | None = None,
     base: Base | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Coupling flow with any elementwise map as its transformer.
 
@@ -182,8 +200,12 @@ def coupling_flow(
             (a trained linear map).
         period: Period of the data, if they are angles; the conditioners see sines and cosines.
         base: Base distribution; N(0, I) if None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -199,4 +221,4 @@ def coupling_flow(
         )  # fmt: skip
 
     stack = layered(layer, layers, dim, between)
-    return stacked(stack, dim, preprocess, context_preprocess, base)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization, base)

@@ -5,7 +5,7 @@ from typing import Any
 
 from cnf.errors import expect_counts
 from cnf.flow import Flow
-from cnf.models.build import MODELS, assembled
+from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
 from cnf.models.stacks import half, stacked
 from cnf.transforms.base import Compose, Inverse, Transform
 from cnf.transforms.coupling import Coupling
@@ -23,8 +23,9 @@ def glow(
     layers: int = 8,
     levels: int | None = None,
     activation: str = "relu",
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
 ) -> Flow:
     """Glow: steps of actnorm, a linear map initialized as a rotation, and an affine coupling.
@@ -42,8 +43,12 @@ def glow(
         layers: Number of steps (per level, for images).
         levels: Number of levels, for images; 2 if None.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim; H and W are multiples of 2^levels.
 
     Returns:
@@ -62,7 +67,7 @@ def glow(
         for k in range(layers):
             coupling = Coupling(dim, half(dim, k), **net)
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
-        return stacked(steps, dim, preprocess, context_preprocess)
+        return stacked(steps, dim, preprocess, context_preprocess, dequantization)
     levels = 2 if levels is None else levels
     if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
         raise ValueError(
@@ -70,7 +75,7 @@ def glow(
             f"got {tuple(shape)}"
         )
     transform = _levels(shape, levels, layers, net)
-    return assembled(transform, tuple(shape), preprocess, context_preprocess)
+    return assembled(transform, tuple(shape), preprocess, context_preprocess, dequantization)
 
 
 def _levels(shape: Sequence[int], levels: int, layers: int, net: Mapping[str, Any]) -> Transform:

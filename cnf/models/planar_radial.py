@@ -1,7 +1,7 @@
 """Planar, radial and Sylvester flows, whose inverses are computed by root finding."""
 
 from cnf.flow import Flow
-from cnf.models.build import MODELS
+from cnf.models.build import MODELS, Dequantize, Preprocess
 from cnf.models.stacks import layered, stacked
 from cnf.transforms.planar import Planar, Radial, Sylvester
 
@@ -12,8 +12,9 @@ def planar(
     *,
     context: int = 0,
     layers: int = 16,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Planar flow: each layer moves points along one direction, by a function of a projection.
 
@@ -23,8 +24,12 @@ def planar(
         dim: Number of variables D.
         context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -33,7 +38,7 @@ def planar(
         ValueError: A size is below 1, or a name is unknown.
     """
     stack = layered(lambda k: Planar(dim, context), layers, dim, None)
-    return stacked(stack, dim, preprocess, context_preprocess)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("radial")
@@ -42,8 +47,9 @@ def radial(
     *,
     context: int = 0,
     layers: int = 16,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Radial flow: each layer contracts or expands space around a point.
 
@@ -53,8 +59,12 @@ def radial(
         dim: Number of variables D.
         context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -63,7 +73,7 @@ def radial(
         ValueError: A size is below 1, or a name is unknown.
     """
     stack = layered(lambda k: Radial(dim, context), layers, dim, None)
-    return stacked(stack, dim, preprocess, context_preprocess)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization)
 
 
 @MODELS.register("sylvester")
@@ -73,8 +83,9 @@ def sylvester(
     context: int = 0,
     layers: int = 8,
     rank: int | None = None,
-    preprocess: str | None = "standardize",
+    preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
 ) -> Flow:
     """Sylvester flow: planar layers along several orthogonal directions at once.
 
@@ -85,8 +96,12 @@ def sylvester(
         context: Size of the context, on which the layers' parameters depend linearly; 0 for none.
         layers: Number of layers.
         rank: Number of directions per layer; the smaller of D and 8 if None.
-        preprocess: "standardize", fitted at the first `cnf.fit`, or None.
-        context_preprocess: The same for the context.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
 
     Returns:
         A `Flow` of points of shape (dim,).
@@ -96,4 +111,4 @@ def sylvester(
     """
     rank = min(dim, 8) if rank is None else rank
     stack = layered(lambda k: Sylvester(dim, rank, context), layers, dim, None)
-    return stacked(stack, dim, preprocess, context_preprocess)
+    return stacked(stack, dim, preprocess, context_preprocess, dequantization)

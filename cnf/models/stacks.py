@@ -7,7 +7,7 @@ import torch
 from cnf.distributions import Base, UniformAngles
 from cnf.errors import expect_choice, expect_counts
 from cnf.flow import Flow
-from cnf.models.build import assembled
+from cnf.models.build import Dequantize, Preprocess, assembled
 from cnf.transforms.base import Compose, Transform
 from cnf.transforms.elementwise import ElementwiseMap, Inverted
 from cnf.transforms.linear import LU, Permutation
@@ -20,12 +20,15 @@ ORDERS = (*HALVES, "reverse")
 def stacked(
     transforms: list[Transform],
     dim: int,
-    preprocess: str | None,
+    preprocess: Preprocess,
     context_preprocess: str | None,
+    dequantization: Dequantize,
     base: Base | None = None,
 ) -> Flow:
     """A flow of vectors whose transforms are listed from base to data; see `assembled`."""
-    return assembled(Compose(transforms), (dim,), preprocess, context_preprocess, base)
+    return assembled(
+        Compose(transforms), (dim,), preprocess, context_preprocess, dequantization, base
+    )
 
 
 def layered(
@@ -82,7 +85,7 @@ def spline(
     bound: float | None,
     period: float | None,
     between: str | None,
-    preprocess: str | None,
+    preprocess: Preprocess,
 ) -> ElementwiseMap:
     """The spline of a neural spline flow, in closed form from data to base, as in training.
 

@@ -1,6 +1,6 @@
 """Maximum likelihood, with the penalties that keep a continuous flow easy to solve."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -10,16 +10,15 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from cnf.dynamics.divergence import DIVERGENCES, Divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, number_of_probes
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive, warn
-from cnf.flow import Flow, require_field
+from cnf.flow import Flow, require_odes
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
-from cnf.transforms.base import transforms_in
-from cnf.transforms.continuous import Continuous, Recipe
+from cnf.transforms.continuous import Continuous, Recipe, Solve, odes_in, under_recipes
 
 
 @dataclass
@@ -30,8 +29,10 @@ class LikelihoodRows(RowTensors):
         x: Data, shape (N, *event).
         context: Condition, shape (N, C).
         weight: Weight of each row, shape (N,).
-        probe: Hutchinson probes, shape (N, probes, *event).
-        stop: Time at which the solve towards the base ends, the same in each row, shape (N,).
+        probe: Hutchinson probes of each ODE after the other, shape (N, probes, *event). An ODE of
+            part of the variables takes the first entries.
+        stop: How far from its end each ODE's solve stops, the same in each row, shape (N,), or
+            (N, ODEs) where there are several.
     """
 
     x: Tensor
@@ -42,11 +43,17 @@ class LikelihoodRows(RowTensors):
 
 
 class _Likelihood(NamedTuple):
-    """What a flow's likelihood is computed with."""
+    """What a flow's likelihood is computed with.
 
-    flow: Flow  # under the solver of the loss
-    divergence: Divergence
-    penalties: Mapping[str, float]
+    Attributes:
+        flow: The flow under the solvers of the loss.
+        divergences: That of each ODE; of a flow without any, one for its `log_prob`.
+        penalties: Weights by name, of each ODE.
+    """
+
+    flow: Flow
+    divergences: tuple[Divergence, ...]
+    penalties: tuple[Mapping[str, float], ...]
 
 
 @OBJECTIVES.register("maximum-likelihood")
@@ -55,7 +62,8 @@ class MaximumLikelihood(Objective):
     """Mean negative log-likelihood in nats, plus penalties along a continuous flow's paths.
 
     What is None is as the flow's own `Recipe` says: `ffjord` trains with one Hutchinson probe,
-    `rnode` and `otflow` with their penalties.
+    `rnode` and `otflow` with their penalties. In a flow of several ODEs, such as a multi-scale
+    one, each follows its own recipe and has its own probes and end time; penalties are summed.
 
     Args:
         divergence: "exact", or an estimator such as "hutchinson" or `Hutchinson(probes=2)`.
@@ -111,23 +119,26 @@ class MaximumLikelihood(Objective):
         if begun[0] is module:
             return begun[1]
         flow = as_flow("MaximumLikelihood", module)
-        recipe = _recipe(flow)
-        penalties = recipe.penalties if self.penalties is None else self.penalties
-        if penalties or self.steer:
-            require_field("MaximumLikelihood(penalties=…, steer=…)", flow)
-        divergence = DIVERGENCES.build(self.divergence or recipe.divergence)
-        return _Likelihood(self.as_trained(flow), divergence, penalties)
+        recipes = [ode.recipe for ode in odes_in(flow.transform)]
+        penalties = [r.penalties if self.penalties is None else self.penalties for r in recipes]
+        if self.penalties or self.steer:
+            require_odes("MaximumLikelihood(penalties=…, steer=…)", flow)
+        divergences = [self.divergence or r.divergence for r in recipes or [Recipe()]]
+        built = tuple(DIVERGENCES.build(each) for each in divergences)
+        return _Likelihood(self.as_trained(flow), built, tuple(penalties))
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None
     ) -> LikelihoodRows:
-        flow, divergence, _ = self._resolve(module)
+        flow, divergences, penalties = self._resolve(module)
         expect_rows("MaximumLikelihood", flow, batch.x)
-        probe, stop = divergence.draw(batch.x.to(flow.dtype), generator), None
+        drawn = [each.draw(batch.x.to(flow.dtype), generator) for each in divergences]
+        probes, stop = [probe for probe in drawn if probe is not None], None
         if self.steer:
-            stop = self.steer * draw(torch.rand, (), generator, like=batch.x)
-            stop = stop.expand(len(batch.x))
-        probe = None if probe is None else probe.movedim(0, 1)
+            shape = (len(penalties),) if len(penalties) > 1 else ()
+            stop = self.steer * draw(torch.rand, shape, generator, like=batch.x)
+            stop = stop.expand(len(batch.x), *shape)
+        probe = torch.cat(probes).movedim(0, 1) if probes else None
         return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop)
 
     def __call__(
@@ -135,13 +146,14 @@ class MaximumLikelihood(Objective):
     ) -> Loss:
         if isinstance(batch, Batch):
             batch = self.prepare(module, batch, generator)
-        log_prob, integrals = self._scores(module, batch, generator)
-        nll = weighted_mean(-log_prob, batch.weight)
-        costs = {name: weighted_mean(value, batch.weight) for name, value in integrals.items()}
-        value, penalties = nll, self._resolve(module).penalties
-        if penalties:
-            value = nll + sum(weight * costs[name] for name, weight in penalties.items())
-        logged = {name: cost.detach() for name, cost in costs.items()}
+        log_prob, costs = self._scores(module, batch, generator)
+        value = nll = weighted_mean(-log_prob, batch.weight)
+        penalties, logged = self._resolve(module).penalties, {}
+        for weights, integrals in zip(penalties, costs, strict=True):
+            for name, weight in weights.items():
+                cost = weighted_mean(integrals[name], batch.weight)
+                value = value + weight * cost
+                logged[name] = logged.get(name, 0.0) + cost.detach()
         return Loss(value, {"nll": nll.detach(), **logged})
 
     def per_row(
@@ -149,48 +161,61 @@ class MaximumLikelihood(Objective):
     ) -> Tensor:
         if isinstance(batch, Batch):
             batch = self.prepare(module, batch, generator)
-        log_prob, integrals = self._scores(module, batch, generator)
-        penalties = self._resolve(module).penalties
-        return -log_prob + sum(weight * integrals[name] for name, weight in penalties.items())
+        log_prob, costs = self._scores(module, batch, generator)
+        each = zip(self._resolve(module).penalties, costs, strict=True)
+        terms = [weight * found[name] for told, found in each for name, weight in told.items()]
+        return sum(terms, -log_prob)
 
     def _scores(
         self, module: nn.Module, rows: LikelihoodRows, generator: Generator | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log-density and each penalty's integral, shape (N,)."""
-        flow, divergence, penalties = self._resolve(module)
-        if rows.probe is not None:
-            divergence = replace(divergence, probe=rows.probe.movedim(1, 0))  # pyright: ignore
-        if not penalties and rows.stop is None:
-            log_prob = flow.log_prob(
-                rows.x, rows.context, divergence=divergence, generator=generator
-            )
-            return log_prob, {}
-        log_prob, solved = flow.log_prob_and_integral(
-            rows.x, rows.context, divergence=divergence, generator=generator,
-            integrands=[REGULARIZERS[name] for name in penalties],
-            stop=None if rows.stop is None else rows.stop[0].item(),
-        )  # fmt: skip
-        return log_prob, dict(zip(penalties, solved.integrals, strict=True))
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Log-density, and each penalty's integral along each ODE, shape (N,)."""
+        flow, divergences, penalties = self._resolve(module)
+        first, *others = divergences
+        if rows.probe is None and rows.stop is None and not any(penalties):
+            if all(other == first for other in others):
+                log_prob = flow.log_prob(
+                    rows.x, rows.context, divergence=first, generator=generator
+                )
+                return log_prob, [{} for _ in penalties]
+        log_prob, integrals = flow.log_prob_and_integrals(
+            rows.x, rows.context, solves=_solves(rows, divergences, penalties), generator=generator
+        )
+        found = zip(penalties, integrals, strict=True)
+        return log_prob, [dict(zip(names, values, strict=True)) for names, values in found]
 
     def as_trained(self, flow: Flow) -> Flow:
-        solver = _recipe(flow).solver if self.solver is None else Solver.of(self.solver)
-        return flow if solver is None else flow.with_solver(solver)
+        if self.solver is not None:
+            return flow.with_solver(Solver.of(self.solver))
+        if not any(ode.recipe.solver for ode in odes_in(flow.transform)):
+            return flow
+        return flow.with_transform(under_recipes(flow.transform))
 
     def learning_rate(self, module: nn.Module) -> float:
-        """The learning rate of the model's recipe, or this objective's."""
-        return _recipe(as_flow("MaximumLikelihood", module)).lr or self.lr
+        """The lowest learning rate of the model's recipes, or this objective's."""
+        flow = as_flow("MaximumLikelihood", module)
+        rates = [ode.recipe.lr for ode in odes_in(flow.transform) if ode.recipe.lr]
+        return min(rates, default=self.lr)
 
 
-def _recipe(flow: Flow) -> Recipe:
-    """The recipe of the flow's continuous parts, which must share one."""
-    parts = transforms_in(flow.transform)
-    first, *others = [p.recipe for p in parts if isinstance(p, Continuous)] or [Recipe()]
-    if any(other != first for other in others):
-        raise ValueError(
-            "MaximumLikelihood: expected the continuous parts of a flow to share a recipe, got "
-            f"{first} and others; build each with the same recipe=…"
-        )
-    return first
+def _solves(
+    rows: LikelihoodRows,
+    divergences: Sequence[Divergence],
+    penalties: Sequence[Mapping[str, float]],
+) -> list[Solve]:
+    """How each ODE is solved, with what was drawn for it."""
+    counts = [number_of_probes(each) for each in divergences]
+    stops = [0.0] * len(penalties) if rows.stop is None else rows.stop[0].reshape(-1).tolist()
+    if rows.probe is not None:
+        own = rows.probe.movedim(1, 0).split(counts)
+        divergences = [
+            replace(each, probe=probe) if len(probe) else each  # pyright: ignore
+            for each, probe in zip(divergences, own, strict=True)
+        ]
+    return [
+        Solve(divergence, [REGULARIZERS[name] for name in names], stop)
+        for divergence, names, stop in zip(divergences, penalties, stops, strict=True)
+    ]
 
 
 def _not_functions(flow: Flow) -> Iterator[str]:

@@ -8,6 +8,7 @@ they come by title, and have their colors in that order.
 from cnf.plotting.animation import animate
 from cnf.plotting.curves import plot_learning, plot_nfe_curves
 from cnf.plotting.densities import plot_densities, plot_density
+from cnf.plotting.images import plot_images
 from cnf.plotting.samples import plot_samples
 from cnf.plotting.trajectories import layer_path, plot_trajectories
 
@@ -16,6 +17,7 @@ __all__ = [
     "layer_path",
     "plot_densities",
     "plot_density",
+    "plot_images",
     "plot_learning",
     "plot_nfe_curves",
     "plot_samples",

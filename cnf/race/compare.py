@@ -14,22 +14,24 @@ import torch
 from torch.distributions import Distribution
 
 from cnf import models
-from cnf.data import Points, Toy, load
+from cnf.data import Images, Points, Toy, load
 from cnf.distributions import Base
 from cnf.errors import CheckpointError
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.race.contestants import Contestant, entrants
+from cnf.race.contestants import RACE_OF_PICTURES, Contestant, entrants
 from cnf.race.judge import TIGHT, Judge, draw_test_points
 from cnf.race.results import Entry, Results, distinct
-from cnf.random import VERSION, preserved, reseed
+from cnf.random import VERSION, preserved, reseed, stream
 from cnf.training import History, TrainConfig, checkpoint, fit
+from cnf.training.history import held_out_nll
 from cnf.training.interrupt import Interrupted
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
 from cnf.training.stream import DistributionData, validation_draws
 
 TEST_POINTS = 10_000
+TEST_PICTURES = 1_000
 VALIDATION_POINTS = 4_000
 ENTRY = "entry.json"
 
@@ -55,14 +57,16 @@ def compare(
         data: A density, its name, one's own points (an array or a table), or a file: what
             `cnf.data.load` takes; or a torch distribution, a base or a flow of vectors.
         contestants: Names in `CONTESTANTS`, or one's own: `["nsf", ("Mine", flow,
-            cnf.FlowMatching())]`; those of `RACE` if None. See `entrants`.
+            cnf.FlowMatching())]`; those of `RACE` if None, of `RACE_OF_PICTURES` on pictures. See
+            `entrants`.
         seconds: Budget of each contestant, in seconds of training.
         steps: Budget of each contestant, in optimizer steps, instead of seconds.
         seeds: One run each.
         folder: Where runs and results are written; nothing is written if None.
         device: As in `TrainConfig`.
         progress: Show progress bars.
-        test_points: Points of a density that scores are taken on; of one's own points a fifth is.
+        test_points: Points of a density that scores are taken on; of one's own points a fifth is,
+            of pictures 1,000 of those that are held out.
         w2_points: Points for the exact W2 (its cost grows with the cube).
         resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
@@ -76,7 +80,9 @@ def compare(
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
         validation_rows=VALIDATION_POINTS,
     )  # fmt: skip
-    contestants, seeds, density = entrants(contestants), _listed(seeds), _source(data)
+    seeds, density = _listed(seeds), _source(data)
+    default = RACE_OF_PICTURES if isinstance(density, Images) else None
+    contestants = entrants(default if contestants is None else contestants)
     judge, train = _prepared(density, test_points, w2_points)
     settings = {"seconds": seconds, "steps": steps, "w2_points": w2_points}
     settings["test_points"] = len(judge.test.x)
@@ -279,6 +285,8 @@ def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, An
     if density.entropy is not None:
         return Judge(*draw_test_points(density, test_points), density, w2_points), density
     train, test = density.split(0.2)
+    if isinstance(density, Images):
+        test = test.take(torch.randperm(len(test.x), generator=stream(0, "test"))[:TEST_PICTURES])
     return Judge(test, train, None, w2_points), train
 
 
@@ -301,8 +309,8 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
         truth = -float(density.log_prob(held_out).mean())
     curve, before = [], 0.0
     for history in histories:
-        scored = (record for record in history.records if "val_nll" in record)
-        curve += [(before + record["seconds"], record["val_nll"] - truth) for record in scored]
+        scored = ((record["seconds"], held_out_nll(record)) for record in history.records)
+        curve += [(before + at, nll - truth) for at, nll in scored if nll is not None]
         before += history.seconds
     return curve
 

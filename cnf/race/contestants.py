@@ -12,6 +12,7 @@ from cnf.training.origin import hash_of_weights, objective_name
 
 CONTESTANTS = Registry("contestant")
 # Who runs where nobody is named.
+RACE_OF_PICTURES = ("cnf-flow-matching", "ffjord", "glow")
 RACE = ("cnf-likelihood", "cnf-flow-matching", "cnf-both", "ffjord", "realnvp", "nsf")
 
 

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cnf.data import Images
 from cnf.plotting import (
     animate,
     plot_densities,
+    plot_images,
     plot_learning,
     plot_nfe_curves,
     plot_samples,
@@ -29,6 +31,8 @@ def densities(results: Results) -> "Figure":
 
 def samples(results: Results) -> "Figure":
     """True samples and each contestant's."""
+    if isinstance(results.density, Images):
+        return plot_images(results.density, results.flows)
     return plot_samples(results.density, results.flows)
 
 
@@ -55,7 +59,9 @@ def quality_against_nfe(results: Results) -> "Figure":
         for name, title in results.titles.items()
     }
     known = results.score == "gap"
-    distance = "sliced W2 to true samples" if known else "sliced W2, standardized columns"
+    pictures = isinstance(results.density, Images)
+    own = "sliced W2, pixels from 0 to 1" if pictures else "sliced W2, standardized columns"
+    distance = "sliced W2 to true samples" if known else own
     return plot_nfe_curves(curves, results.floor["sliced_w2"], distance)
 
 
@@ -73,7 +79,7 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plane = results.density.dim == 2 and "context" not in results.density.sizes
+    plane = not what_is_left_out(results.density)
     continuous = any(nfe for entry in results.entries for nfe, _ in entry.few_steps)
     plots: dict[str, Callable[[Results], Figure]] = {
         **({"density": densities} if plane else {}),
@@ -90,6 +96,21 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
         figure.clear()  # axes and figure hold each other; this frees the memory now
         files[name] = folder / f"{name}.png"
     return files | (_save_animations(results, folder) if plane else {})
+
+
+def what_is_left_out(density: Any) -> str:
+    """The pictures that `save_figures` cannot make of such data, in a sentence; empty if none.
+
+    Args:
+        density: The data.
+    """
+    if density.dim != 2:
+        kind = f"these have {density.dim}"
+    elif "context" in density.sizes:
+        kind = "these have a context"
+    else:
+        return ""
+    return f"Densities, paths and animations are drawn of two dimensions only; {kind}."
 
 
 def _save_animations(results: Results, folder: Path) -> dict[str, Path]:

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.data import Points
+from cnf.data import Images, Points
 from cnf.dynamics.solver import Solver
-from cnf.errors import warn
+from cnf.errors import expect_counts, warn
 from cnf.flow import Flow, evaluating
 from cnf.metrics import Estimate, Metric, Trial, log_prob_chunked, nfe
+from cnf.metrics.code_length import log_prob_of_draws
 from cnf.metrics.distances import sliced
-from cnf.metrics.flows import COUNT
+from cnf.metrics.flows import COUNT, PICTURES
 from cnf.metrics.nfe_curves import Curve, nfe_curve
 from cnf.objectives import Batch
 from cnf.race.results import race_metrics
-from cnf.random import stream
+from cnf.random import preserved, reseed, stream
 from cnf.training.diagnosis import warn_of_few_steps
 from cnf.transforms.continuous import is_continuous
 
@@ -31,7 +32,8 @@ class Judge:
 
     Distances and the round trip of one's own points are measured on columns standardized by the
     test points, since columns of other scales and units cannot be added; those of a known density
-    as they are.
+    as they are; of pictures on pixels from 0 to 1. The trace of a continuous flow of pictures is
+    Hutchinson's estimate, since the exact one takes a product with the Jacobian for each pixel.
 
     Args:
         test: Points of the true distribution, shape (N, D), which no flow has seen; with the
@@ -40,6 +42,7 @@ class Judge:
         density: The true density, if it is known.
         w2_points: Points for the exact W2, whose cost grows with their cube.
         target: Those of the test points that samples are compared with; all of them if None.
+        draws: Noise that is drawn for each picture, see `cnf.metrics.bits_per_dim`.
     """
 
     def __init__(
@@ -49,12 +52,17 @@ class Judge:
         density: Any = None,
         w2_points: int = 2_000,
         target: Points | None = None,
+        draws: int = 1,
     ) -> None:
-        self.test, self.w2_points = _as_points(test), w2_points
+        self.test, self.w2_points, self.draws = _as_points(test), w2_points, draws
+        self.pictures = isinstance(self.test, Images)
+        expect_counts("evaluate", draws=draws)
         self.log_density = None if density is None else density.log_prob(self.test.x)
         self.target = _unweighted(self.test if target is None else target)
         self.center, self.scale = torch.zeros(()), torch.ones(())
-        if density is None and len(self.target.x) > 1:
+        if isinstance(self.test, Images):
+            self.scale = torch.tensor(self.test.levels - 1.0)
+        elif density is None and len(self.target.x) > 1:
             self.center, spread = self.target.x.double().mean(0), self.target.x.double().std(0)
             self.scale = torch.where(spread > 0, spread, 1.0)
         other = self.standardized(_unweighted(_as_points(reference)).x[: len(self.target.x)])
@@ -77,7 +85,8 @@ class Judge:
             say: Called with what is being done.
         """
         scores: dict[str, float] = {}
-        with evaluating(flow), torch.no_grad():
+        with evaluating(flow), torch.no_grad(), preserved(flow.device):
+            reseed(seed, flow.device)  # of an estimate of the trace
             say("log-likelihood")
             trial = self.trial(flow, seed)
             for metric in race_metrics():
@@ -94,17 +103,52 @@ class Judge:
         """
         test, target = (_placed(points, flow) for points in (self.test, self.target))
         exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
-        log_q = log_prob_chunked(exact, test.x, test.context).cpu()
+        divergence = self.divergence(flow)
+        if divergence is not None and self.draws > 1:
+            raise ValueError(
+                "evaluate: expected one draw of the noise for a continuous flow of pictures, got "
+                f"{self.draws}: the noise of its trace would make their bound too good"
+            )
+        if self.pictures:
+            log_q = log_prob_of_draws(
+                exact, test.x, test.context, draws=self.draws, divergence=divergence,
+                generator=stream(0, "dequantization"),
+            )  # fmt: skip
+        else:
+            log_q = log_prob_chunked(exact, test.x, test.context).cpu()
         shape = (len(target.x),) if target.context is None else ()
         drawn = flow.sample(shape, target.context, generator=stream(seed, "samples")).cpu()
         true, drawn = self.standardized(self.target.x), self.standardized(drawn)
-        context = None if test.context is None else test.context[:COUNT]
-        count = COUNT if context is None else len(context)
-        evaluations = nfe(flow, count, stream(0, "evaluations"), context)
+        most = PICTURES if self.pictures else COUNT
+        context = None if test.context is None else test.context[:most]
+        count = most if context is None else len(context)
+        evaluations = nfe(flow, count, stream(0, "evaluations"), context, divergence)
         return Trial(
             flow, exact, test, log_q, self.log_density, true, drawn, target.context, self.scale,
-            evaluations, stream(0, "metrics"),
+            evaluations, stream(0, "metrics"), divergence,
         )  # fmt: skip
+
+    def about(self, flow: Flow) -> str:
+        """How one's own points are scored, in sentences.
+
+        Args:
+            flow: Which is scored.
+        """
+        if not self.pictures:
+            return " Distances are measured on standardized columns."
+        trace = "" if self.divergence(flow) is None else ", with traces estimated by one probe"
+        return (
+            f" NLL and bits/dim are upper bounds{trace}. Distances are measured on pixels from 0 "
+            "to 1."
+        )
+
+    def divergence(self, flow: Flow) -> str | None:
+        """The estimator of the trace that a flow is scored with; None for the exact one.
+
+        Args:
+            flow: The flow.
+        """
+        return "hutchinson" if self.pictures and is_continuous(flow.transform) else None
 
     def measure(self, metric: Metric, trial: Trial) -> dict[str, float]:
         """A score by its key, and its error, where there is one, by key_error.
@@ -134,13 +178,15 @@ class Judge:
             drawn: Samples, shape (M, D).
         """
         true = self.standardized(self.target.x)
-        if min(len(drawn), len(true)) < FEWEST:
+        if min(len(drawn), len(true)) < FEWEST or true.shape[1] > (metric.dims or math.inf):
             return math.nan
         count = None if metric.points is None else metric.points * self.w2_points
         return metric.function(true[:count], drawn[:count])
 
     def warn_of_few_steps(self, who: str, flow: Flow) -> None:
         """Warn where the flow's own fixed steps give another NLL than the tight solver's score."""
+        if self.divergence(flow) is not None:
+            return  # the noise of an estimate is no error of the steps
         test = _placed(self.test, flow)
         rows = Batch(test.x, test.context, weight=test.weight)
         warn_of_few_steps(who, flow, rows, whose="flow", kind="test")
@@ -150,12 +196,14 @@ class Judge:
         return sliced(self.standardized(self.target.x), self.standardized(drawn))
 
     def standardized(self, x: Tensor) -> Tensor:
-        """Points on the columns that distances are measured on."""
-        return (x.double() - self.center) / self.scale
+        """Points on the columns that distances are measured on, shape (N, D)."""
+        return ((x.double() - self.center) / self.scale).flatten(1)
 
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
         """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
         points = _placed(self.target, flow)
+        if self.pictures:
+            points = points.take(torch.arange(len(points.x), device=flow.device)[:PICTURES])
         return nfe_curve(flow, points.x, context=points.context, distance=self.sliced, seed=seed)
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cnf.data import Images
 from cnf.errors import optional
 from cnf.metrics import Score
 from cnf.metrics.estimate import number
@@ -112,21 +113,12 @@ def _picture(results: Results, name: str, file: Path) -> dict[str, Any]:
 
 def _captions(results: Results) -> dict[str, tuple[str, str]]:
     """Title and caption of each picture: what to look for."""
-    known, dim = results.score == "gap", results.density.dim
-    which = "true samples" if known else "your points"
+    known = results.score == "gap"
     truth = "the true density" if known else "your points"
-    first = f" Shown are all pairs of the first four of {dim} dimensions." if dim > 4 else ""
     scale = (
         "Brightness means the same in every panel: the scale ends near the truth's peak."
         if known
         else "Brightness means the same in every panel."
-    )
-    samples = (
-        f"As many points from each, on the axes of {which}. Look for strays between the parts and "
-        f"for thin or missing regions.{first}"
-        if dim > 1
-        else f"The histogram of {which} under each one's exact density and the outline of its "
-        "samples. Look for peaks that are smoothed away, and for mass where there should be none."
     )
     learning = (
         "Held-out gap to the true density against seconds of training; lower is better. Where two "
@@ -142,7 +134,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
             f"Exact densities beside {truth}. {scale} Look for bridges between parts that should "
             "be apart, blurred edges, and mass where there should be none.",
         ),
-        "samples": ("Samples", samples),
+        "samples": ("Samples", _about_samples(results)),
         "trajectories": (
             "From noise to data",
             "The same noise, carried to data by each. Straight and even paths need few solver "
@@ -158,6 +150,28 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
             "steps. Dashed flows need no solver.",
         ),
     }
+
+
+def _about_samples(results: Results) -> str:
+    """What to look for in the samples."""
+    dim = results.density.dim
+    which = "true samples" if results.score == "gap" else "your points"
+    if isinstance(results.density, Images):
+        return (
+            "Some of your pictures, and as many samples of each. Look for strokes that break off, "
+            "for noise, and for one picture again and again."
+        )
+    if dim == 1:
+        return (
+            f"The histogram of {which} under each one's exact density and the outline of its "
+            "samples. Look for peaks that are smoothed away, and for mass where there should be "
+            "none."
+        )
+    first = f" Shown are all pairs of the first four of {dim} dimensions." if dim > 4 else ""
+    return (
+        f"As many points from each, on the axes of {which}. Look for strays between the parts and "
+        f"for thin or missing regions.{first}"
+    )
 
 
 def _subtitle(results: Results) -> str:

@@ -4,6 +4,7 @@ import io
 import math
 from typing import Any
 
+from cnf.data import Images
 from cnf.errors import optional
 from cnf.metrics.estimate import number
 from cnf.race.results import DECIDING, Results
@@ -24,7 +25,10 @@ def results_table(results: Results) -> Any:
     best = f"A perfect model scores W2 {number(results.floor['w2'])}."
     title = f"{escape(results.data)}, best first. {best}"
     if results.score == "nll":
-        title += " W2 is measured on standardized columns."
+        pictures = isinstance(results.density, Images)
+        title += (
+            f" W2 is measured on {'pixels from 0 to 1' if pictures else 'standardized columns'}."
+        )
     columns = [  # results.csv and the page have all
         score
         for score in results.columns

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnf.data import Points
 from cnf.data.arrays import as_numbers, is_rows
+from cnf.data.tabular import is_large
 from cnf.errors import expect_finite, expect_weights
 from cnf.objectives import Batch
 from cnf.precision import widest
@@ -80,6 +81,8 @@ def in_memory(data: Any, context: Any = None, weight: Any = None, missing: bool 
         weight: Of `fit`.
         missing: Whether a context may be missing, NaN.
 
+    That numbers are finite is not checked where they are large, see `is_large`.
+
     Raises:
         ValueError: There are fewer than two rows, or they are not what `fit` takes.
     """
@@ -139,8 +142,8 @@ class Placement:
     def __call__(self, batch: Batch) -> Batch:
         placed = {}
         for name, value in vars(batch).items():
-            if value is not None and not value.is_floating_point():
-                placed[name] = value.to(self.device)
+            if value is not None and not value.is_floating_point():  # pixels, of eight bits
+                placed[name] = value.to(self.device).to(self.dtype)
             elif value is not None:
                 wide = name in self.wide
                 dtype = torch.promote_types(value.dtype, self.dtype) if wide else self.dtype
@@ -155,10 +158,10 @@ def check_event_shape(module: nn.Module, rows: Batch | None, name: str = "data")
     expected = getattr(module, "event_shape", None)
     discrete = getattr(module, "dequantization", None) is not None
     if not rows.x.is_floating_point() and not discrete:
-        raise ValueError(
-            f"fit: expected {name} of floating dtype, got {rows.x.dtype}; use {name}.double(), or "
-            f"{name}.astype(float) of an array or a table"
-        )
+        remedy = f"use {name}.double(), or {name}.astype(float) of an array or a table"
+        if rows.x.dim() == 4:
+            remedy = "build a model of pixels with dequantization='uniform'"
+        raise ValueError(f"fit: expected {name} of floating dtype, got {rows.x.dtype}; {remedy}")
     if expected is not None and tuple(rows.x.shape[1:]) != expected:
         raise ValueError(
             f"fit: the flow models points of shape {expected}, those of {name} are of shape "
@@ -227,7 +230,8 @@ def _checked(
 def _expect_numbers(
     who: str, name: str, value: Tensor, missing: bool, numbers: Tensor | None
 ) -> None:
-    if value.is_floating_point() and not (missing and name == "context"):
+    missing = missing and name == "context"
+    if value.is_floating_point() and not missing and not is_large(value):
         expect_finite(who, name, value, numbers)
 
 

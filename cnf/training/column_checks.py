@@ -84,11 +84,17 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
             borders may well be constant, are asked for whole gray levels only.
         names: Of the columns.
     """
-    remedy = "drop these columns, make them a context, or add"
+    remedy = (
+        "drop these columns, make them a context, or add noise as wide as the steps between values"
+    )
     most = 10_000 if head.dim() == 2 else 100
     rows = head.detach()[:: max(1, len(head) // most)].double().cpu()
     if rows.dim() > 2 and any(_whole(levels * rows) for levels in LEVELS):
-        found, remedy = ["all values are whole gray levels"], "add"
+        found = ["all values are whole gray levels"]
+        remedy = (
+            "build the model with dequantization='uniform', and give it the pixels as whole "
+            "numbers"
+        )
     elif rows.dim() == 2 and len(rows) >= 10:
         found = [*_constant(rows, names), *_combinations(rows, names)]
         found += _repeated(rows, names) if len(rows) >= 50 else []
@@ -97,8 +103,7 @@ def warn_of_degenerate(head: Tensor, names: Sequence[str] | None) -> None:
     if found:
         warn(
             f"fit: these data have no bounded density ({'; '.join(found)}): the NLL can fall "
-            f"without end and means nothing; {remedy} noise as wide as the steps between values "
-            "(dequantization)"
+            f"without end and means nothing; {remedy}"
         )
 
 

@@ -4,9 +4,11 @@ Rows may be mapped outside of the base's support, and fixed steps may be too few
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
+from cnf.dynamics.divergence import Divergence, Hutchinson
 from cnf.errors import SolverError, warn
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch
@@ -32,7 +34,15 @@ def outside_of_base(flow: Flow, rows: Batch) -> str | None:
 
 
 @torch.no_grad()
-def warn_of_few_steps(who: str, flow: Flow, rows: Batch, *, whose: str, kind: str) -> bool:
+def warn_of_few_steps(
+    who: str,
+    flow: Flow,
+    rows: Batch,
+    *,
+    whose: str,
+    kind: str,
+    divergence: Divergence | None = None,
+) -> bool:
     """Whether a flow's fixed steps gave another NLL than twice as many, of which it warns.
 
     Args:
@@ -41,13 +51,14 @@ def warn_of_few_steps(who: str, flow: Flow, rows: Batch, *, whose: str, kind: st
         rows: Of which `ROWS`, evenly taken, are scored, by their weights.
         whose: Steps they are: the flow's or the loss's.
         kind: Of rows, in words.
+        divergence: An estimator, with the same probes for both; None for what the flow has.
     """
     if not has_fixed_steps(flow.transform):
         return False
     rows = rows.map(lambda value: value[:: -(-len(rows.x) // ROWS)])
     with evaluating(flow):
         finer = flow.with_transform(refined(flow.transform))  # in the mode that it is made in
-        now, then = (_nll(each, rows) for each in (flow, finer))
+        now, then = (_nll(each, rows, divergence) for each in (flow, finer))
     return warn_of_difference(who, flow, now, then, f"{len(rows.x)} {kind} rows", whose)
 
 
@@ -67,10 +78,14 @@ def warn_of_difference(
     return True
 
 
-def _nll(flow: Flow, rows: Batch) -> float:
-    generator = torch.Generator(rows.x.device).manual_seed(0)  # the same draws for both
+def _nll(flow: Flow, rows: Batch, divergence: Divergence | None) -> float:
+    noise, probes = (torch.Generator(rows.x.device).manual_seed(k) for k in (0, 1))  # of both
+    if isinstance(divergence, Hutchinson):
+        divergence = replace(divergence, generator=probes)
     try:
-        log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
+        log_prob = flow.log_prob(
+            rows.x, rows.context, divergence=divergence, generator=noise
+        ).double()
     except SolverError:  # what the finer steps meet may be infinite
         return math.inf
     return -weighted_mean(log_prob, rows.weight).item()

@@ -1,6 +1,6 @@
 """What a training run has done, and who is told of it as it goes: loggers and callbacks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ class History:
 
     Attributes:
         records: One dict per logged step: step, seconds, loss, lr, nfe, the objective's metrics,
-            and val_nll where it was scored.
+            and where it was scored val_nll, whose name tells an estimator: see `held_out_nll`.
         steps: Steps taken.
         seconds: Seconds of training.
         preparing: Of these, seconds in which the objective prepared itself, such as a coupling's
@@ -43,9 +43,7 @@ class History:
 
     def __repr__(self) -> str:
         told = f"{self.steps:,} steps in {self.seconds:.3g} s, ended by {self.reason}"
-        scores = [
-            (name, r[name]) for r in self.records for name in ("val_nll", "val_loss") if name in r
-        ]
+        scores = [(name, r[name]) for r in self.records for name in r if name.startswith("val_")]
         return f"History({told}{''.join(f', {n} {v:.4g}' for n, v in scores[-1:])})"
 
     def column(self, name: str) -> list[float]:
@@ -66,6 +64,12 @@ class History:
         self.records = [dict(record) for record in state["records"]]
         for name in CLOCKS:  # which older checkpoints do not hold
             setattr(self, name, float(state.get(name, 0.0)))
+
+
+def held_out_nll(record: Mapping[str, Any]) -> float | None:
+    """The held-out NLL of a record, exact or estimated; None where it was not scored."""
+    named = (value for name, value in record.items() if name.startswith("val_nll"))
+    return next((float(value) for value in named if value not in ("", None)), None)
 
 
 class Listeners:

@@ -9,11 +9,13 @@ from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import stream
-from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.normalization import ActNorm, BatchNorm
+from cnf.transforms.preprocessing import Standardize
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
 
 
+@torch.no_grad()
 def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     """Fit to the first rows what is not fitted yet, of the data and of their context."""
     if head is None:
@@ -21,7 +23,11 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
         part = getattr(module, name, None)
         if rows is not None and hasattr(part, "fit"):
-            part.fit(rows.to(next(part.buffers(), rows).device))  # pyright: ignore
+            rows = rows.to(next(part.buffers(), rows).device)  # pyright: ignore
+            if name == "preprocess" and isinstance(module, Flow) and module.dequantization:
+                draws = stream(0, "noise of preprocessing")
+                rows, _ = module.dequantization.encode(rows.to(module.dtype), draws)
+            part.fit(rows)  # pyright: ignore
     if isinstance(module, Flow) and module.dequantization is None:
         for name, text in _far(module, head):
             if text is not None:

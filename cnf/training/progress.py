@@ -81,10 +81,10 @@ class ProgressBar:
         self._bar.update(self._task, completed=fraction, **fields)
 
     def validated(self, name: str, score: float) -> None:
-        """Show a new held-out score, "val_nll" or "val_loss"."""
+        """Show a new held-out score, "val_nll", which may name an estimator, or "val_loss"."""
         if self._bar is not None:
-            words = {"val_nll": "NLL", "val_loss": "held-out loss"}
-            self._bar.update(self._task, held_out=f"{words[name]} {score:.3f}")
+            words = name.replace("val_nll", "NLL").replace("val_loss", "held-out loss")
+            self._bar.update(self._task, held_out=f"{words} {score:.3f}")
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:

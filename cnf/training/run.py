@@ -12,7 +12,7 @@ from torch import nn
 
 from cnf.errors import CheckpointError, optional
 from cnf.training import checkpoint
-from cnf.training.history import naming, surviving
+from cnf.training.history import held_out_nll, naming, surviving
 
 LOCK = ".lock"
 FILES = {"checkpoints", "figures", "tensorboard", "config.yaml", "manifest.json", "metrics.csv"}
@@ -214,7 +214,7 @@ def read_scores(folder: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open() as file:
-        return [row for row in csv.DictReader(file) if row.get("val_nll")]
+        return [row for row in csv.DictReader(file) if held_out_nll(row) is not None]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.data import Points, load
 from cnf.data.arrays import is_rows
+from cnf.data.tabular import is_large
 from cnf.distributions import Base, FromTorch, as_base
 from cnf.errors import warn
 from cnf.flow import Flow
@@ -267,17 +268,22 @@ class NoData(Stream):
 
 
 class IndexedRows:
-    """A `Batch` or a map-style dataset, indexed by a tensor of row numbers."""
+    """A `Batch` or a map-style dataset, indexed by a tensor of row numbers.
+
+    Rows of a large Batch, which nobody has read, are checked as they are drawn.
+    """
 
     def __init__(self, data: Any, missing: bool = False) -> None:
         self.data, self.missing = data, missing
+        self.large = isinstance(data, Batch) and is_large(data.x)
 
     def __len__(self) -> int:
         return len(self.data.x if isinstance(self.data, Batch) else self.data)
 
     def __getitem__(self, rows: Tensor) -> Batch:
         if isinstance(self.data, Batch):
-            return self.data.map(lambda value: value[rows])
+            found = self.data.map(lambda value: value[rows])
+            return as_batch(found, missing=self.missing, numbers=rows) if self.large else found
         return self._stacked([self.data[int(row)] for row in rows], rows)
 
     def head(self, rows: Tensor) -> Batch:
@@ -287,7 +293,7 @@ class IndexedRows:
         most.
         """
         if isinstance(self.data, Batch):
-            return self[rows[:100_000]]
+            return self[rows[: 10_000 if self.large else 100_000]]
         first = self.data[int(rows[0])]  # once: a dataset may draw random numbers
         parts = vars(self._stacked([first], rows[:1])).values()
         size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
@@ -312,6 +318,8 @@ def as_stream(
         missing: Whether a context may be missing, NaN.
     """
     held_out = None
+    if isinstance(data, Points) and validation is None and config.validations:
+        validation = data.validation and data.validation.first(config.validation_rows)
     if validation is not None:
         held_out = _held_out(validation, config.validation_rows, missing)
     if isinstance(data, tuple) and not is_rows(data):  # of batches make a list
@@ -328,7 +336,7 @@ def as_stream(
     if data is None:
         return NoData(config)
     if isinstance(data, Batch):
-        data = IndexedRows(drop_zero_weights(as_batch(data, missing=missing)))
+        data = IndexedRows(drop_zero_weights(as_batch(data, missing=missing)), missing)
         return RowStream(data, config, held_out)
     if isinstance(data, Distribution | Base | Flow):
         data = DistributionData(data)

@@ -2,19 +2,30 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from cnf.dynamics.divergence import (
+    DIVERGENCES,
+    Divergence,
+    Hutchinson,
+    exact_directions,
+    number_of_probes,
+)
 from cnf.errors import DivergedError, warn
 from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.random import stream
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
+from cnf.training.history import held_out_nll
+from cnf.transforms.continuous import odes_in
 
 CHUNK = 10_000  # rows scored at once
+AFFORDABLE = 128  # directions of the exact divergence for each evaluation of a field
 WORSE = 0.5  # nats: more is no noise of an optimizer
 
 
@@ -22,7 +33,8 @@ class Validation:
     """Scores the kept weights, evenly over the budget; remembers the best if patience is set.
 
     Attributes:
-        name: What the score is called: "val_nll" for a flow with a density, else "val_loss".
+        name: What the score is called: "val_nll" for a flow with a density, with the estimator in
+            parentheses if there is one, such as "val_nll (Hutchinson, 1 probe)"; else "val_loss".
     """
 
     def __init__(self, objective: Objective, config: TrainConfig, held_out: Batch | None) -> None:
@@ -48,7 +60,7 @@ class Validation:
         self.count_done(fraction)
         with evaluating(module), torch.no_grad():
             if isinstance(module, Flow) and module.base.has_density:
-                self.name, score = "val_nll", self._nll(module)
+                self.name, score = self._nll(module)
                 if self._compares(fraction):
                     self.compare_solvers(module, self._rows, "held-out")
             else:
@@ -69,7 +81,8 @@ class Validation:
         Raises:
             DivergedError: It is NaN.
         """
-        scores = {int(r["step"]): r["val_nll"] for r in records if "val_nll" in r}
+        found = ((int(record["step"]), held_out_nll(record)) for record in records)
+        scores = {step: score for step, score in found if score is not None}
         if not scores or self.best_weights is not None:
             return
         last = next(reversed(scores.values()))
@@ -93,14 +106,38 @@ class Validation:
         """Whether patience has run out."""
         return self.config.patience is not None and self.stale >= self.config.patience
 
-    def _nll(self, flow: Flow) -> float:
+    def _nll(self, flow: Flow) -> tuple[str, float]:
+        """What the score is called, and the score."""
         generator, total = stream(self.config.seed, "dequantization"), 0.0
+        divergence, name = self._divergence(flow), "val_nll"
+        if isinstance(divergence, Hutchinson):
+            probes = number_of_probes(divergence)
+            name += f" (Hutchinson, {probes} probe{'s' * (probes > 1)})"
+            own = stream(self.config.seed, "validation probes")  # the same in each validation
+            divergence = replace(divergence, generator=own)
         for rows in self._chunks(CHUNK):
-            log_prob = flow.log_prob(rows.x, rows.context, generator=generator).double()
+            log_prob = flow.log_prob(
+                rows.x, rows.context, divergence=divergence, generator=generator
+            ).double()
             total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
         if total == math.inf:
             self._explain_infinity(flow)
-        return total / _total_weight(self._rows)
+        return name, total / _total_weight(self._rows)
+
+    def _divergence(self, flow: Flow) -> Divergence | None:
+        """How the flow's divergence is computed: exactly (None) where that is affordable."""
+        odes = odes_in(flow.transform)
+        if self.config.validation_divergence is not None:
+            given = DIVERGENCES.build(self.config.validation_divergence)
+            return given if odes else None
+        if all(exact_directions(ode.field) <= AFFORDABLE for ode in odes):
+            return None
+        told = getattr(self.objective, "divergence", None)
+        training = [told] if told is not None else [ode.recipe.divergence for ode in odes]
+        built = [DIVERGENCES.build(each) for each in training]
+        if told is not None:
+            return built[0]
+        return next((each for each in built if number_of_probes(each)), Hutchinson())
 
     def _explain_infinity(self, flow: Flow) -> None:
         """Warn, once, where the score is infinite because of the base's support."""
@@ -127,7 +164,9 @@ class Validation:
         for under in dict.fromkeys((flow, self.objective.as_trained(flow))):
             whose = "flow" if under is flow else "loss"
             if not self.warned:
-                self.warned = warn_of_few_steps("fit", under, rows, whose=whose, kind=kind)
+                self.warned = warn_of_few_steps(
+                    "fit", under, rows, whose=whose, kind=kind, divergence=self._divergence(flow)
+                )
 
     def compare_on_training_rows(self, module: nn.Module, rows: Batch) -> None:
         """Where nothing was held out: whether likelihood's fixed steps were enough."""

@@ -16,14 +16,24 @@ from cnf.transforms.elementwise import (
 )
 from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
-from cnf.transforms.normalization import ActNorm, BatchNorm, Standardize
+from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
+from cnf.transforms.normalization import ActNorm, BatchNorm
 from cnf.transforms.planar import Planar, Radial, Sylvester
+from cnf.transforms.preprocessing import (
+    PREPROCESSING,
+    Preprocessing,
+    RadialGaussianization,
+    Standardize,
+    Whiten,
+    logit,
+)
 from cnf.transforms.splines import CircularSpline, RationalQuadratic
 from cnf.transforms.squashing import Sigmoid, Softplus, Tanh
 
 __all__ = [
     "LU",
     "MAPS",
+    "PREPROCESSING",
     "TRANSFORMS",
     "ActNorm",
     "Additive",
@@ -41,11 +51,15 @@ __all__ = [
     "Integral",
     "Inverse",
     "Inverted",
+    "MixtureOfGaussians",
+    "MixtureOfLogistics",
     "OnChannels",
     "PerPixel",
     "Permutation",
     "Planar",
+    "Preprocessing",
     "Radial",
+    "RadialGaussianization",
     "RationalQuadratic",
     "Rotation",
     "Scheme",
@@ -57,4 +71,6 @@ __all__ = [
     "Sylvester",
     "Tanh",
     "Transform",
+    "Whiten",
+    "logit",
 ]

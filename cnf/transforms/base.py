@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,12 @@ class Compose(Transform):
     def fitted(self) -> bool:
         """Whether any part has been fitted."""
         return any(getattr(part, "fitted", False) for part in self._parts())
+
+    @property
+    def spec(self) -> list[Any] | None:
+        """The parts' own, from the data on, as a model's `preprocess` takes them."""
+        parts = [getattr(part, "spec", None) for part in reversed(self._parts())]
+        return None if None in parts else parts
 
     def extra_repr(self) -> str:
         return grouped(self._parts())

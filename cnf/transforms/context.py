@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from cnf.errors import expect_context
 from cnf.printing import named
-from cnf.transforms.normalization import Standardize
+from cnf.transforms.preprocessing import Standardize
 
 
 class StandardizeContext(nn.Module):
@@ -42,7 +42,7 @@ class StandardizeContext(nn.Module):
                 loc[k] = known.mean()
                 if known.amax() > known.amin():
                     scale[k] = known.std()  # a constant column has scale 1
-        self.columns.settle(loc, scale, context.dtype)
+        self.columns.settle({"loc": loc, "scale": scale}, context.dtype)
 
     @property
     def fitted(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics import ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import Solver
 from cnf.errors import call_without_edits, expect_choice, explain_edit
@@ -43,6 +43,22 @@ class Integral(NamedTuple):
     integrals: tuple[Tensor, ...]
     nfe: int
     estimates: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solve:
+    """How one of a transform's ODEs is solved; `solve_each` takes one for each of them.
+
+    Args:
+        divergence: How ∇·v is computed. Probes that are given, shape (n, *batch, *event of the
+            data), may have more entries in a row than the ODE's state, which takes the first.
+        integrands: As of `Continuous.integrate`.
+        short: How far from its end, as a part of [0, 1], the solve stops.
+    """
+
+    divergence: str | Divergence = "exact"
+    integrands: Sequence[Integrand] = ()
+    short: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -346,20 +362,138 @@ def refined(transform: Transform) -> Transform:
     return _with_changes(transform, change)
 
 
+def under_recipes(transform: Transform) -> Transform:
+    """A copy with the same weights in which each `Continuous` has the solver of its recipe."""
+
+    def change(part: Continuous) -> None:
+        part.solver = part.recipe.solver or part.solver
+
+    return _with_changes(transform, change)
+
+
 def _with_changes(transform: Transform, change: Callable[[Continuous], None]) -> Transform:
+    def changed(part: Continuous) -> Transform:
+        clone = copy.copy(part)
+        change(clone)
+        return clone
+
+    return _with_odes(transform, changed)
+
+
+def _with_odes(transform: Transform, become: Callable[[Continuous], Transform]) -> Transform:
+    """A copy of the transform in which each `Continuous` is what `become` makes of it."""
+
     def copied(module: nn.Module) -> nn.Module:
+        if isinstance(module, Continuous):
+            return become(module)
         if not isinstance(module, Transform | nn.ModuleList):
             return module
         clone = copy.copy(module)
-        if isinstance(clone, Continuous):
-            change(clone)
-        else:
-            clone._modules = {name: copied(child) for name, child in module._modules.items()}  # pyright: ignore
+        clone._modules = {name: copied(child) for name, child in module._modules.items()}  # pyright: ignore
         return clone
 
     result = copied(transform)
     assert isinstance(result, Transform)
     return result
+
+
+def odes_in(transform: nn.Module) -> list[Continuous]:
+    """Every `Continuous` of a transform, in the order of `solve_each`."""
+    if isinstance(transform, Continuous):
+        return [transform]
+    if not isinstance(transform, Transform | nn.ModuleList):
+        return []
+    return [ode for part in transform._modules.values() if part for ode in odes_in(part)]
+
+
+def solve_each(
+    transform: Transform, x: Tensor, context: Tensor | None, solves: Sequence[Solve]
+) -> tuple[Tensor, Tensor, tuple[Integral, ...]]:
+    """Data → base, as `transform.inverse`, with each ODE solved in its own way.
+
+    Args:
+        transform: Any nest of transforms, such as a multi-scale flow.
+        x: Data, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
+        solves: One for each of `odes_in(transform)`, in their order.
+
+    Returns:
+        z and log|det ∂z/∂x|, as of `transform.inverse`, and the result of each ODE. Its integrals
+        and estimates have shape (*batch,) and (probes, *batch), summed over the pixels where the
+        ODE is one of each pixel.
+
+    Raises:
+        ValueError: Something is integrated in a `Compose` that recomputes its activations, through
+            which integrals have no gradient.
+    """
+    parts = transforms_in(transform)
+    if any(s.integrands for s in solves) and any(getattr(p, "recompute", False) for p in parts):
+        raise ValueError(
+            "Compose: expected recompute=False where penalties are integrated, as integrals have "
+            "no gradient through recomputed steps, got recompute=True"
+        )
+    batch_dims = x.dim() - transform.event_dims
+    told, solved = iter(enumerate(solves)), {}
+    recording = _with_odes(transform, lambda ode: _Recorded(ode, *next(told), solved, batch_dims))
+    z, ladj = recording.inverse(x, context)
+    return z, ladj, tuple(solved[k] for k in range(len(solves)))
+
+
+class _Recorded(Transform):
+    """A `Continuous` within `solve_each`, which keeps what its solve gives.
+
+    Args:
+        ode: The `Continuous`.
+        index: Its place among the ODEs.
+        solve: How it is solved.
+        solved: Where the result is kept, by the index.
+        batch_dims: Number of axes of a batch of data.
+    """
+
+    def __init__(
+        self, ode: Continuous, index: int, solve: Solve, solved: dict[int, Integral],
+        batch_dims: int,
+    ) -> None:  # fmt: skip
+        super().__init__(ode.event_dims, ode.context_dim)
+        self.ode, self.index, self.solve = ode, index, solve
+        self.solved, self.batch_dims = solved, batch_dims
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.ode._expect("z", z, context)
+        return self._recorded(z, context, "data", 1.0 - self.solve.short)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.ode._expect("x", x, context)
+        return self._recorded(x, context, "base", self.solve.short)
+
+    def _recorded(
+        self, value: Tensor, context: Tensor | None, towards: Literal["data", "base"], stop: float
+    ) -> tuple[Tensor, Tensor]:
+        result = self.ode.integrate(
+            value, context, towards=towards, divergence=self._divergence(value),
+            integrands=self.solve.integrands, stop=stop,
+        )  # fmt: skip
+        estimates = result.estimates
+        self.solved[self.index] = result._replace(
+            integrals=tuple(_summed(part, self.batch_dims) for part in result.integrals),
+            estimates=None if estimates is None else _summed(estimates, 1 + self.batch_dims),
+        )
+        return result.value, result.ladj
+
+    def _divergence(self, value: Tensor) -> Divergence:
+        """The solve's divergence, with the first entries of its probes as far as value has any."""
+        divergence = DIVERGENCES.build(self.solve.divergence)
+        probe = probes_of(divergence)
+        if probe is None:
+            return divergence
+        size = math.prod(value.shape[self.batch_dims :])
+        own = probe.flatten(1 + self.batch_dims)[..., :size]
+        return replace(divergence, probe=own.reshape(len(probe), *value.shape))
+
+
+def _summed(parts: Tensor, dims: int) -> Tensor:
+    """The sum over all axes after the first `dims`."""
+    return parts.flatten(dims).sum(-1) if parts.dim() > dims else parts
 
 
 def is_continuous(transform: Transform) -> bool:

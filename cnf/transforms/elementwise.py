@@ -33,7 +33,7 @@ class ElementwiseMap(ABC):
 
     @abstractmethod
     def parametrize(self, raw: Tensor) -> Parameters:
-        """Parameters from unconstrained numbers, shape (size, *); zeros give the identity."""
+        """Parameters from unconstrained numbers, (size, *); zeros: the identity, or nearly."""
 
     @abstractmethod
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,141 +1,13 @@
-"""Normalization by statistics: of all data, of the first batch, or of every batch."""
+"""Normalization by statistics of the first batch, or of every batch."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from cnf.precision import COARSE, widest
 from cnf.transforms.base import TRANSFORMS, Transform
-
-
-@TRANSFORMS.register("standardize", example=lambda dim: Standardize((dim,)))
-class Standardize(Transform):
-    """x = z·scale + loc, whose inverse standardizes data to mean 0 and variance 1; not trained.
-
-    Each variable has its own location and scale. For images each channel has, as statistics of
-    single pixels would turn small variations of nearly constant border pixels into outliers.
-
-    Before it is fitted, the transform is the identity. Only the first call of `fit` sets location
-    and scale, so that the weights of a flow keep their meaning when it is trained again
-    (fine-tuning).
-
-    Location and scale are float64 for a flow of any dtype, and remain so under `float()` and
-    `half()`: in float32 a location of 10⁸ would have an error of up to 4. The result has the dtype
-    of the argument. On a device without float64 (MPS) they are float32, and data whose distinct
-    values would then be equal are refused.
-
-    Args:
-        event_shape: Shape of one x: (D,), or (C, H, W).
-
-    Attributes:
-        dtype: float64 if it was fitted to float64 data, else float32; stored in checkpoints.
-        unresolved: Indices of the columns whose distinct values would be equal in float32; empty
-            before it is fitted.
-    """
-
-    loc: Tensor
-    scale: Tensor
-    fitted: Tensor
-
-    def __init__(self, event_shape: int | Sequence[int]) -> None:
-        super().__init__(event_shape=event_shape)
-        shape, self.places = _by_channel(self.event_shape)
-        zeros = torch.zeros(shape)
-        zeros = zeros.to(widest(zeros.device))
-        self.register_buffer("loc", zeros)
-        self.register_buffer("scale", torch.ones_like(zeros))
-        self.register_buffer("fitted", torch.tensor(False))
-        self.dtype, self.unresolved = torch.float32, ()
-        self.register_load_state_dict_pre_hook(_default_dtype)
-        self.register_load_state_dict_post_hook(_find_unresolved)
-
-    def fit(self, x: Tensor) -> None:
-        """Set location and scale from data x, shape (N, *event), unless they are set already."""
-        if self.fitted:
-            return
-        rows = x.to(self.loc.dtype)
-        over = [0, *range(2, x.dim())]
-        scale = self.scale
-        if x.shape[0] > 1:  # a constant column has scale 1
-            scale = torch.where(rows.amax(over) > rows.amin(over), rows.std(over), 1.0)
-        self.settle(rows.mean(over), scale, x.dtype)
-
-    def settle(self, loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Set location and scale to given statistics, and mark the transform as fitted.
-
-        Args:
-            loc: Location of each column or channel.
-            scale: Scale, of the same shape.
-            dtype: Dtype of the data.
-
-        Raises:
-            ValueError: The squares of a column overflow or underflow.
-        """
-        lost = (loc.isinf() | scale.isinf() | (scale == 0)).flatten()
-        if lost.any():
-            raise ValueError(
-                f"Standardize: columns {lost.nonzero().flatten().tolist()} are too large or too "
-                f"small for their squares to be held in {loc.dtype}; rescale them"
-            )
-        self.loc.copy_(loc.view_as(self.loc))
-        self.scale.copy_(scale.view_as(self.loc))
-        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.fitted.fill_(True)
-        _find_unresolved(self)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._expect("z", z)
-        return (z * self.scale + self.loc).to(z.dtype), self._ladj(z)
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._expect("x", x)
-        return ((x - self.loc) / self.scale).to(x.dtype), -self._ladj(x)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {'' if self.fitted else 'not '}fitted"
-
-    def get_extra_state(self) -> Tensor:
-        """An empty tensor of the data's dtype, which is thus stored in checkpoints."""
-        return torch.empty(0, dtype=self.dtype)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.dtype = state.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Standardize":
-        self.fitted = fn(self.fitted)
-        device = self.fitted.device
-        dtype = widest(device)
-        if dtype == torch.float32 and self.unresolved:
-            raise ValueError(
-                f"Standardize: columns {list(self.unresolved)} need float64, which {device.type} "
-                "does not have; subtract a constant from them, or stay on the CPU"
-            )
-        for name in ("loc", "scale"):
-            value = self._buffers[name]
-            assert value is not None
-            moved = torch.empty_like if value.is_meta else torch.Tensor.to
-            self._buffers[name] = moved(value, device=device, dtype=dtype)
-        return self
-
-    def _ladj(self, value: Tensor) -> Tensor:
-        ladj = (self.places * self.scale.log().sum()).to(value.dtype)
-        return ladj.expand(value.shape[: value.dim() - self.event_dims])
-
-
-def _default_dtype(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Insert the dtype float32, which files of version 0.1 lack."""
-    state.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.float32))
-
-
-def _find_unresolved(module: nn.Module, _: object = None) -> None:
-    """Set `unresolved`, once, so that no call has to synchronize with a GPU."""
-    assert isinstance(module, Standardize)
-    rounding = torch.finfo(torch.float32).eps / 4 * module.loc.abs()  # RMS rounding error
-    coarse = (rounding > COARSE * module.scale).flatten()
-    module.unresolved = tuple(coarse.nonzero().flatten().tolist())
 
 
 @TRANSFORMS.register("actnorm", example=lambda dim: ActNorm((dim,)))
@@ -156,7 +28,7 @@ class ActNorm(Transform):
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__(event_shape=event_shape)
-        shape, self.places = _by_channel(self.event_shape)
+        shape, self.places = by_channel(event_shape)
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.zeros(shape))
         self.register_buffer("initialized", torch.tensor(False))
@@ -246,10 +118,9 @@ class BatchNorm(Transform):
         return 0.5 * (variance + self.eps).log() - self.gain
 
 
-def _by_channel(event_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], int]:
+def by_channel(event_shape: int | Sequence[int]) -> tuple[tuple[int, ...], int]:
     """Shape (D,), or (C, 1, 1) for images, and the number of pixels that share a statistic."""
-    assert event_shape is not None
-    channels, *places = event_shape
+    channels, *places = (event_shape,) if isinstance(event_shape, int) else event_shape
     return (channels, *[1] * len(places)), math.prod(places)
 
 

@@ -1,4 +1,6 @@
-"""The root that inverts planar and Sylvester flows, with its derivatives."""
+"""Roots behind the inverses of planar flows, Sylvester flows and mixtures, with derivatives."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,3 +52,36 @@ def _lower_bound(s: Tensor, k: Tensor) -> Tensor:
     upper = torch.minimum(upper, s)
     inside = ((s - upper) / k.clamp(min=finfo.tiny)).clamp(0, 1 - finfo.eps)
     return torch.maximum(torch.maximum(s / (1 + k), s - k), inside.atanh())
+
+
+def increasing_root(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The root u of f(u) = target in [low, high], and log f'(u), for an increasing f.
+
+    Halving the interval loses no root, whatever f does in between; Newton's steps finish it, and
+    the last, taken with gradients, gives the derivatives of the implicit function theorem.
+
+    Args:
+        function: u ↦ f(u) and log f'(u), shape (*).
+        target: Values of f, shape (*).
+        low: A number below or at each root.
+        high: A number above or at each root.
+    """
+    with torch.no_grad():
+        bits = 12 if target.dtype == torch.float32 else 24  # Newton doubles the right digits
+        least, most = low.detach().clone(), high.detach().clone()
+        for _ in range(bits):
+            middle = 0.5 * (least + most)
+            below = function(middle)[0] < target
+            least, most = torch.where(below, middle, least), torch.where(below, most, middle)
+        u = 0.5 * (least + most)
+        for _ in range(3):
+            value, log_slope = function(u)
+            value = u - (value - target) * (-log_slope).exp()
+            u = torch.where(value.isfinite(), value, u).clamp(min=least).clamp(max=most)
+    value, log_slope = function(u)
+    # In a gap of a mixture the slope is next to nothing, and the interval knows better.
+    step = (value - target) * (-log_slope.detach()).clamp(max=30).exp()
+    u = u - step.clamp(least - most, most - least)
+    return u, function(u)[1]

@@ -33,7 +33,7 @@ class RationalQuadratic(ElementwiseMap):
     """
 
     def __init__(self, bins: int = 8, bound: float = 5.0, least: float = 1e-3) -> None:
-        self.curve = _Curve(bins, bound, least)
+        self.curve = Curve(bins, bound, least)
         self.size = 3 * bins - 1
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ class CircularSpline(ElementwiseMap):
     """
 
     def __init__(self, bins: int = 8, bound: float = math.pi, least: float = 1e-3) -> None:
-        self.curve = _Curve(bins, bound, least)
+        self.curve = Curve(bins, bound, least)
         self.size = 3 * bins + 1
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ class CircularSpline(ElementwiseMap):
         return torch.remainder(angle + bound, 2 * bound) - bound
 
 
-class _Curve:
+class Curve:
     """A rational-quadratic spline from [-bound, bound] onto itself."""
 
     def __init__(self, bins: int, bound: float, least: float) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,14 @@ class Sigmoid(_Squashing):
         high: Upper end.
         event_dims: 1 for vectors, 3 for images.
 
+    Attributes:
+        spec: The name and options in `PREPROCESSING` by which it was built, or None.
+
     Raises:
         ValueError: The upper end is not above the lower one.
     """
+
+    spec: dict[str, Any] | None = None
 
     def __init__(self, low: float = 0.0, high: float = 1.0, event_dims: int = 1) -> None:
         if not high > low:

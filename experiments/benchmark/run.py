@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import compiled
+import convolutions
 import couplings
 import discrete
 import imports
@@ -32,6 +33,7 @@ import regularized
 import roofline
 import seminorm
 import torch
+import unet
 from measure import Options
 
 from cnf.training.origin import environment
@@ -42,6 +44,7 @@ QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
+    "unet": unet, "convolutions": convolutions,
 }  # fmt: skip
 
 

@@ -390,3 +390,45 @@ def test_index_of_pandas_in_parquet_is_not_modeled(name, tmp_path):
     index = name or "__index_level_0__"  # where it is named, it is wanted
     chosen = cnf.data.load(tmp_path / "part.parquet", cnf.data.Columns(columns=[index, "a"]))
     assert np.array_equal(chosen.x[:, 0].numpy(), part.index.to_numpy())
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file beyond what is read whole, with one NaN, in its last row but one hundred."""
+    monkeypatch.setattr("cnf.data.tabular.LARGE", 2**20)
+    rows = np.random.default_rng(0).normal(size=(300_000, 2)).astype(np.float32)
+    rows[-100, 1] = np.nan
+    np.save(tmp_path / "large.npy", rows)
+    return tmp_path / "large.npy", rows
+
+
+def test_large_file_is_mapped_and_not_read(large):
+    path, rows = large
+    points = load(path)
+    rest, aside = points.split(0.1)
+    assert len(rest.x) == 270_000 and torch.equal(aside.x[:9], torch.tensor(rows[270_000:270_009]))
+    whole = points.x.untyped_storage()
+    assert rest.x.untyped_storage().data_ptr() == whole.data_ptr()
+    assert aside.x.untyped_storage().data_ptr() == whole.data_ptr()
+    box = load(torch.tensor(rows[:100_000])).support
+    assert torch.allclose(points.first(200_000).support, points.support)
+    assert (points.support - box).abs().max() < 0.2
+
+
+def test_rows_of_a_large_file_are_checked_as_they_are_drawn(large):
+    path, rows = large
+    flow = cnf.models.build("realnvp", dim=2, layers=1, hidden=(4,))
+    config = cnf.TrainConfig(steps=2, batch_size=64, validations=1, progress=False)
+    clean, _ = load(path).split(0.1)
+    cnf.fit(flow, "maximum-likelihood", clean, config)
+    config = cnf.TrainConfig(steps=9, batch_size=60_000, validations=0, progress=False)
+    with pytest.raises(ValueError, match=r"got NaN or infinity .*\(rows 299900\)"):
+        cnf.fit(flow, "maximum-likelihood", load(path), config)
+
+
+def test_columns_of_a_large_file_can_be_chosen_and_other_arrays_are_read(large):
+    path, _ = large
+    with pytest.raises(ValueError, match="missing values"):
+        load(path, Columns(columns=["1", "2"]))
+    np.save(path, np.arange(600_000).reshape(-1, 2))
+    assert load(path).x.dtype == torch.float64

@@ -4,11 +4,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnf.fields import FIELDS, ConvField, HasDivergence, exact_divergence
+from cnf.dynamics.divergence import Hutchinson, vector_jacobian_products
+from cnf.fields import (
+    FIELDS,
+    ConvField,
+    EndTime,
+    HasDivergence,
+    NullContext,
+    Preconditioned,
+    exact_divergence,
+)
 from cnf.fields.concat import MODULATIONS
+from cnf.fields.wrappers import Piece
 from cnf.nets import ACTIVATIONS
 
 F64 = torch.float64
+
+
+def wrapped(field):
+    inner = Piece(EndTime(field, 1.3), 1, 3)
+    return Preconditioned(NullContext(inner) if field.context_dim else inner)
+
+
 STRIDES = [None, (1, 1, 1), (2, 1, -2), (-2, 1, 2), (2, -2, 1), (1, 2, -2)]
 
 
@@ -74,10 +91,13 @@ def test_field_equals_its_formula(layer, activation, build, points):
         lambda h: F.conv_transpose2d(h, third.weight, third.bias, stride=2, padding=1),
     )):  # fmt: skip
         h = ACTIVATIONS[activation].function(h) if k else h
+        if layer == "concat":  # one more channel for each entry of u
+            planes = u[:, :, None, None].expand(-1, -1, *h.shape[2:])
+            h = torch.cat([planes, h], 1)
         h, modulation = convolve(h), field.modulations[k]
         if "squash" in layer:
             h = h * torch.sigmoid(modulation.scale(u)).reshape(*h.shape[:2], 1, 1)
-        if "concat" in layer:
+        if layer == "concatsquash":
             h = h + modulation.shift(u).reshape(*h.shape[:2], 1, 1)
     torch.testing.assert_close(field(t, x, context), h, rtol=1e-12, atol=1e-12)
 
@@ -113,6 +133,43 @@ def test_zero_last_is_the_identity_flow(layer):
     assert not v.any() and not div.any()
     (field(torch.tensor(0.5), x) - 1).square().sum().backward()
     assert field.layers[-1].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("layer", MODULATIONS)
+@pytest.mark.parametrize("strides", [None, (2, 1, -2)])
+@pytest.mark.parametrize("own_time", [False, True])
+@pytest.mark.parametrize("wrap", [lambda field: field, wrapped], ids=["plain", "wrapped"])
+def test_products_of_tangents_are_those_of_autograd(
+    layer, strides, own_time, wrap, randomized, points, generator
+):
+    context_dim = 0 if layer == "ignore" else 2
+    field = wrap(ConvField((2, 4, 2), (3, 5), context_dim, layer=layer, strides=strides))
+    t, x, context = points(randomized(field), (3,), own_time)
+    tangents = torch.randn(2, *x.shape, generator=generator, dtype=F64)
+    v, products = field.with_tangents(t, x, context, tangents)
+    torch.testing.assert_close(v, field(t, x, context), rtol=1e-12, atol=1e-12)
+    for tangent, product in zip(tangents, products, strict=True):
+        _, expected = torch.func.jvp(lambda y: field(t, y, context), (x,), (tangent,))
+        torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
+        assert expected.abs().max() > 1e-2
+
+
+def test_hutchinsons_estimate_is_that_of_vector_jacobian_products(build, points, generator):
+    field = build((2, 4, 4), (3, 5), 2, layer="concat")
+    t, x, context = points(field, (3,))
+    x = x.requires_grad_()
+    probe = torch.randn(2, *x.shape, generator=generator, dtype=F64)
+    leaves = [x, *field.parameters()]
+
+    def gradients(v, estimates):
+        return torch.autograd.grad(v.square().sum() + estimates.square().sum(), leaves)
+
+    rates = Hutchinson(probe=probe).rates(field, t, x, context, probe)
+    v, products = vector_jacobian_products(lambda y: field(t, y, context), x, probe)
+    expected = (products * probe).flatten(2).sum(-1).T
+    torch.testing.assert_close(rates.divergence, expected, rtol=1e-10, atol=1e-10)
+    ours, theirs = gradients(rates.velocity, rates.divergence), gradients(v, expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_conv_field_is_registered_without_closed_form_divergence():

@@ -15,6 +15,7 @@ from cnf.fields import (
     PotentialField,
     Preconditioned,
     ResidualField,
+    UNetField,
     exact_divergence,
 )
 from cnf.fields.wrappers import Piece
@@ -37,6 +38,7 @@ CASES = {
     "residual": lambda context: ResidualField(3, (5, 4), context),
     "potential": lambda context: PotentialField(3, 5, 3, context),
     "conv": lambda context: ConvField((2, 2, 2), (3,), context, frequencies=1),
+    "unet": lambda context: UNetField((1, 2, 2), 4, context, (1,), 1, 16, 1),
     "piece": lambda context: Piece(MLPField(3, (5,), context), 1, 3),
     "piecewise": lambda c: Piecewise([MLPField(3, (5,), c), ResidualField(3, (4,), c)]),
     "end time": lambda context: EndTime(MLPField(3, (5,), context), 2.0),
@@ -48,7 +50,7 @@ CONDITIONAL = [name for name in CASES if name != "mlp ignore"]
 
 @pytest.mark.parametrize("name", CASES)
 def test_fields_of_vectors_have_a_closed_form_divergence(name):
-    assert isinstance(CASES[name](0), HasDivergence) == (name not in ("conv", "piecewise"))
+    assert isinstance(CASES[name](0), HasDivergence) == (name not in ("conv", "unet", "piecewise"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnf.fields import Adapter, MLPField, exact_divergence
+from cnf.fields import Adapter, MLPField, exact_divergence, trace
 from cnf.fields.base import EXACT_LIMIT
 from cnf.fields.trace import gated_product, jacobian_columns, trace_of_chain, trace_of_jacobian
 
@@ -82,6 +82,16 @@ def test_trace_equals_autograds_for_vectors(net, rows_trace, generator):
     torch.testing.assert_close(v, net(x))
     torch.testing.assert_close(div, rows_trace(net, x), rtol=1e-12, atol=1e-12)
     assert div.abs().min() > 1e-3 and div.dtype == F64
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_trace_of_rows_that_share_memory_equals_that_of_copies(known, conv, generator):
+    x = torch.randn(1, 2, 3, 2, generator=generator, dtype=F64)
+    if known:
+        trace_of_jacobian(conv, x, 3, conv)
+    found = trace_of_jacobian(conv, x.expand(4, -1, -1, -1), 3, conv)
+    torch.testing.assert_close(found, trace_of_jacobian(conv, x.repeat(4, 1, 1, 1), 3, conv))
+    assert trace._TANGENTS[conv] == {(True, False): 12 * 6}  # forward mode
 
 
 @pytest.mark.parametrize("rows", [3, 0])

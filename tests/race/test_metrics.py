@@ -110,7 +110,7 @@ def test_samples_are_true_ones_first_and_at_most_as_many_as_the_metric_takes(reg
 
 def test_names_are_the_keys_of_the_file():
     keys = "gap nll w2 sliced_w2 mmd energy_distance c2st path_energy straightness round_trip "
-    keys += "parameters nfe_sample nfe_log_prob ms_sample ms_log_prob"
+    keys += "parameters bits_per_dim nfe_sample nfe_log_prob ms_sample ms_log_prob"
     assert set(METRICS) == set(keys.split())
     assert all(entry.score.key == name and entry.about for name, entry in METRICS.items())
 

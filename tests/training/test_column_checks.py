@@ -99,7 +99,7 @@ def test_constant_or_copied_column_of_few_rows_warns():
 @pytest.mark.parametrize("levels", [1, 255, 256])
 def test_images_with_integer_gray_levels_warn(levels, generator):
     gray = torch.randint(0, 256, (60, 1, 4, 4), generator=generator) / levels
-    with pytest.warns(UserWarning, match="whole gray levels.*; add noise as wide as the steps"):
+    with pytest.warns(UserWarning, match="whole gray levels.*with dequantization=.uniform."):
         warn_of_degenerate(gray, None)
     warn_of_degenerate(gray + torch.rand(gray.shape, generator=generator) / levels, None)
 

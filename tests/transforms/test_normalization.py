@@ -98,7 +98,7 @@ def test_device_without_float64_refuses_columns_that_float32_does_not_resolve(
     near, far = Standardize((2,)), Standardize((2,))
     near.fit(10 + noise)
     far.fit(torch.tensor([10, 1e8]) + noise)
-    monkeypatch.setattr("cnf.transforms.normalization.widest", lambda device: torch.float32)
+    monkeypatch.setattr("cnf.transforms.preprocessing.widest", lambda device: torch.float32)
     z, _ = near.to("cpu").inverse((10 + noise).float())
     assert z.dtype == near.loc.dtype == torch.float32
     torch.testing.assert_close(

@@ -1,0 +1,79 @@
+"""Bits per dimension against exact masses of cells, and against published conventions."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import cnf
+from cnf import Flow
+from cnf.dequantization import UniformDequantization
+from cnf.distributions import StandardNormal
+from cnf.metrics import bits_per_dim
+from cnf.transforms import Compose, Standardize, logit
+
+F64 = torch.float64
+
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal_flow(levels=4):
+    place = Standardize((2,))
+    place.settle({"loc": torch.full((2,), 2.0), "scale": torch.full((2,), 1.5)}, F64)
+    noise = UniformDequantization(levels)
+    return Flow(StandardNormal((2,)), place, dequantization=noise).double()
+
+
+def test_many_draws_give_the_code_length_of_the_cells():
+    x = torch.tensor(list(itertools.product(range(4), repeat=2)), dtype=torch.uint8)
+    cells = torch.special.ndtr((torch.arange(5, dtype=F64) - 2) / 1.5).diff()
+    exact = -(cells.log2()[x.long()].sum(1) / 2).mean().item()
+    bound = bits_per_dim(normal_flow(), x.repeat(500, 1), generator=draws())
+    tight = bits_per_dim(normal_flow(), x, draws=4_000, generator=draws())
+    assert tight.value == pytest.approx(exact, abs=1e-3)
+    assert bound.value > exact + 5 * bound.error / 500**0.5 and bound.value < exact + 0.1
+
+
+def test_uniform_pixels_cost_all_their_bits_whatever_the_preprocessing():
+    """The density 1/256 on [0, 256) has 8 bits per dimension, through the logit as well."""
+    shape, alpha = (1, 4, 4), 0.05
+    pixels = torch.randint(0, 256, (7, *shape), generator=draws(), dtype=torch.uint8)
+    squash = logit(shape, alpha=alpha, levels=256)
+
+    class UniformThroughLogit(cnf.distributions.Base):
+        """What uniform pixels are after the logit."""
+
+        def log_prob(self, z):
+            _, ladj = squash(z)
+            return ladj - 16 * math.log(256)
+
+        def sample(self, sample_shape=(), generator=None):
+            raise NotImplementedError
+
+    noise = UniformDequantization()
+    identity = Compose([cnf.transforms.PerPixel(cnf.transforms.Permutation(1))])
+    flow = Flow(UniformThroughLogit(shape), identity, squash, noise).double()
+    found = bits_per_dim(flow, pixels, draws=3, chunk=2, generator=draws())
+    assert found.value == pytest.approx(8, abs=1e-9) and found.error < 1e-9
+
+
+def test_chunks_and_modes_change_nothing_and_contexts_do(randomized):
+    body = cnf.models.realnvp(2, layers=2, hidden=(8,), context=1)
+    flow = Flow(None, body.transform, dequantization=UniformDequantization(4), event_shape=(2,))
+    flow = randomized(flow).train()
+    x = torch.randint(0, 4, (9, 2), generator=draws())
+    context = torch.randn(9, 1, generator=draws(), dtype=F64)
+    one = bits_per_dim(flow, x, context, chunk=9, generator=draws(1))
+    many = bits_per_dim(flow, x, context, chunk=4, generator=draws(1))
+    assert one.value == pytest.approx(many.value, rel=1e-12) and flow.training
+    assert one.value != bits_per_dim(flow, x, -context, generator=draws(1)).value
+
+
+def test_density_without_dequantization_has_no_bits():
+    with pytest.raises(TypeError, match="without dequantization.*dequantization='uniform'"):
+        bits_per_dim(cnf.models.realnvp(2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="draws > 0, got 0"):
+        bits_per_dim(normal_flow(), torch.zeros(3, 2), draws=0)

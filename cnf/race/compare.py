@@ -286,7 +286,9 @@ def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, An
         return Judge(*draw_test_points(density, test_points), density, w2_points), density
     train, test = density.split(0.2)
     if isinstance(density, Images):
-        test = test.take(torch.randperm(len(test.x), generator=stream(0, "test"))[:TEST_PICTURES])
+        test = test.take(
+            torch.randperm(len(test.x), generator=stream(0, "test pictures"))[:TEST_PICTURES]
+        )
     return Judge(test, train, None, w2_points), train
 
 

@@ -112,7 +112,7 @@ class Judge:
         if self.pictures:
             log_q = log_prob_of_draws(
                 exact, test.x, test.context, draws=self.draws, divergence=divergence,
-                generator=stream(0, "dequantization"),
+                generator=stream(0, "noise of test pictures"),
             )  # fmt: skip
         else:
             log_q = log_prob_chunked(exact, test.x, test.context).cpu()

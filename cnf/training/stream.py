@@ -165,10 +165,11 @@ class RowStream(Stream):
         whole = min(BATCH_SIZE, len(self.train)) // config.devices * config.devices
         self.size = config.batch_size or max(config.devices, whole)
         if len(self.train) < self.size:
+            shape = f", each of shape {tuple(rows[order[:1]].x.shape[1:])}" if len(rows) else ""
             raise ValueError(
                 f"fit: expected at least batch_size={self.size} rows to train on, got "
-                f"{len(self.train)} ({len(rows)} less {held_out} held out, each of shape "
-                f"{tuple(rows[order[:1]].x.shape[1:])}); lower batch_size"
+                f"{len(self.train)} ({len(rows)} less {held_out} held out{shape}); lower "
+                "batch_size"
             )
         self.validation = validation
         self.head = rows.head(self.train)

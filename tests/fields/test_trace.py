@@ -91,7 +91,8 @@ def test_trace_of_rows_that_share_memory_equals_that_of_copies(known, conv, gene
         trace_of_jacobian(conv, x, 3, conv)
     found = trace_of_jacobian(conv, x.expand(4, -1, -1, -1), 3, conv)
     torch.testing.assert_close(found, trace_of_jacobian(conv, x.repeat(4, 1, 1, 1), 3, conv))
-    assert trace._TANGENTS[conv] == {(True, False): 12 * 6}  # forward mode
+    assert list(trace._TANGENTS[conv]) == [(True, False)]
+    assert trace._TANGENTS[conv][True, False] is not None  # forward mode
 
 
 @pytest.mark.parametrize("rows", [3, 0])

@@ -68,7 +68,10 @@ toc_object_entries_show_parents = "hide"
 # words in backticks (most are arguments), and the insides of packages, which annotations name.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|collections|typing|types|pathlib|nn|abc|matplotlib)\b.*"),
+    (
+        r"py:.*",
+        r"(torch|numpy|np|collections|contextlib|os|typing|types|pathlib|nn|abc|matplotlib)\b.*",
+    ),
     (r"py:obj", r"(?s)(?!cnf\.[\w.]+$).*"),
     (r"py:.*", r"cnf(\.\w+){3,}"),
     (r"py:class", r"cnf\.registry\.T|Axes|Figure"),

@@ -299,7 +299,7 @@ class Flow(nn.Module):
             rows.restore(ladj + torch.stack(spread).sum(0), axis=1) if spread else None,
         )
 
-    def log_prob_and_integrals(
+    def log_prob_with_solves(
         self,
         x: Tensor,
         context: Tensor | None = None,
@@ -559,6 +559,8 @@ class Flow(nn.Module):
 
     def _warn_of_cost(self, transform: Transform, y: Tensor) -> None:
         """Warn, before it starts, that exact divergences will take more than `LONG`."""
+        if math.prod(self.event_shape) < MANY:  # no part of it has more dimensions
+            return
         if captured() or "cost" in self._warned or y.is_meta or type(y) is not Tensor:
             return
         rows = y[(..., *[0] * len(self.event_shape))].numel()

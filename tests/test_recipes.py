@@ -221,3 +221,14 @@ def test_recipe_applies_inside_a_compose(small_flow, x):
     penalized = Flow(None, Compose([small_flow("rnode").transform]), event_shape=(2,))
     loss = MaximumLikelihood()(penalized, Batch(x), seeded())
     assert loss.metrics.keys() == {"nll", "kinetic", "jacobian"}
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf"])
+def test_estimator_has_no_effect_on_a_flow_without_an_ode(name):
+    flow = build(name, dim=2, layers=2, hidden=(4,))
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    losses = [
+        MaximumLikelihood(divergence)(flow, Batch(x), seeded(0)).value
+        for divergence in (None, "hutchinson")
+    ]
+    assert torch.equal(*losses)

@@ -18,7 +18,7 @@ from cnf.flow import Flow, require_odes
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
-from cnf.transforms.continuous import Continuous, Recipe, Solve, odes_in, under_recipes
+from cnf.transforms.continuous import Continuous, Solve, odes_in, under_recipes
 
 
 @dataclass
@@ -123,7 +123,7 @@ class MaximumLikelihood(Objective):
         penalties = [r.penalties if self.penalties is None else self.penalties for r in recipes]
         if self.penalties or self.steer:
             require_odes("MaximumLikelihood(penalties=…, steer=…)", flow)
-        divergences = [self.divergence or r.divergence for r in recipes or [Recipe()]]
+        divergences = [self.divergence or r.divergence for r in recipes] or ["exact"]
         built = tuple(DIVERGENCES.build(each) for each in divergences)
         return _Likelihood(self.as_trained(flow), built, tuple(penalties))
 
@@ -178,7 +178,7 @@ class MaximumLikelihood(Objective):
                     rows.x, rows.context, divergence=first, generator=generator
                 )
                 return log_prob, [{} for _ in penalties]
-        log_prob, integrals = flow.log_prob_and_integrals(
+        log_prob, integrals = flow.log_prob_with_solves(
             rows.x, rows.context, solves=_solves(rows, divergences, penalties), generator=generator
         )
         found = zip(penalties, integrals, strict=True)

@@ -161,3 +161,16 @@ def test_odd_gray_pictures_need_uniform_noise():
         VariationalDequantization((1, 5, 4))
     with pytest.raises(ValueError, match="levels >= 2"):
         UniformDequantization(1)
+
+
+def test_numbers_on_a_gpu_are_looked_at_now_and_then(monkeypatch):
+    """In the 1st, 2nd, 4th, 8th, … call, since looking waits for the GPU."""
+    noise, wrong = UniformDequantization(4), torch.full((2, 2), 0.5)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    refused = []
+    for call in range(1, 10):
+        try:
+            noise.encode(wrong)
+        except ValueError:
+            refused.append(call)
+    assert refused == [1, 2, 4, 8]

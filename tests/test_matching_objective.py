@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -435,3 +436,13 @@ def test_coupling_that_returns_or_takes_something_else_is_named():
         fit_with(coupling=pair)
     with pytest.raises(TypeError, match=r"takes \(x0, x1, context, generator\), got <lambda>"):
         fit_with(coupling=lambda x0, x1: None)
+
+
+def test_path_may_compute_with_numpy():
+    def schedule(t):
+        a = torch.from_numpy(np.sin(np.pi / 2 * t.detach().cpu().numpy()) ** 2).to(t)
+        slope = np.pi / 2 * torch.sin(np.pi * t)
+        return Schedule(a, 1 - a, slope, -slope)
+
+    history = fit_with(path=OwnPath(schedule))
+    assert history.steps == 3

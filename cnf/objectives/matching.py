@@ -126,7 +126,7 @@ class FlowMatching(Objective):
                 plan = coupling.fit(x1, lambda n, g: flow.base.sample((n,), g), context, generator)
             begun = replace(self, coupling=FittedCoupling(plan, data.x, x1, context))
         resolved = self._resolve(flow)
-        check_path(resolved.path)
+        check_path(resolved.path, flow.device)
         object.__setattr__(begun, "_begun", resolved)
         return begun
 

@@ -181,7 +181,9 @@ def test_run_with_a_budget_in_seconds_continues_with_the_same_or_another_budget(
         trainer.budget.spend(tick)
 
     monkeypatch.setattr("cnf.training.loop._Trainer._spend", spend)
-    monkeypatch.setattr("cnf.objectives.matching.check_path", lambda path: None)  # takes time
+    monkeypatch.setattr(
+        "cnf.objectives.matching.check_path", lambda path, device: None
+    )  # takes time
     data, whole = acting_data("toy", press_ctrl_c)
     settings = {"folder": tmp_path / "run", "seconds": 20 * tick, "validations": 0}
     before = cnf.fit(small(), cnf.FlowMatching(), data, config(**settings))

@@ -114,7 +114,10 @@ class Results:
     def __repr__(self) -> str:
         from cnf.race.tables import as_text
 
-        return as_text(self)
+        try:
+            return as_text(self)
+        except ImportError:  # of rich: a repr must not fail
+            return f"Results({self.data!r}, {', '.join(self.contestants)})"
 
     @property
     def contestants(self) -> list[str]:

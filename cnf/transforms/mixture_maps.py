@@ -55,15 +55,15 @@ class _Mixture(ElementwiseMap):
         edge = torch.full_like(z, EDGE)
         with torch.no_grad():
             low, high = (self._inside(x, *parameters)[0] for x in (-edge, edge))
-        inside = z.detach().clamp(low, high)
-        each = means.detach() + log_scales.detach().exp() * inside
+        inside = z.clamp(low, high)
+        each = (means + log_scales.exp() * inside).detach()
         x, log_slope = increasing_root(
             lambda x: self._inside(x, *parameters),
-            torch.where(inside == z, z, inside),
+            inside,
             each.amin(0).clamp(-edge, edge),
             each.amax(0).clamp(-edge, edge),
         )
-        return x + (z - inside.where(inside != z, z)), torch.where(inside == z, -log_slope, 0.0)
+        return x + (z - inside), torch.where(inside == z, -log_slope, 0.0)
 
     def inverse(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-EDGE, EDGE)

@@ -552,3 +552,13 @@ def test_one_contestant_of_ones_own_needs_no_list():
     flow = cnf.models.realnvp(2, layers=2, hidden=(4,))
     results = race(("Mine", flow, cnf.MaximumLikelihood()), "moons", steps=2)
     assert results.contestants == ["Mine"]
+
+
+def test_results_have_a_repr_without_rich(monkeypatch):
+    results = race(["realnvp"], "moons", steps=2)
+
+    def missing(results):
+        raise ImportError("rich")
+
+    monkeypatch.setattr("cnf.race.tables.as_text", missing)
+    assert repr(results) == "Results('moons', realnvp)"

@@ -10,7 +10,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 import cnf
 from cnf.distributions import GaussianMixture
-from cnf.expectation_maximization import Mixture, _maximized, _statistics
+from cnf.expectation_maximization import Mixture, _maximized, _statistics, _without_lost
 
 F64 = torch.float64
 
@@ -148,3 +148,16 @@ def test_gradients_and_wrong_shapes():
         GaussianMixture.fit(torch.zeros(4, 2), 5)
     with pytest.raises(ValueError, match="finite"):
         GaussianMixture.fit(torch.full((9, 2), math.nan), 2)
+
+
+def test_lost_component_is_a_row_of_the_batch_with_the_covariance_of_all():
+    x = torch.randn(50, 2, generator=draws(), dtype=F64)
+    begun = Mixture(
+        torch.tensor([0.5, 0.5], dtype=F64),
+        torch.tensor([[0.0, 0.0], [1e3, 0.0]], dtype=F64),
+        torch.eye(2, dtype=F64).repeat(2, 1, 1),
+    )
+    found = _maximized(_without_lost(_statistics(x, begun), x), 0.0)
+    torch.testing.assert_close(found.means[1], x[0])
+    torch.testing.assert_close(found.factors[1], torch.eye(2, dtype=F64))
+    assert found.weights[1] > 0.3

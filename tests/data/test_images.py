@@ -55,6 +55,7 @@ BROKEN = {
     "cut in the header": idx(PIXELS)[:9],
     "another type": b"\0\0\x0d\x03" + idx(PIXELS)[4:],
     "no idx": b"P5 5 4 255",
+    "other first bytes": b"\1\0" + idx(PIXELS)[2:],
     "empty": b"",
     "broken gzip": gzip.compress(idx(PIXELS))[:-9],
 }

@@ -6,6 +6,7 @@ import yaml
 
 import cnf
 from cnf.training.learner import Learner
+from cnf.training.stream import as_stream
 from cnf.training.validation import Validation
 
 RUNS = {
@@ -159,3 +160,26 @@ def test_second_gpu_has_no_effect_on_a_run_on_the_cpu(small, config, points, mon
     cnf.fit(small(), cnf.FlowMatching(), points, config())
     uniform = torch.distributions.Uniform(torch.zeros(2), torch.ones(2))
     cnf.distributions.as_base(uniform, ()).sample((3,), torch.Generator().manual_seed(1))
+
+
+def test_each_epoch_has_an_order_of_its_own(config):
+    rows = torch.arange(12.0)[:, None]
+    stream = as_stream(rows, config(batch_size=12, validations=0))
+    orders = [stream.batch(step, None).x.flatten().tolist() for step in range(3)]
+    assert all(sorted(order) == rows.flatten().tolist() for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_what_a_module_draws_depends_on_step_and_process(small, config, points, monkeypatch):
+    """Dropout must not be the same on every process, nor in every step."""
+    asked, seed = [], cnf.training.loop.stream_seed
+
+    def noted(*place):
+        asked.append(place)
+        return seed(*place)
+
+    monkeypatch.setattr("cnf.training.loop.stream_seed", noted)
+    monkeypatch.setattr("lightning_fabric.Fabric.global_rank", 5)
+    monkeypatch.setattr("lightning_fabric.Fabric.is_global_zero", True)
+    cnf.fit(small(), cnf.FlowMatching(), points, config(steps=2, seed=3))
+    assert asked == [(3, "module", 0, 5), (3, "module", 1, 5)]

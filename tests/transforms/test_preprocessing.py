@@ -168,3 +168,13 @@ def test_every_fitted_preprocessing_is_registered():
     )
     assert issubclass(Whiten, Preprocessing)
     assert isinstance(cnf.transforms.TRANSFORMS.examples["whiten"](3), Whiten)
+
+
+def test_near_zero_the_radial_map_is_linear():
+    """Else the density there would be zero or infinite."""
+    part, data = RadialGaussianization(4), heavy_tails() - 5
+    part.fit(data)
+    x = 1e-6 * data[:3]
+    (z, ladj), (twice, also) = part.inverse(x), part.inverse(2 * x)
+    torch.testing.assert_close(twice, 2 * z, rtol=1e-9, atol=0)
+    torch.testing.assert_close(also, ladj, rtol=1e-9, atol=0)

@@ -56,16 +56,17 @@ def train(
     options say otherwise.
 
     Args:
-        data: A density by name (see `cnf list densities`), a picture as a density, a file of
-            points (csv, npy, parquet), or pictures: a set by name, such as mnist, or a file or
-            folder of them.
+        data: A density by name (see `cnf list densities`), a picture as a density, a table by name
+            (see `cnf list tables`), a file of points (csv, npy, parquet), or pictures: a set by
+            name, such as mnist, or a file or folder of them.
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden 128,128.
         objective: What is minimized (see `cnf list objectives`). If not given, flow matching with
             more times close to the data for cnf, maximum likelihood for every other model.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
-        test: Part of your own points that is held out from training, for `cnf evaluate`.
+        test: Part of your own points that is held out from training, for `cnf evaluate`; a set by
+            name keeps its own test part.
         table: Roles of the columns of your own table; of pictures --context labels.
         config: The settings of the run.
 

@@ -111,11 +111,12 @@ MARKUP = re.compile(r"(?<!\\)[*|]|(?<=: \w)\.$")  # the last, of "dim: D.", begi
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with backticks: `(*, D)` and log|det J| are no markup."""
-    plain, example = [], False
+    plain, verbatim = [], False  # examples and formulas
     for line in lines:
-        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        parts = [line] if example else re.split(r"(``.*?``|:math:`.*?`|`.*?`)", line)
-        if not example:
+        begins = line.lstrip().startswith((">>>", ".. math::"))
+        verbatim = begins or (verbatim and bool(line.strip()))
+        parts = [line] if verbatim else re.split(r"(``.*?``|:math:`.*?`|`.*?`)", line)
+        if not verbatim:
             parts[::2] = [MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
         plain.append("".join(parts))
         if line.strip() == "Returns:":  # no type stands there, as the annotation has it

@@ -31,15 +31,18 @@ def stream_seed(seed: int, purpose: str, *place: int) -> int:
     return int(sequence.generate_state(1)[0])
 
 
-def stream(seed: int, purpose: str, *place: int) -> torch.Generator:
-    """A CPU generator at the beginning of a stream.
+def stream(
+    seed: int, purpose: str, *place: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator at the beginning of a stream; the numbers differ between a CPU and a GPU.
 
     Args:
         seed: Any integer.
         purpose: The name of the stream.
         place: Where in the stream, as of `stream_seed`.
+        device: Where it draws.
     """
-    return torch.Generator().manual_seed(stream_seed(seed, purpose, *place))
+    return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *place))
 
 
 def device_of(

@@ -67,6 +67,16 @@ def record() -> Iterator[Stats]:
         _recording.reset(token)
 
 
+def count(evaluations: int) -> None:
+    """Have a solve counted that was not run by Python, as in a replayed CUDA graph.
+
+    Args:
+        evaluations: Of the dynamics, in the forward solve.
+    """
+    for stats in _recording.get():
+        stats._counters.append(_Counts(evaluations))
+
+
 class TooMuchMemory(Exception):
     """The graph of a solve exceeds the memory limit of `gradient="auto"`."""
 

@@ -10,12 +10,19 @@ import torchdiffeq
 from torch import Tensor
 
 from cnf.dynamics import fixed
-from cnf.dynamics.monitor import Dynamics, InstrumentedDynamics, State, TooMuchMemory, record
+from cnf.dynamics.monitor import (
+    Dynamics,
+    InstrumentedDynamics,
+    State,
+    TooMuchMemory,
+    count,
+    record,
+)
 from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 from cnf.rematerialize import checkpointed
 
-__all__ = ["Dynamics", "Solution", "State", "record", "solve", "solve_path"]
+__all__ = ["Dynamics", "Solution", "State", "count", "record", "solve", "solve_path"]
 
 GIB = 2**30
 FINEST = 5e-4  # least tolerance in units of eps: below it, rounding makes the step size collapse
@@ -145,7 +152,10 @@ def _captured(
     path = _solve_between(
         lambda y, *_: fixed.integrate(dynamics, y, next(remaining), solver.method), state, times
     )
-    return path, STAGES[solver.method] * sum(len(stretch) - 1 for stretch in stretches)
+    nfe = STAGES[solver.method] * sum(len(stretch) - 1 for stretch in stretches)
+    if not fixed.transformed():
+        count(nfe)
+    return path, nfe
 
 
 def _times_with_stops(stops: Sequence[float], t0: float, t1: float) -> list[float]:

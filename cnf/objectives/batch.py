@@ -19,6 +19,10 @@ class Prepared(Protocol):
         """See `RowTensors.shared`."""
         ...
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """See `RowTensors.map`."""
+        ...
+
 
 class RowTensors:
     """A dataclass of tensors, or None, whose first axis is the row.

@@ -1,6 +1,6 @@
 """Several objectives at once, such as flow matching with a share of likelihood."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,10 @@ class JointRows:
         """One process's rows of each term, whose weights may differ."""
         terms, shares = zip(*(term.shared(rank, processes) for term in self.terms), strict=True)
         return JointRows(terms, shares), 1.0
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "JointRows":
+        """The same with `function` applied to each tensor of each term."""
+        return JointRows(tuple(term.map(function) for term in self.terms), self.shares)
 
 
 @OBJECTIVES.register("joint")

@@ -81,11 +81,13 @@ class Learner:
         self.lr = config.lr or objective.learning_rate(module)
         self.parameters = list(objective.parameters(module))
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        adam = kind(self.parameters, lr=self.lr, weight_decay=config.weight_decay, fused=True)
+        self._adam = kind(
+            self.parameters, lr=self.lr, weight_decay=config.weight_decay, fused=True
+        )
         autocast = fabric.device.type if config.precision == "bf16-mixed" else None
         self._loss = _LossModule(module, objective, autocast)
         self._fabric_loss = fabric.setup_module(self._loss)
-        self._optimizer: Any = fabric.setup_optimizers(adam)
+        self._optimizer: Any = fabric.setup_optimizers(self._adam)
         self.ema_module = module
         if config.ema is not None:
             self.ema_module = copy.deepcopy(module).requires_grad_(False)

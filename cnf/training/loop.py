@@ -124,7 +124,8 @@ class _Trainer:
         context: Any, weight: Any, validation: Any, listeners: Listeners,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
-        from cnf.training.learner import Learner, launch_fabric
+        from cnf.training.capture import learner_for
+        from cnf.training.learner import launch_fabric
 
         self.module, self.objective, self.config = module, objective, config
         missing = getattr(getattr(module, "transform", None), "optional_context", False)
@@ -141,12 +142,13 @@ class _Trainer:
             own = self.main and not isinstance(self.stream, DensityStream)
             check_columns(module, self.stream.head, self.placed, data, own)
             fit_preprocessing(module, self.stream.head)
-        self.learner = Learner(module, objective, config, self.fabric)
+        self.learner = learner_for(module, objective, config, self.fabric)
         self.origin = Origin(
             configuration(module, objective, data, config),
             self.stream.fingerprint() if config.folder else None,
             self.fabric.device,
         )
+        self.stream.move(self.fabric.device)
         self.folder = Run(config.folder if self.main else None, config.resume)
         self.budget, self.history = Budget(config), History()
         held_out = self.stream.validation
@@ -225,7 +227,9 @@ class _Trainer:
         """This process's rows of a step, and the weight of their loss."""
         seed, device = self.config.seed, self.fabric.device
         reseed(stream_seed(seed, "module", step, self.fabric.global_rank), device)  # dropout
-        generator = stream(seed, "step", step)
+        # Draws are made where they are used: a CPU would draw for long, and copy.
+        drawing = device if device.type == "cuda" else "cpu"
+        generator = stream(seed, "step", step, device=drawing)
         batch = self.placed(self.stream.batch(step, generator))
         if step == 0:
             self.learner.initialize(batch, stream(seed, "initialization"))

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from cnf.data import Points, load
 from cnf.data.arrays import is_rows
+from cnf.data.density import Toy
 from cnf.data.tabular import is_large
 from cnf.distributions import Base, FromTorch, as_base
 from cnf.errors import warn
@@ -48,6 +49,9 @@ class Stream(ABC):
     @abstractmethod
     def rows(self, n: int) -> Batch | None:
         """The first n rows to train on, or all that there are; None where there are none."""
+
+    def move(self, device: torch.device) -> None:  # noqa: B027 most have nothing to move
+        """Keep rows where each step wants them; without effect on what is not in memory."""
 
     @abstractmethod
     def fingerprint(self) -> Any:
@@ -136,6 +140,8 @@ class DensityStream(Stream):
         self.head = Batch(density.sample(10_000, stream(config.seed, "head")))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
+        if not isinstance(self.density, Toy | DistributionData):  # may draw on a CPU only
+            generator = stream(self.seed, "density", step)
         return Batch(self.density.sample(self.size, generator))
 
     def rows(self, n: int) -> Batch:
@@ -180,7 +186,7 @@ class RowStream(Stream):
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch:
             order = torch.randperm(len(self.train), generator=stream(self.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, self.train[order]
+            self._epoch, self._order = epoch, self.train[order].to(self.data.device)
         return self.data[self._order[place * self.size : (place + 1) * self.size]]
 
     def rows(self, n: int) -> Batch:
@@ -190,6 +196,11 @@ class RowStream(Stream):
                 'these only; give it more: {"name": …, "rows": …}'
             )
         return self.data[self.train[:n]]
+
+    def move(self, device: torch.device) -> None:
+        """Keep rows in memory on the GPU, if few: no step then waits for a copy."""
+        if device.type == "cuda":
+            self.data.move(device)
 
     def fingerprint(self) -> str:
         """A hash of rows in memory, else of those that preprocessing is fitted to."""
@@ -277,6 +288,12 @@ class IndexedRows:
     def __init__(self, data: Any, missing: bool = False) -> None:
         self.data, self.missing = data, missing
         self.large = isinstance(data, Batch) and is_large(data.x)
+        self.device = CPU
+
+    def move(self, device: torch.device) -> None:
+        """Copy a Batch that is not large to the device."""
+        if isinstance(self.data, Batch) and not self.large:
+            self.data, self.device = self.data.map(lambda value: value.to(device)), device
 
     def __len__(self) -> int:
         return len(self.data.x if isinstance(self.data, Batch) else self.data)

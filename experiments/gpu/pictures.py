@@ -8,7 +8,8 @@ from steps import launches
 from tables import markdown, number
 
 import cnf
-from cnf.training.learner import Learner, launch_fabric
+from cnf.training.capture import learner_for
+from cnf.training.learner import launch_fabric
 
 SHAPE, BATCHES = (1, 28, 28), (64, 256)
 RK4 = cnf.Solver("rk4", steps=4)
@@ -31,41 +32,55 @@ def questions(options: Options) -> dict[str, Callable[[], dict]]:
 
 
 def measured(name: str, batch: int, options: Options) -> dict:
+    found: dict = {}
+    ways = {"kernel by kernel": False}
+    if options.device == "cuda":
+        ways["as one graph"] = "auto"
+        torch.cuda.reset_peak_memory_stats()
+    calls = {way: stepper(name, batch, options, compile) for way, compile in ways.items()}
+    for call in calls.values():
+        for _ in range(5):
+            call()
+    found |= launches(calls["kernel by kernel"], options)
+    if options.device == "cuda":
+        found["peak MB"] = torch.cuda.max_memory_allocated() / 1e6
+    found["ms"] = interleaved(calls, options)
+    return found
+
+
+def stepper(name: str, batch: int, options: Options, compile: object) -> Callable[[], None]:
+    """A step of `fit` on pixels, draws included."""
     torch.manual_seed(0)
     given, objective = MODELS[name]
     shape = (1, 8, 8) if options.quick else SHAPE
-    pixels = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=options.device)
+    pixels = torch.randint(0, 256, (batch, *shape), device=options.device).float()
     flow = cnf.models.build(
         name, shape=shape, dequantization="uniform", preprocess="logit", **given
     ).to(options.device)
-    config = cnf.TrainConfig(device=options.device)
-    learner = Learner(flow, objective(), config, launch_fabric(config, torch.float32))
-    generator, rows = torch.Generator().manual_seed(0), cnf.Batch(pixels.float())
-    learner.initialize(rows, generator)
+    config = cnf.TrainConfig(device=options.device, compile=compile)  # pyright: ignore
+    goal, rows = objective(), cnf.Batch(pixels)
+    learner = learner_for(flow, goal, config, launch_fabric(config, torch.float32))
+    learner.initialize(rows, torch.Generator().manual_seed(0))
+    generator = torch.Generator(options.device).manual_seed(0)
 
     def step() -> None:
         learner.step(learner.prepare(rows, generator)[0], 1e-4)
 
-    found: dict = {}
-    step()
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        found["peak MB"] = torch.cuda.max_memory_allocated() / 1e6
-    found |= launches(step, options)
-    found["ms"] = interleaved({"fit": step}, options)["fit"]
-    found["pictures/s"] = 1e3 * batch / found["ms"]["median"]
-    return found
+    return step
 
 
 def table(found: dict[str, dict]) -> str:
-    lines = [
-        (
-            name, number(row["ms"]["median"]), number(row["pictures/s"]),
+    lines = []
+    for name, row in found.items():
+        ms = {way: summary["median"] for way, summary in row["ms"].items()}
+        rate = 1e3 * int(name.split(", ")[1].split()[0]) / min(ms.values())
+        lines.append((
+            name, number(ms["kernel by kernel"]), number(ms.get("as one graph")), number(rate),
             number(row.get("busy ms")), row.get("kernels", "–"), row.get("waits", "–"),
             number(row.get("peak MB")),
-        )
-        for name, row in found.items()
-    ]  # fmt: skip
-    header = ("", "fit, ms", "pictures/s", "device busy, ms", "kernels", "waits", "peak MB")
+        ))  # fmt: skip
+    header = (
+        "", "kernel by kernel, ms", "as one graph, ms", "pictures/s", "device busy, ms",
+        "kernels", "waits", "peak MB",
+    )  # fmt: skip
     return markdown(header, lines)

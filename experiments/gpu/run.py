@@ -7,6 +7,7 @@ again, so that a run that was cut short goes on. `--quick` on a CPU shows that e
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -56,31 +57,44 @@ def measure(parts: list[str], options: Options, folder: Path, device: str, end: 
     for part in parts:
         found = results.setdefault(part, {})
         for name, question in PARTS[part].questions(options).items():
-            if name in found or time.monotonic() > end:
+            if name in results.get("failed", {}) or name in found or time.monotonic() > end:
                 continue
             try:
-                answer = question()
-            except Exception as error:  # it must not cost the others their minutes
+                found[name] = {"revision": environment()["revision"], **question()}
+            except Exception as error:
                 traceback.print_exc()
-                print(f"failed: {part}, {name}: {error}", flush=True)
-                continue
-            found[name] = {"revision": environment()["revision"], **answer}
-            file.write_text(json.dumps(results, indent=1) + "\n")
+                results.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:300]
+                write(file, results)
+                if options.device == "cuda":  # what failed there may have left it unusable
+                    again(end)
+            write(file, results)
         if found:
             print(f"## {part}\n\n{PARTS[part].table(found)}\n", flush=True)
         (folder / f"tables-{suffix}.md").write_text(written(results, device))
+
+
+def write(file: Path, results: dict) -> None:
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def again(end: float) -> None:
+    """Go on in a fresh process, for the seconds that are left."""
+    left = max(0, end - time.monotonic())
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--seconds", f"{left:.0f}"])
 
 
 def written(results: dict, device: str) -> str:
     """Every part's table under the device's name."""
     text = [f"# {device}\n"]
     for part, found in results.items():
-        if found:
+        if found and part in PARTS:
             revisions = sorted({row["revision"] for row in found.values()})
             text.append(
                 f"## {part}\n\n{PARTS[part].__doc__}\n\n{PARTS[part].table(found)}\n\n"
                 f"Revision {', '.join(revisions)}; torch {torch.__version__}; float32.\n"
             )
+    if failed := results.get("failed"):
+        text.append("## failed\n\n" + "\n".join(f"- {k}: {v}" for k, v in failed.items()) + "\n")
     return "\n".join(text)
 
 

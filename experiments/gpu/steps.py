@@ -1,8 +1,8 @@
 """A training step as `cnf.fit` takes it, by rows: time, kernels, waits, and what a graph saves.
 
-Each row of the table is one model under one objective at one batch size. "fit" is the learner's
-step with its draws; "replayed" is forward, backward, clipping and Adam captured as one CUDA graph,
-on rows that were prepared once: what a step costs when Python does not launch its kernels.
+Each row of the table is one model under one objective at one batch size, with draws, clipping,
+Adam and the average of the weights: once launched kernel by kernel, once replayed as a CUDA graph.
+"Device busy" is the sum of the kernels' times, which no way of launching them can go below.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from measure import Options, interleaved
 from tables import markdown, number
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnf
-from cnf.training.learner import Learner, launch_fabric
+from cnf.training.capture import learner_for
+from cnf.training.learner import launch_fabric
 
 ROWS = (1_024, 65_536, 256, 8_192, 262_144)  # the most telling first
 RK4 = cnf.Solver("rk4", steps=8, gradient="backprop")
@@ -41,33 +41,37 @@ def questions(options: Options) -> dict[str, Callable[[], dict]]:
 
 
 def measured(build: Callable, rows: int, options: Options) -> dict:
-    torch.manual_seed(0)
-    flow, objective = build()
-    flow.to(options.device)
-    config = cnf.TrainConfig(device=options.device)
-    learner = Learner(flow, objective, config, launch_fabric(config, torch.float32))
     x = torch.randn(rows, 2, device=options.device)
-    generator = torch.Generator().manual_seed(0)
-    prepared, _ = learner.prepare(cnf.Batch(x), generator)
-
-    def fit() -> None:
-        learner.step(*learner.prepare(cnf.Batch(x), generator)[:1], 1e-4)
-
-    calls = {"fit": fit, "without draws": lambda: learner.step(prepared, 1e-4)}
-    for call in calls.values():
-        call()
-    found: dict = {"gigaflop": gigaflop(calls["without draws"]), **launches(fit, options)}
+    eager = stepper(build, x, options, compile=False)
+    found: dict = {"gigaflop": gigaflop(eager), **launches(eager, options)}
+    calls = {"kernel by kernel": eager}
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        fit()
+        eager()
         found["peak MB"] = torch.cuda.max_memory_allocated() / 1e6
-        try:
-            calls["replayed"] = replayed(flow, objective, prepared)
-        except Exception as error:  # a solver that looks at its numbers
-            found["not captured"] = str(error).splitlines()[0][:200]
-            torch.cuda.synchronize()
+        calls["as one graph"] = stepper(build, x, options, compile="auto")
+        for _ in range(5):
+            calls["as one graph"]()
+        found["graph launches"] = launches(calls["as one graph"], options)
     found["ms"] = interleaved(calls, options)
     return found
+
+
+def stepper(build: Callable, x: torch.Tensor, options: Options, compile: object) -> Callable:
+    """A step of `fit` on these rows, draws included."""
+    torch.manual_seed(0)
+    flow, objective = build()
+    config = cnf.TrainConfig(device=options.device, compile=compile)  # pyright: ignore
+    fabric = launch_fabric(config, torch.float32)
+    learner = learner_for(flow.to(options.device), objective, config, fabric)
+    learner.begin(objective.begin(flow, lambda n: cnf.Batch(x[:n]), torch.Generator()))
+    generator = torch.Generator(options.device).manual_seed(0)
+
+    def step() -> None:
+        learner.step(learner.prepare(cnf.Batch(x), generator)[0], 1e-4)
+
+    step()
+    return step
 
 
 def gigaflop(step: Callable[[], object]) -> float | None:
@@ -100,40 +104,20 @@ def launches(step: Callable[[], object], options: Options) -> dict:
     }
 
 
-def replayed(flow: nn.Module, objective: cnf.objectives.Objective, rows: object) -> Callable:
-    """The replay of one captured step on these rows."""
-    parameters = list(objective.parameters(flow))
-    optimizer = torch.optim.Adam(parameters, lr=1e-4, capturable=True, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        objective(flow, rows).value.backward()
-        nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)
-        optimizer.step()
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def table(found: dict[str, dict]) -> str:
     lines = []
     for name, row in found.items():
         ms = {call: summary["median"] for call, summary in row["ms"].items()}
+        eager, graph = ms["kernel by kernel"], ms.get("as one graph")
+        share = row["busy ms"] / graph if graph and "busy ms" in row else None
         lines.append((
-            name, number(ms["fit"]), number(ms["without draws"]),
-            number(ms.get("replayed")), number(row.get("busy ms")), row.get("kernels", "–"),
-            row.get("waits", "–"), number(row["gigaflop"]), number(row.get("peak MB")),
+            name, number(eager), number(graph), number(row.get("busy ms")),
+            "–" if share is None else f"{100 * share:.0f} %", row.get("kernels", "–"),
+            row.get("waits", "–"), row.get("graph launches", {}).get("waits", "–"),
+            number(row["gigaflop"]), number(row.get("peak MB")),
         ))  # fmt: skip
     header = (
-        "", "fit, ms", "without draws", "replayed", "device busy", "kernels", "waits", "GFLOP",
-        "peak MB",
+        "", "kernel by kernel, ms", "as one graph, ms", "device busy, ms", "busy", "kernels",
+        "waits", "waits of a graph", "GFLOP", "peak MB",
     )  # fmt: skip
     return markdown(header, lines)

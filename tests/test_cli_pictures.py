@@ -155,12 +155,12 @@ def test_plot_draws_grids_and_says_what_is_left_out(conditional, call):
 @pytest.mark.filterwarnings("ignore:fit. the held-out NLL ends:UserWarning")
 def test_compare_races_models_of_pictures_and_leaves_out_the_others(file, call, tmp_path):
     code, said, errors = call(
-        "compare", file, "--steps", 1, "--contestants", "glow,nsf", "--folder", tmp_path / "race",
+        "compare", file, "--steps", 1, "--contestants", "glow,maf", "--folder", tmp_path / "race",
         "--no-progress", "--w2-points", 20,
     )  # fmt: skip
     assert code == 0, errors
     assert "/dim" in said and "pixels from 0 to 1" in said
-    assert "nsf: models vectors, got images of shape (1, 4, 4); models of images are" in said
+    assert "maf: models vectors, got images of shape (1, 4, 4); models of images are" in said
     assert "drawn of two dimensions only; these have 16" in said
     page = (tmp_path / "race" / "report.html").read_text()
     assert "as many samples of each" in page and "Bits/dim" in page

@@ -88,7 +88,7 @@ class Models(Registry):
             option: Name of an argument, such as "dim", "shape" or "solver".
 
         >>> MODELS.taking("shape")
-        ['cnf', 'ffjord', 'rnode', 'unet', 'glow']
+        ['cnf', 'ffjord', 'rnode', 'realnvp', 'nsf', 'unet', 'glow']
         """
         return [name for name, builder in self.items() if option in signature(builder).parameters]
 

@@ -17,7 +17,7 @@ from cnf.fields import (
 )
 from cnf.flow import Flow
 from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
-from cnf.models.scales import Ode, at_scales
+from cnf.models.scales import Part, at_scales
 from cnf.transforms.base import Transform
 from cnf.transforms.continuous import Continuous, Recipe
 
@@ -318,7 +318,7 @@ def _stack(
     solver: Solver,
     recipe: Recipe,
     null_context: bool,
-) -> Ode:
+) -> Part:
     """What makes the `Continuous` of some blocks for points of a shape."""
 
     def ode(event: Sequence[int]) -> Continuous:
@@ -330,11 +330,11 @@ def _stack(
 
 
 def _of_points_or_images(
-    who: str, dim: int | None, shape: Sequence[int] | None, scales: int | None, ode: Ode
+    who: str, dim: int | None, shape: Sequence[int] | None, scales: int | None, ode: Part
 ) -> tuple[Transform, Sequence[int]]:
     """The transform, and the shape of an event: one ODE for points, several scales for images."""
     if shape is not None:
-        return at_scales(who, shape, scales, ode), tuple(shape)
+        return at_scales(who, shape, scales, ode, ode, ode), tuple(shape)
     assert dim is not None
     if scales is not None:
         raise ValueError(f"{who}: scales are those of an image: expected shape=…, got dim={dim}")

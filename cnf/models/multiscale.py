@@ -1,15 +1,15 @@
 """Glow, for vectors and for images at several scales."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cnf.errors import expect_counts
 from cnf.flow import Flow
 from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
+from cnf.models.scales import at_levels
 from cnf.models.stacks import half, stacked
-from cnf.transforms.base import Compose, Inverse, Transform
+from cnf.transforms.base import Transform
 from cnf.transforms.coupling import Coupling
-from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
+from cnf.transforms.image import ConvCoupling
 from cnf.transforms.linear import LU
 from cnf.transforms.normalization import ActNorm
 
@@ -68,33 +68,9 @@ def glow(
             coupling = Coupling(dim, half(dim, k), **net)
             steps += [coupling, LU(dim, rotated=True), ActNorm((dim,))]
         return stacked(steps, dim, preprocess, context_preprocess, dequantization)
-    levels = 2 if levels is None else levels
-    if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
-        raise ValueError(
-            f"glow: expected shape (C, H, W) with H and W divisible by 2^levels = {2**levels}, "
-            f"got {tuple(shape)}"
-        )
-    transform = _levels(shape, levels, layers, net)
+
+    def coupling(channels: int, kept: int) -> Transform:
+        return ConvCoupling(channels, kept, **net)
+
+    transform = at_levels("glow", shape, levels, layers, coupling, coupling)
     return assembled(transform, tuple(shape), preprocess, context_preprocess, dequantization)
-
-
-def _levels(shape: Sequence[int], levels: int, layers: int, net: Mapping[str, Any]) -> Transform:
-    """An image's first level, the others inside it on half of the channels.
-
-    Args:
-        shape: Shape of the image.
-        levels: Number of levels.
-        layers: Number of steps in each.
-        net: Options of each coupling's conditioner.
-    """
-    channels, height, width = 4 * shape[0], shape[1] // 2, shape[2] // 2
-    kept = channels // 2
-    steps: list[Transform] = [Inverse(Squeeze())]
-    if levels > 1:
-        inner = _levels((kept, height, width), levels - 1, layers, net)
-        steps += [OnChannels(inner, kept), ConvCoupling(channels, kept, **net)]
-    for _ in range(layers):
-        coupling = ConvCoupling(channels, kept, **net)
-        rotation = PerPixel(LU(channels, rotated=True))
-        steps += [coupling, rotation, ActNorm((channels, height, width))]
-    return Compose([*steps, Squeeze()])

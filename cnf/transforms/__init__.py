@@ -14,7 +14,7 @@ from cnf.transforms.elementwise import (
     Inverted,
     Scheme,
 )
-from cnf.transforms.image import ConvCoupling, OnChannels, PerPixel, Squeeze
+from cnf.transforms.image import CheckerboardCoupling, ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
 from cnf.transforms.normalization import ActNorm, BatchNorm
@@ -43,6 +43,7 @@ __all__ = [
     "CircularSpline",
     "Compose",
     "Continuous",
+    "CheckerboardCoupling",
     "ConvCoupling",
     "Coupling",
     "Elementwise",

@@ -11,9 +11,6 @@ from cnf.transforms.base import TRANSFORMS
 from cnf.transforms.elementwise import Parameters, Transformer, TwoWayScheme
 
 
-@TRANSFORMS.register(
-    "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
-)
 def built_conditioner(
     who: str, conditioner: Callable[[int, int], nn.Module], inputs: int, outputs: int
 ) -> nn.Module:
@@ -38,6 +35,9 @@ def built_conditioner(
     return net
 
 
+@TRANSFORMS.register(
+    "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
+)
 class Coupling(TwoWayScheme):
     """x_a = z_a, x_b = m(z_b; θ(z_a, c)): triangular Jacobian, log|det| = Σ_b log m'.
 

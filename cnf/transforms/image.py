@@ -1,12 +1,15 @@
 """Layers of image flows: squeezing, maps of each pixel, convolutional couplings."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cnf.nets import ACTIVATIONS, zero_
+from cnf.printing import joined
 from cnf.transforms.base import Transform
+from cnf.transforms.coupling import built_conditioner
 from cnf.transforms.elementwise import Parameters, Transformer, TwoWayScheme
 from cnf.transforms.recompute import Direction
 
@@ -98,7 +101,96 @@ class OnChannels(Transform):
         return f"{self.channels} channels, {self.transform}"
 
 
-class ConvCoupling(TwoWayScheme):
+class _ImageCoupling(TwoWayScheme):
+    """A coupling of images: a network of convolutions gives the map of the pixels that change.
+
+    Args:
+        channels: Number of channels C.
+        kept: Channels that the conditioner sees.
+        moved: Channels that its output determines the map of.
+        transformer: As of `ConvCoupling`, like all that follow.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kept: int,
+        moved: int,
+        transformer: Transformer,
+        parametrize: Callable[[Tensor], Parameters] | None,
+        hidden: Sequence[int],
+        context_dim: int,
+        activation: str,
+        conditioner: Callable[[int, int], nn.Module] | None,
+    ) -> None:
+        super().__init__(channels, transformer, parametrize, context_dim, event_dims=3)
+        self.activation = ACTIVATIONS[activation]
+        inputs, outputs = kept + context_dim, self.transformer.size * moved
+        self.layers, self.conditioner = nn.ModuleList(), None
+        if conditioner is not None:
+            self.conditioner = built_conditioner(type(self).__name__, conditioner, inputs, outputs)
+            return
+        if len(hidden) != 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected two widths in hidden, got {tuple(hidden)}"
+            )
+        first, second = hidden
+        self.layers.append(nn.Conv2d(inputs, first, 3, padding=1))
+        self.layers.append(nn.Conv2d(first, second, 1))
+        self.layers.append(nn.Conv2d(second, outputs, 3, padding=1))
+        zero_(self.layers[-1])
+
+    def _transformed(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        value: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        images = value.reshape(-1, *value.shape[-3:])
+        if context is not None:
+            context = context.expand(*value.shape[:-3], -1).reshape(len(images), self.context_dim)
+        images, ladj = self._of_images(direction, images, context)
+        return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
+
+    @abstractmethod
+    def _of_images(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        images: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The images (N, C, H, W) under the map, and the log-slopes of the pixels that change.
+
+        Args:
+            direction: The map's `forward` or `inverse`.
+            images: Shape (N, C, H, W).
+            context: Shape (N, context_dim), or None.
+        """
+
+    def _conditioned(self, kept: Tensor, context: Tensor | None) -> Parameters:
+        """The map's parameters given what is kept, and the context as constant planes."""
+        if context is not None:
+            planes = context[:, :, None, None].expand(-1, -1, *kept.shape[-2:])
+            kept = torch.cat([kept, planes], 1)
+        raw = self._net(kept).unflatten(1, (self.transformer.size, -1)).movedim(1, 0)
+        return self._constrained(raw, kept)
+
+    def _net(self, x: Tensor) -> Tensor:
+        if self.conditioner is not None:
+            return self.conditioner(x)
+        *inner, last = self.layers
+        for layer in inner:
+            x = self.activation.function(layer(x))
+        return last(x)
+
+    def extra_repr(self) -> str:
+        hidden = getattr(self.conditioner, "hidden", None)
+        if self.conditioner is None:
+            hidden = tuple(layer.out_channels for layer in self.layers[:-1])  # pyright: ignore
+        return joined(super().extra_repr(), f"hidden {hidden}" if hidden else "")
+
+
+class ConvCoupling(_ImageCoupling):
     """A coupling of images: the first channels and the context determine the map of the others.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803; the conditioner is that
@@ -114,6 +206,10 @@ class ConvCoupling(TwoWayScheme):
         hidden: Channels of the conditioner's two hidden layers.
         context_dim: Size of the context, which is appended as constant channels; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
+        conditioner: Function from the numbers of input and output channels to a network
+            (N, inputs, H, W) → (N, outputs, H, W), such as `cnf.nets.ResidualConvNet`; it replaces
+            that of `hidden` and `activation`. If its last layer is zero at the start, the coupling
+            is the identity at the start.
 
     Raises:
         ValueError: `keep` is not between 1 and C - 1, or there are not two widths.
@@ -129,48 +225,79 @@ class ConvCoupling(TwoWayScheme):
         hidden: Sequence[int] = (64, 64),
         context_dim: int = 0,
         activation: str = "relu",
+        conditioner: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         if not 0 < keep < channels:
             raise ValueError(f"ConvCoupling: expected 0 < keep < {channels}, got {keep}")
-        if len(hidden) != 2:
-            raise ValueError(f"ConvCoupling: expected two widths in hidden, got {tuple(hidden)}")
-        super().__init__(channels, transformer, parametrize, context_dim, event_dims=3)
-        self.sizes = [keep, channels - keep]
-        self.activation = ACTIVATIONS[activation]
-        first, second = hidden
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(keep + context_dim, first, 3, padding=1),
-                nn.Conv2d(first, second, 1),
-                nn.Conv2d(second, self.transformer.size * self.sizes[1], 3, padding=1),
-            ]
-        )
-        zero_(self.layers[-1])
+        moved = channels - keep
+        super().__init__(
+            channels, keep, moved, transformer, parametrize, hidden, context_dim, activation,
+            conditioner,
+        )  # fmt: skip
+        self.sizes = [keep, moved]
 
-    def _transformed(
+    def _of_images(
         self,
         direction: Callable[..., tuple[Tensor, Tensor]],
-        value: Tensor,
+        images: Tensor,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        images = value.reshape(-1, *value.shape[-3:])
         kept, moved = images.split(self.sizes, 1)
-        conditioning = kept
-        if context is not None:
-            flat = context.expand(*value.shape[:-3], -1).reshape(images.shape[0], self.context_dim)
-            planes = flat[:, :, None, None].expand(-1, -1, *images.shape[-2:])
-            conditioning = torch.cat([kept, planes], 1)
-        raw = self._net(conditioning).unflatten(1, (self.transformer.size, -1)).movedim(1, 0)
-        moved, ladj = direction(moved, *self._constrained(raw, value))
-        images = torch.cat([kept, moved], 1)
-        return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
+        moved, ladj = direction(moved, *self._conditioned(kept, context))
+        return torch.cat([kept, moved], 1), ladj
+
+
+class CheckerboardCoupling(_ImageCoupling):
+    """A coupling of images: every other pixel and the context determine the map of the others.
+
+    The conditioner sees the image with zeros at the pixels that change.
+
+    Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
+
+    Args:
+        channels: Number of channels C.
+        odd: Whether pixels (i, j) with odd i + j are left unchanged, else those with even i + j.
+        transformer: As of `ConvCoupling`, like all that follow.
+        parametrize: Function from the conditioner's output, of shape
+            (transformer.size, N, C, H, W), to the map's parameters.
+        hidden: Channels of the conditioner's two hidden layers.
+        context_dim: Size of the context.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+        conditioner: Function that makes another network.
+
+    Raises:
+        ValueError: There are not two widths.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        odd: bool = False,
+        transformer: Transformer = None,
+        *,
+        parametrize: Callable[[Tensor], Parameters] | None = None,
+        hidden: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        activation: str = "relu",
+        conditioner: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(
+            channels, channels, channels, transformer, parametrize, hidden, context_dim,
+            activation, conditioner,
+        )  # fmt: skip
+        self.odd = odd
+
+    def _of_images(
+        self,
+        direction: Callable[..., tuple[Tensor, Tensor]],
+        images: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        height, width = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+        kept = (height[:, None] + width) % 2 == self.odd
+        parameters = self._conditioned(images * kept, context)
+        moved, ladj = direction(images, *parameters)
+        return torch.where(kept, images, moved), torch.where(kept, 0.0, ladj)
 
     def extra_repr(self) -> str:
-        hidden = tuple(layer.out_channels for layer in self.layers[:-1])  # pyright: ignore
-        return f"{super().extra_repr()}, hidden {hidden}"
-
-    def _net(self, x: Tensor) -> Tensor:
-        *inner, last = self.layers
-        for layer in inner:
-            x = self.activation.function(layer(x))
-        return last(x)
+        return joined(super().extra_repr(), "odd kept" if self.odd else "even kept")

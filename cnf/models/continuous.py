@@ -334,7 +334,7 @@ def _of_points_or_images(
 ) -> tuple[Transform, Sequence[int]]:
     """The transform, and the shape of an event: one ODE for points, several scales for images."""
     if shape is not None:
-        return at_scales(who, shape, scales, ode, ode, ode), tuple(shape)
+        return at_scales(who, shape, scales, ode), tuple(shape)
     assert dim is not None
     if scales is not None:
         raise ValueError(f"{who}: scales are those of an image: expected shape=…, got dim={dim}")

@@ -19,8 +19,8 @@ def at_scales(
     shape: Sequence[int],
     scales: int | None,
     before: Part,
-    after: Part,
-    last: Part,
+    after: Part | None = None,
+    last: Part | None = None,
 ) -> Transform:
     """A flow of images with one part, or two, at each scale.
 
@@ -35,8 +35,8 @@ def at_scales(
         shape: Shape of an image, (C, H, W).
         scales: Number of scales; None for as many as leave no side below 4 pixels.
         before: Makes the part before a squeeze, of images of a shape.
-        after: Makes the part after it.
-        last: Makes the part of the last scale.
+        after: Makes the part after it; `before` if None.
+        last: Makes the part of the last scale; `before` if None.
 
     Raises:
         ValueError: The shape is not that of an image, or height and width cannot be halved so
@@ -54,6 +54,7 @@ def at_scales(
             f"{who}: expected height and width divisible by {factor} for {scales} scales, got "
             f"{shape[1]} × {shape[2]}; take scales={halved + 1}, or pad or crop the images"
         )
+    after, last = after or before, last or before
 
     def scale(shape: Sequence[int], left: int) -> Transform:
         """The flow at one scale, those of smaller images inside it on half of the channels."""

@@ -77,3 +77,19 @@ def test_density_without_dequantization_has_no_bits():
         bits_per_dim(cnf.models.realnvp(2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="draws > 0, got 0"):
         bits_per_dim(normal_flow(), torch.zeros(3, 2), draws=0)
+
+
+def test_estimated_traces_give_the_bits_of_exact_ones_on_average(randomized):
+    flow = cnf.models.ffjord(
+        shape=(1, 4, 4), hidden=(3,), solver=cnf.Solver("rk4", steps=2), dequantization="uniform"
+    )
+    flow = randomized(flow, 0.3)
+    x = torch.randint(0, 256, (1, 1, 4, 4), generator=draws())
+    exact = bits_per_dim(flow, x, generator=draws(1)).value
+    one, many = (
+        bits_per_dim(
+            flow, x, divergence=cnf.Hutchinson(probes, generator=draws(2)), generator=draws(1)
+        ).value
+        for probes in (1, 4_000)
+    )
+    assert 0 < abs(many - exact) < abs(one - exact) / 10

@@ -585,7 +585,7 @@ class Flow(nn.Module):
         return rows, rows.select(z), rows.select(context)
 
     def _rows(self, values: Sequence[Tensor], context: Tensor | None) -> FiniteRows | AllFinite:
-        eager = not transformed()
+        eager = not captured()
         # A GPU would have to be waited for, and a tracer's tensor holds no numbers.
         if eager and type(values[0]) is Tensor and values[0].is_cpu:
             if all_finite(*values, context):

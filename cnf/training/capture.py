@@ -66,6 +66,7 @@ class CapturedLearner(Learner):
         self._warmed_up, self._since_look = 0, 0
         self._capture: _Capture | None = None
         self._refused = False
+        self._side = torch.cuda.Stream() if device.type == "cuda" else None
         self._done: deque[torch.cuda.Event] = deque()  # of the last steps
 
     def step(self, rows: Prepared, lr: float, share: float = 1.0) -> Loss:
@@ -94,7 +95,7 @@ class CapturedLearner(Learner):
 
     def _warm(self, rows: Prepared) -> Loss:
         self._warmed_up += 1
-        side = torch.cuda.Stream()
+        side: Any = self._side  # a step's gradients belong to the stream that they are captured on
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self._update(rows)
@@ -111,11 +112,11 @@ class CapturedLearner(Learner):
             self._refused = True
             self._leave_out_if(None)
             if not isinstance(error, TypeError):  # of `solve`: an adaptive solver, as asked for
-                first = str(error).strip().split("\n")[0]
+                first = str(error.__context__ or error).strip().split("\n")[0]
                 warn(f"fit: steps are not captured as a CUDA graph: {first}")
             self._take_over()
             return super().step(rows, lr)
-        return self._capture.replay(rows)
+        return self._capture.first()
 
     def _update(self, rows: Prepared) -> Loss:
         """One step, of which the host reads nothing."""
@@ -128,7 +129,7 @@ class CapturedLearner(Learner):
         self._adam.step()
         self._count(bad)
         self._average_unless(bad)
-        return loss
+        return Loss(loss.value.detach(), loss.metrics)  # nothing keeps the autograd graph alive
 
     def _leave_out_if(self, bad: Tensor | None) -> None:
         """Tell the fused optimizer, which reads this where a GradScaler would write it."""
@@ -187,7 +188,7 @@ class _Capture:
 
     Args:
         learner: Whose step.
-        rows: Rows of that shape; capturing does not take the step.
+        rows: Rows of that shape, with which `first` takes the step that is captured.
     """
 
     def __init__(self, learner: CapturedLearner, rows: Prepared) -> None:
@@ -195,7 +196,7 @@ class _Capture:
         self.tensors = _tensors(self.rows)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with ode.record() as stats, torch.cuda.graph(self.graph):
+        with ode.record() as stats, torch.cuda.graph(self.graph, stream=learner._side):
             self.loss = learner._update(self.rows)
         self.evaluations = stats.forward
 
@@ -205,6 +206,11 @@ class _Capture:
             for tensors in (_tensors(rows), self.tensors)
         )
         return shapes == mine
+
+    def first(self) -> Loss:
+        """Take the step with the rows that were captured, whose evaluations are counted."""
+        self.graph.replay()
+        return self.loss
 
     def replay(self, rows: Prepared) -> Loss:
         """Take the step with these rows; the loss holds its numbers until the next one."""

@@ -11,7 +11,7 @@ import cnf
 from cnf.training.capture import learner_for
 from cnf.training.learner import launch_fabric
 
-SHAPE, BATCHES = (1, 28, 28), (64, 256)
+SHAPE, BATCHES = (1, 28, 28), (64,)
 RK4 = cnf.Solver("rk4", steps=4)
 HUTCHINSON = {"divergence": "hutchinson"}
 MODELS: dict[str, tuple[dict, Callable[[], cnf.objectives.Objective]]] = {

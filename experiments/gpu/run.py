@@ -41,8 +41,8 @@ def main() -> None:
     device = "cpu" if given.quick else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("expected a CUDA device, got none; --quick tries all of it on a CPU")
-    options = Options(device, 1, 2 if given.quick else 11, 4.0, given.quick)
-    torch.set_num_threads(4)
+    options = Options(device, 4, 2 if given.quick else 9, 2.0, given.quick)
+    torch.set_num_threads(options.threads)
     folder = given.out or (Path(tempfile.mkdtemp()) if given.quick else HERE)
     folder.mkdir(parents=True, exist_ok=True)
     name = "cpu" if given.quick else torch.cuda.get_device_name()

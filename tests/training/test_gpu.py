@@ -12,6 +12,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Sinkhorn did not converge:UserWarning")
 @pytest.mark.parametrize("coupling", cnf.matching.COUPLINGS)
 def test_flow_matching_trains_on_cuda(coupling, config, small, points):
     flow = small()

@@ -128,7 +128,9 @@ def test_model_registered_from_any_callable_has_its_specification():
     assert type(flow) is Mine
     assert flow.spec == {"model": "class", "options": {"dim": 2, "width": 4, "layers": 2}}
     assert models["partial"](dim=2).spec["options"] == {"dim": 2}
-    with pytest.raises(ValueError, match="partial: expected dim=… or shape=.*, the size of one data"):
+    with pytest.raises(
+        ValueError, match="partial: expected dim=… or shape=.*, the size of one data"
+    ):
         models["partial"]()
 
 

@@ -25,6 +25,7 @@ from cnf.random import preserved, reseed, stream, stream_seed
 from cnf.training.batches import as_batch, drop_zero_weights, first_rows, in_memory, is_batch
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
+from cnf.training.prefetch import Prefetched
 
 HEAD_BYTES = 500_000_000  # of a dataset, before training begins
 CPU = torch.device("cpu")
@@ -180,8 +181,12 @@ class RowStream(Stream):
         self.validation = validation
         self.head = rows.head(self.train)
         self._epoch, self._order = -1, self.train
+        self._batch = Prefetched(self._read) if rows.large else self._read
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
+        return self._batch(step)
+
+    def _read(self, step: int) -> Batch:
         per_epoch = len(self.train) // self.size
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch:

@@ -40,12 +40,12 @@ class DivisiveField(VectorField):
     .. math:: a = A x, \quad s = \epsilon + H a^2, \quad
         (g, w) = \mathrm{MLP}(a / \sqrt{s}, \log s, t, c), \quad v = A^\top (g a + w \sqrt{s})
 
-    with H > 0 and all products by entry. The network sees responses in units of their surroundings,
-    and these units as logarithms, so that local changes of scale, which an MLP of x has to learn
-    case by case, are shifts of its inputs. For whitened patches of natural pictures.
+    with H > 0 and all products by entry. The network sees responses in units of their surroundings
+    and the logarithms of these units. A local change of scale, which an MLP of x has to learn case
+    by case, is then a shift of its inputs. Made for whitened patches of natural pictures.
 
-    Without time (layer="ignore") likelihood finds it harder to exploit a few fixed steps, which a
-    velocity that alternates between the solver's times can.
+    Likelihood under few fixed steps exploits the solver's error by a velocity that alternates
+    between the solver's times; a field without time (layer="ignore") resists it longer.
 
     Source: Schwartz and Simoncelli (2001), https://doi.org/10.1038/90526, and Ballé et al. (2016),
     https://arxiv.org/abs/1511.06281, for divisive normalization.

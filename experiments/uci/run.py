@@ -35,8 +35,8 @@ HERE = Path(__file__).parent
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # of test scores
 FEW = 1_000  # training rows that are scored, to see what is learned by heart
 COLUMNS = [
-    "set", "model", "seed", "rows", "dim", "nll", "train_nll", "steps", "seconds", "core_seconds",
-    "parameters", "ended", "revision", "machine",
+    "set", "model", "seed", "rows", "dim", "nll", "worst", "train_nll", "steps", "seconds",
+    "core_seconds", "parameters", "ended", "revision", "machine",
 ]  # fmt: skip
 
 
@@ -122,14 +122,19 @@ def trained(
     flow = cnf.models.build(
         told["model"], dim=points.dim, preprocess="whiten", **told.get("options", {})
     )
-    steps, seconds, ended = 0, 0.0, ""
+    steps, seconds, best, ended = 0, 0.0, float("inf"), ""
     for stage in told.get("stages", [{}]):
         settings = config["train"] | stage.get("train", {}) | told.get("train", {})
         settings["batch_size"] = min(settings["batch_size"], len(points.x))
         settings["seconds"] = config["seconds"] * stage.get("share", 1.0)
         objective = OBJECTIVES.build(stage.get("objective", "maximum-likelihood"), "run")
+        before = {name: value.clone() for name, value in flow.state_dict().items()}
         history = cnf.fit(flow, objective, points, settings | {"seed": seed})
         steps, seconds, ended = steps + history.steps, seconds + history.seconds, history.reason
+        if (score := min(history.column("val_nll"))) > best:  # early stopping, of whole stages
+            flow.load_state_dict(before)
+            ended = "earlier stage"
+        best = min(best, score)
     return flow, {"steps": steps, "seconds": f"{seconds:.1f}", "ended": ended}
 
 
@@ -138,10 +143,14 @@ KINDS: dict[str, Callable[..., tuple[cnf.Flow, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-@torch.no_grad()
 def nll(flow: cnf.Flow, rows: Tensor) -> float:
+    return float(nlls(flow, rows).mean())
+
+
+@torch.no_grad()
+def nlls(flow: cnf.Flow, rows: Tensor) -> Tensor:
     exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
-    return -float(log_prob_chunked(exact.eval(), rows, chunk=2_000).double().mean())
+    return -log_prob_chunked(exact.eval(), rows, chunk=2_000).double()
 
 
 def fitted(job: Job, config: dict[str, Any], until: float) -> dict[str, Any] | None:
@@ -156,8 +165,9 @@ def fitted(job: Job, config: dict[str, Any], until: float) -> dict[str, Any] | N
     try:
         flow, how = KINDS[told.get("kind", "flow")](points, job.seed, told, config)
         row |= {"core_seconds": f"{time.process_time() - began:.1f}", **how}
-        row |= {"nll": f"{nll(flow, points.test.x):.4f}", "parameters": numbers(flow)}
-        row["train_nll"] = f"{nll(flow, points.x[:FEW]):.4f}"
+        each = nlls(flow, points.test.x)
+        row |= {"nll": f"{each.mean():.4f}", "worst": f"{each.max():.1f}"}
+        row |= {"train_nll": f"{nll(flow, points.x[:FEW]):.4f}", "parameters": numbers(flow)}
     except Exception as error:  # it must not cost the others theirs
         row |= {"nll": "nan", "ended": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return row

@@ -7,6 +7,7 @@ import torch
 
 import cnf
 from cnf.models import build
+from cnf.nets import running_rms
 from cnf.transforms import Autoregressive, Coupling, Inverse
 
 F64 = torch.float64
@@ -169,3 +170,31 @@ def test_sylvester_has_full_rank_by_default():
     assert build("sylvester", dim=3).transform.transforms[0].rank == 3
     assert build("sylvester", dim=20).transform.transforms[0].rank == 8
     assert build("sylvester", dim=3, rank=1).transform.transforms[0].rank == 1
+
+
+def test_made_with_one_layer_is_a_mixture_of_logistics_given_those_before(randomized, generator):
+    options = {"hidden": (9, 9), "components": 3, "divisive": 0.1, "residual": True}
+    flow = randomized(build("made", dim=3, preprocess=None, **options))
+    (layer,) = flow.transform.transforms
+    x = torch.randn(4, 3, generator=generator, dtype=F64)
+    sizes = running_rms(x.T[:-1], 0.1)
+    log_weights, means, log_scales = layer.transformer.parametrize(layer.net(x))
+    y = (x.T / sizes - means) / log_scales.exp()
+    each = log_weights + y.sigmoid().log() + (-y).sigmoid().log() - log_scales - sizes.log()
+    torch.testing.assert_close(flow.log_prob(x), each.logsumexp(0).sum(0))
+
+
+@pytest.mark.parametrize("divisive", [None, 0.1])
+def test_made_is_a_density(divisive, randomized):
+    flow = randomized(build("made", dim=2, hidden=(7, 7), divisive=divisive, preprocess=None))
+    axis = torch.linspace(-60, 60, 1201, dtype=F64)
+    with torch.no_grad():
+        density = flow.log_prob(torch.cartesian_prod(axis, axis)).exp()
+    assert density.sum().item() * 0.1**2 == pytest.approx(1, abs=2e-3)
+
+
+def test_made_draws_from_its_density(randomized, generator):
+    flow = randomized(build("made", dim=3, hidden=(7, 7), divisive=0.1, residual=True))
+    with torch.no_grad():
+        x, log_prob = flow.sample_and_log_prob(50, generator=generator)
+        torch.testing.assert_close(flow.log_prob(x), log_prob)

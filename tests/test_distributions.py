@@ -14,6 +14,7 @@ from cnf.distributions import (
     FromDensity,
     FromTorch,
     GaussianMixture,
+    StandardLogistic,
     StandardNormal,
     Uniform,
     UniformAngles,
@@ -40,6 +41,7 @@ MEANS = torch.tensor([[-2.0, 0.5], [2.0, 1.0], [0.0, -3.0]], dtype=F64)
 SCALES = torch.tensor([[0.5, 1.0], [1.5, 0.3], [1.0, 1.0]], dtype=F64)
 BASES = {
     "normal": lambda: StandardNormal((2,)).double(),
+    "logistic": lambda: StandardLogistic((2,)).double(),
     "mixture": lambda: GaussianMixture(MEANS, SCALES),
     "angles": lambda: UniformAngles(2, 3.0).double(),
     "uniform": lambda: Uniform(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)),
@@ -53,6 +55,16 @@ def test_standard_normal_equals_torchs(shape, generator):
     z = torch.randn(7, *shape, generator=generator, dtype=F64)
     reference = Independent(Normal(torch.zeros(shape, dtype=F64), 1.0), len(shape))
     torch.testing.assert_close(StandardNormal(shape).log_prob(z), reference.log_prob(z))
+
+
+def test_standard_logistic_equals_a_transformed_uniform(generator):
+    z = 9 * torch.randn(7, 2, 3, generator=generator, dtype=F64)
+    uniform = torchd.Uniform(torch.zeros((), dtype=F64), 1.0)
+    logistic = torchd.TransformedDistribution(uniform, [torchd.SigmoidTransform().inv])
+    expected = logistic.log_prob(z).sum((1, 2))
+    torch.testing.assert_close(StandardLogistic((2, 3)).log_prob(z), expected)
+    z = StandardLogistic((1,)).sample((100_000,), generator)
+    assert z.isfinite().all() and z.var().item() == pytest.approx(math.pi**2 / 3, rel=0.02)
 
 
 def test_mixture_density_by_hand():

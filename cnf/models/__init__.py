@@ -1,6 +1,6 @@
 """The named models: functions that build flows, with the same argument names throughout."""
 
-from cnf.models.autoregressive import autoregressive_flow, iaf, maf, nsf_ar
+from cnf.models.autoregressive import autoregressive_flow, iaf, made, maf, nsf_ar
 from cnf.models.build import MODELS, build
 from cnf.models.continuous import cnf, ffjord, otflow, rnode
 from cnf.models.coupling import coupling_flow, nice, nsf, realnvp
@@ -17,6 +17,7 @@ __all__ = [
     "ffjord",
     "glow",
     "iaf",
+    "made",
     "maf",
     "nice",
     "nsf",

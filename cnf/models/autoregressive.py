@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cnf.distributions import Base
+from cnf.distributions import Base, StandardLogistic
 from cnf.flow import Flow
 from cnf.models.build import MODELS, Dequantize, Preprocess
 from cnf.models.stacks import angles, layered, spline, stacked
@@ -160,6 +160,66 @@ def nsf_ar(
     )  # fmt: skip
 
 
+@MODELS.register("made")
+def made(
+    dim: int,
+    *,
+    context: int = 0,
+    hidden: Sequence[int] = (64, 64),
+    layers: int = 1,
+    components: int = 8,
+    activation: str = "silu",
+    between: str | None = "reverse",
+    divisive: float | None = None,
+    residual: bool = False,
+    preprocess: Preprocess = "standardize",
+    context_preprocess: str | None = "standardize",
+    dequantization: Dequantize = None,
+) -> Flow:
+    """Masked autoregressive density: each variable is a mixture of logistics given those before.
+
+    The base is logistic, so that with one layer the conditional densities are those mixtures
+    themselves. `log_prob` takes one pass of each layer's net, `sample` D.
+
+    Source: Germain et al. (2015), MADE, https://arxiv.org/abs/1502.03509; with mixtures
+    Papamakarios et al. (2017), MADE MoG, https://arxiv.org/abs/1705.07057; of logistics Salimans
+    et al. (2017), PixelCNN++, https://arxiv.org/abs/1701.05517.
+
+    Args:
+        dim: Number of variables D.
+        context: Size of the context; 0 for none.
+        hidden: Widths of the hidden layers.
+        layers: Number of layers; each further one maps what the one before leaves.
+        components: Components of each mixture.
+        activation: A name in `cnf.nets.ACTIVATIONS`.
+        between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
+            random permutation), "lu" (a trained linear map) or None.
+        divisive: The constant ε of divisive normalization, an energy well below 1, the variables'
+            variance: mixtures and what the net sees are then relative to the size of the variables
+            before, see `cnf.transforms.Autoregressive`. For data whose amplitude varies between
+            rows, such as patches of pictures, with preprocess="whiten". None for none.
+        residual: Whether each hidden layer with as many units as the one before adds to it.
+        preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
+            an instance, or a list of these, applied to the data in this order; fitted at the first
+            `cnf.fit`. None for none.
+        context_preprocess: "standardize", fitted likewise to the context, or None.
+        dequantization: "uniform" or "variational", a mapping with such a "name" and options, or an
+            instance, for whole numbers such as pixels; None for real numbers.
+
+    Returns:
+        A `Flow` of points of shape (dim,).
+
+    Raises:
+        ValueError: A size is below 1, or a name is unknown.
+    """
+    return autoregressive_flow(
+        dim, {"name": "logistic-mixture", "components": components}, context=context,
+        hidden=hidden, layers=layers, activation=activation, between=between, divisive=divisive,
+        residual=residual, base=StandardLogistic((dim,)), preprocess=preprocess,
+        context_preprocess=context_preprocess, dequantization=dequantization,
+    )  # fmt: skip
+
+
 def autoregressive_flow(
     dim: int,
     transformer: Transformer = None,
@@ -170,6 +230,8 @@ def autoregressive_flow(
     activation: str = "relu",
     between: str | None = "reverse",
     period: float | None = None,
+    divisive: float | None = None,
+    residual: bool = False,
     base: Base | None = None,
     preprocess: Preprocess = "standardize",
     context_preprocess: str | None = "standardize",
@@ -194,6 +256,9 @@ def autoregressive_flow(
         between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
             random permutation), "lu" (a trained linear map) or None.
         period: Period of the data, if they are angles; the conditioners see sines and cosines.
+        divisive: The constant ε of divisive normalization, see `cnf.transforms.Autoregressive`;
+            None for none.
+        residual: Whether each hidden layer with as many units as the one before adds to it.
         base: Base distribution; N(0, I) if None.
         preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
             an instance, or a list of these, applied to the data in this order; fitted at the first
@@ -212,7 +277,7 @@ def autoregressive_flow(
     def layer(k: int) -> Transform:
         return Autoregressive(
             dim, transformer, hidden=hidden, context_dim=context, activation=activation,
-            period=period,
+            period=period, divisive=divisive, residual=residual,
         )  # fmt: skip
 
     stack = layered(layer, layers, dim, between, halves=False)

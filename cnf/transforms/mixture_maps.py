@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnf.precision import widest
 from cnf.transforms.elementwise import MAPS, ElementwiseMap, Parameters
 from cnf.transforms.roots import increasing_root
 
@@ -29,12 +30,7 @@ class _Mixture(ElementwiseMap):
         if components < 1:
             raise ValueError(f"{type(self).__name__}: expected components >= 1, got {components}")
         self.components, self.size = components, 3 * components
-        # Copies at quantiles, so narrow that together they are nearly the whole again.
-        narrow = 0.5 + 0.5 / components
-        places = torch.special.ndtri((torch.arange(components).double() + 0.5) / components)
-        spread = places.std(correction=0).clamp(min=1e-9)
-        self.start = places * self.deviation * math.sqrt(1 - narrow**2) / spread
-        self.narrow = math.log(narrow)
+        self.narrow = math.log(0.5 + 0.5 / components)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()} of {self.components} components"
@@ -42,12 +38,22 @@ class _Mixture(ElementwiseMap):
     def parametrize(self, raw: Tensor) -> Parameters:
         """Log-weights, means and log-scales, each (K, *); zeros give nearly the identity."""
         logits, shifts, log_scales = raw.unflatten(0, (3, self.components)).unbind(0)
-        start = self.start.to(raw).reshape(-1, *[1] * (raw.dim() - 1))
+        start = self._start(raw.device).to(raw).reshape(-1, *[1] * (raw.dim() - 1))
         return (
             F.log_softmax(logits, 0),
             (start + shifts).clamp(-EDGE, EDGE),
             (self.narrow + log_scales).clamp(min=LEAST, max=-LEAST),
         )
+
+    def _start(self, device: torch.device) -> Tensor:
+        """Means of copies at quantiles, so narrow that together they are nearly the whole again.
+
+        They are computed where they are used: a copy from the CPU cannot be part of a CUDA graph.
+        """
+        places = torch.arange(self.components, dtype=widest(device), device=device)
+        places = torch.special.ndtri((places + 0.5) / self.components)
+        spread = places.std(correction=0).clamp(min=1e-9)
+        return places / spread * (self.deviation * math.sqrt(1 - math.exp(2 * self.narrow)))
 
     def forward(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """The root x of the mixture's distribution; between the extremes of its components'."""

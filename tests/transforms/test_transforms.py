@@ -56,6 +56,9 @@ CASES = {
         transformer=RationalQuadratic(3),
         conditioner=lambda i, o: Residual(i, o),
     ),
+    "autoregressive, divisive and residual": lambda context: Autoregressive(
+        DIM, "logistic-mixture", hidden=(7, 7, 7), context_dim=context, divisive=0.1, residual=True
+    ),
     "standardize": lambda context: Standardize((DIM,)),
     "continuous": continuous,
     "compose": lambda context: Compose(

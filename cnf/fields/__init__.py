@@ -11,6 +11,7 @@ from cnf.fields.base import (
 from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
 from cnf.fields.diffusers import DiffusersField
+from cnf.fields.divisive import DivisiveField
 from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
@@ -25,6 +26,7 @@ __all__ = [
     "Adapter",
     "ConvField",
     "DiffusersField",
+    "DivisiveField",
     "EndTime",
     "Guided",
     "HasDivergence",

@@ -8,6 +8,7 @@ import torch
 from cnf.fields import (
     LAYERS,
     ConvField,
+    DivisiveField,
     EndTime,
     HasDivergence,
     MLPField,
@@ -37,6 +38,7 @@ CASES = {
     "mlp with all": mlp("concatsquash", fourier=2, skip=True, frequencies=0),
     "residual": lambda context: ResidualField(3, (5, 4), context),
     "potential": lambda context: PotentialField(3, 5, 3, context),
+    "divisive": lambda context: DivisiveField(3, (5, 4), context, filters=5),
     "conv": lambda context: ConvField((2, 2, 2), (3,), context, frequencies=1),
     "unet": lambda context: UNetField((1, 2, 2), 4, context, (1,), 1, 16, 1),
     "piece": lambda context: Piece(MLPField(3, (5,), context), 1, 3),
@@ -45,12 +47,13 @@ CASES = {
     "preconditioned": lambda context: Preconditioned(MLPField(3, (5,), context)),
     "preconditioned conv": lambda c: Preconditioned(ConvField((2, 2, 2), (3,), c)),
 }
+TRACED = ("divisive", "conv", "unet", "piecewise")  # D tangents
 CONDITIONAL = [name for name in CASES if name != "mlp ignore"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_fields_of_vectors_have_a_closed_form_divergence(name):
-    assert isinstance(CASES[name](0), HasDivergence) == (name not in ("conv", "unet", "piecewise"))
+    assert isinstance(CASES[name](0), HasDivergence) == (name not in TRACED)
 
 
 @pytest.fixture

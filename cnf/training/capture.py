@@ -87,7 +87,7 @@ class CapturedLearner(Learner):
 
     def _wait_for_device(self) -> None:
         """Let the host be no more than some steps ahead, so that a clock measures the device."""
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=True)  # a core that waits is free for others
         done.record()
         self._done.append(done)
         if len(self._done) > AHEAD:

@@ -72,7 +72,7 @@ class Made(NamedTuple):
         density: Has `log_prob`.
         parameters: Numbers that gradients or EM have fitted; preprocessing is not counted.
         steps: Of training.
-        seconds: Of training; None for the processor time of all.
+        seconds: Of training, of a GPU or of a core; None for the processor time of the row.
         stopped: Whether the limit ended it.
     """
 
@@ -175,14 +175,25 @@ def trained(
         left = BEGAN + place.limit - time.monotonic()
         end = threading.Timer(max(left, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
         end.start()
+    began = time.process_time()
     history = cnf.fit(flow, "maximum-likelihood", points, settings, validation=validation)
     if end is not None:
         end.cancel()
     print(row, "validation NLL", [round(s, 2) for s in history.column("val_nll")], flush=True)
     assert settings.folder is not None
     shutil.copy(settings.folder / "metrics.csv", place.results / f"{row}.metrics.csv")
+    seconds = added(settings.folder / "core_seconds.txt", time.process_time() - began)
+    if place.device == "cuda":
+        seconds = history.seconds
     numbers, stopped = sum(p.numel() for p in flow.parameters()), history.reason == "interrupted"
-    return Made(flow, numbers, history.steps, history.seconds, stopped)
+    return Made(flow, numbers, history.steps, seconds, stopped)
+
+
+def added(path: Path, seconds: float) -> float:
+    """The seconds of this call and of those before, which the file keeps."""
+    total = seconds + (float(path.read_text()) if path.exists() else 0.0)
+    path.write_text(f"{total}")
+    return total
 
 
 class MeanOverOrders:

@@ -79,17 +79,19 @@ class _Mixture(ElementwiseMap):
     def _inside(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         log_weights, means, log_scales = parameters
         y = (x - means) * (-log_scales).exp()
-        below, above = self._log_sides(y)
-        log_density = (log_weights + self._log_density(y) - log_scales).logsumexp(0)
-        z = self._place((log_weights + below).logsumexp(0), (log_weights + above).logsumexp(0))
-        return z, log_density - self._log_density(z)
+        sides = self._log_sides(y)
+        log_density = (log_weights + self._log_density(y, *sides) - log_scales).logsumexp(0)
+        below, above = ((log_weights + side).logsumexp(0) for side in sides)
+        z = self._place(below, above)
+        return z, log_density - self._log_density(z, below, above)
 
     @abstractmethod
     def _log_sides(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the probability below y, and of that above."""
 
     @abstractmethod
-    def _log_density(self, y: Tensor) -> Tensor: ...
+    def _log_density(self, y: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        """Log-density at y, whose sides are known."""
 
     @abstractmethod
     def _place(self, below: Tensor, above: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class MixtureOfGaussians(_Mixture):
     def _log_sides(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return _log_ndtr(y), _log_ndtr(-y)
 
-    def _log_density(self, y: Tensor) -> Tensor:
+    def _log_density(self, y: Tensor, below: Tensor, above: Tensor) -> Tensor:
         return -0.5 * y * y - HALF_LOG_2PI
 
     def _place(self, below: Tensor, above: Tensor) -> Tensor:
@@ -135,10 +137,11 @@ class MixtureOfLogistics(_Mixture):
     deviation = math.pi / math.sqrt(3)
 
     def _log_sides(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return F.logsigmoid(y), F.logsigmoid(-y)
+        below = F.logsigmoid(y)
+        return below, below - y
 
-    def _log_density(self, y: Tensor) -> Tensor:
-        return F.logsigmoid(y) + F.logsigmoid(-y)
+    def _log_density(self, y: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        return below + above
 
     def _place(self, below: Tensor, above: Tensor) -> Tensor:
         return below - above

@@ -52,8 +52,8 @@ class TrainConfig:
             estimator such as "hutchinson". Null for what trains the flow where the exact
             divergence takes more than 128 directions for each evaluation, as for images, which
             the score's name then says; exact elsewhere.
-        patience: Stop after so many validations without a better one, and keep the best weights;
-            null to go on.
+        patience: Stop after so many validations without a better one, and keep the best weights,
+            those before training included; null to go on.
         checkpoint_seconds: Seconds between checkpoints.
         folder: The run's folder, which must not exist; null to write nothing.
         resume: Go on with the run in `folder` from its last checkpoint; "auto" for going on if

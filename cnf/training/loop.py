@@ -198,7 +198,7 @@ class _Trainer:
         return history
 
     def _begin(self) -> None:
-        """What is done once: fit a coupling to the data, which counts as training; compile."""
+        """What is done once: fit a coupling, which counts as training; compile; a first score."""
 
         def rows(n: int) -> Batch | None:
             found = self.stream.rows(n)
@@ -214,6 +214,15 @@ class _Trainer:
             self.budget.charge(self.history.preparing)
         if self.learner.compiles:
             self._warm_up()
+        if self.budget.step == 0:
+            self._score_first()
+
+    def _score_first(self) -> None:
+        """Score the weights as they came, for early stopping."""
+        start = time.perf_counter()
+        with self.bar.doing("validating"):
+            self.validation.begin(self.learner.ema_module)
+        self.history.validating += time.perf_counter() - start
 
     def _warm_up(self) -> None:
         """Compile, on rows of a step's shape that a stream does not lose for it."""

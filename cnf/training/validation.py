@@ -55,23 +55,44 @@ class Validation:
     def _reached(self, fraction: float) -> int:
         return int(fraction * self.config.validations + 1e-9)
 
+    def begin(self, module: nn.Module) -> None:
+        """Let early stopping keep the weights as they came, where training finds no better ones.
+
+        Args:
+            module: What is to be trained.
+        """
+        if self.config.patience is None or self.config.validations == 0 or self.held_out is None:
+            return
+        with evaluating(module), torch.no_grad():
+            _, score = self._scored(module)
+        self._remember(module, score)
+        self.stale = 0
+
     def score(self, module: nn.Module, fraction: float) -> float:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
         self.count_done(fraction)
         with evaluating(module), torch.no_grad():
-            if isinstance(module, Flow) and module.base.has_density:
-                self.name, score = self._nll(module)
-                if self._compares(fraction):
-                    self.compare_solvers(module, self._rows, "held-out")
-            else:
-                self.name, score = "val_loss", self._loss(module)
+            self.name, score = self._scored(module)
+            if self.name != "val_loss" and self._compares(fraction):
+                assert isinstance(module, Flow)
+                self.compare_solvers(module, self._rows, "held-out")
         if self.config.patience is not None:
-            if score < self.best:
-                weights = {name: value.clone() for name, value in module.state_dict().items()}
-                self.best, self.best_weights, self.stale = score, weights, 0
-            else:
-                self.stale += 1
+            self._remember(module, score)
         return score
+
+    def _scored(self, module: nn.Module) -> tuple[str, float]:
+        """What the score is called, and the score."""
+        if isinstance(module, Flow) and module.base.has_density:
+            return self._nll(module)
+        return "val_loss", self._loss(module)
+
+    def _remember(self, module: nn.Module, score: float) -> None:
+        """Keep the weights if they are the best by now; else count."""
+        if score < self.best:
+            weights = {name: value.clone() for name, value in module.state_dict().items()}
+            self.best, self.best_weights, self.stale = score, weights, 0
+        else:
+            self.stale += 1
 
     def warn_of_worsening(self, records: Sequence[dict[str, float]]) -> None:
         """Warn where the last held-out NLL, which is kept, is well above what it was before.
@@ -107,7 +128,7 @@ class Validation:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def _nll(self, flow: Flow) -> tuple[str, float]:
-        """What the score is called, and the score."""
+        """What the NLL is called, and the NLL."""
         generator, total = stream(self.config.seed, "dequantization"), 0.0
         divergence, name = self._divergence(flow), "val_nll"
         if isinstance(divergence, Hutchinson):

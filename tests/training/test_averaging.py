@@ -1,6 +1,7 @@
 """Averaged weights, validation, patience, and gradients that are NaN."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_each_epoch_has_every_row_once_in_a_new_order(config, points, square):
 def test_patience_stops_and_returns_the_best_weights(small, config, points):
     flow = small()
     held_out = points[:30]
-    settings = config(steps=400, lr=0.2, patience=2, validations=100, schedule="constant")
+    settings = config(steps=400, lr=0.02, patience=2, validations=100, schedule="constant")
     history = cnf.fit(flow, cnf.FlowMatching(), points, settings, validation=held_out)
     scores = history.column("val_nll")
     assert history.reason == "patience" and history.steps < 400
@@ -141,6 +142,21 @@ def test_patience_stops_and_returns_the_best_weights(small, config, points):
     with torch.no_grad():
         kept = -flow.log_prob(held_out).mean().item()
     assert kept == pytest.approx(min(scores), rel=1e-6)  # float32 sum
+
+
+@pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
+def test_early_stopping_keeps_the_weights_from_before_training_that_worsens_them(
+    small, config, points, same, objective
+):
+    flow = small()
+    cnf.fit(flow, cnf.FlowMatching(), points, config(steps=200, lr=1e-2))
+    before = copy.deepcopy(flow)
+    settings = config(steps=10, lr=0.3, patience=2, validations=5, ema=None, warmup=0.0)
+    history = cnf.fit(flow, objective, points, settings, validation=points)
+    with torch.no_grad():
+        start = -before.log_prob(points).mean().item()
+    assert min(history.column("val_nll")) > start
+    assert same(flow, before)
 
 
 def test_patience_saves_the_best_weights(small, config, points, same, tmp_path):
@@ -295,4 +311,4 @@ def test_equal_score_is_not_an_improvement(config, points):
     net = torch.nn.Linear(2, 2)
     settings = config(steps=400, validations=100, patience=3)
     history = cnf.fit(net, Flat(), points, settings)
-    assert (history.reason, len(history.column("val_loss"))) == ("patience", 4)
+    assert (history.reason, len(history.column("val_loss"))) == ("patience", 3)

@@ -122,19 +122,14 @@ def trained(
     flow = cnf.models.build(
         told["model"], dim=points.dim, preprocess="whiten", **told.get("options", {})
     )
-    steps, seconds, best, ended = 0, 0.0, float("inf"), ""
+    steps, seconds, ended = 0, 0.0, ""
     for stage in told.get("stages", [{}]):
         settings = config["train"] | stage.get("train", {}) | told.get("train", {})
         settings["batch_size"] = min(settings["batch_size"], len(points.x))
         settings["seconds"] = config["seconds"] * stage.get("share", 1.0)
         objective = OBJECTIVES.build(stage.get("objective", "maximum-likelihood"), "run")
-        before = {name: value.clone() for name, value in flow.state_dict().items()}
         history = cnf.fit(flow, objective, points, settings | {"seed": seed})
         steps, seconds, ended = steps + history.steps, seconds + history.seconds, history.reason
-        if (score := min(history.column("val_nll"))) > best:  # early stopping, of whole stages
-            flow.load_state_dict(before)
-            ended = "earlier stage"
-        best = min(best, score)
     return flow, {"steps": steps, "seconds": f"{seconds:.1f}", "ended": ended}
 
 

@@ -164,6 +164,7 @@ def test_compare_races_models_of_pictures_and_leaves_out_the_others(file, call, 
     assert "drawn of two dimensions only; these have 16" in said
     page = (tmp_path / "race" / "report.html").read_text()
     assert "as many samples of each" in page and "Bits/dim" in page
+    assert "Nearest pictures" in page and "Between two pictures" in page
 
 
 def test_continuous_flow_of_pictures_is_scored_by_an_estimate_and_says_so(file, call, tmp_path):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from cnf.nets import ACTIVATIONS, MLP, Condition, TimeFeatures, zero_
+from cnf.nets import ACTIVATIONS, MLP, Condition, ResidualConvNet, TimeFeatures, zero_
 
 POINTS = torch.tensor([-30.0, -2.1, -0.7, -1e-3, 1e-3, 0.4, 1.9, 30.0], dtype=torch.float64)
 
@@ -107,3 +108,23 @@ def test_condition_is_time_then_context_and_one_vector_without_context(batch, ow
     assert torch.equal(u, alone.time(t.double())) and torch.equal(v[..., 7:], context)
     assert torch.equal(v[..., :7], u.expand(*batch, 7))
     assert torch.equal(joined(t, x, context.new_ones(2))[..., 7:], torch.ones_like(context))
+
+
+def test_residual_net_adds_each_block_and_is_zero_at_the_start(randomized, generator):
+    net = ResidualConvNet(2, 3, (4, 4), "tanh")
+    x = torch.randn(2, 2, 5, 3, generator=generator, dtype=torch.float64)
+    assert not net(x.float()).any()
+    weights = [
+        (layer.weight, layer.bias)
+        for layer in randomized(net).modules()
+        if hasattr(layer, "weight")
+    ]
+    (first, *inner, last), h = weights, x
+
+    def convolved(h, weight, bias, padding=1):
+        return F.conv2d(h, weight, bias, padding=padding)
+
+    h = convolved(h, *first)
+    for one, two in (inner[:2], inner[2:]):
+        h = h + convolved(convolved(h.tanh(), *one).tanh(), *two)
+    torch.testing.assert_close(net(x), convolved(h.tanh(), *last, padding=0))

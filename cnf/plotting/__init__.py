@@ -8,7 +8,7 @@ they come by title, and have their colors in that order.
 from cnf.plotting.animation import animate
 from cnf.plotting.curves import plot_learning, plot_nfe_curves
 from cnf.plotting.densities import plot_densities, plot_density
-from cnf.plotting.images import plot_images
+from cnf.plotting.images import plot_images, plot_interpolations, plot_nearest
 from cnf.plotting.samples import plot_samples
 from cnf.plotting.trajectories import layer_path, plot_trajectories
 
@@ -18,7 +18,9 @@ __all__ = [
     "plot_densities",
     "plot_density",
     "plot_images",
+    "plot_interpolations",
     "plot_learning",
+    "plot_nearest",
     "plot_nfe_curves",
     "plot_samples",
     "plot_trajectories",

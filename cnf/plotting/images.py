@@ -1,7 +1,7 @@
 """Pictures that flows have learned to draw, beside true ones."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,111 @@ def plot_images(data: Images, flows: Mapping[str, Flow], count: int = 64) -> "Fi
     generator = torch.Generator().manual_seed(0)
     true = data.take(data.draw(count, generator))
     drawn = {title: attempt(_samples, flow, true, generator) for title, flow in flows.items()}
-    grids = {"Your pictures": true.x, **drawn}
+    return _grids({"Your pictures": true.x, **drawn}, data.levels)
+
+
+def plot_nearest(
+    data: Images, flows: Mapping[str, Flow], count: int = 6, neighbors: int = 5
+) -> "Figure":
+    """Each flow's samples, and beside each of them the training pictures that it is nearest to.
+
+    Samples that equal a picture are learned by heart. Distances are Euclidean, of pixels.
+
+    Args:
+        data: The pictures that the flows were trained on; a conditional flow draws under the
+            contexts of some of them.
+        flows: Title → flow.
+        count: Samples of each flow, one in a row.
+        neighbors: Training pictures beside each.
+
+    Returns:
+        The figure.
+    """
+    generator = torch.Generator().manual_seed(0)
+    like = data.take(data.draw(count, generator))
+
+    def rows(flow: Flow) -> Tensor:
+        drawn = _samples(flow, like, generator)
+        beside = data.x[nearest(drawn, data.x, neighbors)]
+        return torch.cat([drawn[:, None], beside.to(drawn)], 1).flatten(0, 1)
+
+    made = {f"{title}, then nearest": attempt(rows, flow) for title, flow in flows.items()}
+    return _grids(made, data.levels, 1 + neighbors)
+
+
+def plot_interpolations(
+    data: Images, flows: Mapping[str, Flow], pairs: int = 6, steps: int = 7
+) -> "Figure":
+    """Pictures between pairs of true ones: decoded from an arc between their codes z.
+
+    On the arc from one code to the other the length of z changes evenly, so that it stays that of
+    noise, which it would not on the straight line.
+
+    Args:
+        data: The pictures; with a conditional flow all of a row are under the first one's context.
+        flows: Title → flow.
+        pairs: Pairs of pictures, one in a row.
+        steps: Pictures in a row, with both ends; 2 or more.
+
+    Returns:
+        The figure.
+    """
+    true = data.take(data.draw(2 * pairs, torch.Generator().manual_seed(0)))
+
+    @torch.no_grad()
+    def rows(flow: Flow) -> Tensor:
+        context = None if true.context is None else true.context[:pairs].to(flow.device)
+        first, last = (
+            flow.encode(x.to(flow.device, flow.dtype), context) for x in true.x.split(pairs)
+        )
+        z = torch.stack([arc(first, last, k / (steps - 1)) for k in range(steps)], 1)
+        each = None if context is None else context.repeat_interleave(steps, 0)
+        return flow.decode(z.flatten(0, 1), each).cpu()
+
+    return _grids(
+        {title: attempt(rows, flow) for title, flow in flows.items()}, data.levels, steps
+    )
+
+
+def nearest(x: Tensor, among: Tensor, count: int = 1, chunk: int = 10_000) -> Tensor:
+    """Indices of the nearest of some pictures, the nearest first, shape (N, count).
+
+    Args:
+        x: Pictures, shape (N, C, H, W).
+        among: Those that are searched, shape (M, C, H, W), in memory or mapped.
+        count: How many are wanted for each; at most M.
+        chunk: Pictures compared at once.
+    """
+    rows, found, at = x.flatten(1).double().cpu(), [], []
+    for start in range(0, len(among), chunk):
+        others = among[start : start + chunk].flatten(1).double()
+        distance, index = torch.cdist(rows, others).topk(min(count, len(others)), largest=False)
+        found.append(distance)
+        at.append(index + start)
+    best = torch.cat(found, 1).topk(count, largest=False).indices
+    return torch.cat(at, 1).gather(1, best)
+
+
+def arc(z0: Tensor, z1: Tensor, share: float) -> Tensor:
+    """The point at a share of the way from z0 to z1, in direction and in length.
+
+    Args:
+        z0: Codes, shape (N, *event), none of them 0.
+        z1: Others, of the same shape.
+        share: From 0, z0, to 1, z1.
+    """
+    first, last = z0.flatten(1), z1.flatten(1)
+    lengths = first.norm(dim=1, keepdim=True), last.norm(dim=1, keepdim=True)
+    first, last = first / lengths[0], last / lengths[1]
+    angle = (first * last).sum(1, keepdim=True).clamp(-1, 1).acos()
+    scale = angle.sin()
+    bent = (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / scale
+    direction = torch.where(scale > 1e-4, bent, torch.lerp(first, last, share))
+    return (torch.lerp(*lengths, share) * direction).view_as(z0)
+
+
+def _grids(grids: Mapping[str, Any], levels: int, columns: int | None = None) -> "Figure":
+    """A figure of grids of pictures by title; what failed instead says so."""
     across = min(len(grids), 3)
     down = -(-len(grids) // across)
     with styled():
@@ -41,7 +145,7 @@ def plot_images(data: Images, flows: Mapping[str, Flow], count: int = 64) -> "Fi
         ):
             ax.set_title(title)
             if isinstance(pictures, Tensor):
-                ax.imshow(image_grid(pictures, data.levels), cmap="gray", vmin=0, vmax=255)
+                ax.imshow(image_grid(pictures, levels, columns), cmap="gray", vmin=0, vmax=255)
             else:
                 say_failed(ax, pictures)
         for ax in figure.axes:

@@ -10,7 +10,9 @@ from cnf.plotting import (
     animate,
     plot_densities,
     plot_images,
+    plot_interpolations,
     plot_learning,
+    plot_nearest,
     plot_nfe_curves,
     plot_samples,
     plot_trajectories,
@@ -34,6 +36,16 @@ def samples(results: Results) -> "Figure":
     if isinstance(results.density, Images):
         return plot_images(results.density, results.flows)
     return plot_samples(results.density, results.flows)
+
+
+def nearest(results: Results) -> "Figure":
+    """Each contestant's samples of pictures beside the training pictures nearest to them."""
+    return plot_nearest(results.density, results.flows)
+
+
+def interpolations(results: Results) -> "Figure":
+    """What each contestant puts between two pictures."""
+    return plot_interpolations(results.density, results.flows)
 
 
 def trajectories(results: Results) -> "Figure":
@@ -80,10 +92,12 @@ def save_figures(results: Results, folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plane = not what_is_left_out(results.density)
+    pictures = isinstance(results.density, Images)
     continuous = any(nfe for entry in results.entries for nfe, _ in entry.few_steps)
     plots: dict[str, Callable[[Results], Figure]] = {
         **({"density": densities} if plane else {}),
         "samples": samples,
+        **({"nearest": nearest, "interpolations": interpolations} if pictures else {}),
         **({"trajectories": trajectories} if plane else {}),
         f"{results.score}_over_time": learning,
         **({"quality_against_nfe": quality_against_nfe} if continuous else {}),

@@ -135,6 +135,16 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
             "be apart, blurred edges, and mass where there should be none.",
         ),
         "samples": ("Samples", _about_samples(results)),
+        "nearest": (
+            "Nearest pictures",
+            "In each row a sample, then the training pictures nearest to it, by the Euclidean "
+            "distance of pixels. A sample that is the same as one of them was learned by heart.",
+        ),
+        "interpolations": (
+            "Between two pictures",
+            "In each row two of your pictures at the ends, and what lies between their codes. In "
+            "a good code the shapes change; a poor one fades one picture into the other.",
+        ),
         "trajectories": (
             "From noise to data",
             "The same noise, carried to data by each. Straight and even paths need few solver "

@@ -32,18 +32,19 @@ from cnf.data.downloads import lying
 from cnf.dynamics.divergence import Hutchinson
 from cnf.metrics import Estimate
 from cnf.metrics.code_length import bits_in_nats, log_prob_of_draws
+from cnf.plotting import plot_interpolations, plot_nearest
 from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms.continuous import is_continuous
 
-BEGAN = time.monotonic()
+BEGAN = time.monotonic() - time.process_time()  # with the imports above
 HERE = Path(__file__).parent
 COLUMNS = [
     "set", "model", "bits_per_dim", "error", "of_more_draws", "error_of_more", "draws", "probes",
     "scored", "seconds", "steps", "pictures", "pictures_per_second", "peak_memory_gb",
     "parameters", "device", "together", "revision", "seed",
 ]  # fmt: skip
-CHUNK = 100  # test pictures scored at once
+CHUNK = 200  # test pictures scored at once
 
 
 def mnist() -> Images:
@@ -94,6 +95,7 @@ def settings(config: dict[str, Any], name: str, row: str) -> dict[str, Any]:
         small = told["small"]
         told["options"] = {**told["options"], **small.get("options", {})}
         told["train"] = {**told["train"], **small.get("train", {})}
+        told["objective"] = small.get("objective", told["objective"])
     return told
 
 
@@ -119,7 +121,7 @@ def train(
     flow = cnf.models.build(told["model"], **sizes, **told["options"])
     run = asked.runs / folder_of(name, row)
     left = asked.seconds - asked.scoring - (time.monotonic() - BEGAN)
-    with interrupted_in(max(left, 60.0)):
+    with interrupted_in(max(left, 20.0)):
         history = cnf.fit(
             flow, told["objective"], images,
             {
@@ -170,13 +172,16 @@ def score(
     return {**told, "probes": config["probes"] * estimated, "scored": sum(map(len, one))}
 
 
-def sampled(flow: cnf.Flow, images: Images, seed: int, path: Path) -> None:
-    """A grid of samples."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with torch.no_grad():
-        x = flow.sample((64,), generator=stream(seed, "samples"))
-    write_images(path, x.cpu(), images.levels)
+def draw(flow: cnf.Flow, images: Images, seed: int, row: str, stem: Path) -> None:
+    """A grid of samples, samples beside the nearest pictures, and what is between pictures."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    grid = stem.with_suffix(".png")
+    grid.unlink(missing_ok=True)
+    x = flow.sample((64,), generator=stream(seed, "samples"))
+    write_images(grid, x.cpu(), images.levels)
+    for name, plot in (("nearest", plot_nearest), ("between", plot_interpolations)):
+        figure = plot(images, {row: flow})
+        figure.savefig(stem.with_name(f"{stem.name}-{name}.png"), bbox_inches="tight")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -189,7 +194,6 @@ def peak_memory(device: torch.device) -> float:
 def run_row(config: dict[str, Any], name: str, row: str, asked: argparse.Namespace) -> None:
     """Train a model on, score it and draw from it."""
     torch.set_num_threads(1)
-    torch.backends.cudnn.benchmark = True
     images = SETS[name]()
     assert images.test is not None
     about = environment()
@@ -208,7 +212,7 @@ def run_row(config: dict[str, Any], name: str, row: str, asked: argparse.Namespa
     result |= score(flow, images.test, config, most, asked.seconds - asked.scoring / 3)
     print(result, flush=True)
     keep(result, asked.out, config)
-    sampled(flow, images, config["seed"], asked.out / "pictures" / f"{folder_of(name, row)}.png")
+    draw(flow, images, config["seed"], row, asked.out / "pictures" / folder_of(name, row))
 
 
 def folder_of(name: str, row: str) -> str:

@@ -23,10 +23,12 @@ from torch import Tensor
 import cnf
 from cnf.distributions import GaussianMixture
 from cnf.dynamics import Hutchinson
+from cnf.expectation_maximization import Mixture, log_densities
 from cnf.fields import DivisiveField, Preconditioned, VectorField
+from cnf.matching import Pairing
 from cnf.metrics import Estimate
 from cnf.objectives import Objective
-from cnf.random import stream
+from cnf.random import draw, stream
 from cnf.training import History
 from cnf.training.origin import environment
 from cnf.transforms import Continuous, Transform
@@ -90,17 +92,60 @@ def base_of(z: Tensor, told: dict[str, int] | None, seed: int, device: str) -> A
     return GaussianMixture.fit(z.to(device), **told, generator=stream(seed, "mixture")).cpu()
 
 
-def objective_of(name: str, steps: int = 2, penalty: float = 0.0, **options: Any) -> Objective:
+@dataclass(frozen=True)
+class ByComponent:
+    """Pairs of one component each: short paths, by a permutation of the batch.
+
+    A component is drawn for each base sample and data point, given where it is; those that find no
+    partner are paired with each other.
+
+    Attributes:
+        base: The mixture that the flow begins with.
+    """
+
+    base: GaussianMixture
+
+    def __call__(
+        self, x0: Tensor, x1: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> Pairing:
+        first, second = (self._drawn(x, generator) for x in (x0, x1))
+        common = torch.minimum(*(self._counts(each) for each in (first, second)))
+        return Pairing(self._order(first, common), self._order(second, common))
+
+    def _drawn(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A component for each row, by its probability given the row."""
+        base = self.base.to(x.device)
+        logits = log_densities(x, Mixture(base.weights, base.means, base.scales))
+        uniform = draw(torch.rand, logits.shape, generator, like=logits)
+        return (logits - (-uniform.log()).log()).argmax(-1)
+
+    def _counts(self, component: Tensor) -> Tensor:
+        one = torch.ones_like(component)
+        return torch.zeros_like(self.base.weights, dtype=one.dtype).index_add(0, component, one)
+
+    def _order(self, component: Tensor, common: Tensor) -> Tensor:
+        """Rows sorted by component, as many of each as are common, then the others."""
+        order = component.argsort(stable=True)
+        sorted_ = component[order]
+        counts = self._counts(component)
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sorted_]
+        return order[(rank >= common[sorted_]).to(torch.uint8).argsort(stable=True)]
+
+
+def objective_of(
+    base: Any, name: str, steps: int = 2, penalty: float = 0.0, by_component: bool = False
+) -> Objective:
     """Flow matching, or likelihood by Hutchinson's estimate under few steps.
 
     Args:
+        base: Of the flow.
         name: "flow-matching" or "likelihood".
         steps: Of RK4, in training.
         penalty: Weight of the kinetic energy and of the Jacobian's norm.
-        options: Of flow matching.
+        by_component: Whether pairs are of one component of the base each.
     """
     if name == "flow-matching":
-        return cnf.FlowMatching(**options)
+        return cnf.FlowMatching(coupling=ByComponent(base) if by_component else "independent")
     penalties = {"kinetic": penalty, "jacobian": penalty} if penalty else None
     solver = cnf.Solver("rk4", steps=steps)
     return cnf.MaximumLikelihood("hutchinson", penalties, solver)
@@ -114,7 +159,11 @@ def trained(
         resume="auto", progress=False,
     )  # fmt: skip
     history = cnf.fit(
-        flow, objective_of(**objective), train.z, config, validation=validation.z[:5_000]
+        flow,
+        objective_of(flow.base, **objective),
+        train.z,
+        config,
+        validation=validation.z[:5_000],
     )
     if history.reason == "interrupted":
         raise SystemExit(f"interrupted after {history.steps} steps")

@@ -147,7 +147,7 @@ def objective_of(
     if name == "flow-matching":
         return cnf.FlowMatching(coupling=ByComponent(base) if by_component else "independent")
     penalties = {"kinetic": penalty, "jacobian": penalty} if penalty else None
-    solver = cnf.Solver("rk4", steps=steps)
+    solver = cnf.Solver("rk4", steps=steps, gradient="backprop")
     return cnf.MaximumLikelihood("hutchinson", penalties, solver)
 
 

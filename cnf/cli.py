@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Train a model on a density or on your own points, and save everything in a run's folder.
 
-    A model of pictures has uniform dequantization, and the logit as its preprocessing, unless its
+    A model of pictures has uniform dequantization and standardized logits, unless its
     options say otherwise.
 
     Args:

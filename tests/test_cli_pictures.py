@@ -59,11 +59,13 @@ def conditional(file, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("labels") / "run", file, "--context", "labels")
 
 
-def test_model_of_pictures_has_their_levels_and_the_logit(run):
+def test_model_of_pictures_has_their_levels_and_standardized_logits(run):
     flow = cnf.load(run)
     assert flow.event_shape == (1, 4, 4)
     assert repr(flow.dequantization) == "UniformDequantization(256 levels)"
-    low, high = flow.preprocess.support
+    standardize, logit = flow.preprocess.transforms
+    assert standardize.fitted
+    low, high = logit.support
     assert low == pytest.approx(-256e-6, rel=1e-5) and high == pytest.approx(256 - low)
 
 

@@ -114,7 +114,7 @@ def test_fit_learns_labels_and_goes_on_where_it_was_interrupted(name, pictures, 
 
     def train(*callbacks, **more):
         torch.manual_seed(5)
-        flow = built(name, **{**data.sizes, "preprocess": ["logit", "standardize"]})
+        flow = built(name, **data.sizes)
         cnf.fit(flow, "maximum-likelihood", data, {**settings, **more}, callbacks=callbacks)
         return flow
 

@@ -81,8 +81,12 @@ class Images(Points):
         """Options of a model for these pictures: sizes, and what makes pixels real numbers."""
         context = {} if self.context is None else {"context": self.context.shape[1]}
         uniform = {"name": "uniform", "levels": self.levels}
-        shape = tuple(self.x.shape[1:])
-        return {"shape": shape, **context, "dequantization": uniform, "preprocess": "logit"}
+        return {
+            "shape": tuple(self.x.shape[1:]),
+            **context,
+            "dequantization": uniform,
+            "preprocess": ["logit", "standardize"],
+        }
 
     def conditional(self, classes: int | None = None) -> "Images":
         """The same pictures with their labels as the context, in columns of zeros and ones.

@@ -45,7 +45,11 @@ def test_idx_files_are_read_as_they_lie(packed, tmp_path):
     assert isinstance(images, Images) and images.name == "six-images-idx3-ubyte"
     assert torch.equal(images.x, torch.from_numpy(PIXELS[:, None]))
     uniform = {"name": "uniform", "levels": 256}
-    expected = {"shape": (1, 5, 4), "dequantization": uniform, "preprocess": "logit"}
+    expected = {
+        "shape": (1, 5, 4),
+        "dequantization": uniform,
+        "preprocess": ["logit", "standardize"],
+    }
     assert images.sizes == expected and images.dim == 20 and images.entropy is None
 
 

@@ -179,6 +179,8 @@ class CapturedLearner(Learner):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
+        for group in self._adam.param_groups:  # loading has put a copy in its place
+            group["lr"] = self._rate
         counts = torch.tensor([self.steps, self.skipped, 0], dtype=torch.int64)
         self._counts.copy_(counts)
 

@@ -1,5 +1,7 @@
 """Steps that a device takes alone: what they do to the weights, and their capture as a graph."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,16 @@ def test_counts_go_on_from_a_checkpoint():
     assert (state["skipped"], state["steps"]) == (1, 8 + 7)
 
 
+def test_steps_go_on_from_a_checkpoint_at_the_rate_that_they_are_given():
+    first, second = (learner_of(CapturedLearner) for _ in range(2))
+    take_steps(first, alone)
+    second.restore(copy.deepcopy(first.state()))
+    take_steps(first, alone)
+    take_steps(second, alone)
+    for name, value in first.state()["module"].items():
+        torch.testing.assert_close(second.state()["module"][name], value)
+
+
 def test_replays_are_counted_as_evaluations():
     with ode.record() as stats:
         ode.count(12)
@@ -101,7 +113,7 @@ CASES = {
     "joint": ("cnf", lambda: Joint((cnf.FlowMatching(), cnf.MaximumLikelihood(solver=RK4)))),
     **{
         name: (name, lambda: cnf.MaximumLikelihood())
-        for name in ("nice", "realnvp", "nsf", "nsf-ar", "maf", "glow", "sylvester")
+        for name in ("nice", "realnvp", "nsf", "nsf-ar", "maf", "made", "glow", "sylvester")
     },
 }  # fmt: skip
 

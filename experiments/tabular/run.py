@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import cnf
 from cnf.data import Points, load
 from cnf.distributions import GaussianMixture
 from cnf.metrics import Estimate, log_prob_chunked
 from cnf.models.autoregressive import autoregressive_flow
+from cnf.objectives import Batch, Loss, Objective
 from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms import PREPROCESSING, Compose, MixtureOfGaussians, Transform, logit
@@ -152,8 +153,15 @@ def orders(points: Points, row: str, place: Place, options: dict, train: dict) -
     assert flow.preprocess is not None and points.validation is not None
     flow.preprocess.fit(points.x)
     validation = in_all_orders(points.validation.x[:10_000])
-    found = trained(flow, in_all_orders(points.x), row, place, train, validation)
+    rows, order = in_all_orders(points.x)
+    found = trained(flow, Points(rows, context=order), row, place, train, validation)
     return found._replace(density=MeanOverOrders(flow))
+
+
+def mixed_orders(points: Points, row: str, place: Place, of: str, train: dict) -> Made:
+    """That net trained further, by the likelihood of its mean density."""
+    mean = MeanOverOrders(cnf.load(place.runs / "bsds300" / of))
+    return trained(mean, points, row, place, train, objective=LikelihoodOfMean())
 
 
 def first_order(points: Points, row: str, place: Place, of: str) -> Made:
@@ -163,9 +171,15 @@ def first_order(points: Points, row: str, place: Place, of: str) -> Made:
 
 
 def trained(
-    flow: cnf.Flow, points: Points, row: str, place: Place, train: dict, validation: Any = None
+    module: Any,
+    points: Points,
+    row: str,
+    place: Place,
+    train: dict,
+    validation: Any = None,
+    objective: Any = "maximum-likelihood",
 ) -> Made:
-    """The flow after training, or after as much of it as there was time for."""
+    """The module after training, or after as much of it as there was time for."""
     settings = cnf.TrainConfig(
         **train, seed=place.seed, validations=12, progress=False, device=place.device,
         folder=place.runs / "bsds300" / row, resume="auto",
@@ -176,17 +190,18 @@ def trained(
         end = threading.Timer(max(left, 1.0), os.kill, (os.getpid(), signal.SIGTERM))
         end.start()
     began = time.process_time()
-    history = cnf.fit(flow, "maximum-likelihood", points, settings, validation=validation)
+    history = cnf.fit(module, objective, points, settings, validation=validation)
     if end is not None:
         end.cancel()
-    print(row, "validation NLL", [round(s, 2) for s in history.column("val_nll")], flush=True)
+    scores = history.column("val_nll") or history.column("val_loss")
+    print(row, "validation NLL", [round(score, 2) for score in scores], flush=True)
     assert settings.folder is not None
     shutil.copy(settings.folder / "metrics.csv", place.results / f"{row}.metrics.csv")
     seconds = added(settings.folder / "core_seconds.txt", time.process_time() - began)
     if place.device == "cuda":
         seconds = history.seconds
-    numbers, stopped = sum(p.numel() for p in flow.parameters()), history.reason == "interrupted"
-    return Made(flow, numbers, history.steps, seconds, stopped)
+    numbers, stopped = sum(p.numel() for p in module.parameters()), history.reason == "interrupted"
+    return Made(module, numbers, history.steps, seconds, stopped)
 
 
 def added(path: Path, seconds: float) -> float:
@@ -196,18 +211,32 @@ def added(path: Path, seconds: float) -> float:
     return total
 
 
-class MeanOverOrders:
+class MeanOverOrders(nn.Module):
     """The mean of the densities that a flow, told the order, gives a patch in all raster orders.
 
     To turn or to mirror a patch changes no volume, so that it is a density of patches.
     """
 
     def __init__(self, flow: cnf.Flow) -> None:
+        super().__init__()
         self.flow = flow
 
     def log_prob(self, x: Tensor) -> Tensor:
-        each = [self.flow.log_prob(in_order(x, k), told(k, x)) for k in range(ORDERS)]
-        return torch.stack(each).logsumexp(0) - math.log(ORDERS)
+        each = self.flow.log_prob(*in_all_orders(x)).unflatten(0, (ORDERS, len(x)))
+        return each.logsumexp(0) - math.log(ORDERS)
+
+
+@dataclass(frozen=True)
+class LikelihoodOfMean(Objective):
+    """The negative log of that mean, in nats."""
+
+    needs_data = True
+
+    def prepare(self, module: nn.Module, batch: Batch, generator: Any = None) -> Batch:
+        return batch
+
+    def __call__(self, module: Any, batch: Any, generator: Any = None) -> Loss:
+        return Loss(-module.log_prob(batch.x).mean(), {})
 
 
 class FirstOrder:
@@ -222,7 +251,7 @@ class FirstOrder:
 
 def told(k: int, x: Tensor) -> Tensor:
     """Order k as the context of rows x, shape (N, 8)."""
-    return F.one_hot(torch.tensor(k), ORDERS).to(x).expand(len(x), -1)
+    return F.one_hot(torch.full_like(x[:, 0], k, dtype=torch.long), ORDERS).to(x)
 
 
 def in_order(x: Tensor, k: int) -> Tensor:
@@ -234,16 +263,16 @@ def in_order(x: Tensor, k: int) -> Tensor:
     return pixels.flatten(1)[:, :-1]
 
 
-def in_all_orders(x: Tensor) -> Points:
-    """Patches in each order, with the order as their context."""
+def in_all_orders(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in each order, one after the other, and the orders as their context."""
     rows = torch.cat([in_order(x, k) for k in range(ORDERS)])
-    return Points(rows, context=torch.cat([told(k, x) for k in range(ORDERS)]))
+    return rows, torch.cat([told(k, x) for k in range(ORDERS)])
 
 
 SETS: dict[str, Callable[[int], Points]] = {"bsds300": bsds300, "mnist": mnist}
 KINDS: dict[str, Callable[..., Made]] = {
     "preprocessed": preprocessed, "mixture": mixture, "nsf-ar": nsf_ar, "mixtures": mixtures,
-    "made": made, "orders": orders, "first-order": first_order,
+    "made": made, "orders": orders, "mixed-orders": mixed_orders, "first-order": first_order,
 }  # fmt: skip
 
 

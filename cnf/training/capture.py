@@ -6,6 +6,7 @@ it never waits: the device itself leaves a bad step out, and counts it.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from cnf.dynamics import ode
 from cnf.errors import warn
+from cnf.flow import Flow
 from cnf.objectives import Loss, Objective
 from cnf.objectives.batch import Prepared
 from cnf.training.config import TrainConfig
 from cnf.training.learner import BAD_STEPS, Learner
+from cnf.transforms.continuous import solvers_in
 
 WARM_UP = 3  # steps before the capture: libraries set themselves up, gradients get their memory
 AHEAD = 2  # steps that the host may have handed over and not seen done
@@ -36,22 +39,39 @@ def learner_for(
         fabric: The processes.
 
     Raises:
-        ValueError: `compile=True` where there is no CUDA device, or several processes.
+        ValueError: `compile=True` where there is no CUDA device, or several processes, or a solver
+            whose steps cannot be captured.
     """
-    alone = fabric.device.type == "cuda" and fabric.world_size == 1
-    if config.compile is True and not alone:
+    hindrance = _hindrance(module, objective, fabric)
+    if config.compile is True and hindrance:
         raise ValueError(
-            f"fit: compile=True captures steps on one CUDA device, got {fabric.world_size} "
-            f"process(es) on {fabric.device}; leave compile='auto'"
+            f"fit: compile=True captures a step on one CUDA device, got {hindrance}; leave "
+            "compile='auto'"
         )
-    kind = CapturedLearner if alone and config.compile else Learner
+    kind = Learner if hindrance or not config.compile else CapturedLearner
     return kind(module, objective, config, fabric)
+
+
+def _hindrance(module: nn.Module, objective: Objective, fabric: Fabric) -> str | None:
+    """What a step cannot be captured for, in words; None where it may be."""
+    if fabric.device.type != "cuda":
+        return f"the device {fabric.device}"
+    if fabric.world_size > 1:
+        return f"{fabric.world_size} processes"
+    if not objective.solves or not isinstance(module, Flow):
+        return None
+    for solver in solvers_in(objective.as_trained(module).transform):
+        if not solver.fixed:
+            return f"the method {solver.method}, which looks at its errors"
+        if solver.compile or solver.gradient not in ("auto", "backprop"):
+            return f"{solver}, whose gradient is to take another way"
+    return None
 
 
 class CapturedLearner(Learner):
     """A learner whose steps the device takes alone, replayed from a graph where they can be.
 
-    What cannot be captured, as an adaptive solver, which looks at its errors, runs as `Learner`'s.
+    A step that cannot be captured after all, since it reads a number, runs as `Learner`'s.
     """
 
     def __init__(
@@ -71,14 +91,15 @@ class CapturedLearner(Learner):
 
     def step(self, rows: Prepared, lr: float, share: float = 1.0) -> Loss:
         if self._refused:
-            return super().step(rows, lr, share)
+            return self._aside(lambda: super(CapturedLearner, self).step(rows, lr, share))
         self._rate.fill_(lr)
         if self._capture is not None and self._capture.fits(rows):
             loss = self._capture.replay(rows)
         elif self._capture is None and self._warmed_up >= WARM_UP:
             loss = self._captured(rows, lr)
         else:
-            loss = self._warm(rows)
+            self._warmed_up += 1
+            loss = self._aside(lambda: self._update(rows))
         self._wait_for_device()
         self._since_look += 1
         if self._since_look >= LOOK:
@@ -93,12 +114,12 @@ class CapturedLearner(Learner):
         if len(self._done) > AHEAD:
             self._done.popleft().synchronize()
 
-    def _warm(self, rows: Prepared) -> Loss:
-        self._warmed_up += 1
-        side: Any = self._side  # a step's gradients belong to the stream that they are captured on
+    def _aside(self, step: Callable[[], Loss]) -> Loss:
+        """Take a step on the stream of the capture, to which the gradients belong."""
+        side: Any = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            loss = self._update(rows)
+            loss = step()
         torch.cuda.current_stream().wait_stream(side)
         return loss
 
@@ -111,11 +132,13 @@ class CapturedLearner(Learner):
                 raise
             self._refused = True
             self._leave_out_if(None)
-            if not isinstance(error, TypeError):  # of `solve`: an adaptive solver, as asked for
-                first = str(error.__context__ or error).strip().split("\n")[0]
-                warn(f"fit: steps are not captured as a CUDA graph: {first}")
+            first = str(error.__context__ or error).strip().split("\n")[0]
+            warn(
+                f"fit: steps are launched kernel by kernel, as their capture failed: {first}; "
+                "compile=False says so from the start"
+            )
             self._take_over()
-            return super().step(rows, lr)
+            return self.step(rows, lr)
         return self._capture.first()
 
     def _update(self, rows: Prepared) -> Loss:

@@ -498,18 +498,19 @@ def _summed(parts: Tensor, dims: int) -> Tensor:
 
 def is_continuous(transform: Transform) -> bool:
     """Whether the transform contains a `Continuous`."""
-    return next(_solvers(transform), None) is not None
+    return next(solvers_in(transform), None) is not None
 
 
 def has_fixed_steps(transform: Transform) -> bool:
     """Whether it contains an ODE that is solved without step-size control."""
-    return any(solver.fixed for solver in _solvers(transform))
+    return any(solver.fixed for solver in solvers_in(transform))
 
 
 def is_adaptive(transform: Transform) -> bool:
     """Whether it contains an ODE with step-size control, whose steps all rows share."""
-    return any(not solver.fixed for solver in _solvers(transform))
+    return any(not solver.fixed for solver in solvers_in(transform))
 
 
-def _solvers(transform: Transform) -> Iterator[Solver]:
+def solvers_in(transform: Transform) -> Iterator[Solver]:
+    """Those of the ODEs in a transform."""
     return (part.solver for part in transforms_in(transform) if isinstance(part, Continuous))

@@ -1,6 +1,7 @@
 """Steps that a device takes alone: what they do to the weights, and their capture as a graph."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import cnf
 from cnf.dynamics import ode
 from cnf.objectives import Joint, Objective
-from cnf.training.capture import BAD_STEPS, CapturedLearner
+from cnf.training.capture import BAD_STEPS, CapturedLearner, _hindrance
 from cnf.training.learner import Learner, launch_fabric
 
 needs_gpu = [
@@ -90,8 +91,30 @@ def test_replays_are_counted_as_evaluations():
 
 
 def test_capturing_is_refused_without_a_cuda_device(config, small, points):
-    with pytest.raises(ValueError, match="captures steps on one CUDA device, got 1 process.* cpu"):
+    with pytest.raises(ValueError, match="captures a step on one CUDA device, got the device cpu"):
         cnf.fit(small(), "flow-matching", points, config(compile=True))
+
+
+ADAPTIVE, ADJOINT = cnf.Solver(), cnf.Solver("rk4", steps=2, gradient="adjoint")
+HINDRANCES = {
+    "flow matching": (cnf.FlowMatching(), None),
+    "fixed steps": (cnf.MaximumLikelihood(solver=RK4), None),
+    "an adaptive solver": (cnf.MaximumLikelihood(solver=ADAPTIVE), "dopri5, which looks at its"),
+    "a term's": (Joint((cnf.FlowMatching(), cnf.MaximumLikelihood(solver=ADAPTIVE))), "dopri5"),
+    "memory to be saved": (cnf.MaximumLikelihood(solver=ADJOINT), "whose gradient is to take"),
+}
+
+
+@pytest.mark.parametrize("case", HINDRANCES)
+def test_solvers_that_a_graph_cannot_hold_are_known_beforehand(case, small):
+    objective, words = HINDRANCES[case]
+    for device, processes in (("cuda", 1), ("cuda", 2), ("cpu", 1)):
+        fabric = SimpleNamespace(device=torch.device(device), world_size=processes)
+        found = _hindrance(small(), objective, fabric)
+        if (device, processes) != ("cuda", 1):
+            assert found in ("2 processes", "the device cpu")
+        else:
+            assert found is None if words is None else words in found
 
 
 class Wrong(Objective):
@@ -150,7 +173,7 @@ class TestOnAGpu:
         torch.rand(3, device="cuda")  # torch's generator is as it was
 
     def test_what_cannot_be_captured_is_told_and_trained(self, config, points):
-        with pytest.warns(UserWarning, match="not captured as a CUDA graph"):
+        with pytest.warns(UserWarning, match="capture failed: .*operation not permitted"):
             history = cnf.fit(cnf.models.realnvp(2), Wrong(), points, config(device="cuda"))
         assert history.steps == 6
         torch.rand(3, device="cuda")

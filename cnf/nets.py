@@ -333,7 +333,7 @@ class MADE(nn.Module):
 def running_rms(x: Tensor, epsilon: float) -> Tensor:
     r"""Sizes r_0, …, r_i of the first numbers of each column, shape (i + 1, N).
 
-    .. math:: r_0 = 1, \qquad r_d^2 = \frac{\epsilon + x_1^2 + \dots + x_d^2}{1 + d}
+    .. math:: r_0 = 1, \qquad r_d^2 = \frac{\epsilon + x_1^2 + \cdots + x_d^2}{1 + d}
 
     Divisive normalization divides by such sizes: what natural signals have in common at all
     amplitudes is then seen as one. Source: Lyu and Simoncelli (2008), Nonlinear image

@@ -28,11 +28,14 @@ class Objective(ABC):
     Attributes:
         needs_data: Whether a batch without rows makes no sense.
         solves: Whether the loss solves a continuous flow's ODE.
+        capturable: Whether each step computes the same of its rows and the weights alone, so that
+            a GPU may replay it: no number is read, no counter kept, nothing drawn by Python.
         lr: Learning rate of Adam where neither the run nor the model has one.
     """
 
     needs_data = False
     solves = False
+    capturable = False
     lr = 2e-3
 
     def begin(

@@ -74,6 +74,10 @@ class Joint(Objective):
     def solves(self) -> bool:
         return any(term.solves for term in self.terms)
 
+    @property
+    def capturable(self) -> bool:
+        return all(term.capturable for term in self.terms)
+
     def as_trained(self, flow: Flow) -> Flow:
         """The flow under the solver of the first term that has one of its own."""
         found = (term.as_trained(flow) for term in self.terms)

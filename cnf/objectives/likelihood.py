@@ -80,6 +80,7 @@ class MaximumLikelihood(Objective):
 
     needs_data = True
     solves = True
+    capturable = True
 
     divergence: Any = None
     penalties: Mapping[str, float] | None = None

@@ -87,6 +87,7 @@ class FlowMatching(Objective):
     """
 
     needs_data = True
+    capturable = True
     lr = 6e-3
 
     path: Any = None

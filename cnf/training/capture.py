@@ -58,6 +58,8 @@ def _hindrance(module: nn.Module, objective: Objective, fabric: Fabric) -> str |
         return f"the device {fabric.device}"
     if fabric.world_size > 1:
         return f"{fabric.world_size} processes"
+    if not objective.capturable:
+        return f"{type(objective).__name__}, of which capturable is False"
     if not objective.solves or not isinstance(module, Flow):
         return None
     for solver in solvers_in(objective.as_trained(module).transform):

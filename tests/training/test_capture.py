@@ -96,7 +96,21 @@ def test_capturing_is_refused_without_a_cuda_device(config, small, points):
 
 
 ADAPTIVE, ADJOINT = cnf.Solver(), cnf.Solver("rk4", steps=2, gradient="adjoint")
+
+
+class Annealed(Objective):
+    """Its weight changes with Python's count of its calls, which a replay would not see."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, module, batch, generator=None):
+        self.calls += 1
+        return cnf.Loss(-module.log_prob(batch.x).mean() / self.calls, {})
+
+
 HINDRANCES = {
+    "an objective of one's own": (Annealed(), "Annealed, of which capturable is False"),
     "flow matching": (cnf.FlowMatching(), None),
     "fixed steps": (cnf.MaximumLikelihood(solver=RK4), None),
     "an adaptive solver": (cnf.MaximumLikelihood(solver=ADAPTIVE), "dopri5, which looks at its"),
@@ -119,6 +133,8 @@ def test_solvers_that_a_graph_cannot_hold_are_known_beforehand(case, small):
 
 class Wrong(Objective):
     """Its loss is read by the host in the middle of a step."""
+
+    capturable = True
 
     def prepare(self, module, batch, generator=None):
         return batch
@@ -183,6 +199,8 @@ class TestOnAGpu:
         flow, masks = cnf.models.realnvp(2, hidden=(8,)), []
 
         class Seen(Objective):
+            capturable = True
+
             def prepare(self, module, batch, generator=None):
                 return batch
 

@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 import cnf
 from cnf.data import Points, load
 from cnf.distributions import GaussianMixture
 from cnf.metrics import Estimate, log_prob_chunked
 from cnf.models.autoregressive import autoregressive_flow
-from cnf.objectives import Batch, Loss, Objective
 from cnf.random import stream
 from cnf.training.origin import environment
 from cnf.transforms import PREPROCESSING, Compose, MixtureOfGaussians, Transform, logit
@@ -159,12 +158,6 @@ def orders(points: Points, row: str, place: Place, options: dict, train: dict) -
     return found._replace(density=MeanOverOrders(flow))
 
 
-def mixed_orders(points: Points, row: str, place: Place, of: str, train: dict) -> Made:
-    """That net trained further, by the likelihood of its mean density."""
-    mean = MeanOverOrders(cnf.load(place.runs / "bsds300" / of))
-    return trained(mean, points, row, place, train, objective=LikelihoodOfMean())
-
-
 def first_order(points: Points, row: str, place: Place, of: str) -> Made:
     """What one net for eight orders makes of the first of them alone."""
     flow = cnf.load(place.runs / "bsds300" / of)
@@ -172,15 +165,9 @@ def first_order(points: Points, row: str, place: Place, of: str) -> Made:
 
 
 def trained(
-    module: Any,
-    points: Points,
-    row: str,
-    place: Place,
-    train: dict,
-    validation: Any = None,
-    objective: Any = "maximum-likelihood",
+    flow: cnf.Flow, points: Points, row: str, place: Place, train: dict, validation: Any = None
 ) -> Made:
-    """The module after training, or after as much of it as there was time for."""
+    """The flow after training, or after as much of it as there was time for."""
     settings = cnf.TrainConfig(
         **train, seed=place.seed, validations=12, progress=False, device=place.device,
         folder=place.runs / "bsds300" / row, resume="auto",
@@ -193,18 +180,17 @@ def trained(
         end = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))
         end.start()
     began = time.process_time()
-    history = cnf.fit(module, objective, points, settings, validation=validation)
+    history = cnf.fit(flow, "maximum-likelihood", points, settings, validation=validation)
     if end is not None:
         end.cancel()
-    scores = history.column("val_nll") or history.column("val_loss")
-    print(row, "validation NLL", [round(score, 2) for score in scores], flush=True)
+    print(row, "validation NLL", [round(s, 2) for s in history.column("val_nll")], flush=True)
     assert settings.folder is not None
     shutil.copy(settings.folder / "metrics.csv", place.results / f"{row}.metrics.csv")
     seconds = added(settings.folder / "core_seconds.txt", time.process_time() - began)
     if place.device == "cuda":
         seconds = history.seconds
-    numbers, stopped = sum(p.numel() for p in module.parameters()), history.reason == "interrupted"
-    return Made(module, numbers, history.steps, seconds, stopped)
+    numbers, stopped = sum(p.numel() for p in flow.parameters()), history.reason == "interrupted"
+    return Made(flow, numbers, history.steps, seconds, stopped)
 
 
 def added(path: Path, seconds: float) -> float:
@@ -214,32 +200,18 @@ def added(path: Path, seconds: float) -> float:
     return total
 
 
-class MeanOverOrders(nn.Module):
+class MeanOverOrders:
     """The mean of the densities that a flow, told the order, gives a patch in all raster orders.
 
     To turn or to mirror a patch changes no volume, so that it is a density of patches.
     """
 
     def __init__(self, flow: cnf.Flow) -> None:
-        super().__init__()
         self.flow = flow
 
     def log_prob(self, x: Tensor) -> Tensor:
         each = self.flow.log_prob(*in_all_orders(x)).unflatten(0, (ORDERS, len(x)))
         return each.logsumexp(0) - math.log(ORDERS)
-
-
-@dataclass(frozen=True)
-class LikelihoodOfMean(Objective):
-    """The negative log of that mean, in nats."""
-
-    needs_data = True
-
-    def prepare(self, module: nn.Module, batch: Batch, generator: Any = None) -> Batch:
-        return batch
-
-    def __call__(self, module: Any, batch: Any, generator: Any = None) -> Loss:
-        return Loss(-module.log_prob(batch.x).mean(), {})
 
 
 class FirstOrder:
@@ -275,7 +247,7 @@ def in_all_orders(x: Tensor) -> tuple[Tensor, Tensor]:
 SETS: dict[str, Callable[[int], Points]] = {"bsds300": bsds300, "mnist": mnist}
 KINDS: dict[str, Callable[..., Made]] = {
     "preprocessed": preprocessed, "mixture": mixture, "nsf-ar": nsf_ar, "mixtures": mixtures,
-    "made": made, "orders": orders, "mixed-orders": mixed_orders, "first-order": first_order,
+    "made": made, "orders": orders, "first-order": first_order,
 }  # fmt: skip
 
 

@@ -89,8 +89,10 @@ def test_zero_sets_weight_and_bias():
 
 
 def test_invalid_width_and_activation_are_refused():
-    with pytest.raises(ValueError, match="every width >= 1"):
+    with pytest.raises(ValueError, match="MLP: expected every width >= 1"):
         MLP(2, 2, (8, 0))
+    with pytest.raises(ValueError, match=r"ResidualConvNet: .* width >= 1, got \(2, 0, 3\)"):
+        ResidualConvNet(2, 3, (0,))
     with pytest.raises(ValueError, match="Did you mean 'tanh'"):
         MLP(2, 2, activation="tahn")
 

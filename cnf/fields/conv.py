@@ -60,7 +60,7 @@ class ConvField(VectorField):
         if len(shape) != 3:
             raise ValueError(f"ConvField: expected a shape (C, H, W), got {tuple(shape)}")
         channels, height, width = shape
-        sizes = linear_sizes([channels, *hidden, channels])
+        sizes = linear_sizes("ConvField", [channels, *hidden, channels])
         strides = [1] * len(sizes) if strides is None else list(strides)
         self._check(strides, len(sizes), height, width)
         self.condition = Condition(frequencies, context_dim)

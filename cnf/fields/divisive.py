@@ -101,7 +101,7 @@ class DivisiveField(VectorField):
         self.activation = ACTIVATIONS[activation]
         self.filters = nn.Parameter(_filters(filters, dim))
         self.pools = nn.Parameter(_raw_pools(filters, pools))
-        sizes = linear_sizes([2 * filters, *hidden, 2 * filters])
+        sizes = linear_sizes("DivisiveField", [2 * filters, *hidden, 2 * filters])
         kinds = ["concat" if layer == "input" else "ignore"] + ["ignore"] * len(hidden)
         self.layers = nn.ModuleList(
             LAYERS[kind](i, o, self.condition.size)

@@ -75,7 +75,7 @@ class MLPField(VectorField):
         self.condition = Condition(frequencies, context_dim)
         self.activation = ACTIVATIONS[activation]
         self.waves = _frequencies(fourier, dim, fourier_scale) if fourier else None
-        sizes = linear_sizes([dim + 2 * fourier, *hidden, dim])
+        sizes = linear_sizes("MLPField", [dim + 2 * fourier, *hidden, dim])
         kinds = [layer] * len(sizes)
         if layer == "input":
             kinds = ["concat"] + ["ignore"] * (len(sizes) - 1)

@@ -208,7 +208,6 @@ def nsf(
                 "nsf: images have a 1×1 convolution before each coupling and are no angles: "
                 f"expected between='lu' and no period, got {between!r} and {period}"
             )
-        expect_counts("nsf", layers=layers)
         splines = spline("nsf", bins, bound, None, between, preprocess)
         net = partial(ResidualConvNet, hidden=hidden, activation=activation)
         transform = at_levels(

@@ -57,7 +57,7 @@ def glow(
     Raises:
         ValueError: Not exactly one of dim and shape is given, or a size does not fit.
     """
-    expect_counts("models", layers=layers)
+    expect_counts("glow", layers=layers)
     net = {"hidden": hidden, "context_dim": context, "activation": activation}
     if shape is None:
         assert dim is not None

@@ -10,8 +10,8 @@ from cnf.transforms.normalization import ActNorm
 
 SMALLEST = 4  # pixels of a side at the last scale
 
-Part = Callable[[Sequence[int]], Transform]
-Halves = Callable[[int, int], Transform]
+Part = Callable[[Sequence[int]], Transform]  # from the shape of an image
+Halves = Callable[[int, int], Transform]  # from the numbers of channels and of those kept
 
 
 def at_scales(
@@ -43,17 +43,10 @@ def at_scales(
             often.
     """
     expect_counts(who, scales=scales)
-    if len(shape) != 3:
-        raise ValueError(f"{who}: expected a shape (C, H, W), got {tuple(shape)}")
+    _expect_image(who, shape)
     if scales is None:
         scales = max(1, (min(shape[1:]) // SMALLEST).bit_length())
-    factor = 2 ** (scales - 1)
-    if any(size % factor for size in shape[1:]):
-        halved = max(k for k in range(scales) if not any(size % 2**k for size in shape[1:]))
-        raise ValueError(
-            f"{who}: expected height and width divisible by {factor} for {scales} scales, got "
-            f"{shape[1]} × {shape[2]}; take scales={halved + 1}, or pad or crop the images"
-        )
+    _expect_halves(who, shape, "scales", scales, squeezes=scales - 1)
     after, last = after or before, last or before
 
     def scale(shape: Sequence[int], left: int) -> Transform:
@@ -98,11 +91,9 @@ def at_levels(
             often.
     """
     levels = 2 if levels is None else levels
-    if len(shape) != 3 or levels < 1 or any(size % 2**levels for size in shape[1:]):
-        raise ValueError(
-            f"{who}: expected shape (C, H, W) with H and W divisible by 2^levels = {2**levels}, "
-            f"got {tuple(shape)}"
-        )
+    expect_counts(who, levels=levels, layers=layers)
+    _expect_image(who, shape)
+    _expect_halves(who, shape, "levels", levels, squeezes=levels)
 
     def level(shape: Sequence[int], left: int) -> Transform:
         """One level, those of smaller images inside it on half of the channels."""
@@ -118,3 +109,29 @@ def at_levels(
         return Compose([*steps, Squeeze()])
 
     return level(shape, levels)
+
+
+def _expect_image(who: str, shape: Sequence[int]) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"{who}: expected a shape (C, H, W), got {tuple(shape)}")
+
+
+def _expect_halves(who: str, shape: Sequence[int], name: str, count: int, squeezes: int) -> None:
+    """Raise ValueError unless height and width can be halved by every squeeze.
+
+    Args:
+        who: Name of the model, for the message.
+        shape: Shape of an image, (C, H, W).
+        name: The option that says how often the image is squeezed, "scales" or "levels".
+        count: Its value.
+        squeezes: How often that is.
+    """
+    possible = max(k for k in range(squeezes + 1) if not any(size % 2**k for size in shape[1:]))
+    if possible == squeezes:
+        return
+    fewer = count - squeezes + possible
+    remedy = f"take {name}={fewer}, or " if fewer else ""
+    raise ValueError(
+        f"{who}: expected height and width divisible by {2**squeezes} for {count} {name}, got "
+        f"{shape[1]} × {shape[2]}; {remedy}pad or crop the images"
+    )

@@ -35,6 +35,27 @@ def built_conditioner(
     return net
 
 
+def conditioner_output(who: str, net: nn.Module, x: Tensor, outputs: int) -> Tensor:
+    """What a user's conditioner gives for x, which may be a view of the flow's own input.
+
+    Args:
+        who: Whose conditioner it is, for errors.
+        net: The conditioner.
+        x: Its input, shape (N, inputs, *).
+        outputs: Numbers that it is to give, along axis 1.
+
+    Raises:
+        ValueError: It edits x in place, or gives another number.
+    """
+    found = call_without_edits(net, lambda: net(x), x=x)
+    if found.shape[1] != outputs:
+        raise ValueError(
+            f"{who}: expected the conditioner {type(net).__name__} to give {outputs} numbers for "
+            f"each row, got {found.shape[1]}; it is built by conditioner(inputs, outputs)"
+        )
+    return found
+
+
 @TRANSFORMS.register(
     "coupling", example=lambda dim, context_dim=0: Coupling(dim, context_dim=context_dim)
 )
@@ -123,15 +144,9 @@ class Coupling(TwoWayScheme):
             conditioning = torch.cat([conditioning, context], -1)
         if isinstance(self.net, MLP):
             raw = self.net.columns(conditioning)
-        else:  # without a context and a period its input is a view of x
-            raw = call_without_edits(self.net, lambda: self.net(conditioning).T, x=conditioning)
+        else:
             outputs = self.transformer.size * len(moved)
-            if len(raw) != outputs:
-                raise ValueError(
-                    f"Coupling: expected the conditioner {type(self.net).__name__} to give "
-                    f"{outputs} numbers for each row, got {len(raw)}; it is built by "
-                    "conditioner(inputs, outputs)"
-                )
+            raw = conditioner_output("Coupling", self.net, conditioning, outputs).T
         raw = raw.unflatten(0, (self.transformer.size, len(moved)))
         moved, ladj = direction(moved, *self._constrained(raw, value))
         parts = torch.cat([moved, kept] if self.kept_last else [kept, moved])

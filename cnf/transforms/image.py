@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnf.nets import ACTIVATIONS, zero_
 from cnf.printing import joined
 from cnf.transforms.base import Transform
-from cnf.transforms.coupling import built_conditioner
+from cnf.transforms.coupling import built_conditioner, conditioner_output
 from cnf.transforms.elementwise import Parameters, Transformer, TwoWayScheme
 from cnf.transforms.recompute import Direction
 
@@ -102,13 +102,13 @@ class OnChannels(Transform):
 
 
 class _ImageCoupling(TwoWayScheme):
-    """A coupling of images: a network of convolutions gives the map of the pixels that change.
+    """A coupling of images: a network of convolutions determines the map of what changes.
 
     Args:
         channels: Number of channels C.
-        kept: Channels that the conditioner sees.
-        moved: Channels that its output determines the map of.
-        transformer: As of `ConvCoupling`, like all that follow.
+        kept: Number of channels that the conditioner is given.
+        moved: Number of channels whose map it determines.
+        transformer: This and the arguments after it are those of `ConvCoupling`.
     """
 
     def __init__(
@@ -125,19 +125,18 @@ class _ImageCoupling(TwoWayScheme):
     ) -> None:
         super().__init__(channels, transformer, parametrize, context_dim, event_dims=3)
         self.activation = ACTIVATIONS[activation]
-        inputs, outputs = kept + context_dim, self.transformer.size * moved
+        who = type(self).__name__
+        inputs, self.outputs = kept + context_dim, self.transformer.size * moved
         self.layers, self.conditioner = nn.ModuleList(), None
         if conditioner is not None:
-            self.conditioner = built_conditioner(type(self).__name__, conditioner, inputs, outputs)
+            self.conditioner = built_conditioner(who, conditioner, inputs, self.outputs)
             return
         if len(hidden) != 2:
-            raise ValueError(
-                f"{type(self).__name__}: expected two widths in hidden, got {tuple(hidden)}"
-            )
+            raise ValueError(f"{who}: expected two widths in hidden, got {tuple(hidden)}")
         first, second = hidden
         self.layers.append(nn.Conv2d(inputs, first, 3, padding=1))
         self.layers.append(nn.Conv2d(first, second, 1))
-        self.layers.append(nn.Conv2d(second, outputs, 3, padding=1))
+        self.layers.append(nn.Conv2d(second, self.outputs, 3, padding=1))
         zero_(self.layers[-1])
 
     def _transformed(
@@ -177,7 +176,7 @@ class _ImageCoupling(TwoWayScheme):
 
     def _net(self, x: Tensor) -> Tensor:
         if self.conditioner is not None:
-            return self.conditioner(x)
+            return conditioner_output(type(self).__name__, self.conditioner, x, self.outputs)
         *inner, last = self.layers
         for layer in inner:
             x = self.activation.function(layer(x))
@@ -248,22 +247,23 @@ class ConvCoupling(_ImageCoupling):
 
 
 class CheckerboardCoupling(_ImageCoupling):
-    """A coupling of images: every other pixel and the context determine the map of the others.
+    """A coupling of images: every other pixel and the context determine the map of the rest.
 
-    The conditioner sees the image with zeros at the pixels that change.
+    The conditioner is given the image with zeros at the pixels that change.
 
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
     Args:
         channels: Number of channels C.
         odd: Whether pixels (i, j) with odd i + j are left unchanged, else those with even i + j.
-        transformer: As of `ConvCoupling`, like all that follow.
+        transformer: The elementwise map; affine if None.
         parametrize: Function from the conditioner's output, of shape
-            (transformer.size, N, C, H, W), to the map's parameters.
+            (transformer.size, N, C, H, W), to the map's parameters; `transformer.parametrize` if
+            None.
         hidden: Channels of the conditioner's two hidden layers.
-        context_dim: Size of the context.
+        context_dim: Size of the context, which is appended as constant channels; 0 for none.
         activation: A name in `cnf.nets.ACTIVATIONS`.
-        conditioner: Function that makes another network.
+        conditioner: A function that makes another network, see `ConvCoupling`.
 
     Raises:
         ValueError: There are not two widths.

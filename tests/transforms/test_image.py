@@ -94,7 +94,7 @@ def test_incompatible_parts_are_refused():
         ConvCoupling(4, 4)
     with pytest.raises(ValueError, match="unconditional transform of vectors"):
         PerPixel(Coupling(2, context_dim=1))
-    with pytest.raises(ValueError, match=r"divisible by 2\^levels = 4, got \(1, 6, 8\)"):
+    with pytest.raises(ValueError, match="by 4 for 2 levels, got 6 × 8; take levels=1"):
         cnf.models.build("glow", shape=(1, 6, 8), levels=2)
 
 
@@ -140,6 +140,22 @@ def test_checkerboard_keeps_every_other_pixel_and_sees_no_others(odd, randomized
     others = jacobian[:, ~kept][..., ~kept].reshape(12, 12)
     assert torch.equal(others, others.diag().diag()) and (others.diag() != 1).all()
     assert (jacobian[:, ~kept][..., kept].reshape(12, 12).abs() > 1e-9).any(1).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda net: ConvCoupling(4, 2, conditioner=net),
+        lambda net: CheckerboardCoupling(4, conditioner=net),
+    ],
+)
+def test_conditioner_that_gives_other_channels_or_edits_its_input_is_refused(kind):
+    x = torch.randn(2, 4, 4, 4)
+    with pytest.raises(ValueError, match="conditioner Conv2d to give (4|8) numbers .*, got 2; it"):
+        kind(lambda i, o: torch.nn.Conv2d(i, 2, 1))(x)  # 2 would broadcast over the channels
+    net = kind(lambda i, o: torch.nn.Sequential(torch.nn.ReLU(True), torch.nn.Conv2d(i, o, 1)))
+    with pytest.raises(ValueError, match="edits its input x in place"):
+        net(x)
 
 
 def test_conditioner_that_is_a_network_is_refused():

@@ -68,10 +68,10 @@ def record() -> Iterator[Stats]:
 
 
 def count(evaluations: int) -> None:
-    """Have a solve counted that was not run by Python, as in a replayed CUDA graph.
+    """Count a solve that Python did not run, such as one in a CUDA graph that is replayed.
 
     Args:
-        evaluations: Of the dynamics, in the forward solve.
+        evaluations: How often the solve evaluated the dynamics.
     """
     for stats in _recording.get():
         stats._counters.append(_Counts(evaluations))

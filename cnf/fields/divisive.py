@@ -12,25 +12,26 @@ from cnf.fields.base import FIELDS, VectorField
 from cnf.fields.concat import LAYERS
 from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
-LEAST = 1e-3  # of the initial weights of energies, which softplus keeps positive
+LEAST = 1e-3  # initial weight of an energy: softplus never gives 0
 
 
 class _Features(NamedTuple):
-    """What the network of a row sees, and what its outputs are multiplied by.
+    """Responses of the filters and the energies that scale them.
 
     Attributes:
-        a: Responses of the filters, shape (*batch, F).
-        square: Energies s of their surroundings, (*batch, F).
-        rate: 1/√s.
+        a: Responses, shape (*batch, F).
+        energy: Energies s of their surroundings, shape (*batch, F).
+        rate: 1/√s, shape (*batch, F).
     """
 
     a: Tensor
-    square: Tensor
+    energy: Tensor
     rate: Tensor
 
     @property
     def inputs(self) -> Tensor:
-        return torch.cat([self.a * self.rate, self.square.log()], -1)
+        """The network's inputs, shape (*batch, 2F)."""
+        return torch.cat([self.a * self.rate, self.energy.log()], -1)
 
 
 @FIELDS.register("divisive")
@@ -40,9 +41,10 @@ class DivisiveField(VectorField):
     .. math:: a = A x, \quad s = \epsilon + H a^2, \quad
         (g, w) = \mathrm{MLP}(a / \sqrt{s}, \log s, t, c), \quad v = A^\top (g a + w \sqrt{s})
 
-    with H > 0 and all products by entry. The network sees responses in units of their surroundings
-    and the logarithms of these units. A local change of scale, which an MLP of x has to learn case
-    by case, is then a shift of its inputs. Made for whitened patches of natural pictures.
+    with H > 0 and all products elementwise. The network is given responses in units of their
+    surroundings, and the logarithms of these units. A local change of scale, which an MLP of x has
+    to learn case by case, is then a shift of its inputs. It is meant for whitened patches of
+    natural pictures.
 
     Likelihood under few fixed steps exploits the solver's error by a velocity that alternates
     between the solver's times; a field without time (layer="ignore") resists it longer.
@@ -117,7 +119,7 @@ class DivisiveField(VectorField):
         for affine in hidden:
             h = self.activation.function(affine(h))
         gain, shift = last(h).chunk(2, -1)
-        return (found.a * gain + found.square * found.rate * shift) @ self.filters
+        return (found.a * gain + found.energy * found.rate * shift) @ self.filters
 
     def with_tangents(
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
@@ -131,9 +133,9 @@ class DivisiveField(VectorField):
             tangents: Shape (n, *batch, D).
         """
         found = self._features(x)
-        a, rate, root = found.a, found.rate, found.square * found.rate
+        a, rate, root = found.a, found.rate, found.energy * found.rate
         da = F.linear(tangents, self.filters)
-        dlog = 2 * F.linear(a * da, F.softplus(self.pools)) / found.square
+        dlog = 2 * F.linear(a * da, F.softplus(self.pools)) / found.energy
         h = found.inputs
         dh = torch.cat([rate * (da - 0.5 * a * dlog), dlog], -1)
         *hidden, last = self._affine_layers(t, x, context)
@@ -150,8 +152,8 @@ class DivisiveField(VectorField):
 
     def _features(self, x: Tensor) -> _Features:
         a = F.linear(x, self.filters)
-        square = F.linear(a.square(), F.softplus(self.pools)) + self.floor
-        return _Features(a, square, square.rsqrt())
+        energy = F.linear(a.square(), F.softplus(self.pools)) + self.floor
+        return _Features(a, energy, energy.rsqrt())
 
     def _affine_layers(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
         u = self.condition(t, x, context)
@@ -165,7 +167,7 @@ def _filters(count: int, dim: int) -> Tensor:
 
 
 def _raw_pools(count: int, pools: Tensor | None) -> Tensor:
-    """What softplus makes the given weights, or the default ones."""
+    """Numbers whose softplus is the given weights, or the default ones."""
     if pools is None:
         pools = 0.5 * torch.eye(count) + 0.5 / count
     if pools.shape != (count, count) or (pools < 0).any():
@@ -173,4 +175,5 @@ def _raw_pools(count: int, pools: Tensor | None) -> Tensor:
             f"DivisiveField: expected pools of shape {(count, count)}, at least 0, got "
             f"{tuple(pools.shape)} with a minimum of {pools.min():g}"
         )
-    return pools.to(torch.get_default_dtype()).clamp(min=LEAST).expm1().log()
+    pools = pools.to(torch.get_default_dtype()).clamp(min=LEAST)
+    return pools + (-torch.expm1(-pools)).log()  # log(e^p - 1), which does not overflow

@@ -189,16 +189,17 @@ def made(
         dim: Number of variables D.
         context: Size of the context; 0 for none.
         hidden: Widths of the hidden layers.
-        layers: Number of layers; each further one maps what the one before leaves.
+        layers: Number of layers; 1 is the mixtures themselves.
         components: Components of each mixture.
         activation: A name in `cnf.nets.ACTIVATIONS`.
         between: Map between layers: "reverse" (reverses the order of the variables), "shuffle" (a
             random permutation), "lu" (a trained linear map) or None.
-        divisive: The constant ε of divisive normalization, an energy well below 1, the variables'
-            variance: mixtures and what the net sees are then relative to the size of the variables
-            before, see `cnf.transforms.Autoregressive`. For data whose amplitude varies between
-            rows, such as patches of pictures, with preprocess="whiten". None for none.
-        residual: Whether each hidden layer with as many units as the one before adds to it.
+        divisive: The constant ε of divisive normalization, well below the variables' variance of
+            1; None for none. Mixtures and the net's inputs are then relative to the size of the
+            variables before, see `cnf.transforms.Autoregressive`. It is meant for data whose
+            amplitude varies between rows, such as patches of pictures, with preprocess="whiten".
+        residual: Whether a hidden layer that is as wide as the one before it adds its output to
+            its input.
         preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
             an instance, or a list of these, applied to the data in this order; fitted at the first
             `cnf.fit`. None for none.
@@ -258,7 +259,8 @@ def autoregressive_flow(
         period: Period of the data, if they are angles; the conditioners see sines and cosines.
         divisive: The constant ε of divisive normalization, see `cnf.transforms.Autoregressive`;
             None for none.
-        residual: Whether each hidden layer with as many units as the one before adds to it.
+        residual: Whether a hidden layer that is as wide as the one before it adds its output to
+            its input.
         base: Base distribution; N(0, I) if None.
         preprocess: A name in `cnf.transforms.PREPROCESSING`, a mapping with a "name" and options,
             an instance, or a list of these, applied to the data in this order; fitted at the first

@@ -19,7 +19,8 @@ class MADE(nn.Module):
     are evenly spaced over 1, …, D - 1 (from 0 on with a context).
 
     With divisive normalization a unit of degree d in the first layer is a function of x_1/r_d, …,
-    x_d/r_d and log r_d, where r_d is the `running_rms` of these inputs. Other layers are as ever.
+    x_d/r_d and log r_d, where r_d is the `running_rms` of these inputs. The other layers do not
+    change.
 
     Source: Germain et al. (2015), https://arxiv.org/abs/1502.03509.
 
@@ -32,7 +33,8 @@ class MADE(nn.Module):
         zero_last: Initialize the last layer to zero.
         period: Period of the inputs, if they are angles.
         divisive: The constant ε of divisive normalization; None for none.
-        residual: Whether each hidden layer with as many units as the one before adds to it.
+        residual: Whether a hidden layer that is as wide as the one before it adds its output to
+            its input.
 
     Raises:
         ValueError: A width is below 1; ε is not above 0, or there is a period or no hidden layer.
@@ -182,17 +184,17 @@ class MaskedLinear(nn.Linear):
 
 
 def running_rms(x: Tensor, epsilon: float) -> Tensor:
-    r"""Sizes r_0, …, r_i of the first numbers of each column, shape (i + 1, N).
+    r"""Root mean squares r_0, …, r_i of the first 0, …, i numbers of each column, (i + 1, N).
 
     .. math:: r_0 = 1, \qquad r_d^2 = \frac{\epsilon + x_1^2 + \cdots + x_d^2}{1 + d}
 
-    Divisive normalization divides by such sizes: what natural signals have in common at all
-    amplitudes is then seen as one. Source: Lyu and Simoncelli (2008), Nonlinear image
+    Divisive normalization divides by such sizes, so that natural signals of different amplitude
+    look alike. Source: Lyu and Simoncelli (2008), Nonlinear image
     representation using divisive normalization, https://doi.org/10.1109/CVPR.2008.4587821.
 
     Args:
         x: Numbers, shape (i, N).
-        epsilon: Energy ε, below which sizes no longer tell numbers apart.
+        epsilon: Energy ε > 0, which keeps sizes away from 0.
     """
     count = torch.arange(2, len(x) + 2, dtype=x.dtype, device=x.device).unsqueeze(-1)
     rms = ((epsilon + x.square().cumsum(0)) / count).sqrt()

@@ -1,8 +1,8 @@
-"""Training steps on a GPU as one CUDA graph: replayed at once, not launched kernel by kernel.
+"""Training steps on a GPU, captured as a CUDA graph once and then replayed.
 
 A small model's step is hundreds or thousands of kernels of a few microseconds each, which Python
-cannot launch as fast as the device runs them. In a captured step the host reads nothing, so that
-it never waits: the device itself leaves a bad step out, and counts it.
+launches more slowly than the device runs them. A captured step reads no value on the host, so that
+nothing waits: the device itself skips the update of a bad step, and counts it.
 """
 
 from collections import deque
@@ -22,9 +22,9 @@ from cnf.training.config import TrainConfig
 from cnf.training.learner import BAD_STEPS, Learner
 from cnf.transforms.continuous import solvers_in
 
-WARM_UP = 3  # steps before the capture: libraries set themselves up, gradients get their memory
-AHEAD = 2  # steps that the host may have handed over and not seen done
-LOOK = 50  # steps between two looks at how many were bad
+WARM_UP = 3  # steps before the capture, in which libraries allocate what they need
+AHEAD = 2  # steps by which the host may be ahead of the device
+LOOK = 50  # steps between two readings of the counts of bad ones
 
 
 def learner_for(
@@ -42,7 +42,7 @@ def learner_for(
         ValueError: `compile=True` where there is no CUDA device, or several processes, or a solver
             whose steps cannot be captured.
     """
-    hindrance = _hindrance(module, objective, fabric)
+    hindrance = why_not_captured(module, objective, fabric)
     if config.compile is True and hindrance:
         raise ValueError(
             f"fit: compile=True captures a step on one CUDA device, got {hindrance}; leave "
@@ -52,8 +52,14 @@ def learner_for(
     return kind(module, objective, config, fabric)
 
 
-def _hindrance(module: nn.Module, objective: Objective, fabric: Fabric) -> str | None:
-    """What a step cannot be captured for, in words; None where it may be."""
+def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) -> str | None:
+    """Why a step cannot be captured, in words for a message; None where it may be.
+
+    Args:
+        module: The module to train.
+        objective: What is minimized.
+        fabric: The processes.
+    """
     if fabric.device.type != "cuda":
         return f"the device {fabric.device}"
     if fabric.world_size > 1:
@@ -64,16 +70,17 @@ def _hindrance(module: nn.Module, objective: Objective, fabric: Fabric) -> str |
         return None
     for solver in solvers_in(objective.as_trained(module).transform):
         if not solver.fixed:
-            return f"the method {solver.method}, which looks at its errors"
+            return f"the method {solver.method}, which reads its errors"
         if solver.compile or solver.gradient not in ("auto", "backprop"):
-            return f"{solver}, whose gradient is to take another way"
+            return f"{solver}, which is compiled or whose gradient is not backprop"
     return None
 
 
 class CapturedLearner(Learner):
-    """A learner whose steps the device takes alone, replayed from a graph where they can be.
+    """A learner that captures its step as a CUDA graph, and replays it.
 
-    A step that cannot be captured after all, since it reads a number, runs as `Learner`'s.
+    Where the capture fails, as when the objective reads a value on the host, it warns and goes on
+    with the steps of `Learner`.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class CapturedLearner(Learner):
         self._capture: _Capture | None = None
         self._refused = False
         self._side = torch.cuda.Stream() if device.type == "cuda" else None
-        self._done: deque[torch.cuda.Event] = deque()  # of the last steps
+        self._done: deque[torch.cuda.Event] = deque()  # of the last steps, in order
 
     def step(self, rows: Prepared, lr: float, share: float = 1.0) -> Loss:
         if self._refused:
@@ -98,7 +105,7 @@ class CapturedLearner(Learner):
         if self._capture is not None and self._capture.fits(rows):
             loss = self._capture.replay(rows)
         elif self._capture is None and self._warmed_up >= WARM_UP:
-            loss = self._captured(rows, lr)
+            loss = self._capture_and_step(rows, lr)
         else:
             self._warmed_up += 1
             loss = self._aside(lambda: self._update(rows))
@@ -109,15 +116,15 @@ class CapturedLearner(Learner):
         return loss
 
     def _wait_for_device(self) -> None:
-        """Let the host be no more than some steps ahead, so that a clock measures the device."""
-        done = torch.cuda.Event(blocking=True)  # a core that waits is free for others
+        """Keep the host at most `AHEAD` steps ahead, so that a clock measures the device."""
+        done = torch.cuda.Event(blocking=True)  # the core sleeps while it waits
         done.record()
         self._done.append(done)
         if len(self._done) > AHEAD:
             self._done.popleft().synchronize()
 
     def _aside(self, step: Callable[[], Loss]) -> Loss:
-        """Take a step on the stream of the capture, to which the gradients belong."""
+        """Run a step on the stream of the capture, where the gradients were allocated."""
         side: Any = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -125,10 +132,13 @@ class CapturedLearner(Learner):
         torch.cuda.current_stream().wait_stream(side)
         return loss
 
-    def _captured(self, rows: Prepared, lr: float) -> Loss:
+    def _capture_and_step(self, rows: Prepared, lr: float) -> Loss:
+        """Capture a step and take it; where that fails, take an uncaptured one from now on."""
         try:
             self._capture = _Capture(self, rows)
-        except Exception as error:  # of whatever kind: eager steps will tell, or do without
+        except (
+            Exception
+        ) as error:  # of any kind: if it is the objective's own, the next step raises it again
             _forget_capture(self.fabric.device)
             if self.config.compile is True:
                 raise
@@ -137,14 +147,14 @@ class CapturedLearner(Learner):
             first = str(error.__context__ or error).strip().split("\n")[0]
             warn(
                 f"fit: steps are launched kernel by kernel, as their capture failed: {first}; "
-                "compile=False says so from the start"
+                "compile=False does without the attempt"
             )
             self._take_over()
             return self.step(rows, lr)
         return self._capture.first()
 
     def _update(self, rows: Prepared) -> Loss:
-        """One step, of which the host reads nothing."""
+        """One step that reads no value on the host."""
         self._adam.zero_grad(set_to_none=True)
         loss = self._loss(rows)
         loss.value.backward()
@@ -157,7 +167,7 @@ class CapturedLearner(Learner):
         return Loss(loss.value.detach(), loss.metrics)  # nothing keeps the autograd graph alive
 
     def _leave_out_if(self, bad: Tensor | None) -> None:
-        """Tell the fused optimizer, which reads this where a GradScaler would write it."""
+        """Tell the fused optimizer to skip its update where `bad` is 1, as a GradScaler does."""
         adam: Any = self._adam
         adam.found_inf = bad
 
@@ -182,14 +192,15 @@ class CapturedLearner(Learner):
                 torch._foreach_copy_(self._ema_buffers, self._buffers)  # pyright: ignore
 
     def _look(self, loss: Loss) -> None:
-        """Read the counts, which waits for the device, and end a run that has gone bad."""
+        """Read the counts, which waits for the device, and end a run whose steps are all bad."""
         self._since_look = 0
-        self.steps, self.skipped, self._bad_in_a_row = self._counts.tolist()
+        self._take_over()
         if self._bad_in_a_row >= BAD_STEPS:
             self._skipped_batch = self._batch
             self.refuse_divergence(loss, 0)
 
     def _take_over(self) -> None:
+        """Read the device's counts into those of `Learner`."""
         self.steps, self.skipped, self._bad_in_a_row = self._counts.tolist()
 
     def refuse_divergence(self, loss: Loss, steps: int) -> None:
@@ -204,7 +215,7 @@ class CapturedLearner(Learner):
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
-        for group in self._adam.param_groups:  # loading has put a copy in its place
+        for group in self._adam.param_groups:  # loading replaced it by a copy
             group["lr"] = self._rate
         counts = torch.tensor([self.steps, self.skipped, 0], dtype=torch.int64)
         self._counts.copy_(counts)
@@ -235,12 +246,12 @@ class _Capture:
         return shapes == mine
 
     def first(self) -> Loss:
-        """Take the step with the rows that were captured, whose evaluations are counted."""
+        """Take the step with the captured rows; the capture counted its evaluations."""
         self.graph.replay()
         return self.loss
 
     def replay(self, rows: Prepared) -> Loss:
-        """Take the step with these rows; the loss holds its numbers until the next one."""
+        """Take the step with these rows; the next step overwrites the loss."""
         for mine, value in zip(self.tensors, _tensors(rows), strict=True):
             mine.copy_(value)
         self.graph.replay()
@@ -260,7 +271,7 @@ def _tensors(rows: Prepared) -> list[Tensor]:
 
 
 def _forget_capture(device: torch.device) -> None:
-    """Give torch's generator a new state: that of a capture that failed waits for its end."""
+    """Give torch's generator a new state: after a failed capture the old one cannot draw."""
     torch.cuda.synchronize()
     fresh = torch.Generator(device)
     torch.cuda.default_generators[device.index or 0].graphsafe_set_state(

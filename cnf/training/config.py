@@ -64,9 +64,9 @@ class TrainConfig:
         precision: "bf16-mixed" computes a float32 module's fields and nets in bfloat16, by
             autocast; data, preprocessing, ODE states, log-determinants, losses and weights stay
             float32, validation too. Null, "32-true" and "64-true" are the module's own dtype.
-        compile: Take each step as one program, not kernel by kernel: on one CUDA device it is
-            captured as a CUDA graph where its solver takes fixed steps, which small models run
-            some ten times as fast. "auto" does so where it can be; False never.
+        compile: Capture a step on one CUDA device as a CUDA graph, and replay it: small models
+            then train several times as fast. That takes a solver of fixed steps, or none. "auto"
+            captures where it can; True raises an error where it cannot; False never captures.
         progress: Show a progress bar.
         ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
             with `steps` it repeats.

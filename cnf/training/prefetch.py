@@ -1,4 +1,4 @@
-"""Rows of a file that is read while it is trained on: the next step's, during this one."""
+"""Rows of a large file: those of the next step are read while this one is taken."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +7,7 @@ from cnf.objectives import Batch
 
 
 class Prefetched:
-    """Batches by step number, of which a thread reads the next one ahead.
+    """Batches by step number; a thread reads the next one ahead.
 
     Args:
         read: The batch of a step, which depends on the step alone.

@@ -51,8 +51,8 @@ class Stream(ABC):
     def rows(self, n: int) -> Batch | None:
         """The first n rows to train on, or all that there are; None where there are none."""
 
-    def move(self, device: torch.device) -> None:  # noqa: B027 most have nothing to move
-        """Keep rows where each step wants them; without effect on what is not in memory."""
+    def move(self, device: torch.device) -> None:  # noqa: B027, most have nothing to move
+        """Copy rows that are in memory to the device that trains; others stay where they are."""
 
     @abstractmethod
     def fingerprint(self) -> Any:
@@ -141,7 +141,7 @@ class DensityStream(Stream):
         self.head = Batch(density.sample(10_000, stream(config.seed, "head")))
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
-        if not isinstance(self.density, Toy | DistributionData):  # may draw on a CPU only
+        if not isinstance(self.density, Toy | DistributionData):  # others may draw on a CPU only
             generator = stream(self.seed, "density", step)
         return Batch(self.density.sample(self.size, generator))
 
@@ -203,7 +203,7 @@ class RowStream(Stream):
         return self.data[self.train[:n]]
 
     def move(self, device: torch.device) -> None:
-        """Keep rows in memory on the GPU, if few: no step then waits for a copy."""
+        """Copy rows to a GPU, unless they are large: no step then waits for a copy."""
         if device.type == "cuda":
             self.data.move(device)
 

@@ -56,17 +56,17 @@ class Validation:
         return int(fraction * self.config.validations + 1e-9)
 
     def begin(self, module: nn.Module) -> None:
-        """Let early stopping keep the weights as they came, where training finds no better ones.
+        """With early stopping, score the weights before training and keep them as the best.
 
         Args:
-            module: What is to be trained.
+            module: The module that is to be trained.
         """
         if self.config.patience is None or self.config.validations == 0 or self.held_out is None:
             return
         with evaluating(module), torch.no_grad():
             _, score = self._scored(module)
         self._remember(module, score)
-        self.stale = 0
+        self.stale = 0  # a score of NaN here is no validation without a better one
 
     def score(self, module: nn.Module, fraction: float) -> float:
         """A flow's mean negative log-likelihood on held-out rows, in nats; else the loss."""
@@ -87,7 +87,7 @@ class Validation:
         return "val_loss", self._loss(module)
 
     def _remember(self, module: nn.Module, score: float) -> None:
-        """Keep the weights if they are the best by now; else count."""
+        """Keep the weights if their score is the best so far; else count one more without."""
         if score < self.best:
             weights = {name: value.clone() for name, value in module.state_dict().items()}
             self.best, self.best_weights, self.stale = score, weights, 0

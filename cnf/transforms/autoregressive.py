@@ -23,8 +23,8 @@ class Autoregressive(Scheme):
 
     With divisive normalization, x_i = r_{i-1}·m(z_i; θ_i), where r_{i-1} is the `running_rms` of
     the variables before, and θ_i is a function of their ratios to such sizes and of the sizes'
-    logarithms. For data whose amplitude varies between rows, with a mean of 0, such as whitened
-    patches of pictures: what the net learns at one amplitude holds at others.
+    logarithms. It is meant for data with a mean of 0 whose amplitude varies between rows, such as
+    whitened patches of pictures: what the net learns at one amplitude holds at others.
 
     Source: Papamakarios et al. (2017), https://arxiv.org/abs/1705.07057; Kingma et al. (2016),
     https://arxiv.org/abs/1606.04934.
@@ -41,7 +41,8 @@ class Autoregressive(Scheme):
             their sines and cosines.
         divisive: The constant ε of divisive normalization, an energy well below the variables'
             variance; None for none.
-        residual: Whether each hidden layer with as many units as the one before adds to it.
+        residual: Whether a hidden layer that is as wide as the one before it adds its output to
+            its input.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class Autoregressive(Scheme):
         super().__init__(dim, transformer, parametrize, context_dim)
         self.divisive = divisive
         self.net = MADE(
-            dim, self.transformer.size, hidden, context_dim, activation, True, period, divisive,
-            residual,
+            dim, self.transformer.size, hidden, context_dim, activation, zero_last=True,
+            period=period, divisive=divisive, residual=residual,
         )  # fmt: skip
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

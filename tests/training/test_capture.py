@@ -10,7 +10,7 @@ from torch import nn
 import cnf
 from cnf.dynamics import ode
 from cnf.objectives import Joint, Objective
-from cnf.training.capture import BAD_STEPS, CapturedLearner, _hindrance
+from cnf.training.capture import BAD_STEPS, CapturedLearner, why_not_captured
 from cnf.training.learner import Learner, launch_fabric
 
 needs_gpu = [
@@ -113,9 +113,15 @@ HINDRANCES = {
     "an objective of one's own": (Annealed(), "Annealed, of which capturable is False"),
     "flow matching": (cnf.FlowMatching(), None),
     "fixed steps": (cnf.MaximumLikelihood(solver=RK4), None),
-    "an adaptive solver": (cnf.MaximumLikelihood(solver=ADAPTIVE), "dopri5, which looks at its"),
+    "an adaptive solver": (
+        cnf.MaximumLikelihood(solver=ADAPTIVE),
+        "dopri5, which reads its errors",
+    ),
     "a term's": (Joint((cnf.FlowMatching(), cnf.MaximumLikelihood(solver=ADAPTIVE))), "dopri5"),
-    "memory to be saved": (cnf.MaximumLikelihood(solver=ADJOINT), "whose gradient is to take"),
+    "memory to be saved": (
+        cnf.MaximumLikelihood(solver=ADJOINT),
+        "whose gradient is not backprop",
+    ),
 }
 
 
@@ -124,7 +130,7 @@ def test_solvers_that_a_graph_cannot_hold_are_known_beforehand(case, small):
     objective, words = HINDRANCES[case]
     for device, processes in (("cuda", 1), ("cuda", 2), ("cpu", 1)):
         fabric = SimpleNamespace(device=torch.device(device), world_size=processes)
-        found = _hindrance(small(), objective, fabric)
+        found = why_not_captured(small(), objective, fabric)
         if (device, processes) != ("cuda", 1):
             assert found in ("2 processes", "the device cpu")
         else:

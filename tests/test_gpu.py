@@ -80,9 +80,7 @@ def test_a_model_of_pictures_trains_and_counts_bits(name, objective, pictures):
         pytest.skip("not one field over one time")
     if objective == "maximum-likelihood":
         objective = cnf.MaximumLikelihood(divergence="hutchinson")
-    config = cnf.TrainConfig(
-        steps=3, batch_size=8, device="cuda", progress=False, validations=0
-    )  # fmt: skip
+    config = cnf.TrainConfig(steps=3, batch_size=8, device="cuda", progress=False, validations=0)
     history = cnf.fit(flow, objective, pictures, config)
     assert (history.steps, history.skipped) == (3, 0)
     bits = cnf.metrics.bits_per_dim(flow, pictures[:4], draws=2)
@@ -162,20 +160,8 @@ def test_a_race_runs_to_its_page(tmp_path):
 
 def test_the_command_line_trains_evaluates_and_samples(tmp_path, capsys):
     run = str(tmp_path / "run")
-    cli(
-        [
-            "train",
-            "moons",
-            "--model",
-            "realnvp",
-            "--steps",
-            "20",
-            "--device",
-            "cuda",
-            "--folder",
-            run,
-        ]
-    )
+    options = ["--model", "realnvp", "--steps", "20", "--device", "cuda", "--folder", run]
+    cli(["train", "moons", *options])
     cli(["evaluate", run, "--points", "100"])
     cli(["sample", run, str(tmp_path / "rows.csv"), "--n", "10"])
     assert len((tmp_path / "rows.csv").read_text().splitlines()) >= 10

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cnf.data import Images, image_grid
+from cnf.errors import expect_counts
 from cnf.flow import Flow
 from cnf.plotting.axes import attempt, new_figure, say_failed
 from cnf.plotting.style import styled
@@ -37,9 +38,9 @@ def plot_images(data: Images, flows: Mapping[str, Flow], count: int = 64) -> "Fi
 def plot_nearest(
     data: Images, flows: Mapping[str, Flow], count: int = 6, neighbors: int = 5
 ) -> "Figure":
-    """Each flow's samples, and beside each of them the training pictures that it is nearest to.
+    """Each flow's samples, and beside each of them the training pictures nearest to it.
 
-    Samples that equal a picture are learned by heart. Distances are Euclidean, of pixels.
+    A sample that equals a picture was memorized. Distances are Euclidean, of pixels.
 
     Args:
         data: The pictures that the flows were trained on; a conditional flow draws under the
@@ -79,7 +80,11 @@ def plot_interpolations(
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: There are fewer than two steps.
     """
+    expect_counts("plot_interpolations", 2, steps=steps)
     true = data.take(data.draw(2 * pairs, torch.Generator().manual_seed(0)))
 
     @torch.no_grad()
@@ -135,7 +140,13 @@ def arc(z0: Tensor, z1: Tensor, share: float) -> Tensor:
 
 
 def _grids(grids: Mapping[str, Any], levels: int, columns: int | None = None) -> "Figure":
-    """A figure of grids of pictures by title; what failed instead says so."""
+    """A figure of grids of pictures.
+
+    Args:
+        grids: Title → pictures, or what `attempt` returns of a flow that failed.
+        levels: Number of values of a pixel.
+        columns: Pictures in a row of a grid; None for a square.
+    """
     across = min(len(grids), 3)
     down = -(-len(grids) // across)
     with styled():

@@ -138,7 +138,7 @@ def _captions(results: Results) -> dict[str, tuple[str, str]]:
         "nearest": (
             "Nearest pictures",
             "In each row a sample, then the training pictures nearest to it, by the Euclidean "
-            "distance of pixels. A sample that is the same as one of them was learned by heart.",
+            "distance of pixels. A sample that is the same as one of them was memorized.",
         ),
         "interpolations": (
             "Between two pictures",

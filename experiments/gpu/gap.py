@@ -1,4 +1,4 @@
-"""Training for a minute on a density: the gap to its entropy, and what a second buys."""
+"""Training for half a minute on a density: steps taken, and the gap to the true density."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A training step on MNIST's shape: pictures a second and memory of six image models."""
+"""A training step on MNIST's shape: pictures a second and memory of four image models."""
 
 from collections.abc import Callable
 

@@ -52,6 +52,11 @@ def test_figures_show_each_flow_and_say_what_failed(conditional, pictures, rando
     assert not near.axes[1].get_images() and near.axes[1].texts
 
 
+def test_one_picture_is_no_interpolation(pictures):
+    with pytest.raises(ValueError, match="plot_interpolations: expected steps >= 2, got 1"):
+        plot_interpolations(pictures, {}, steps=1)
+
+
 def test_interpolations_begin_and_end_with_the_pictures(pictures):
     flow = cnf.models.glow(**pictures.sizes, layers=2, levels=1, hidden=(4, 4)).eval()
     shown = plot_interpolations(pictures, {"Glow": flow}, pairs=2, steps=3)

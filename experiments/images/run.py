@@ -44,7 +44,6 @@ COLUMNS = [
     "scored", "seconds", "steps", "pictures", "pictures_per_second", "peak_memory_gb",
     "parameters", "device", "together", "revision", "seed",
 ]  # fmt: skip
-CHUNK = 200  # test pictures scored at once
 
 
 def mnist() -> Images:
@@ -142,7 +141,7 @@ def train(
 
 
 def score(
-    flow: cnf.Flow, test: Images, config: dict[str, Any], most: int, until: float
+    flow: cnf.Flow, test: Images, config: dict[str, Any], most: int, chunk: int, until: float
 ) -> dict[str, Any]:
     """Bits per dimension of test pictures, of as many as there is time for.
 
@@ -155,7 +154,7 @@ def score(
     probes = stream(seed, "probes of a score")
     divergence = Hutchinson(config["probes"], generator=probes) if estimated else None
     one, many, scale = [], [], bits_in_nats(flow)
-    for rows in order.split(CHUNK):
+    for rows in order.split(chunk):
         if one and time.monotonic() - BEGAN > until:
             break
         x = test.x[rows]
@@ -208,8 +207,9 @@ def run_row(config: dict[str, Any], name: str, row: str, asked: argparse.Namespa
         "device": about["gpu"] if flow.device.type == "cuda" else about["processor"],
         "together": asked.together, "revision": about["revision"], "seed": config["seed"],
     }  # fmt: skip
-    most = asked.scored or config["sets"][name]["scored"]
-    result |= score(flow, images.test, config, most, asked.seconds - asked.scoring / 3)
+    told = config["sets"][name]
+    most, until = asked.scored or told["scored"], asked.seconds - asked.scoring / 3
+    result |= score(flow, images.test, config, most, told["chunk"], until)
     print(result, flush=True)
     keep(result, asked.out, config)
     draw(flow, images, config["seed"], row, asked.out / "pictures" / folder_of(name, row))

@@ -69,13 +69,20 @@ def warn_of_difference(
     if now == then or abs(now - then) <= NATS:  # NaN is neither
         return False
     parts = [part for part in flow.modules() if isinstance(part, Continuous)]
+    mine, finer = _told_apart(now, then)
     solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
     warn(
-        f"{who}: the NLL of {rows} is {now:.4g} nats by the {whose}'s solver ({solvers}) and "
-        f"{then:.4g} by twice the steps: the difference is the solver's error, which likelihood "
+        f"{who}: the NLL of {rows} is {mine} nats by the {whose}'s solver ({solvers}) and "
+        f"{finer} by twice the steps: the difference is the solver's error, which likelihood "
         "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')"
     )
     return True
+
+
+def _told_apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers in four significant digits, or in as many as it takes to tell them apart."""
+    texts = [(f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in range(4, 18)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])  # both may be NaN
 
 
 def _nll(flow: Flow, rows: Batch, divergence: Divergence | None) -> float:

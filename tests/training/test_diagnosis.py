@@ -1,5 +1,6 @@
 """Warnings about fixed solver steps that are too few for the likelihood."""
 
+import math
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from cnf import MaximumLikelihood
 from cnf.metrics.error_bars import log_prob_with_error
 from cnf.race.judge import Judge
 from cnf.training import diagnosis
-from cnf.training.diagnosis import warn_of_few_steps
+from cnf.training.diagnosis import warn_of_difference, warn_of_few_steps
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -110,6 +111,19 @@ def test_joint_objective_trains_with_the_solver_of_its_likelihood(small):
     joint = cnf.objectives.Joint((matching, MaximumLikelihood(solver=COARSE)))
     assert joint.as_trained(flow).transform.solver == COARSE
     assert cnf.objectives.Joint((matching,), (1.0,)).as_trained(flow) is flow
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "words"),
+    [
+        (2500.2, 2500.3, "is 2500.2 nats .* and 2500.3 by"),
+        (2500.2, 2501.7, "is 2500 nats .* and 2502 by"),
+        (math.nan, math.nan, "is nan nats .* and nan by"),
+    ],
+)
+def test_comparison_of_steps_says_numbers_that_differ(now, then, words, small):
+    with pytest.warns(UserWarning, match=words):
+        assert warn_of_difference("who", small(solver=COARSE), now, then, "64 rows")
 
 
 def test_error_bars_and_race_warn_about_too_few_solver_steps(small, points):

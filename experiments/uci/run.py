@@ -3,6 +3,9 @@
 `python experiments/uci/run.py --jobs 14 --limit 540` fits what config.yaml says and results.csv
 lacks, each fit in a process on one core, and begins none after 540 seconds; started again it goes
 on. `--set`, `--model`, `--seed` and `--seconds` choose less. Then it writes table.md.
+
+On a machine that is busy or slower, `--paced` gives a fit not the seconds, but the steps that fits
+of its model on its set take in them by results.csv.
 """
 
 import argparse
@@ -114,6 +117,13 @@ def mixture(
     }  # fmt: skip
 
 
+def budget(seconds: float, told: dict[str, Any]) -> dict[str, float]:
+    """The budget of a stage: seconds, or steps where it is told how many there are in a second."""
+    if "pace" not in told:
+        return {"seconds": seconds}
+    return {"steps": max(1, round(seconds * told["pace"]))}
+
+
 def trained(
     points: Points, seed: int, told: dict[str, Any], config: dict[str, Any]
 ) -> tuple[cnf.Flow, dict[str, Any]]:
@@ -126,7 +136,7 @@ def trained(
     for stage in told.get("stages", [{}]):
         settings = config["train"] | stage.get("train", {}) | told.get("train", {})
         settings["batch_size"] = min(settings["batch_size"], len(points.x))
-        settings["seconds"] = config["seconds"] * stage.get("share", 1.0)
+        settings |= budget(config["seconds"] * stage.get("share", 1.0), told)
         objective = OBJECTIVES.build(stage.get("objective", "maximum-likelihood"), "run")
         history = cnf.fit(flow, objective, points, settings | {"seed": seed})
         steps, seconds, ended = steps + history.steps, seconds + history.seconds, history.reason
@@ -148,12 +158,14 @@ def nlls(flow: cnf.Flow, rows: Tensor) -> Tensor:
     return -log_prob_chunked(exact.eval(), rows, chunk=2_000).double()
 
 
-def fitted(job: Job, config: dict[str, Any], until: float) -> dict[str, Any] | None:
+def fitted(
+    job: Job, told: dict[str, Any], config: dict[str, Any], until: float
+) -> dict[str, Any] | None:
     """The row of a fit, of one that failed too; None after the time by which it must begin."""
     if time.time() > until:
         return None
     torch.set_num_threads(1)
-    points, told = split(job.set, job.seed), models(config)[job.model]
+    points = split(job.set, job.seed)
     assert points.test is not None
     row: dict[str, Any] = {**job._asdict(), "rows": len(points.x), "dim": points.dim}
     began = time.process_time()
@@ -177,6 +189,18 @@ def numbers(flow: cnf.Flow) -> int:
     return free
 
 
+def paced(job: Job, told: dict[str, Any], known: list[dict[str, str]]) -> dict[str, Any]:
+    """What is told of a model, with the steps in a second that fits of other seeds took.
+
+    Not of one with several stages, whose steps differ.
+    """
+    mine = [row for row in known if (row["set"], row["model"]) == job[:2] and row["steps"]]
+    if told.get("kind") or len(told.get("stages", [{}])) > 1 or not mine:
+        return told
+    steps, seconds = (sum(float(row[name]) for row in mine) for name in ("steps", "seconds"))
+    return told | {"pace": steps / seconds}
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
@@ -190,19 +214,22 @@ def main() -> None:
     parser.add_argument("--model", nargs="+")
     parser.add_argument("--seed", nargs="+", type=int)
     parser.add_argument("--seconds", type=float, help="of a fit, for a trial")
+    parser.add_argument("--paced", action="store_true", help="steps instead of seconds")
     given, until = parser.parse_args(), time.time()
     until += given.limit
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     config["seconds"] = given.seconds or config["seconds"]
     path = given.folder / "results.csv"
     given.folder.mkdir(parents=True, exist_ok=True)
-    done = {Job(row["set"], row["model"], int(row["seed"])) for row in rows(path)}
+    known, tell = rows(path), models(config)
+    done = {Job(row["set"], row["model"], int(row["seed"])) for row in known}
     chosen = [set(one or ()) for one in (given.set, given.model, given.seed)]
     todo = [
         job for job in jobs(config)
         if job not in done
         and all(part in few or not few for part, few in zip(job, chosen, strict=True))
     ]  # fmt: skip
+    told = [paced(job, tell[job.model], known) if given.paced else tell[job.model] for job in todo]
     about = environment()
     where = {"revision": about["revision"], "machine": f"{about['processor']}, one core"}
     begun = path.exists()
@@ -211,7 +238,11 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not begun:
             writer.writeheader()
-        for future in as_completed([pool.submit(fitted, job, config, until) for job in todo]):
+        fits = [
+            pool.submit(fitted, job, tell, config, until)
+            for job, tell in zip(todo, told, strict=True)
+        ]  # fmt: skip
+        for future in as_completed(fits):
             if (row := future.result()) is not None:
                 writer.writerow(row | where)
                 file.flush()

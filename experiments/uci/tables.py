@@ -39,34 +39,20 @@ def scores(rows: list[Row]) -> Scores:
 
 
 def nlls(config: dict[str, Any], found: Scores, sets: list[str]) -> str:
-    """Test NLL of each model on each set; the best in bold, with those not clearly worse."""
+    """Test NLL of each model on each set; the lowest in bold."""
     lines = header(["test NLL (nats)", *sets])
     for model in config["models"]:
         cells = []
         for name in sets:
             text = over_seeds(found.get((name, model), {}).values())
-            cells.append(f"**{text}**" if text != "–" and leads(found, name, model) else text)
+            cells.append(f"**{text}**" if model == best(config, found, name) else text)
         lines.append(line([model, *cells]))
     return "\n".join(lines)
 
 
-def leads(found: Scores, name: str, model: str) -> bool:
-    """Whether no other model is better on a set, two standard errors of the difference away."""
-    mine = found[name, model]
-    if not all(map(math.isfinite, mine.values())):
-        return False
-    rivals = (paired(mine, other) for (of, _), other in found.items() if of == name)
-    return all(not r.value > 2 * r.error for r in rivals if math.isfinite(r.error))
-
-
-def paired(mine: dict[int, float], other: dict[int, float]) -> Estimate:
-    """By how many nats `other` is better, over the seeds that both have."""
-    both = [mine[seed] - other[seed] for seed in mine if seed in other]
-    return Estimate.of(torch.tensor(both)) if both else Estimate(math.nan, math.nan)
-
-
 def costs(config: dict[str, Any], rows: list[Row], sets: list[str]) -> str:
-    """Steps, and the seconds of training that they took."""
+    """Steps, and the seconds of training that they took, on the machine of the first rows."""
+    rows = [row for row in rows if row["machine"] == rows[0]["machine"]]
     lines = header(["steps in seconds", *sets])
     for model in config["models"]:
         cells = []
@@ -90,24 +76,29 @@ def wins(config: dict[str, Any], found: Scores, rows: list[Row], sets: list[str]
         n, dim = sizes[name]
         cells = [name, f"{n:,}", str(dim), str(config["sets"][name])]
         for mine, a, b, theirs in PAIRS:
-            gain = paired(found.get((name, b), {}), found.get((name, a), {}))
-            cells.append(verdict(gain, mine, theirs))
-        lines.append(line([*cells, best(found, name)]))
+            cells.append(verdict(found.get((name, a), {}), found.get((name, b), {}), mine, theirs))
+        lines.append(line([*cells, best(config, found, name)]))
     return "\n".join(lines)
 
 
-def verdict(gain: Estimate, mine: str, theirs: str) -> str:
-    if not math.isfinite(gain.error):
+def verdict(mine: dict[int, float], other: dict[int, float], my: str, their: str) -> str:
+    """Who is better by how many nats, and in how many of the seeds that both have."""
+    gains = [other[seed] - mine[seed] for seed in mine if seed in other]
+    if len(gains) < 2:
         return "–"
-    size = str(Estimate(abs(gain.value), gain.error))
-    if abs(gain.value) < CLEAR * gain.error:
-        return f"open: {size}"
-    return f"{mine if gain.value > 0 else theirs}: {size}"
+    gain = Estimate.of(torch.tensor(gains, dtype=torch.float64))
+    won = sum(each * gain.value > 0 for each in gains)
+    size = f"{Estimate(abs(gain.value), gain.error)} ({won} of {len(gains)})"
+    clear = abs(gain.value) >= CLEAR * gain.error
+    return f"{'' if clear else 'open, '}{my if gain.value > 0 else their}: {size}"
 
 
-def best(found: Scores, name: str) -> str:
-    """The model with the lowest mean NLL."""
-    means = {model: mean(by.values()) for (of, model), by in found.items() if of == name}
+def best(config: dict[str, Any], found: Scores, name: str) -> str:
+    """The model with the lowest mean NLL over seeds."""
+    means = {
+        model: mean(found[name, model].values())
+        for model in config["models"] if (name, model) in found
+    }  # fmt: skip
     means = {model: value for model, value in means.items() if math.isfinite(value)}
     return min(means, key=lambda model: means[model])
 

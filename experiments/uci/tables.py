@@ -94,13 +94,17 @@ def verdict(mine: dict[int, float], other: dict[int, float], my: str, their: str
 
 
 def best(config: dict[str, Any], found: Scores, name: str) -> str:
-    """The model with the lowest mean NLL over seeds."""
-    means = {
-        model: mean(found[name, model].values())
-        for model in config["models"] if (name, model) in found
-    }  # fmt: skip
-    means = {model: value for model, value in means.items() if math.isfinite(value)}
-    return min(means, key=lambda model: means[model])
+    """The model that no other beats, on average over the seeds that both have."""
+    by = {model: found[name, model] for model in config["models"] if (name, model) in found}
+
+    def beaten(model: str) -> bool:
+        mine = by[model]
+        gaps = (
+            [mine[seed] - other[seed] for seed in mine if seed in other] for other in by.values()
+        )
+        return any(not mean(gap) <= 0 for gap in gaps if gap)
+
+    return next((model for model in by if not beaten(model)), "–")
 
 
 def overfitting(config: dict[str, Any], rows: list[Row], name: str) -> str:

@@ -95,7 +95,8 @@ def verdict(mine: dict[int, float], other: dict[int, float], my: str, their: str
 
 def best(config: dict[str, Any], found: Scores, name: str) -> str:
     """The model that no other beats, on average over the seeds that both have."""
-    by = {model: found[name, model] for model in config["models"] if (name, model) in found}
+    by = {model: found.get((name, model), {}) for model in config["models"]}
+    by = {model: own for model, own in by.items() if own and all(map(math.isfinite, own.values()))}
 
     def beaten(model: str) -> bool:
         mine = by[model]

@@ -147,7 +147,9 @@ class _ImageCoupling(TwoWayScheme):
     ) -> tuple[Tensor, Tensor]:
         images = value.reshape(-1, *value.shape[-3:])
         if context is not None:
-            context = context.expand(*value.shape[:-3], -1).reshape(len(images), self.context_dim)
+            context = context.expand(*value.shape[:-3], -1).reshape(
+                images.shape[0], self.context_dim
+            )
         images, ladj = self._of_images(direction, images, context)
         return images.reshape(value.shape), ladj.flatten(1).sum(1).reshape(value.shape[:-3])
 

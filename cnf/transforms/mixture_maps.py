@@ -15,6 +15,7 @@ LEAST = -7.0  # log-scales: below, a component holds a single value
 EDGE = 1e3  # beyond, z goes on with slope 1, where the squares of y could overflow
 FAR = -30.0  # where five terms of log Φ's asymptotic series are exact in float64
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+EXACT = 40.0  # where log(1 + exp(x)) is x in float64
 
 
 class _Mixture(ElementwiseMap):
@@ -137,7 +138,7 @@ class MixtureOfLogistics(_Mixture):
     deviation = math.pi / math.sqrt(3)
 
     def _log_sides(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        below = F.logsigmoid(y)
+        below = -F.softplus(-y, threshold=EXACT)  # the second derivative of logsigmoid has no vmap
         return below, below - y
 
     def _log_density(self, y: Tensor, below: Tensor, above: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Sigmoid(_Squashing):
         return "from {:g} to {:g}".format(*self.support)
 
     def _squash(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        log_slope = math.log(self.range) + F.logsigmoid(z) + F.logsigmoid(-z)
+        log_slope = math.log(self.range) - z - 2 * F.softplus(-z, threshold=40.0)
         return self.low + self.range * torch.sigmoid(z), log_slope
 
     def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:

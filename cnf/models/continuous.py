@@ -133,8 +133,8 @@ def ffjord(
             instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for convolutional fields.
         scales: Number of scales, for images; as many as leave no side below 4 pixels if None (28,
-            14 and 7 pixels: 3). With 1 the flow has one `field`, and can be trained by
-            flow matching.
+            14 and 7 pixels: 3). With 1 the flow has one `field`, as `FlowMatching` needs; with
+            several, `MultiscaleMatching` trains them without solving an ODE.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:
@@ -204,8 +204,8 @@ def rnode(
             instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for convolutional fields.
         scales: Number of scales, for images; as many as leave no side below 4 pixels if None (28,
-            14 and 7 pixels: 3). With 1 the flow has one `field`, and can be trained by
-            flow matching.
+            14 and 7 pixels: 3). With 1 the flow has one `field`, as `FlowMatching` needs; with
+            several, `MultiscaleMatching` trains them without solving an ODE.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
 
     Returns:

@@ -5,6 +5,7 @@ from cnf.objectives.batch import Batch
 from cnf.objectives.joint import Joint
 from cnf.objectives.likelihood import LikelihoodRows, MaximumLikelihood
 from cnf.objectives.matching import FlowMatching, MatchedPairs
+from cnf.objectives.multiscale import MultiscaleMatching, ScalePairs
 
 __all__ = [
     "OBJECTIVES",
@@ -15,5 +16,7 @@ __all__ = [
     "Loss",
     "MatchedPairs",
     "MaximumLikelihood",
+    "MultiscaleMatching",
     "Objective",
+    "ScalePairs",
 ]

@@ -341,7 +341,9 @@ def _name(function: Any) -> str:
 
 
 _WATCHED: WeakSet[VectorField] = WeakSet()  # fields that were seen to leave their inputs alone
-_INSTEAD = "train this flow with MaximumLikelihood()"
+_INSTEAD = (
+    "train this flow with MaximumLikelihood(), or, if it has several ODEs, MultiscaleMatching()"
+)
 
 
 def _squares(predicted: Tensor, target: Tensor) -> Tensor:

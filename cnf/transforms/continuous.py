@@ -371,6 +371,15 @@ def under_recipes(transform: Transform) -> Transform:
     return _with_changes(transform, change)
 
 
+def without_odes(transform: Transform) -> Transform:
+    """A copy with the same other parts in which each `Continuous` leaves its points where they are.
+
+    Args:
+        transform: The transform.
+    """
+    return _with_odes(transform, _Still)
+
+
 def _with_changes(transform: Transform, change: Callable[[Continuous], None]) -> Transform:
     def changed(part: Continuous) -> Transform:
         clone = copy.copy(part)
@@ -437,6 +446,23 @@ def solve_each(
     recording = _with_odes(transform, lambda ode: _Recorded(ode, *next(told), solved, batch_dims))
     z, ladj = recording.inverse(x, context)
     return z, ladj, tuple(solved[k] for k in range(len(solves)))
+
+
+class _Still(Transform):
+    """A `Continuous` in which no time passes.
+
+    Args:
+        ode: The `Continuous`.
+    """
+
+    def __init__(self, ode: Continuous) -> None:
+        super().__init__(ode.event_dims, ode.context_dim, ode.event_shape)
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, z.new_zeros(z.shape[: z.dim() - self.event_dims])
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.forward(x, context)
 
 
 class _Recorded(Transform):

@@ -84,7 +84,7 @@ def test_blocks_of_an_ode_share_its_path():
 
 
 class NormalField(VectorField):
-    """The best field of N(0, I) data for ODE `before` of `count`: moves the last channels alone."""
+    """The best field of N(0, I) data for an ODE after `before` others of `count`."""
 
     def __init__(self, shape, before, count, factored):
         super().__init__(shape)

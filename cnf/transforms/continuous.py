@@ -372,7 +372,7 @@ def under_recipes(transform: Transform) -> Transform:
 
 
 def without_odes(transform: Transform) -> Transform:
-    """A copy with the same other parts in which each `Continuous` leaves its points where they are.
+    """A copy with the same other parts, in which each `Continuous` leaves points where they are.
 
     Args:
         transform: The transform.

@@ -1,4 +1,4 @@
-"""Bits per dimension of pictures: six models, each trained for the same time, and their samples.
+"""Bits per dimension of pictures: several models, each trained for the same time, and their samples.
 
 `python experiments/images/run.py` trains what config.yaml says, one model after the other, each in
 a process and a folder of its own, scores it on test pictures and writes results.csv, table.md and
@@ -115,19 +115,22 @@ def train(
     """The flow, trained until the window or its budget ends, and what that took."""
     told = settings(config, name, row)
     torch.manual_seed(config["seed"])
-    preprocess = [{"name": "logit", "alpha": config["sets"][name]["alpha"]}, "standardize"]
-    sizes = {**images.sizes, "preprocess": preprocess}
-    flow = cnf.models.build(told["model"], **sizes, **told["options"])
-    run = asked.runs / folder_of(name, row)
+    if "after" in told:
+        flow = cnf.load(asked.runs / folder_of(name, told["after"]))
+    else:
+        preprocess = [{"name": "logit", "alpha": config["sets"][name]["alpha"]}, "standardize"]
+        sizes = {**images.sizes, "preprocess": preprocess}
+        flow = cnf.models.build(told["model"], **sizes, **told["options"])
+    seconds = told.get("share", 1.0) * (asked.budget or config["sets"][name]["seconds"])
     left = asked.seconds - asked.scoring - (time.monotonic() - BEGAN)
     with interrupted_in(max(left, 20.0)):
         history = cnf.fit(
             flow, told["objective"], images,
             {
-                **told["train"], "seconds": asked.budget or config["sets"][name]["seconds"],
-                "seed": config["seed"], "validations": 0,  # one may take longer than a window
-                "folder": run, "resume": "auto", "device": asked.device, "progress": False,
-                "checkpoint_seconds": 45.0,
+                **told["train"], "seconds": seconds, "seed": config["seed"],
+                "validations": 0,  # one may take longer than a window
+                "folder": asked.runs / folder_of(name, row), "resume": "auto",
+                "device": asked.device, "progress": False, "checkpoint_seconds": 45.0,
             },
         )  # fmt: skip
     print(
@@ -207,6 +210,7 @@ def run_row(config: dict[str, Any], name: str, row: str, asked: argparse.Namespa
         "device": about["gpu"] if flow.device.type == "cuda" else about["processor"],
         "together": asked.together, "revision": about["revision"], "seed": config["seed"],
     }  # fmt: skip
+    torch.backends.cudnn.allow_tf32 = False  # its rounding makes adaptive solvers take more steps
     told = config["sets"][name]
     most, until = asked.scored or told["scored"], asked.seconds - asked.scoring / 3
     result |= score(flow, images.test, config, most, told["chunk"], until)

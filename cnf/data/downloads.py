@@ -1,5 +1,6 @@
 """Where well-known data sets lie, and how they come there if a network is there."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -72,13 +73,14 @@ def _in(folder: Path, file: str) -> Path | None:
 
 
 def _download(name: str, url: str, path: Path, md5: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as answer, partial.open("wb") as file:
             shutil.copyfileobj(answer, file)
     except (OSError, urllib.error.URLError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         looked = " and ".join(map(str, places(name)))
         raise FileNotFoundError(
             f"load: expected {path.name} of {name} in {looked}, found none, and {url} cannot be "

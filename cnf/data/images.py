@@ -6,7 +6,8 @@ import io
 import math
 import pickle
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from cnf.errors import abbreviated, optional
 from cnf.registry import Registry
 
 PIXELS = (".png", ".npy", ".npz")  # files that pictures are written to
+CLASSES = 1_000  # that labels may have of however few pictures
+NUMBERED = "number the classes: numpy.unique(labels, return_inverse=True)[1]"
+LABELS = ("labels", "label", "targets", "target", "y")
 LIMIT = 10_000**2  # pixels of one picture: a larger one is refused before it is unpacked
 IDX_TYPE = 8  # unsigned bytes
 
@@ -61,6 +65,7 @@ class Images(Points):
         levels: int = 256,
     ) -> None:
         x = as_numbers("Images", "x", x)
+        _expect_channels_first(tuple(x.shape))
         x = x[:, None] if x.dim() == 3 else x
         if x.dim() != 4 or x.dtype != torch.uint8 or not x.numel():
             raise ValueError(
@@ -98,10 +103,19 @@ class Images(Points):
             ValueError: They have no labels, or larger ones.
         """
         if self.labels is None:
-            raise ValueError(f"{self.name}: expected labels to condition on, and there are none")
+            raise ValueError(
+                f"{self.name}: expected labels to condition on, whole numbers from 0, one for "
+                "each picture, and there are none; in a .npz they are an array called labels"
+            )
         parts = [part for part in (self, self.validation, self.test) if part is not None]
         most = max(int(part.labels.max()) for part in parts if part.labels is not None)
-        classes = most + 1 if classes is None else classes
+        if classes is None:
+            classes = most + 1
+            if classes > max(CLASSES, len(self.x) // 2):
+                raise ValueError(
+                    f"{self.name}: expected labels that number classes from 0, got labels up to "
+                    f"{most} of {len(self.x)} pictures; {NUMBERED}"
+                )
         if most >= classes:
             raise ValueError(f"{self.name}: expected labels below {classes}, got {most}")
         made = [_with_context(part, classes) for part in parts]
@@ -115,7 +129,22 @@ class Images(Points):
         return f"Images({self.name!r}, {len(self.x)} pictures of {shape})"
 
 
+def _expect_channels_first(shape: tuple[int, ...]) -> None:
+    """Raise ValueError for channels at the end, which would be taken for a width of 1 to 4."""
+    one = len(shape) == 3 and shape[1] > 4 and shape[2] in (1, 3)
+    if one or (len(shape) == 4 and min(shape[1:3]) > 4 >= shape[3]):
+        remedy = "give two pictures or more" if one else "give x.movedim(-1, 1), without alpha"
+        raise ValueError(
+            f"Images: expected pixels of shape (N, C, H, W), got {shape}, "
+            f"{'one picture' if one else 'pictures'} with channels last; {remedy}"
+        )
+
+
 def _labels(labels: Any, n: int) -> Tensor:
+    if np.asarray(labels).dtype.kind in "USO":
+        raise ValueError(
+            f"Images: expected labels to be whole numbers from 0, got texts; {NUMBERED}"
+        )
     found = as_numbers("Images", "labels", labels)
     if found.shape != (n,) or found.is_floating_point() or (n and int(found.min()) < 0):
         raise ValueError(
@@ -260,11 +289,16 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _read_labels(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    if path.suffix == ".txt":
+    if path.suffix not in (".npy", ".txt"):
+        return read_idx(path)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
         return np.loadtxt(path, dtype=np.int64, ndmin=1)
-    return read_idx(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"load: expected labels in {path}, a whole number from 0 for each picture: {error}"
+        ) from None
 
 
 def _is_idx(path: Path) -> bool:
@@ -282,7 +316,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz, or the one of a .npy, which is mapped and not read."""
     if path.suffix == ".npy":  # a copy where it is written to: torch wants memory it may write
         return {"x": np.load(path, mmap_mode="c", allow_pickle=False)}
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here, as numpy does not close a broken .npz.
+    with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
@@ -291,7 +326,7 @@ def _is_array(path: Path) -> bool:
         return False
     try:
         return any(_pictures(array) for array in _arrays(path).values())
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile):
         return False  # of a broken file the reader of tables tells
 
 
@@ -310,8 +345,18 @@ def _array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     pixels = arrays.pop(pictures[0])
     if pixels.ndim == 4 and pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
         pixels = np.moveaxis(pixels, 3, 1)
-    others = [a for a in arrays.values() if a.ndim == 1 and a.dtype.kind in "iu"]
-    return pixels, next((a for a in others if len(a) == len(pixels)), None)
+    return pixels, _labels_among(arrays, len(pixels))
+
+
+def _labels_among(arrays: Mapping[str, np.ndarray], n: int) -> np.ndarray | None:
+    """The array of n whole numbers that is called labels, or else the only one there is."""
+    whole = {
+        name.lower(): array.reshape(n)
+        for name, array in arrays.items()
+        if array.shape in ((n,), (n, 1)) and array.dtype.kind in "iu"
+    }
+    called = [whole[name] for name in LABELS if name in whole]
+    return next(iter(called or (whole.values() if len(whole) == 1 else ())), None)
 
 
 class _Batches(pickle.Unpickler):
@@ -376,7 +421,9 @@ def _is_folder(path: Path) -> bool:
 
 def _picture_files(path: Path) -> Iterator[Path]:
     found = (file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
-    return (file for file in found if len(file.relative_to(path).parts) <= 2)
+    inner = ((file, file.relative_to(path).parts) for file in found)
+    # Hidden files are not the user's pictures: macOS puts a ._1.png beside a 1.png.
+    return (f for f, parts in inner if len(parts) <= 2 and not any(p[0] == "." for p in parts))
 
 
 def _folder(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -419,17 +419,16 @@ def _read_numpy(who: str, path: Path, _: Collection[str]) -> Table:
         # Opened here, as numpy does not close a broken .npz.
         with open(path, "rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return _array(who, loaded)
-            names = loaded.files
+            names = getattr(loaded, "files", [])
             name = "x" if "x" in names else names[0] if len(names) == 1 else None
-            if name is not None:
-                return _array(who, loaded[name])
+            found = loaded if isinstance(loaded, np.ndarray) else name and loaded[name]
     except (OSError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{who}: expected an array of numbers as numpy.save writes it, got something else "
             f"({str(error).splitlines()[0]}); objects are not unpickled"
         ) from error
+    if isinstance(found, np.ndarray):
+        return _array(who, found)
     raise ValueError(
         f"{who}: expected one array or one called x, got {', '.join(names) or 'none'}; "
         "pass the array itself instead of the file"
@@ -450,9 +449,10 @@ def _mapped(path: Path) -> np.ndarray | None:
 def _array(who: str, values: np.ndarray) -> Table:
     rows = values[:, None] if values.ndim == 1 else values
     if rows.ndim != 2 or rows.dtype.kind not in "fiub":
+        hint = "; of pictures, give the pixels as uint8, from 0 to 255" if rows.ndim > 2 else ""
         raise ValueError(
             f"{who}: expected an array of numbers of shape (N, D), got {values.dtype} of shape "
-            f"{values.shape}"
+            f"{values.shape}{hint}"
         )
     return _table(list(rows.T), None)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import cnf
-from cnf.data import Columns, Images, image_grid, load, write_images
+from cnf.data import Columns, Images, image_grid, load, read_images, write_images
 from cnf.data.downloads import find
 
 RNG = np.random.default_rng(0)
@@ -81,6 +81,71 @@ def test_arrays_with_channels_first_or_last_and_labels(tmp_path):
     assert torch.equal(first.x, torch.from_numpy(COLOR))
     assert torch.equal(second.x, first.x) and second.labels is None
     assert first.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_labels_are_the_array_of_that_name_or_the_only_whole_numbers(tmp_path):
+    index, labels = np.arange(6)[::-1], np.arange(6) % 3
+    np.savez(tmp_path / "a.npz", index=index, images=PIXELS, labels=labels)
+    assert load(tmp_path / "a.npz").labels.tolist() == labels.tolist()
+    np.savez(tmp_path / "b.npz", images=PIXELS, y=labels[:, None])  # a column, as Keras has it
+    assert load(tmp_path / "b.npz").labels.tolist() == labels.tolist()
+    np.savez(tmp_path / "c.npz", index=index, images=PIXELS, other=labels)
+    assert load(tmp_path / "c.npz").labels is None
+    with pytest.raises(ValueError, match="there are none; in a .npz they are an array called lab"):
+        load(tmp_path / "c.npz", Columns(context=["labels"]))
+
+
+def test_labels_that_number_no_classes_are_refused_before_memory_is_asked_for():
+    with pytest.raises(ValueError, match="labels up to 5000 of 6 pictures; number the cla"):
+        Images(PIXELS, labels=np.arange(6) * 1_000).conditional()
+
+
+def test_a_class_of_the_test_part_alone_is_a_class():
+    images = Images(PIXELS, labels=[0, 1, 0, 1, 0, 1])
+    images.test = Images(PIXELS, labels=[0, 1, 2, 3, 2, 1])
+    made = images.conditional()
+    assert made.context.shape == (6, 4) and made.test.context.shape == (6, 4)
+
+
+@pytest.mark.parametrize("name", ["cut.npz", "cut.npy"])
+def test_a_cut_file_of_arrays_is_refused_in_one_line(name, tmp_path):
+    (np.savez if name.endswith("z") else np.save)(tmp_path / name, PIXELS)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"read_table\({name}\): expected an array") as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_of_other_numbers_say_what_pixels_are(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS / 255)
+    with pytest.raises(
+        ValueError, match="got float64 of shape .6, 5, 4.; of pictures, give .*uin"
+    ):
+        load(tmp_path / "a.npz")
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    for k in range(2):
+        Image.fromarray(PIXELS[k]).save(tmp_path / f"{k}.png")
+    (tmp_path / "._0.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".thumbnails").mkdir()
+    Image.fromarray(PIXELS[0, :2]).save(tmp_path / ".thumbnails" / "0.png")
+    assert torch.equal(load(tmp_path).x, torch.from_numpy(PIXELS[:2, None]))
+
+
+@pytest.mark.parametrize("content", ["cat\ndog\n", None])
+def test_unreadable_labels_are_refused_by_name(content, tmp_path):
+    np.save(tmp_path / "x.npy", PIXELS)
+    if content:
+        (tmp_path / "y.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"^load: expected labels in .*y\.txt, a whole number"):
+        read_images(tmp_path / "x.npy", labels=tmp_path / "y.txt")
+
+
+def test_a_home_that_holds_no_folder_is_told_as_what_is_missing(here, monkeypatch):
+    (here / "home").write_text("a file, under which nothing can be made")
+    with pytest.raises(FileNotFoundError, match="expected cifar-10-python.tar.gz of cifar10 in"):
+        load("cifar10")
 
 
 def test_a_large_array_is_mapped_and_not_read(tmp_path):
@@ -225,6 +290,10 @@ def test_a_palette_and_one_bit_are_pictures_too(tmp_path):
         (PIXELS, [0, 1], r"each of 6 pictures in labels, got torch.int64 of shape \(2,\)"),
         (PIXELS, [0.5] * 6, "whole number"),
         (PIXELS, [-1] * 6, "from 0"),
+        (PIXELS, list("abcabc"), r"got texts; number the classes: numpy\.unique"),
+        (np.zeros((6, 5, 8, 3), np.uint8), None, r"pictures with channels last; give x\.movedim"),
+        (np.zeros((6, 5, 8, 4), np.uint8), None, "pictures with channels last.*without alpha"),
+        (np.zeros((32, 16, 3), np.uint8), None, "one picture with channels last"),
     ],
 )
 def test_images_of_wrong_arrays_are_refused(x, labels, words):
@@ -248,6 +317,9 @@ def test_mnist_by_name_keeps_its_own_parts(here):
     assert [len(part.x) for part in (images, images.validation, images.test)] == [200, 10_000, 30]
     assert images.split(0.5) == (images, images.test)
     assert images.context.shape == (200, 10) and images.test.context.shape == (30, 10)
+    pixels = np.random.default_rng(10_200).integers(0, 256, (10_200, 2, 2), dtype=np.uint8)
+    whole = torch.cat([images.x, images.validation.x])[:, 0]  # MAF validates on the last ones
+    assert torch.equal(whole, torch.from_numpy(pixels))
     flow = cnf.Flow(
         None,
         cnf.models.glow(shape=(1, 2, 2), layers=1, levels=1, hidden=(4, 4), context=10).transform,

@@ -83,7 +83,11 @@ def log_prob_of_draws(
         divergence: As of `Flow.log_prob`; the noise of an estimate makes the bound of several
             draws too high.
         generator: Source of the draws; torch's default generator if None.
+
+    Raises:
+        ValueError: x or the context is no tensor with a row for each picture.
     """
+    _expect_pictures(flow, x, context)
     found = []
     with evaluating(flow):
         for start in range(0, len(x), chunk):
@@ -95,6 +99,24 @@ def log_prob_of_draws(
             ]
             found.append(torch.stack(weights).double().logsumexp(0).cpu() - math.log(draws))
     return torch.cat(found)
+
+
+def _expect_pictures(flow: Flow, x: Tensor, context: Tensor | None) -> None:
+    """Raise ValueError unless there are pictures, and as many contexts, where there are any."""
+    who, event = "bits_per_dim", flow.event_shape
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"{who}: expected x to be a torch.Tensor, got {type(x).__name__}; write "
+            "torch.as_tensor(x), of Images their x"
+        )
+    if x.shape[1:] != event or not len(x):
+        wanted = ", ".join(["N", *map(str, event)])
+        raise ValueError(f"{who}: expected x of shape ({wanted}), got {tuple(x.shape)}")
+    if context is not None and (context.dim() != 2 or len(context) != len(x)):
+        raise ValueError(
+            f"{who}: expected a context of shape ({len(x)}, C), one row for each picture, got "
+            f"{tuple(context.shape)}; write context.expand({len(x)}, -1) if it is that of all"
+        )
 
 
 def bits_in_nats(flow: Flow) -> float:

@@ -72,6 +72,24 @@ def test_chunks_and_modes_change_nothing_and_contexts_do(randomized):
     assert one.value != bits_per_dim(flow, x, -context, generator=draws(1)).value
 
 
+@pytest.mark.parametrize(
+    ("x", "context", "words"),
+    [
+        (torch.zeros(4, 2).numpy(), None, r"a torch.Tensor, got ndarray; write torch.as_tensor"),
+        (torch.zeros(2), None, r"x of shape \(N, 2\), got \(2,\)"),
+        (torch.zeros(0, 2), None, r"x of shape \(N, 2\), got \(0, 2\)"),
+        (torch.zeros(4, 2), torch.zeros(8, 1), r"context of shape \(4, C\), .*got \(8, 1\)"),
+        (torch.zeros(4, 2), torch.zeros(1), r"context of shape \(4, C\), .*got \(1,\)"),
+    ],
+)
+def test_other_things_than_rows_of_pictures_are_refused(x, context, words):
+    size = 0 if context is None else 1
+    body = cnf.models.realnvp(2, layers=1, hidden=(4,), context=size)
+    flow = Flow(None, body.transform, dequantization=UniformDequantization(4), event_shape=(2,))
+    with pytest.raises(ValueError, match=f"^bits_per_dim: expected .*{words}"):
+        bits_per_dim(flow, x, context, chunk=4)
+
+
 def test_density_without_dequantization_has_no_bits():
     with pytest.raises(TypeError, match="without dequantization.*dequantization='uniform'"):
         bits_per_dim(cnf.models.realnvp(2), torch.zeros(3, 2))

@@ -378,6 +378,10 @@ class GaussianMixture(Base):
             ValueError: Too few rows, or numbers that are not finite.
         """
         rows = as_numbers("GaussianMixture.fit", "x", x)
+        if rows.dim() != 2 or not rows.shape[1]:
+            raise ValueError(
+                f"GaussianMixture.fit: expected x of shape (N, D), got {tuple(rows.shape)}"
+            )
         expect_counts("GaussianMixture.fit", components=components, steps=steps)
         expect_counts("GaussianMixture.fit", batch_size=batch_size)
         rows = rows if rows.is_floating_point() else rows.double()

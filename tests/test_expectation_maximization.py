@@ -96,6 +96,16 @@ def test_one_component_is_the_normal_of_mean_and_covariance_far_from_zero():
     np.testing.assert_allclose(covariance, torch.cov(x.T, correction=0), rtol=1e-8)
 
 
+def test_statistics_average_over_batches_and_are_not_the_last_ones():
+    x = torch.randn(5_000, 1, generator=draws(), dtype=F64)
+    fitted = [
+        GaussianMixture.fit(x, 1, steps=200, batch_size=50, generator=draws(seed)).means.item()
+        for seed in range(20)
+    ]
+    spread = torch.tensor(fitted).std().item()
+    assert spread < 0.5 * 50**-0.5  # of the mean of one batch
+
+
 def test_full_batches_never_lower_the_likelihood():
     x = mixture(4, 3, seed=5).sample((2_000,), draws())
     scores = [
@@ -136,6 +146,11 @@ def test_mixture_is_a_base_that_is_saved_with_its_flow(tmp_path):
     z = torch.randn(5, 2, generator=draws())
     assert torch.equal(again.log_prob(z), flow.log_prob(z))
     assert "3 components, full covariances" in repr(flow)
+
+
+def test_rows_of_one_number_need_a_column():
+    with pytest.raises(ValueError, match=r"GaussianMixture.fit: expected x of shape \(N, D\)"):
+        GaussianMixture.fit(torch.randn(100), 3)
 
 
 def test_gradients_and_wrong_shapes():

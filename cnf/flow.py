@@ -504,7 +504,8 @@ class Flow(nn.Module):
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """Data `inside`, checked, their context, and what that adds to the log-density."""
         if self.dequantization is not None and isinstance(x, Tensor):
-            x = x.to(torch.promote_types(x.dtype, self.dtype))  # pixels are uint8
+            # Pixels are uint8; noise on them would be lost in the few digits of bfloat16.
+            x = x.to(torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32))
         expect_event(who, "x", x, self.event_shape)
         self._expect_device(who, "x", x)
         if torch.promote_types(x.dtype, self.dtype) != x.dtype:

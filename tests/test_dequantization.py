@@ -137,6 +137,37 @@ def test_rounding_never_leaves_the_cell(monkeypatch):
     assert torch.equal(y.floor(), x) and y.max() < 256
 
 
+def test_a_point_beyond_the_levels_is_the_nearest_level():
+    y = torch.tensor([-0.5, 0.0, 3.999, 4.0, 700.0, math.inf, math.nan])
+    expected = torch.tensor([0.0, 0.0, 3.0, 3.0, 3.0, 3.0, math.nan])
+    torch.testing.assert_close(UniformDequantization(4).decode(y), expected, equal_nan=True)
+
+
+def test_noise_of_a_flow_in_bfloat16_has_more_digits_than_the_flow():
+    """Above 128 bfloat16 has whole numbers only: a cell would be its lower end."""
+    flow = Flow(None, Standardize((1,)), dequantization=UniformDequantization(), event_shape=(1,))
+    flow.preprocess = Standardize((1,))
+    numbers = {"loc": torch.full((1,), 200.0), "scale": torch.ones(1)}
+    flow.preprocess.settle(numbers, torch.float32)
+    x = torch.full((4_000, 1), 200, dtype=torch.uint8)
+    z = flow.bfloat16().encode(x)
+    assert z.dtype == torch.bfloat16 and z.double().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_preprocessing_is_fitted_to_pixels_with_their_noise_the_same_each_time():
+    x = torch.full((1_000, 2), 7, dtype=torch.uint8)
+    places = []
+    for _ in range(2):
+        body = cnf.models.realnvp(2, layers=1, hidden=(4,))
+        flow = Flow(None, body.transform, Standardize((2,)), UniformDequantization(), (2,))
+        config = cnf.TrainConfig(steps=1, batch_size=50, validations=0, progress=False)
+        cnf.fit(flow, "maximum-likelihood", x, config)
+        places.append(flow.preprocess)
+    assert places[0].loc.tolist() == pytest.approx([7.5, 7.5], abs=0.05)
+    assert places[0].scale.tolist() == pytest.approx([12**-0.5] * 2, rel=0.05)
+    assert torch.equal(places[0].loc, places[1].loc)
+
+
 def test_nan_and_batch_shapes_stay_in_their_rows():
     flow = normal_flow(VariationalDequantization((2,), 4, hidden=(8,)))
     x = torch.randint(0, 4, (3, 5, 2), generator=draws()).double()

@@ -1,6 +1,8 @@
 """Preprocessing is fitted to the first rows; data that stay far from unit scale are warned of."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from cnf.errors import abbreviated
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import stream
+from cnf.transforms.base import Compose, Transform
 from cnf.transforms.normalization import ActNorm, BatchNorm
 from cnf.transforms.preprocessing import Standardize
+from cnf.transforms.squashing import Sigmoid
 
 FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but that
 
@@ -21,17 +25,41 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
     if head is None:
         return
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
-        part = getattr(module, name, None)
-        if rows is not None and hasattr(part, "fit"):
-            rows = rows.to(next(part.buffers(), rows).device)  # pyright: ignore
-            if name == "preprocess" and isinstance(module, Flow) and module.dequantization:
-                draws = stream(0, "noise of preprocessing")
-                rows, _ = module.dequantization.encode(rows.to(module.dtype), draws)
-            part.fit(rows)  # pyright: ignore
+        part: Any = getattr(module, name, None)
+        if rows is None or part is None:
+            continue
+        rows = rows.to(next(part.buffers(), rows).device)
+        if name == "preprocess" and isinstance(module, Flow) and module.dequantization:
+            draws = stream(0, "noise of preprocessing")
+            dtype = torch.promote_types(module.dtype, torch.float32)
+            rows, _ = module.dequantization.encode(rows.to(dtype), draws)
+        if hasattr(part, "fit"):
+            part.fit(rows)
+        if name == "preprocess" and isinstance(part, Transform):
+            _expect_in_support(part, rows)
     if isinstance(module, Flow) and module.dequantization is None:
         for name, text in _far(module, head):
             if text is not None:
                 module.warn_once(name, text)
+
+
+def _expect_in_support(preprocess: Transform, rows: Tensor) -> None:
+    """Raise ValueError for rows that a part of the preprocessing, such as a logit, cannot map."""
+    parts: Any = preprocess.transforms if isinstance(preprocess, Compose) else [preprocess]
+    if not any(isinstance(part, Sigmoid) for part in parts):
+        return
+    for part in reversed(list(parts)):
+        y, ladj = part.inverse(rows)
+        outside = int((ladj == -math.inf).sum()) if isinstance(part, Sigmoid) else 0
+        if outside:
+            low, high = part.support
+            raise ValueError(
+                f"fit: {outside} of {len(rows)} rows are outside of the interval from {low:g} to "
+                f"{high:g} that the logit of preprocess maps, with numbers from "
+                f"{rows.min():g} to {rows.max():g}: their density is 0; give the logit levels=…, "
+                "or build a model of pixels with dequantization='uniform'"
+            )
+        rows = y
 
 
 @torch.no_grad()

@@ -321,3 +321,20 @@ def test_objective_without_defaults_trains_with_a_folder(config, tmp_path):
 
     settings = config(folder=tmp_path / "run")
     assert cnf.fit(torch.nn.Linear(2, 2), Power(3.0), X, settings).steps == 6
+
+
+def test_data_outside_of_the_logits_interval_are_refused_before_training():
+    def fit(x, **options):
+        flow = cnf.models.build("realnvp", dim=2, layers=1, hidden=(4,), **options)
+        config = cnf.TrainConfig(steps=2, batch_size=20, validations=0, progress=False)
+        cnf.fit(flow, MaximumLikelihood(), x, config)
+
+    inside = X.sigmoid()
+    fit(inside, preprocess=["logit", "standardize"])
+    beyond = inside.clone()
+    beyond[3] = 3.0
+    words = "1 of 100 rows are outside of the interval from -1e-06 to 1 that the logit .* to 3:"
+    for preprocess in ("logit", ["logit", "standardize"]):
+        refused(lambda p=preprocess: fit(beyond, preprocess=p), words)
+    logit = {"name": "logit", "levels": 4}
+    fit(beyond, preprocess=[logit, "standardize"])

@@ -57,6 +57,13 @@ def test_standard_normal_equals_torchs(shape, generator):
     torch.testing.assert_close(StandardNormal(shape).log_prob(z), reference.log_prob(z))
 
 
+def test_logistic_samples_are_finite_at_the_ends_of_the_uniform(monkeypatch):
+    base = StandardLogistic((2,))
+    monkeypatch.setattr(base, "_drawn", lambda *_: torch.tensor([0.0, 1.0]))
+    low, high = base.sample().tolist()
+    assert -20 < low < -15 and 15 < high < 20
+
+
 def test_standard_logistic_equals_a_transformed_uniform(generator):
     z = 9 * torch.randn(7, 2, 3, generator=generator, dtype=F64)
     uniform = torchd.Uniform(torch.zeros((), dtype=F64), 1.0)

@@ -14,7 +14,7 @@ from PIL import Image
 import cnf
 from cnf.cli import main
 from cnf.data import TABLE_SETS, bsds300, load
-from cnf.data.patches import patches
+from cnf.data.patches import _gray, patches
 from cnf.data.table_sets import UCI, gas_rows, uci_rows
 
 
@@ -157,6 +157,11 @@ def test_uci_rows_get_noise_of_their_steps_and_lose_constant_columns():
     assert len(np.unique(found[:, 0] % 1)) == 40
 
 
+def test_uci_noise_is_as_wide_as_the_smallest_step_of_uneven_ones():
+    data = np.tile([0.0, 1.0, 11.0, 100.0], 50)[:, None]
+    assert sorted(np.floor(uci_rows(data)[:, 0])) == sorted(data[:, 0])
+
+
 def small_yacht(folder):
     rows = np.random.default_rng(0).normal(size=(308, 7)).round(2)
     folder.mkdir()
@@ -207,6 +212,23 @@ def test_bsds300_cuts_seeded_patches_from_parts_of_pictures(here):
     assert torch.equal(again.x, points.x) and torch.equal(again.test.x, points.test.x)
     other = bsds300(train=300, validation=40, test=50, seed=1)
     assert not torch.equal(other.x, points.x)
+
+
+def test_bsds300_validates_on_pictures_that_it_does_not_train_on(here, monkeypatch):
+    small_bsds(here / "bsds300" / "BSDS300-images.tar")
+    given = []
+
+    def recorded(pictures, n, generator):
+        given.append([int(picture[0, 0]) for picture in pictures])
+        return torch.randn(n, 63)
+
+    monkeypatch.setattr("cnf.data.patches.patches", recorded)
+    bsds300(train=2, validation=2, test=2)
+    first, last, test = given
+    assert [len(part) for part in given] == [180, 20, 100]
+    archive = here / "bsds300" / "BSDS300-images.tar"
+    assert first + last == [int(p[0, 0]) for p in _gray(archive, "train")]
+    assert test == [int(p[0, 0]) for p in _gray(archive, "test")]
 
 
 def test_patches_are_pixels_of_the_picture_less_their_mean():

@@ -1,4 +1,4 @@
-"""Bits per dimension of pictures: several models, each trained for the same time, and their samples.
+"""Bits per dimension of pictures: several models, trained for the same time, and their samples.
 
 `python experiments/images/run.py` trains what config.yaml says, one model after the other, each in
 a process and a folder of its own, scores it on test pictures and writes results.csv, table.md and

@@ -369,6 +369,9 @@ def explain(field: VectorField, rows: int = 256) -> str:
     return f"{type(field).__name__}: {how}; v and ∇·v take {ratio:.1f} × the products of v alone"
 
 
+AFFORDABLE = 128  # directions of the exact divergence for each evaluation, where many are made
+
+
 def exact_directions(field: VectorField) -> int:
     """How many directions the exact divergence of a field takes; 0 for a closed form."""
     traced = traced_field(field)

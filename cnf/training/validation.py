@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cnf.dynamics.divergence import (
+    AFFORDABLE,
     DIVERGENCES,
     Divergence,
     Hutchinson,
@@ -25,7 +26,6 @@ from cnf.training.history import held_out_nll
 from cnf.transforms.continuous import odes_in
 
 CHUNK = 10_000  # rows scored at once
-AFFORDABLE = 128  # directions of the exact divergence for each evaluation of a field
 WORSE = 0.5  # nats: more is no noise of an optimizer
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -556,3 +557,24 @@ def test_contexts_in_arrays_are_checked_as_those_in_tensors():
     flow, x = couplings(Coupling, context=1), data(16)
     context = torch.linspace(-1, 1, 16)[:, None]
     assert str(check(flow, x, context=context.numpy())) == str(check(flow, x, context=context))
+
+
+class Pictures(VectorField):
+    """A field of pictures; with `share`, each row sees the mean of all."""
+
+    def __init__(self, share=0.0):
+        super().__init__((1, 3, 2))
+        self.net, self.share = nn.Conv2d(1, 1, 3, padding=1), share
+
+    def forward(self, t, x, context=None):
+        return torch.tanh(self.net(x)) + self.share * x.mean(0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_flows_of_large_pictures_are_checked_by_one_probe(share, monkeypatch):
+    monkeypatch.setattr(sys.modules["cnf.checks.check"], "AFFORDABLE", 4)  # directions
+    report = check(continuous(Pictures(share), Solver("rk4", steps=12)))
+    assert report["log-determinant"].passed is None
+    assert "6 directions" in str(report) and "at 2 points" in str(report)
+    assert report["gradients"].passed
+    assert {f.name for f in report.failures} == ({"batch independence"} if share else set())

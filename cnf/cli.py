@@ -37,7 +37,8 @@ from cnf.training.progress import status
 from cnf.training.run import free_folder, read_config, read_manifest, read_scores
 
 # The objective of a model and its options; that of the others is maximum likelihood.
-DEFAULT_OBJECTIVES = {"cnf": ("flow-matching", {"times": "skewed"})}
+MATCHING = ("flow-matching", {"times": "skewed"})
+DEFAULT_OBJECTIVES = {"cnf": MATCHING, "unet": MATCHING}
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
         model: A model by name (see `cnf list models`).
         options: The model's options, such as --options.hidden 128,128.
         objective: What is minimized (see `cnf list objectives`). If not given, flow matching with
-            more times close to the data for cnf, maximum likelihood for every other model.
+            more times close to the data for cnf and unet, maximum likelihood for the others.
         objective_options: The objective's options, such as --objective_options.divergence
             hutchinson.
         test: Part of your own points that is held out from training, for `cnf evaluate`; a set by

@@ -184,3 +184,9 @@ def test_other_columns_of_pictures_are_refused_in_a_line(file, call):
     assert code == 2 and "of pictures only the labels can be a context" in errors
     assert len(errors.splitlines()) == 1
     assert Columns(context=["labels"]) != Columns()
+
+
+def test_unet_is_trained_by_flow_matching_unless_told(file, tmp_path):
+    model = ["--model", "unet", "--options.width", "4", "--options.scales", "[1]"]
+    folder = trained(tmp_path / "run", file, *model, "--options.blocks", "1", *FIT)
+    assert cli.read_config(folder)["objective"] == "flow-matching"

@@ -47,6 +47,8 @@ class TrainConfig:
             is the average.
         seed: Of every draw; what step k draws depends on the seed and k alone.
         validations: How many times, evenly over the budget, held-out data are scored; 0 for never.
+            Without `patience`, one waits while validation has taken longer than training (and
+            more than 5 s); the last is always made.
         validation_rows: Rows scored at most; of one's own data a tenth at most is held out.
         validation_divergence: How held-out data are scored by a continuous flow: "exact", or an
             estimator such as "hutchinson". Null for what trains the flow where the exact

@@ -29,7 +29,7 @@ from cnf.training.stream import DensityStream, IterableStream, as_stream
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
-SLOW = 5  # seconds of validation that are told of where training took less
+SLOW = 5  # seconds of validation from which on it may not take longer than training
 
 
 def fit(
@@ -157,6 +157,7 @@ class _Trainer:
         self.bar = ProgressBar(config.progress and self.main, objective_name(objective))
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
+        self.postponed = False  # whether it was told that validation waits
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if that is wanted; say what runs."""
@@ -186,7 +187,7 @@ class _Trainer:
                     loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
                     self._spend(time.perf_counter() - start)
                 score = None
-                if validation.due(budget.fraction) or budget.done:
+                if budget.done or (validation.due(budget.fraction) and self._affords_validation()):
                     score = self._validate()
                 self._record(loss, stats.forward + stats.backward, score)
                 if number := self._agreed(interrupted()):
@@ -262,6 +263,22 @@ class _Trainer:
         self.history.validating += time.perf_counter() - start
         self.bar.validated(self.validation.name, score)
         return score
+
+    def _affords_validation(self) -> bool:
+        """Whether validation may go on: it has taken less time than training, or stops it."""
+        taken, trained = self.history.validating, self.budget.seconds
+        affordable = self.config.patience is not None or taken <= max(SLOW, trained)
+        if self.fabric.world_size > 1:  # one clock, so that all validate after one step
+            affordable = self.fabric.broadcast(affordable)
+        if not affordable and not self.postponed:
+            self.postponed = True
+            self.bar.say(
+                f"Validation has taken {taken:.0f} s, training {trained:.1f} s: the next waits "
+                f"until training has caught up, or ended. Score fewer rows or less often "
+                f"(validation_rows={self.config.validation_rows}, "
+                f"validations={self.config.validations})."
+            )
+        return affordable
 
     def _record(self, loss: Loss, nfe: int, score: float | None) -> None:
         """Show a step, and log each of some `RECORDS` over the budget, and those with a score."""

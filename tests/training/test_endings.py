@@ -67,6 +67,28 @@ def test_validation_that_takes_longer_than_training_warns(
     assert "(validations=1, validation_rows=50)." in said
 
 
+def test_validation_waits_while_it_has_taken_longer_than_training(
+    small, config, monkeypatch, capsys
+):
+    monkeypatch.setattr("cnf.training.loop.SLOW", 0)
+    monkeypatch.setattr(Validation, "score", slow_score)
+    settings = config(steps=6, validations=6, progress=True)
+    history = cnf.fit(small(), cnf.FlowMatching(), "moons", settings)
+    scored = [record["step"] for record in history.records if "val_loss" in record]
+    assert scored == [1, 6]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("the next waits until training has caught up") == 1
+    settings = config(steps=6, validations=6, patience=9)  # it decides when training ends
+    history = cnf.fit(small(), cnf.FlowMatching(), "moons", settings)
+    assert sum("val_loss" in record for record in history.records) == 6
+
+
+def slow_score(validation, module, fraction):
+    time.sleep(0.6)
+    validation.count_done(fraction)
+    return 1.0
+
+
 def run_out_of_memory():
     raise MemoryError("no room")
 

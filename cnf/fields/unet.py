@@ -130,6 +130,11 @@ def _check(shape: Sequence[int], width: int, scales: Sequence[int], blocks: int)
     expect_counts("UNetField", width=width, blocks=blocks)
     if width % 4:
         raise ValueError(f"UNetField: expected width to be a multiple of 4, got {width}")
+    if not isinstance(scales, Sequence):
+        raise ValueError(
+            "UNetField: expected scales to be the channels at each scale as multiples of width, "
+            f"such as (1, 2) for two scales, got {scales!r}"
+        )
     if not scales:
         raise ValueError("UNetField: expected at least one scale, got scales=()")
     expect_counts("UNetField", **{f"scales[{k}]": scale for k, scale in enumerate(scales)})
@@ -138,8 +143,14 @@ def _check(shape: Sequence[int], width: int, scales: Sequence[int], blocks: int)
         raise ValueError(
             f"UNetField: expected height and width divisible by {divisor} (2^(scales - 1) for "
             f"{len(scales)} scales), got {shape[1]} × {shape[2]}; pad the images, or take fewer "
-            "scales"
+            f"scales, such as scales={tuple(scales[: _most_scales(shape)])}"
         )
+
+
+def _most_scales(shape: Sequence[int]) -> int:
+    """How many times height and width can be halved, plus one."""
+    sides = math.gcd(*shape[1:])
+    return (sides & -sides).bit_length()
 
 
 class _Embedding(nn.Module):

@@ -267,7 +267,12 @@ def test_seconds_of_a_trace_are_those_of_all_its_groups(monkeypatch):
         ({"width": 6}, "expected width to be a multiple of 4, got 6"),
         ({"width": 0}, "expected width > 0, got 0"),
         ({"blocks": 0}, "expected blocks > 0, got 0"),
+        (
+            {"shape": (1, 14, 14), "scales": (1, 2, 2)},
+            r"take fewer scales, such as scales=\(1, 2\)",
+        ),
         ({"scales": ()}, "at least one scale"),
+        ({"scales": 2}, r"as multiples of width, such as \(1, 2\) for two scales, got 2"),
         ({"scales": (1, 0)}, r"expected scales\[1\] > 0, got 0"),
         ({"frequencies": -1}, "frequencies >= 0"),
     ],

@@ -15,6 +15,7 @@ from cnf.errors import expect_choice, expect_counts, expect_positive
 from cnf.registry import expect_options, options_of
 
 BATCH_SIZE = 1024
+PICTURES = 64  # a batch of them
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
@@ -34,8 +35,8 @@ class TrainConfig:
         steps: Budget in optimizer steps.
         seconds: Budget in seconds of training, validation and saving not counted; 60 if neither
             is given.
-        batch_size: Rows per step, over all processes together; null for 1,024, or as many as a
-            smaller table has.
+        batch_size: Rows per step, over all processes together; null for 1,024, of
+            pictures 64, or as many as a smaller table has.
         lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
             for likelihood, or the model's (otflow's likelihood: 0.1).
         optimizer: "adam" or "adamw".

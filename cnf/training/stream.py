@@ -23,7 +23,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import preserved, reseed, stream, stream_seed
 from cnf.training.batches import as_batch, drop_zero_weights, first_rows, in_memory, is_batch
-from cnf.training.config import BATCH_SIZE, TrainConfig
+from cnf.training.config import BATCH_SIZE, PICTURES, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
 from cnf.training.prefetch import Prefetched
 
@@ -169,7 +169,10 @@ class RowStream(Stream):
             held_out = min(len(rows) // 10, config.validation_rows)
             validation = rows[order[:held_out]] if held_out else None
         self.train = order[held_out:]
-        whole = min(BATCH_SIZE, len(self.train)) // config.devices * config.devices
+        self.head = rows.head(self.train) if len(self.train) else None
+        pictures = self.head is not None and self.head.x.dim() == 4
+        most = PICTURES if pictures else BATCH_SIZE
+        whole = min(most, len(self.train)) // config.devices * config.devices
         self.size = config.batch_size or max(config.devices, whole)
         if len(self.train) < self.size:
             shape = f", each of shape {tuple(rows[order[:1]].x.shape[1:])}" if len(rows) else ""
@@ -179,7 +182,6 @@ class RowStream(Stream):
                 "batch_size"
             )
         self.validation = validation
-        self.head = rows.head(self.train)
         self._epoch, self._order = -1, self.train
         self._batch = Prefetched(self._read) if rows.large else self._read
 

@@ -311,6 +311,14 @@ def test_only_few_items_of_a_dataset_are_read_before_training(config, monkeypatc
     assert len(as_stream(rows, config(validations=0)).head.x) == 20_000
 
 
+def test_batch_of_pictures_is_64_unless_told():
+    pictures, rows = torch.rand(200, 1, 2, 2), torch.rand(200, 4)
+    assert as_stream(pictures, cnf.TrainConfig()).size == 64
+    assert as_stream(pictures, cnf.TrainConfig(batch_size=100)).size == 100
+    assert as_stream(pictures[:50], cnf.TrainConfig()).size == 45
+    assert as_stream(rows, cnf.TrainConfig()).size == 180
+
+
 def _batches():
     yield from ((x, c) for x, c in zip(ROWS.split(16), CONTEXT.split(16), strict=True))
 

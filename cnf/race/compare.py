@@ -48,6 +48,7 @@ def compare(
     progress: bool = True,
     test_points: int = TEST_POINTS,
     w2_points: int = 2_000,
+    patience: int | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Results:
@@ -68,6 +69,8 @@ def compare(
         test_points: Points of a density that scores are taken on; of one's own points a fifth is,
             of pictures 1,000 of those that are held out.
         w2_points: Points for the exact W2 (its cost grows with the cube).
+        patience: As in `TrainConfig`, of eight validations in each stage: contestants stop before
+            they overfit, and keep their best weights. None for the whole budget.
         resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
 
@@ -78,13 +81,13 @@ def compare(
     folder = _folder(folder, resume)
     base = TrainConfig(  # refuses a bad budget before anything is made
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
-        validation_rows=VALIDATION_POINTS,
+        validation_rows=VALIDATION_POINTS, patience=patience,
     )  # fmt: skip
     seeds, density = _listed(seeds), _source(data)
     default = RACE_OF_PICTURES if isinstance(density, Images) else None
     contestants = entrants(default if contestants is None else contestants)
     judge, train = _prepared(density, test_points, w2_points)
-    settings = {"seconds": seconds, "steps": steps, "w2_points": w2_points}
+    settings = {"seconds": seconds, "steps": steps, "w2_points": w2_points, "patience": patience}
     settings["test_points"] = len(judge.test.x)
     race = {"data": density.name, **settings, "rows": _fingerprint(density)}
     race["random streams"] = VERSION

@@ -57,6 +57,16 @@ def test_every_contestant_runs_and_every_score_is_there(tmp_path):
     assert [nfe for nfe, _ in entry.few_steps[:-1]] == [1, 2, 4, 8, 16, 32]
 
 
+def test_contestants_with_patience_stop_early_and_keep_the_best_weights_of_a_small_table(tmp_path):
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    settings = {"steps": 400, "folder": tmp_path / "race", "patience": 1, "progress": False}
+    results = cnf.compare(x, ["nsf"], w2_points=10, **settings)
+    assert results.settings["patience"] == 1
+    assert results.of("nsf")[0].scores["steps"] < 400
+    with pytest.raises(ValueError, match="patience was 1, is None"):
+        cnf.compare(x, ["nsf"], w2_points=10, **{**settings, "patience": None}, resume=True)
+
+
 def test_results_json_holds_what_made_the_numbers(tmp_path):
     race(["realnvp"], "moons", tmp_path, seeds=[3])
     told = json.loads((tmp_path / "race" / "results.json").read_text())

@@ -1,6 +1,7 @@
 """Roles of the columns of a table, and warnings about columns without a density."""
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -143,7 +144,7 @@ def test_text_that_differs_in_every_row_is_refused_as_a_label(tmp_path):
 
 
 def test_roles_of_columns_without_a_table_are_refused():
-    with pytest.raises(ValueError, match="columns can be chosen of a table, got moons"):
+    with pytest.raises(ValueError, match="chosen of a table in a file, got moons"):
         load("moons", Columns(["x"]))
 
 
@@ -235,3 +236,9 @@ def test_error_for_text_names_a_remedy(cell, remedy, tmp_path):
     (tmp_path / "t.csv").write_text(f"a,b\n1.5,2.5\n2.5,{cell}\n3.5,{cell}\n")
     with pytest.raises(ValueError, match=remedy):
         load(str(tmp_path / "t.csv"))
+
+
+def test_columns_of_a_data_frame_are_refused_in_a_line_that_says_what_to_do():
+    frame = pandas.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
+    with pytest.raises(ValueError, match=r"got a DataFrame; write it to a \.csv or \.parquet fi"):
+        load(frame, Columns(["a"], context=["b"]))

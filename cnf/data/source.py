@@ -52,7 +52,9 @@ def load(source: Any, columns: Columns | None = None) -> Source:
         return _images(source, columns)
     table = named and table_kind(Path(source)) is not None
     if columns not in (None, Columns()) and not table:
-        got = source if named else f"a {type(source).__name__}; write it to a .csv or .parquet file"
+        got = (
+            source if named else f"a {type(source).__name__}; write it to a .csv or .parquet file"
+        )
         raise ValueError(f"load: columns can be chosen of a table in a file, got {got}")
     if isinstance(source, Toy | Points):
         return source

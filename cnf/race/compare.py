@@ -236,12 +236,14 @@ def _raced(
 ) -> Entry:
     flow, histories, memory = _train(contestant, train, density, config)
     with status("scoring", config.progress) as tell:
-        scores = {**judge.scores(flow, config.seed, tell), **_training_costs(histories, memory)}
+        scores, log_q = judge.judge(flow, config.seed, tell)
+        scores |= _training_costs(histories, memory)
         judge.warn_of_few_steps(f"compare: {contestant.title}", flow)
         curve = _curve(histories, density, config.seed)
         tell("samples in few steps")
         few = judge.few_steps(flow, config.seed)
-    return Entry(name, contestant.title, config.seed, scores, curve, few, flow)
+    paired = [] if judge.test.weight is not None else log_q.double().round(decimals=5).tolist()
+    return Entry(name, contestant.title, config.seed, scores, curve, few, flow, paired)
 
 
 def as_results(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:

@@ -84,6 +84,18 @@ class Judge:
             seed: Of the samples.
             say: Called with what is being done.
         """
+        return self.judge(flow, seed, say)[0]
+
+    def judge(
+        self, flow: Flow, seed: int = 0, say: Callable[[str], None] = lambda _: None
+    ) -> tuple[dict[str, float], Tensor]:
+        """What `scores` gives, and log q at the test points, shape (N,).
+
+        Args:
+            flow: The flow.
+            seed: Of the samples.
+            say: Called with what is being done.
+        """
         scores: dict[str, float] = {}
         with evaluating(flow), torch.no_grad(), preserved(flow.device):
             reseed(seed, flow.device)  # of an estimate of the trace
@@ -92,7 +104,7 @@ class Judge:
             for metric in race_metrics():
                 say(metric.score.label)
                 scores |= self.measure(metric, trial)
-        return scores
+        return scores, trial.log_q.cpu()
 
     def trial(self, flow: Flow, seed: int = 0) -> Trial:
         """What flow and points are to a metric.

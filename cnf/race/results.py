@@ -4,9 +4,11 @@ import csv
 import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cnf.errors import UnknownNameError
 from cnf.flow import Flow
@@ -62,6 +64,8 @@ class Entry:
         few_steps: (evaluations of the field, sliced W2 of samples), from one Euler step to the
             flow's own solver.
         flow: The trained flow.
+        log_prob: log q at the test points, which are the same for all; empty where these have
+            weights.
     """
 
     contestant: str
@@ -71,6 +75,7 @@ class Entry:
     curve: list[tuple[float, float]]
     few_steps: list[tuple[int, float]]
     flow: Flow
+    log_prob: list[float] = field(default_factory=list, repr=False)
 
     def score(self, key: str) -> float:
         """A score, measured or derived from others; NaN where there is none.
@@ -212,6 +217,28 @@ class Results:
         seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         return math.hypot(points, seeds)
 
+    def paired_difference(self, one: str, other: str) -> Estimate | None:
+        """The mean of log q of `other` less log q of `one` over the same test points, in nats.
+
+        That is the gap or the NLL of `one` less that of `other`. Points that are hard for both
+        cancel, so that its standard error, from points and seeds together, may be far smaller than
+        that of either score. None where the log-densities were not kept or are not finite.
+
+        Args:
+            one: A contestant.
+            other: Another.
+        """
+        kept = [[entry.log_prob for entry in self.of(name)] for name in (one, other)]
+        sizes = {len(row) for rows in kept for row in rows}
+        if len(sizes) > 1 or min(sizes) < 2:
+            return None
+        a, b = (torch.tensor(rows, dtype=torch.float64) for rows in kept)  # (seeds, points)
+        rows = b.mean(0) - a.mean(0)
+        if not rows.isfinite().all():
+            return None
+        seeds = [x.mean(1).var() / len(x) for x in (a, b) if len(x) > 1]
+        return Estimate(rows.mean().item(), math.sqrt(rows.var() / len(rows) + sum(seeds)))
+
     def ranking(self) -> list[str]:
         """Contestants, best first by the deciding score; those without a finite one come last."""
         failed = self.failed()
@@ -241,7 +268,10 @@ class Results:
             for entry in self.entries:
                 numbers = (f"{entry.scores[name]:.6g}" for name in names)
                 writer.writerow([self.data, entry.contestant, entry.seed, *numbers])
-        entries = [{k: v for k, v in vars(entry).items() if k != "flow"} for entry in self.entries]
+        left_out = ("flow", "log_prob")  # beside the runs
+        entries = [
+            {k: v for k, v in vars(entry).items() if k not in left_out} for entry in self.entries
+        ]
         whole = {k: v for k, v in vars(self).items() if k not in ("density", "entries")}
         text = json.dumps({**whole, "entries": entries}, indent=1, default=str)
         (folder / "results.json").write_text(text + "\n")

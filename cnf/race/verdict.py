@@ -60,7 +60,8 @@ def contest(results: Results, score: Score) -> Contest:
 def tie(results: Results, score: Score, one: str, other: str) -> bool:
     """Whether two contestants differ by less than chance explains.
 
-    That is two standard errors of the difference, from test points and seeds together; for a
+    That is two standard errors of the difference, from test points and seeds together; gaps and
+    NLLs are compared point by point, where the log-densities were kept; for a
     sample distance, which has no error over points, at least its floor (between sets of true
     samples it varies by about a third of itself); for times and memory, at least the noise of
     measuring.
@@ -72,6 +73,8 @@ def tie(results: Results, score: Score, one: str, other: str) -> bool:
         results.standard_error(one, score.key),
         results.standard_error(other, score.key),
     )
+    if score.key in DECIDING and (paired := results.paired_difference(one, other)):
+        allowed = 2 * paired.error
     floor = results.floor.get("sliced_w2" if score.key == "few_steps" else score.key, 0.0)
     allowed = max(allowed, floor if math.isfinite(floor) else 0.0)
     allowed = max(allowed, score.margin * max(abs(a), abs(b)))
@@ -169,7 +172,9 @@ def _note(results: Results, score: Score, order: list[str], winners: list[str]) 
     best, second = (results.mean(name, score.key).value for name in order[:2])
     behind = abs(best - second)
     if score.key == results.score:
-        return f"{names[order[1]]} is next, {number(behind)} nats behind"
+        paired = results.paired_difference(order[1], order[0])
+        told = str(paired) if paired else number(behind)
+        return f"{names[order[1]]} is next, {told} nats behind"
     ratio = (second / best if score.lower else best / second) if min(best, second) > 0 else 0
     how = f" ({_times(ratio)}{'' if score.lower else ' slower'})" if ratio else ""
     return f"next is {names[order[1]]}: {_with_unit(number(second), score)}{how}"

@@ -62,7 +62,11 @@ def test_contestants_with_patience_stop_early_and_keep_the_best_weights_of_a_sma
     settings = {"steps": 400, "folder": tmp_path / "race", "patience": 1, "progress": False}
     results = cnf.compare(x, ["nsf"], w2_points=10, **settings)
     assert results.settings["patience"] == 1
-    assert results.of("nsf")[0].scores["steps"] < 400
+    entry = results.of("nsf")[0]
+    assert entry.scores["steps"] < 400
+    assert sum(entry.log_prob) / 12 == pytest.approx(-entry.scores["nll"], abs=1e-4)
+    again = cnf.compare(x, ["nsf"], w2_points=10, **settings, resume=True)
+    assert again.of("nsf")[0].log_prob == entry.log_prob
     with pytest.raises(ValueError, match="patience was 1, is None"):
         cnf.compare(x, ["nsf"], w2_points=10, **{**settings, "patience": None}, resume=True)
 

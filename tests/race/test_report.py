@@ -84,7 +84,7 @@ def edited(results, tmp_path, monkeypatch):
     mine = copy.copy(results)
     mine.entries = [copy.copy(entry) for entry in results.entries]
     for entry in mine.entries:
-        entry.scores = dict(entry.scores)
+        entry.scores, entry.log_prob = dict(entry.scores), []
     return mine, lambda: Page(write_report(mine, tmp_path).read_text())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from rich.console import Console
 
 from cnf.metrics.estimate import number
@@ -25,6 +26,33 @@ def test_standard_error_of_the_mean_is_of_seeds_and_points_together(race):
     error = race(seeds=(0, 1, 2)).standard_error("cnf", "gap")
     assert error == pytest.approx(math.hypot(0.004, 0.01 / math.sqrt(3)))
     assert race(seeds=(0,)).standard_error("cnf", "gap") == 0.004
+
+
+def test_difference_over_the_same_points_is_told_where_the_scores_errors_overlap(race):
+    """log q of the second is 0.3 ± 0.1 below that of the first; both vary by 5 over points."""
+    draw = torch.Generator().manual_seed(0)
+    hard, noise = 5 * torch.randn(400, generator=draw), 0.1 * torch.randn(400, generator=draw)
+    results = race(seeds=(0,))
+    for entry, behind in zip(results.entries, (0.0, 0.3 + noise), strict=True):
+        entry.log_prob = (hard - behind).tolist()
+        entry.scores |= {"gap": 1.0 + float(torch.as_tensor(behind).mean()), "gap_error": 0.25}
+    value, error = results.paired_difference("realnvp", "cnf")
+    assert value == pytest.approx(0.3 + noise.mean().item(), abs=1e-5)
+    assert error == pytest.approx(noise.std().item() / 20, rel=1e-3)
+    gap = results.columns[0]
+    assert gap.key == "gap" and not verdict.tie(results, gap, "cnf", "realnvp")
+    assert f"is next, {number(value, error)} nats behind" in verdict.lead(results)[0]
+    results.entries[1].log_prob[3] = -math.inf
+    assert results.paired_difference("realnvp", "cnf") is None
+    assert verdict.tie(results, gap, "cnf", "realnvp")
+
+
+def test_paired_error_adds_that_of_the_seeds(race):
+    results = race()
+    for entry in results.entries:
+        entry.log_prob = [1.0 + 0.2 * entry.seed, 2.0 + 0.2 * entry.seed]
+    error = results.paired_difference("cnf", "realnvp").error
+    assert error == pytest.approx(math.sqrt(2) * 0.1)  # the stdev of 0 and 0.2 over √2, of each
 
 
 def test_two_seeds_read_the_same_in_terminal_page_pictures_and_verdict(race):

@@ -169,3 +169,15 @@ def test_an_ode_that_comes_before_a_coarser_scale_is_refused():
 def test_flow_matching_of_several_odes_names_what_trains_them(flow, batch):
     with pytest.raises(TypeError, match="MultiscaleMatching"):
         FlowMatching().prepare(flow, batch)
+
+
+def test_data_are_taken_through_the_maps_between_the_odes():
+    ode = cnf.models.cnf(3, preprocess=None).transform
+    rolled = cnf.transforms.Permutation(3, [1, 2, 0])
+    flow = cnf.Flow(StandardNormal((3,)), Compose([ode, rolled])).double()
+    x = torch.arange(6.0).reshape(2, 3).double()
+    rows = MultiscaleMatching().prepare(flow, Batch(x))
+    torch.testing.assert_close(rolled(rows.x1)[0], x)
+    v = ode.field(rows.t[:, 0], rows.x0 + rows.t * (rows.x1 - rows.x0))
+    expected = (v - (rows.x1 - rows.x0)).square().sum(1)
+    torch.testing.assert_close(MultiscaleMatching().per_row(flow, rows), expected)

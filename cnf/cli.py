@@ -29,6 +29,7 @@ from cnf.metrics import Estimate
 from cnf.metrics.code_length import bits_in_nats
 from cnf.objectives import OBJECTIVES
 from cnf.random import stream
+from cnf.sampling import guided
 from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
 from cnf.training.history import held_out_nll
@@ -188,6 +189,7 @@ def sample(
     seed: int = 0,
     steps: int | None = None,
     context: list[str] | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Draw points from a trained flow and write them to a file.
 
@@ -200,8 +202,12 @@ def sample(
         steps: Number of midpoint steps to sample a continuous flow in, instead of its own solver.
         context: Condition of the samples: a value or label for each context column in order, or
             name=value, such as species=cat,age=3.
+        guidance: Weight of the context by classifier-free guidance: 1 changes nothing, above it
+            counts for more. The model needs --options.null_context true, and its training
+            --objective_options.context_dropout 0.1.
 
     Raises:
+        TypeError: Guidance is asked of a flow that was built without null_context.
         ValueError: A setting is out of range, the file exists, or the context does not fit.
     """
     if n < 1:
@@ -212,6 +218,8 @@ def sample(
     expect_writable("sample", output, endings)  # before the draws, which may take long
     if steps is not None:
         flow = flow.with_solver(Solver("midpoint", steps=steps))
+    if guidance is not None:
+        flow = guided(flow, guidance)
     reading = _columns(read_config(run)) if (run / "config.yaml").is_file() else Columns()
     given = None
     if context is not None:  # in float64: float32 would round a time in seconds

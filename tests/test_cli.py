@@ -17,6 +17,7 @@ import torch
 import cnf
 from cnf import cli
 from cnf.race.contestants import CONTESTANTS, RACE
+from cnf.sampling import guided
 
 SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
 SMALL += ["--batch_size", "32", "--validation_rows", "100"]
@@ -282,6 +283,26 @@ def test_samples_have_the_names_of_the_columns_and_the_context_asked_for(own, ca
         draw = torch.Generator().manual_seed(5)
         want = flow.sample((4,), torch.tensor([0.0, 1.0]), generator=draw)
         np.testing.assert_allclose(drawn, want.numpy(), rtol=1e-6)
+
+
+def test_samples_are_guided_by_the_weight_asked_for(call, refused, tmp_path):
+    torch.manual_seed(0)
+    flow = cnf.models.cnf(2, context=1, null_context=True, hidden=(8,))
+    with torch.no_grad():
+        for weight in flow.parameters():
+            weight += 0.3 * torch.randn_like(weight)
+    file, output = cnf.save(flow, tmp_path / "flow.safetensors"), tmp_path / "x.npy"
+    given = ["--context", "0.5", "--seed", "5", "-n", "4"]
+    code, _, errors = call("sample", file, output, *given, "--guidance", "3")
+    assert code == 0, errors
+    draw = torch.Generator().manual_seed(5)
+    want = guided(flow, 3.0).sample((4,), torch.tensor([0.5]), generator=draw)
+    np.testing.assert_allclose(np.load(output), want.numpy(), rtol=1e-6)
+    plain = flow.sample((4,), torch.tensor([0.5]), generator=torch.Generator().manual_seed(5))
+    assert (want - plain).abs().max() > 1e-3
+    without = cnf.save(cnf.models.cnf(2, context=1), tmp_path / "without.safetensors")
+    message = refused("sample", without, tmp_path / "y.npy", *given, "--guidance", "3")
+    assert "null_context=True" in message
 
 
 def test_context_is_parsed_in_float64(call, tmp_path, monkeypatch):

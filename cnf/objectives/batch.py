@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.errors import expect_weights
+from cnf.precision import widest
 from cnf.random import draw
 
 
@@ -57,15 +58,17 @@ class RowTensors:
         size = len(next(iter(vars(self).values())))
         if size < processes:
             raise ValueError(
-                f"fit: expected batches of at least {processes} rows, one for each process, got "
-                f"one of {size}; make larger batches: DataLoader(…, batch_size=256)"
+                f"fit: expected batches of at least {processes} rows, one for each process or "
+                f"part of accumulate, got one of {size}; make larger ones: batch_size=256"
             )
         first, last = rank * size // processes, (rank + 1) * size // processes
         own = self.map(lambda value: value[first:last])
         if own.weight is None or self.weight is None:
             return own, (last - first) * processes / size
-        whole = self.weight.sum()
-        return own, (own.weight.sum() * processes / whole).item() if whole > 0 else 1.0
+        exact = widest(self.weight.device)  # in float32, parts would not quite make the whole
+        whole = self.weight.sum(dtype=exact)
+        part = own.weight.sum(dtype=exact)
+        return own, (part * processes / whole).item() if whole > 0 else 1.0
 
 
 @dataclass

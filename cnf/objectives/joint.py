@@ -24,8 +24,9 @@ class JointRows:
 
     def shared(self, rank: int, processes: int) -> "tuple[JointRows, float]":
         """One process's rows of each term, whose weights may differ."""
-        terms, shares = zip(*(term.shared(rank, processes) for term in self.terms), strict=True)
-        return JointRows(terms, shares), 1.0
+        parts = [term.shared(rank, processes) for term in self.terms]
+        shares = (own * share for own, (_, share) in zip(self.shares, parts, strict=True))
+        return JointRows(tuple(term for term, _ in parts), tuple(shares)), 1.0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "JointRows":
         """The same with `function` applied to each tensor of each term."""

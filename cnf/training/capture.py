@@ -156,8 +156,7 @@ class CapturedLearner(Learner):
     def _update(self, rows: Prepared) -> Loss:
         """One step that reads no value on the host."""
         self._adam.zero_grad(set_to_none=True)
-        loss = self._loss(rows)
-        loss.value.backward()
+        loss = self._with_gradient(rows)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or torch.inf)
         bad = ~torch.isfinite(norm + loss.value.detach())
         self._leave_out_if(bad.float())
@@ -165,6 +164,12 @@ class CapturedLearner(Learner):
         self._count(bad)
         self._average_unless(bad)
         return Loss(loss.value.detach(), loss.metrics)  # nothing keeps the autograd graph alive
+
+    def _loss_of(self, rows: Prepared) -> Loss:
+        return super()._loss_of(rows) if self._refused else self._loss(rows)
+
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(loss) if self._refused else loss.backward()
 
     def _leave_out_if(self, bad: Tensor | None) -> None:
         """Tell the fused optimizer to skip its update where `bad` is 1, as a GradScaler does."""

@@ -20,7 +20,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
 
 _LEAST = {  # of the whole numbers
-    **dict.fromkeys(("steps", "batch_size", "validation_rows", "patience", "devices"), 1),
+    **dict.fromkeys(
+        ("steps", "batch_size", "accumulate", "validation_rows", "patience", "devices"), 1
+    ),
     "validations": 0,
     "seed": -(2**63),
 }
@@ -37,6 +39,8 @@ class TrainConfig:
             is given.
         batch_size: Rows per step, over all processes together; null for 1,024, of
             pictures 64, or as many as a smaller table has.
+        accumulate: Parts in which a batch's gradient is added up: memory is that of one part, and
+            the numbers are those of the whole batch.
         lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
             for likelihood, or the model's (otflow's likelihood: 0.1).
         optimizer: "adam" or "adamw".
@@ -81,6 +85,7 @@ class TrainConfig:
     steps: int | None = None
     seconds: float | None = None
     batch_size: int | None = None
+    accumulate: int = 1
     lr: float | None = None
     optimizer: str = "adam"
     weight_decay: float = 0.0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -147,9 +148,8 @@ class Learner:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        loss = self._fabric_loss(rows)
         self._optimizer.zero_grad(set_to_none=True)
-        self._backward(loss.value if share == 1.0 else share * loss.value)
+        loss = self._with_gradient(rows, share)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         if not torch.isfinite(norm + self._over_processes(loss.value.detach())):
             self._skip(loss)
@@ -158,6 +158,28 @@ class Learner:
         self._optimizer.step()
         self._average()
         return loss
+
+    def _with_gradient(self, rows: Prepared, share: float = 1.0) -> Loss:
+        """The loss, its gradient added up in the parameters over the parts of the rows."""
+        count = self.config.accumulate
+        if count == 1:
+            return self._backward_of(rows, share)
+        parts = []
+        for k in range(count):
+            part, weight = rows.shared(k, count)
+            alone = self.fabric.no_backward_sync(self._fabric_loss)
+            with alone if k + 1 < count else nullcontext():
+                loss = self._backward_of(part, share * weight / count)
+            parts.append((weight / count, loss))
+        return _total(parts)
+
+    def _backward_of(self, rows: Prepared, share: float) -> Loss:
+        loss = self._loss_of(rows)
+        self._backward(loss.value if share == 1.0 else share * loss.value)
+        return loss
+
+    def _loss_of(self, rows: Prepared) -> Loss:
+        return self._fabric_loss(rows)
 
     def _backward(self, loss: Tensor) -> None:
         try:
@@ -244,6 +266,18 @@ class Learner:
             _expect_like("step", found["step"], torch.Size(), torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 _expect_like(name, found[name], weight.shape, weight.dtype)
+
+
+def _total(parts: list[tuple[float, Loss]]) -> Loss:
+    """The loss of all rows, from the weights and losses of their parts."""
+    weights, losses = zip(*parts, strict=True)
+
+    def total(values: list[Tensor]) -> Tensor:
+        return torch.stack([w * v.detach() for w, v in zip(weights, values, strict=True)]).sum(0)
+
+    names = losses[0].metrics
+    metrics = {name: total([loss.metrics[name] for loss in losses]) for name in names}
+    return Loss(total([loss.value for loss in losses]), metrics)
 
 
 def _expect_like(name: str, value: Any, shape: torch.Size, dtype: torch.dtype) -> None:

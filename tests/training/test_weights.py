@@ -90,7 +90,10 @@ def test_shards_partition_the_batch_and_average_to_its_mean(processes):
 
 
 def test_batch_with_fewer_rows_than_processes_is_refused():
-    with pytest.raises(ValueError, match="at least 4 rows, one for each process, got one of 3"):
+    with pytest.raises(
+        ValueError,
+        match="at least 4 rows, one for each process or part of accumulate, got one of 3",
+    ):
         Batch(torch.ones(3, 2)).shared(0, 4)
 
 

@@ -690,8 +690,9 @@ def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
         f"Flow.log_prob: the exact divergence of {type(field).__name__} takes "
         f"{math.prod(field.event_shape)} tangents of each of {rows} rows, {each:.3g} s for an "
         f"evaluation: {'' if known else 'at least '}{total:.3g} minutes for {count} by "
-        f"{solver.method}. For an estimate at the price of a few, call "
-        "log_prob(x, divergence=Hutchinson(probes=8)); Solver('rk4', steps=8) takes 32"
+        f"{solver.method}. For an estimate at the price of a few, give the "
+        "call divergence=Hutchinson(probes=8), as in log_prob(x, divergence=…); "
+        "Solver('rk4', steps=8) takes 32"
     )
 
 

@@ -126,3 +126,19 @@ def test_loss_is_the_mean_of_losses_of_single_rows(objective, weight, small_flow
     expected = objective(flow, batch).value
     torch.testing.assert_close((rows * weight).sum() / weight.sum(), expected, rtol=0, atol=1e-7)
     assert torch.equal(rows, objective.per_row(flow, Batch(x), seeded())) or weight[0] == 0
+
+
+def test_parts_of_parts_add_up_to_the_whole():
+    """As where each of two processes adds up its gradient over two parts."""
+    torch.manual_seed(0)
+    flow, x = cnf.models.cnf(2, hidden=(4,)).double(), torch.randn(7, 2).double()
+    fixed = MaximumLikelihood(solver=cnf.Solver("rk4", steps=2))  # adaptive steps see all rows
+    joint = Joint(terms=(FlowMatching(), fixed))
+    rows = joint.prepare(flow, Batch(x, weight=torch.arange(1.0, 8.0).double()))
+    total = 0.0
+    for process in (0, 1):
+        own, share = rows.shared(process, 2)
+        for part in (0, 1):
+            mine, weight = own.shared(part, 2)
+            total += share * weight * joint(flow, mine).value.item() / 4
+    assert total == pytest.approx(joint(flow, rows).value.item(), rel=1e-12)

@@ -207,8 +207,9 @@ def sample(
             --objective_options.context_dropout 0.1.
 
     Raises:
-        TypeError: Guidance is asked of a flow that was built without null_context.
-        ValueError: A setting is out of range, the file exists, or the context does not fit.
+        TypeError: Guidance is asked of a flow that is not continuous.
+        ValueError: A setting is out of range, the file exists, the context does not fit, or
+            guidance is asked of a flow that was built without null_context.
     """
     if n < 1:
         raise ValueError(f"expected --n to be at least 1, got {n}")

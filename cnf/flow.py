@@ -18,7 +18,7 @@ from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_dist
 from cnf.dynamics.divergence import (
     DIVERGENCES,
     Divergence,
-    Exact,
+    is_exact,
     probes_of,
     seconds_of_exact,
     traced_field,
@@ -566,7 +566,7 @@ class Flow(nn.Module):
             return
         rows = y[(..., *[0] * len(self.event_shape))].numel()
         for part in transforms_in(transform):
-            if not isinstance(part, Continuous) or not _is_exact(part.divergence) or not rows:
+            if not isinstance(part, Continuous) or not is_exact(part.divergence) or not rows:
                 continue
             field = traced_field(part.field)
             if field is None or math.prod(field.event_shape) < MANY:
@@ -676,10 +676,6 @@ class Flow(nn.Module):
 
 
 _SECONDS: WeakKeyDictionary[VectorField, float] = WeakKeyDictionary()  # see `seconds_of_exact`
-
-
-def _is_exact(divergence: str | Divergence | None) -> bool:
-    return divergence is not None and isinstance(DIVERGENCES.build(divergence), Exact)
 
 
 def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:

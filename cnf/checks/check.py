@@ -15,7 +15,7 @@ from cnf.checks.gradients import gradients
 from cnf.checks.one_probe import OneProbe
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
-from cnf.dynamics.divergence import AFFORDABLE, exact_directions
+from cnf.dynamics.divergence import AFFORDABLE, exact_directions, is_exact
 from cnf.errors import abbreviated, expect_counts, expect_event, expect_finite
 from cnf.flow import Flow
 from cnf.random import preserved, reseed
@@ -154,7 +154,7 @@ def check(
         size = max(exact_directions(part.field) for part in costly)
         notes.append(
             f"an exact trace takes {size} directions for each evaluation: log-determinants are "
-            f"those of one probe, the same in every call, at {n} points"
+            f"those of one probe, the same in every call, and all was asked at {n} points only"
         )
     with _untouched(flow, seed), torch.no_grad():
         try:
@@ -167,8 +167,9 @@ def check(
 def _costly(flow: Flow) -> Iterator[Continuous]:
     """The ODEs whose exact trace is out of reach for as many solves as checks take."""
     for part in flow.modules():
-        if isinstance(part, Continuous) and exact_directions(part.field) > AFFORDABLE:
-            yield part
+        if isinstance(part, Continuous) and is_exact(part.divergence):
+            if exact_directions(part.field) > AFFORDABLE:
+                yield part
 
 
 def _of_context(flow: Flow, row: Tensor) -> str:

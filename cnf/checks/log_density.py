@@ -104,7 +104,7 @@ def log_determinant(case: Case) -> list[Outcome]:
     if size > JACOBIAN_LIMIT:
         raise NotApplicable(f"a Jacobian of {size} columns is out of reach; check a smaller flow")
     if any(isinstance(part.divergence, OneProbe) for part in case.continuous):
-        raise NotApplicable("one probe of a trace is none; check a flow of smaller events")
+        raise NotApplicable("the trace is estimated here; check the model at a smaller size")
     outcomes = []
     for flow in (case.exact, case.double) if case.continuous else (case.exact,):
         x, z, context = case.rows(flow, 6)

@@ -141,7 +141,7 @@ def _expect_channels_first(shape: tuple[int, ...]) -> None:
 
 
 def _labels(labels: Any, n: int) -> Tensor:
-    if np.asarray(labels).dtype.kind in "USO":
+    if not isinstance(labels, Tensor) and np.asarray(labels).dtype.kind in "USO":
         raise ValueError(
             f"Images: expected labels to be whole numbers from 0, got texts; {NUMBERED}"
         )

@@ -256,6 +256,11 @@ class Hutchinson(Divergence):
         return Rates(v, estimates.movedim(0, -1), None if sketched else products)
 
 
+def is_exact(divergence: str | Divergence | None) -> bool:
+    """Whether it is the exact divergence, by name or as an instance."""
+    return divergence is not None and isinstance(DIVERGENCES.build(divergence), Exact)
+
+
 def probes_of(divergence: str | Divergence | None) -> Tensor | None:
     """The given probes, which are for all rows at once; None if each solve draws its own."""
     return divergence.probe if isinstance(divergence, Hutchinson) else None

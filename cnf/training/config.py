@@ -40,7 +40,8 @@ class TrainConfig:
         batch_size: Rows per step, over all processes together; null for 1,024, of
             pictures 64, or as many as a smaller table has.
         accumulate: Parts in which a batch's gradient is added up: memory is that of one part, and
-            the numbers are those of the whole batch.
+            the numbers are those of the whole batch, but for adaptive solvers and batch
+            normalization, which see the rows of a part.
         lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
             for likelihood, or the model's (otflow's likelihood: 0.1).
         optimizer: "adam" or "adamw".

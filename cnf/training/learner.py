@@ -170,7 +170,8 @@ class Learner:
             alone = self.fabric.no_backward_sync(self._fabric_loss)
             with alone if k + 1 < count else nullcontext():
                 loss = self._backward_of(part, share * weight / count)
-            parts.append((weight / count, loss))
+            # Without its graph, which may keep what the part's backward pass needed.
+            parts.append((weight / count, loss._replace(value=loss.value.detach())))
         return _total(parts)
 
     def _backward_of(self, rows: Prepared, share: float) -> Loss:
@@ -273,7 +274,7 @@ def _total(parts: list[tuple[float, Loss]]) -> Loss:
     weights, losses = zip(*parts, strict=True)
 
     def total(values: list[Tensor]) -> Tensor:
-        return torch.stack([w * v.detach() for w, v in zip(weights, values, strict=True)]).sum(0)
+        return torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0)
 
     names = losses[0].metrics
     metrics = {name: total([loss.metrics[name] for loss in losses]) for name in names}

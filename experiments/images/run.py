@@ -286,11 +286,16 @@ def main() -> None:
     if len(asked.models) == 1:
         return run_row(config, asked.set, asked.models[0], asked)
 
-    def process(row: str) -> int:
-        return subprocess.run([sys.executable, *sys.argv, "--models", row]).returncode
+    before = {row: config["models"][row].get("after") for row in asked.models}
 
+    def process(row: str) -> int:
+        """How many failed of a row and of those that go on with it, one after the other."""
+        failed = subprocess.run([sys.executable, *sys.argv, "--models", row]).returncode != 0
+        return failed + sum(process(other) for other in before if before[other] == row)
+
+    first = [row for row in before if before[row] not in before]
     with ThreadPoolExecutor(asked.together) as pool:
-        failed = sum(map(bool, pool.map(process, asked.models)))
+        failed = sum(pool.map(process, first))
     raise SystemExit(failed)
 
 

@@ -578,3 +578,10 @@ def test_flows_of_large_pictures_are_checked_by_one_probe(share, monkeypatch):
     assert "6 directions" in str(report) and "at 2 points" in str(report)
     assert report["gradients"].passed
     assert {f.name for f in report.failures} == ({"batch independence"} if share else set())
+
+
+def test_estimates_that_were_not_asked_for_are_found_in_flows_of_large_pictures(monkeypatch):
+    monkeypatch.setattr(sys.modules["cnf.checks.check"], "AFFORDABLE", 4)
+    report = check(continuous(Pictures(), Solver("rk4", steps=2), divergence="hutchinson"))
+    assert "without being asked for one" in report["determinism"].message
+    assert report["determinism"].passed is False

@@ -15,6 +15,11 @@ from cnf.transforms import Standardize
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
 
 @pytest.fixture(autouse=True)
 def _same_first_weights():
@@ -71,6 +76,26 @@ def small_flow(randomized):
         return randomized(cnf.models.build(name, dim=dim, **options), gain)
 
     return build
+
+
+@pytest.fixture
+def pretended():
+    """The device of `tests/pretended.py`, which counts kernels and waits."""
+    from tests.pretended import pretended_device
+
+    with pretended_device() as there:
+        yield there
+
+
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=CUDA)])
+def device(request):
+    """A device other than the CPU: a pretended one anywhere, and CUDA's where there is one."""
+    if request.param == "cuda":
+        return torch.device("cuda", 0)
+    request.getfixturevalue("pretended")
+    from tests.pretended import DEVICE
+
+    return DEVICE
 
 
 def pytest_configure(config):

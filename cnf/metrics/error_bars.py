@@ -110,7 +110,7 @@ def _scored(
     flow: Flow, x: Tensor, context: Tensor | None, divergence: Divergence | None, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     """The log-density, and, where it is estimated, each probe's, shape (probes, *batch)."""
-    generator = Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
     if divergence is None or not number_of_probes(divergence):
         return flow.log_prob(x, context, divergence=divergence, generator=generator), None
     value, solved = flow.log_prob_and_integral(

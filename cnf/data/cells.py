@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnf.data.density import Toy, uniform
+from cnf.data.density import Table, Toy, uniform
 
 
 class Cells(Toy):
@@ -31,35 +31,34 @@ class Cells(Toy):
         super().__init__(name, low, high, (columns, rows))
         area = (high[0] - low[0]) * (high[1] - low[1]) / weights.numel()
         mass = weights.double() / weights.double().sum()
-        self._cumulative = mass.flatten().cumsum(0)
-        self._log_weights = (mass / area).log()
+        self._cumulative = Table(mass.flatten().cumsum(0))
+        self._log_weights = Table((mass / area).log())
         self._edges = [
-            torch.linspace(low[axis], high[axis], n + 1, dtype=torch.float64)
+            Table(torch.linspace(low[axis], high[axis], n + 1, dtype=torch.float64))
             for axis, n in enumerate((columns, rows))
         ]
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         u = uniform(n, generator=generator)
-        cumulative = self._cumulative.to(u.device)
+        cumulative = self._cumulative.on(u.device)
+        edges = [table.on(u.device) for table in self._edges]
         # right=True skips cells without mass, whose cumulative mass is that of the cell before
         cell = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-        columns = len(self._edges[0]) - 1
+        columns = len(edges[0]) - 1
         fraction = uniform(n, 2, generator=generator)
         index = torch.stack([cell % columns, cell // columns], -1)
-        return torch.stack(
-            [points_in(self._edges[k].to(u.device), index[:, k], fraction[:, k]) for k in (0, 1)],
-            -1,
-        )
+        return torch.stack([points_in(edges[k], index[:, k], fraction[:, k]) for k in (0, 1)], -1)
 
     def _log_density(self, x: Tensor) -> Tensor:
         inside = torch.ones_like(x[:, 0], dtype=torch.bool)
         index = []
-        for edges, values in zip(self._edges, x.detach().unbind(-1), strict=True):
-            cell = torch.bucketize(values.contiguous(), edges.to(x.device), right=True) - 1
+        for table, values in zip(self._edges, x.detach().unbind(-1), strict=True):
+            edges = table.on(x.device)
+            cell = torch.bucketize(values.contiguous(), edges, right=True) - 1
             inside &= (cell >= 0) & (cell < len(edges) - 1)
             index.append(cell.clamp(0, len(edges) - 2))
-        table = self._log_weights.to(x.device)[index[1], index[0]]
-        return table.where(inside, -torch.inf)
+        log_weights = self._log_weights.on(x.device)[index[1], index[0]]
+        return log_weights.where(inside, -torch.inf)
 
 
 def points_in(edges: Tensor, cell: Tensor, fraction: Tensor) -> Tensor:

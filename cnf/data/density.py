@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,29 @@ class Toy(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+
+class Table:
+    """A constant tensor that is copied to each device once, as a copy waits for a GPU.
+
+    >>> Table(torch.tensor([1.0, 2.0])).on(torch.device("cpu"))
+    tensor([1., 2.])
+
+    Args:
+        value: The tensor.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._copies = {value.device: value}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on a device."""
+        if device not in self._copies:
+            self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
+
+    def __reduce__(self) -> Any:  # a process that reads it may have other devices
+        return Table, (next(iter(self._copies.values())),)
 
 
 def expect_count(who: str, n: object) -> None:

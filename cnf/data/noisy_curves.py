@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnf.data.density import Toy, cells, choice, grouped_logsumexp, normal, uniform
+from cnf.data.density import Table, Toy, cells, choice, grouped_logsumexp, normal, uniform
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,15 @@ class Curves(Toy):
         return points[arm, torch.arange(n, device=arm.device)] + self.noise.draw(n, generator)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        centers, log_weights = (tensor.to(x.device) for tensor in self._mixture)
+        centers, log_weights = (table.on(x.device) for table in self._mixture)
         return self.noise.log_mixture(x, centers, log_weights)
 
     @cached_property
-    def _mixture(self) -> tuple[Tensor, Tensor]:
+    def _mixture(self) -> tuple[Table, Table]:
         v, weights = legendre(self.nodes, self.power)
         points = self.arms(v)  # (K, nodes, 2)
         log_weights = (weights * self.power * v ** (self.power - 1) / len(points)).log()
-        return points.flatten(0, 1), log_weights.repeat(len(points))
+        return Table(points.flatten(0, 1)), Table(log_weights.repeat(len(points)))
 
 
 def legendre(nodes: int, power: int = 1, order: int = 16) -> tuple[Tensor, Tensor]:
@@ -170,6 +170,7 @@ class Rings(Toy):
 
     def __init__(self, name: str, radii: Sequence[float], sigma: float) -> None:
         self.radii, self.sigma = tuple(radii), sigma
+        self._radii = Table(torch.tensor(self.radii, dtype=torch.float64))
         edge = max(radii) + 5 * sigma
         side = cells(2 * edge, sigma)
         super().__init__(name, (-edge, -edge), (edge, edge), (side, side))
@@ -177,13 +178,13 @@ class Rings(Toy):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         angle = 2 * math.pi * uniform(n, generator=generator)
         ring = choice(len(self.radii), n, generator)
-        radius = torch.tensor(self.radii, dtype=angle.dtype, device=angle.device)[ring, None]
+        radius = self._radii.on(angle.device)[ring, None]
         circle = torch.stack([angle.cos(), angle.sin()], -1)
         return radius * circle + self.sigma * normal(n, 2, generator=generator)
 
     def _log_density(self, x: Tensor) -> Tensor:
         r = torch.linalg.vector_norm(x, dim=-1)[:, None]
-        radii = torch.tensor(self.radii, dtype=x.dtype, device=x.device)
+        radii = self._radii.on(x.device)
         variance = self.sigma**2
         # With i0e(z) = e^{-z} I0(z), the exponent is the squared distance to the circle.
         terms = torch.special.i0e(r * radii / variance).log() - (r - radii).square() / (

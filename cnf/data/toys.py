@@ -92,8 +92,8 @@ def moons() -> Toy:
 def _moons(scale: float, shift: tuple[float, float]) -> Callable[[Tensor], Tensor]:
     def arms(v: Tensor) -> Tensor:
         cos, sin = (math.pi * v).cos(), (math.pi * v).sin()
-        upper, lower = torch.stack([cos, sin], -1), torch.stack([1 - cos, 0.5 - sin], -1)
-        return scale * torch.stack([upper, lower]) - v.new_tensor(shift)
+        both = torch.stack([cos, 1 - cos]), torch.stack([sin, 0.5 - sin])
+        return torch.stack([scale * x - by for x, by in zip(both, shift, strict=True)], -1)
 
     return arms
 

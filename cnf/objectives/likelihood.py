@@ -80,7 +80,6 @@ class MaximumLikelihood(Objective):
 
     needs_data = True
     solves = True
-    capturable = True
 
     divergence: Any = None
     penalties: Mapping[str, float] | None = None
@@ -99,6 +98,11 @@ class MaximumLikelihood(Objective):
             expect_positive("MaximumLikelihood", **{name: weight})
         if not 0 <= self.steer < 1:
             raise ValueError(f"MaximumLikelihood: expected 0 <= steer < 1, got {self.steer}")
+
+    @property
+    def capturable(self) -> bool:
+        """Not with STEER: the end time, which the host reads, determines the number of steps."""
+        return not self.steer
 
     def begin(
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator

@@ -24,6 +24,7 @@ import convolutions
 import couplings
 import discrete
 import imports
+import launches
 import likelihood
 import logprob
 import matching
@@ -44,7 +45,7 @@ QUESTIONS = {
     "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
-    "unet": unet, "convolutions": convolutions,
+    "unet": unet, "convolutions": convolutions, "launches": launches,
 }  # fmt: skip
 
 

@@ -117,12 +117,14 @@ def _tables(results: dict) -> str:
         about, found = results[name]["about"], results[name]["found"]
         host = about["machine"]
         where = host["gpu"] if about["device"] == "cuda" else host["processor"]
+        made_by = [
+            f"Revision {host['revision']}", where, f"{about['threads']} threads",
+            *(f"{tool} {host[tool]}" for tool in ("torch", "torchdiffeq")),
+            *(f"{peer} {about[peer]}" for peer in PEERS if peer in about),
+        ]  # fmt: skip
         parts.append(
             f"## {name}\n\n{QUESTIONS[name].__doc__}\n\n{QUESTIONS[name].table(found)}\n\n"
-            f"Revision {host['revision']}, {where}, {about['threads']} threads, "
-            f"torch {host['torch']}, torchdiffeq {host['torchdiffeq']}, "
-            + ", ".join(f"{peer} {about[peer]}" for peer in PEERS if peer in about)
-            + ".\n"
+            f"{', '.join(made_by)}.\n"
         )
     return "\n".join(parts)
 

@@ -59,6 +59,11 @@ def device_of(
     return None if like is None else like.device
 
 
+def draws_itself(device: torch.device) -> bool:
+    """Whether a step's draws are made on the device: a CPU would draw for long, and copy."""
+    return device.type == "cuda"
+
+
 def draw(
     sampler: Callable[..., Tensor],
     shape: Sequence[int],

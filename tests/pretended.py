@@ -265,6 +265,11 @@ def launch_fabric(config, dtype):
     return fabric
 
 
+def is_other(device):
+    """Whether a device is another than the CPU."""
+    return device.type != "cpu"
+
+
 def of_cpu(function):
     """A function of a type of device, which takes the pretended one for a CPU."""
 
@@ -296,6 +301,7 @@ def pretended_device() -> Iterator[PretendedDevice]:
             ("torch.utils._foreach_utils._foreach_supported_types", [torch.Tensor, Pretended]),
             ("cnf.training.config.DEVICES", (*DEVICES, DEVICE.type)),
             ("cnf.training.learner.launch_fabric", launch_fabric),
+            *((f"cnf.training.{module}.draws_itself", is_other) for module in ("loop", "stream")),
         ):
             stack.enter_context(mock.patch(name, value))
         yield stack.enter_context(PretendedDevice())

@@ -13,7 +13,7 @@ from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
-from cnf.random import preserved, reseed, stream, stream_seed
+from cnf.random import draws_itself, preserved, reseed, stream, stream_seed
 from cnf.training import checkpoint
 from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
@@ -237,8 +237,7 @@ class _Trainer:
         """This process's rows of a step, and the weight of their loss."""
         seed, device = self.config.seed, self.fabric.device
         reseed(stream_seed(seed, "module", step, self.fabric.global_rank), device)  # dropout
-        # Draws are made where they are used: a CPU would draw for long, and copy.
-        drawing = device if device.type == "cuda" else "cpu"
+        drawing = device if draws_itself(device) else "cpu"
         generator = stream(seed, "step", step, device=drawing)
         batch = self.placed(self.stream.batch(step, generator))
         if step == 0:

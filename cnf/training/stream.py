@@ -21,7 +21,7 @@ from cnf.distributions import Base, FromTorch, as_base
 from cnf.errors import warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
-from cnf.random import preserved, reseed, stream, stream_seed
+from cnf.random import draws_itself, preserved, reseed, stream, stream_seed
 from cnf.training.batches import as_batch, drop_zero_weights, first_rows, in_memory, is_batch
 from cnf.training.config import BATCH_SIZE, PICTURES, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
@@ -206,7 +206,7 @@ class RowStream(Stream):
 
     def move(self, device: torch.device) -> None:
         """Copy rows to a GPU, unless they are large: no step then waits for a copy."""
-        if device.type == "cuda":
+        if draws_itself(device):
             self.data.move(device)
 
     def fingerprint(self) -> str:

@@ -142,6 +142,28 @@ def test_the_host_waits_for_nothing_while_a_toy_draws(name, pretended):
     assert pretended.waits == []
 
 
+@pytest.mark.parametrize("data", ["a toy", "a table", "a table with weights"])
+@pytest.mark.parametrize("objective", ["flow-matching", "maximum-likelihood"])
+def test_fit_waits_at_most_once_for_a_step(objective, data, pretended, monkeypatch):
+    monkeypatch.setattr("cnf.training.loop.RECORDS", 1)  # what is logged is read
+    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    given = cnf.data.toy("moons") if data == "a toy" else rows
+    weight = torch.ones(64) if data == "a table with weights" else None
+
+    def waits(steps):
+        flow = model("cnf" if objective == "flow-matching" else "realnvp")()
+        config = cnf.TrainConfig(
+            steps=steps, batch_size=8, device=DEVICE.type, progress=False, validations=0,
+            validation_rows=16,
+        )  # fmt: skip
+        pretended.forget()
+        cnf.fit(flow, objective, given, config, weight=weight)
+        return pretended.waits
+
+    waits(1)  # a toy copies its tables once
+    assert len(waits(6)) - len(waits(2)) <= 4
+
+
 def test_a_step_whose_length_is_drawn_claims_no_capture(pretended):
     objective = cnf.MaximumLikelihood(steer=0.5)
     assert not objective.capturable and not Joint((cnf.FlowMatching(), objective)).capturable

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +80,18 @@ class TooMuchMemory(Exception):
     """The graph of a solve exceeds the memory limit of `gradient="auto"`."""
 
 
+class StepFailed(Exception):
+    """An adaptive method cannot take a further step.
+
+    Args:
+        finite: Whether all values were finite, so that the steps have become too small.
+    """
+
+    def __init__(self, finite: bool) -> None:
+        super().__init__("the step is too small" if finite else "values are not finite")
+        self.finite = finite
+
+
 class InstrumentedDynamics:
     """Dynamics that count and limit their evaluations, and explain failures by the last one."""
 
@@ -93,8 +104,6 @@ class InstrumentedDynamics:
         self.limit: float | None = None  # largest size of the graph in bytes
         self.saved = 0  # bytes that one evaluation adds to the graph
         self.restart(start)
-        if solver.method != "scipy_solver":  # it has no callback
-            self.callback_step_adjoint = self._before_backward_step
         for stats in _recording.get():
             stats._counters.append(self.counts)
 
@@ -118,7 +127,7 @@ class InstrumentedDynamics:
         self.at = (t.detach(), tuple(part.detach() for part in state))
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
         # LSODA ignores NaN, and close to infinity reduces its steps until max_nfe.
-        if self.solver.method == "scipy_solver" and not _finite(rates):
+        if self.solver.method == "scipy_solver" and not all_finite(rates):
             raise self.explain()
         return rates
 
@@ -150,49 +159,33 @@ class InstrumentedDynamics:
             "Call flow.eval(), or remove the noise from the field.",
         )
 
-    def _before_backward_step(self, t: Tensor, state: State, dt: Tensor) -> None:
-        """Check a backward step, before torchdiffeq's assertions, which do not name the cause."""
-        self.check_gradients((dt, *state[1:3]))
-        if not self.solver.fixed and t + dt == t:
-            raise self.explain()
+    def check_gradients(self, parts: Sequence[Tensor]) -> None:
+        if not all_finite(parts):
+            raise self._gradient_error()
 
-    def check_gradients(self, parts: Sequence[Tensor | None]) -> None:
-        if not all(part is None or part.isfinite().all() for part in parts):
-            raise self.error(
-                "the gradient became NaN or infinite in the backward solve",
-                "Check the inputs' scale, clip gradients, or lower the learning rate.",
-            )
+    def _gradient_error(self) -> SolverError:
+        return self.error(
+            "the gradient became NaN or infinite in the backward solve",
+            "Check the inputs' scale, clip gradients, or lower the learning rate.",
+        )
 
     def start_backward(self, stop: float) -> None:
         """Count further evaluations as those of the backward pass."""
         self.in_forward = False
         self.restart(stop)
 
-    def instrument_adjoint(self, path: State, stop: float) -> None:
-        """Count the evaluations of each backward solve from zero, and check its result.
-
-        A second derivative is refused, as the adjoint would silently omit terms of it.
-        """
-        node: Any = path[0].grad_fn
-        while node is not None and not node.name().startswith("OdeintAdjoint"):
-            node = node.next_functions[0][0]
-        if node is None:
-            return
-
-        def before(_: Any) -> None:
-            if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(
-                    "solve: the adjoint has first derivatives only; for second ones "
-                    'take Solver(gradient="backprop")'
-                )
-            self.restart(stop)
-
-        node.register_prehook(before)
-        node.register_hook(lambda inputs, _: self.check_gradients(inputs))
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Raise the error with the cause where an adaptive method cannot take a further step."""
+        try:
+            yield
+        except StepFailed as failure:
+            finite = self.in_forward or failure.finite
+            raise (self.explain() if finite else self._gradient_error()) from failure
 
     def explain(self) -> SolverError:
         """The error with the cause of a failed solve, inferred from the last evaluation."""
-        if self.last is not None and not _finite(self.last[1]):
+        if self.last is not None and not all_finite(self.last[1]):
             return self.error(
                 "the field returned NaN or infinity",
                 "Check the inputs' scale, or lower the learning rate.",
@@ -204,8 +197,9 @@ class InstrumentedDynamics:
         )
 
 
-def _finite(parts: Sequence[Tensor]) -> bool:
-    return all(bool(part.isfinite().all()) for part in parts)
+def all_finite(parts: Sequence[Tensor]) -> bool:
+    """Whether no value is NaN or infinite; waits for the device once."""
+    return bool(torch.stack([part.isfinite().all() for part in parts]).all())
 
 
 def _saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, State]:

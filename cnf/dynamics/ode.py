@@ -1,30 +1,36 @@
-"""ODE solves by torchdiffeq, which no other file calls."""
+"""ODE solves by the methods of torchdiffeq, which no other file imports."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torchdiffeq
 from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
 
-from cnf.dynamics import fixed
+from cnf.dynamics import adaptive, fixed
+from cnf.dynamics.adaptive import Method, Norm, Tolerance
+from cnf.dynamics.adjoint import Integrate, solve_with_adjoint
 from cnf.dynamics.monitor import (
     Dynamics,
     InstrumentedDynamics,
     State,
     TooMuchMemory,
+    all_finite,
     count,
     record,
 )
-from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
+from cnf.dynamics.solver import ADAPTIVE, ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 from cnf.rematerialize import checkpointed
 
 __all__ = ["Dynamics", "Solution", "State", "count", "record", "solve", "solve_path"]
 
 GIB = 2**30
+METHODS = {name: Method.of(SOLVERS[name]) for name in ADAPTIVE if name != "scipy_solver"}
 FINEST = 5e-4  # least tolerance in units of eps: below it, rounding makes the step size collapse
 
 
@@ -115,15 +121,10 @@ def solve_path(
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
         return tuple(part.expand(len(times), *part.shape) for part in state), 0
     instrumented = InstrumentedDynamics(dynamics, solver, times[0])
-    try:
+    with instrumented.explaining():
         path = _differentiable(instrumented, state, times, params)
-    except AssertionError as error:
-        if not str(error).startswith(("underflow in dt", "non-finite values")):
-            raise  # the field's own
-        raise instrumented.explain() from error
     nfe = instrumented.nfe
-    finite = solver.has_error_control or all(values[-1].isfinite().all() for values in path)
-    if not finite:
+    if not (solver.has_error_control or all_finite(_last(path))):
         raise instrumented.explain()
     instrumented.start_backward(times[-1])
     return path, nfe
@@ -190,40 +191,30 @@ def _differentiable(
 
 
 def _odeint(dynamics: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
-    arguments = _arguments(dynamics.solver, times)
+    run = _integrator(dynamics.solver, times, _norm(dynamics.solver))
     if dynamics.solver.method in MULTISTEP and len(times) > 2:
         # They assume that the previous steps are equal, and so restart at each time.
-        return _solve_between(lambda y, a, b: _segment(dynamics, y, a, b, arguments), state, times)
-    return torchdiffeq.odeint(dynamics, state, _tensor(times, state), **arguments)  # pyright: ignore
+        return _solve_between(lambda y, *ends: _last(run(dynamics, y, ends)), state, times)
+    return run(dynamics, state, times)
 
 
 def _odeint_adjoint(
     dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     solver = dynamics.solver
-    arguments = _arguments(solver, times)
-    backward = {key: value for key, value in arguments["options"].items() if key != "norm"}
-    if "step_t" in backward and times[0] > times[-1]:
-        # torchdiffeq reverses time, but not these options. It would step past the end, where the
-        # field is not defined, and interpolate back.
-        backward["step_t"] = -backward["step_t"]
-    if solver.grid is not None and times[0] > times[-1]:
-        forward_grid = backward["grid_constructor"]
-        backward["grid_constructor"] = lambda func, y0, t: -forward_grid(func, y0, -t)
-    if solver.adjoint_norm == "seminorm" and solver.has_error_control:
-        backward["norm"] = "seminorm"
+    tolerances = {
+        "rtol": solver.adjoint_rtol or solver.rtol, "atol": solver.adjoint_atol or solver.atol
+    }  # fmt: skip
+    runs = (
+        _integrator(solver, times, _norm(solver)),
+        _integrator(replace(solver, **tolerances), times, _adjoint_norm(solver, len(state))),
+    )
 
     def run(state: State, *times: float) -> State:
-        path: Any = torchdiffeq.odeint_adjoint(
-            dynamics, state, _tensor(times, state), **arguments, adjoint_options=backward,
-            adjoint_rtol=solver.adjoint_rtol, adjoint_atol=solver.adjoint_atol,
-            adjoint_params=tuple(p for p in params if p.requires_grad),
-        )  # fmt: skip
-        dynamics.instrument_adjoint(path, times[-1])
-        return path
+        return solve_with_adjoint(dynamics, state, times, params, *runs)
 
     if solver.method in MULTISTEP and len(times) > 2:
-        return _solve_between(lambda y, a, b: _last(run(y, a, b)), state, times)
+        return _solve_between(lambda y, *ends: _last(run(y, *ends)), state, times)
     return run(state, *times)
 
 
@@ -231,7 +222,7 @@ def _checkpointed(
     dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     """Backprop that stores only the state between segments, and recomputes each segment."""
-    arguments = _arguments(dynamics.solver, times)
+    solve = _integrator(dynamics.solver, times, _norm(dynamics.solver))
     knots = times if len(times) > 2 else _knots(dynamics.solver, times[0], times[1])
 
     def run(state: State, t0: float, t1: float) -> State:
@@ -240,7 +231,7 @@ def _checkpointed(
                 dynamics.start = t0
             else:
                 dynamics.restart(t0)
-            return _segment(dynamics, state, t0, t1, arguments)
+            return _last(solve(dynamics, state, [t0, t1]))
 
         return checkpointed(segment, state, params)
 
@@ -257,16 +248,7 @@ def _solve_between(
     return tuple(torch.stack(values) for values in zip(*path, strict=True))
 
 
-def _segment(
-    dynamics: InstrumentedDynamics, state: State, t0: float, t1: float, arguments: dict[str, Any]
-) -> State:
-    if "step_t" in arguments["options"]:
-        options = {**arguments["options"], "step_t": torch.tensor([t0, t1], dtype=torch.float64)}
-        arguments = {**arguments, "options": options}
-    return _last(torchdiffeq.odeint(dynamics, state, _tensor((t0, t1), state), **arguments))
-
-
-def _last(path: Any) -> State:
+def _last(path: State) -> State:
     return tuple(values[-1] for values in path)
 
 
@@ -289,39 +271,69 @@ def _tensor(times: Sequence[float], state: State) -> Tensor:
     return torch.tensor(times, dtype=state[0].dtype, device=state[0].device)
 
 
-def _arguments(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if solver.fixed:
-        # torchdiffeq's step_size rounds up, so that 1/49 takes 50 steps. Times between the steps
-        # are added to the grid, as torchdiffeq would interpolate linearly there.
-        assert solver.steps is not None
-        width = abs(times[-1] - times[0]) / solver.steps
-
-        def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
-            t0, t1 = t[0].item(), t[-1].item()
-            if solver.grid is None:
-                steps = max(1, round(abs(t1 - t0) / width))
-                points = torch.linspace(t0, t1, steps + 1, dtype=t.dtype, device=t.device)
-            else:
-                points = t.new_tensor(_stops(solver, t0, t1))
-            if len(t) > 2:
-                # A point that differs from a time by rounding only would add a tiny step.
-                apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS
-                points = torch.cat([points[apart], t]).sort(descending=t0 > t1).values
-            return points
-
-        options["grid_constructor"] = grid
-        if solver.method in MULTISTEP:
-            options["max_order"] = 5  # explicit_adams is unstable with torchdiffeq's default, 12
-    elif solver.method != "scipy_solver":
-        # Step exactly to each time. Otherwise torchdiffeq steps past it and interpolates back,
-        # with an error that is not controlled, and evaluates the field outside of [t0, t1].
-        options["step_t"] = torch.tensor(times, dtype=torch.float64)
-        if solver.norm == "rows":
-            options["norm"] = _worst_row
-    return {
-        "method": solver.method, "rtol": solver.rtol, "atol": solver.atol, "options": options,
+def _integrator(solver: Solver, times: Sequence[float], norm: Norm) -> Integrate:
+    """The solver for all of the times, or for two that follow each other, in either direction."""
+    if solver.has_error_control:
+        method, tolerance = METHODS[solver.method], Tolerance(solver.rtol, solver.atol, norm)
+        return lambda dynamics, state, times: adaptive.integrate(
+            dynamics, state, times, method, tolerance
+        )
+    arguments: Any = {
+        "method": solver.method, "rtol": solver.rtol, "atol": solver.atol,
+        "options": _options(solver, times),
     }  # fmt: skip
+    odeint: Any = torchdiffeq.odeint
+    return lambda dynamics, state, times: odeint(
+        dynamics, state, _tensor(times, state), **arguments
+    )
+
+
+def _options(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
+    """The options by which torchdiffeq takes fixed steps, or SciPy its own."""
+    if solver.steps is None:
+        return {}
+    # torchdiffeq's step_size rounds up, so that 1/49 takes 50 steps. Times between the steps
+    # are added to the grid, as torchdiffeq would interpolate linearly there.
+    width = abs(times[-1] - times[0]) / solver.steps
+
+    def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
+        t0, t1 = t[0].item(), t[-1].item()
+        if solver.grid is None:
+            steps = max(1, round(abs(t1 - t0) / width))
+            points = torch.linspace(t0, t1, steps + 1, dtype=t.dtype, device=t.device)
+        else:
+            points = t.new_tensor(_stops(solver, t0, t1))
+        if len(t) > 2:
+            # A point that differs from a time by rounding only would add a tiny step.
+            apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS
+            points = torch.cat([points[apart], t]).sort(descending=t0 > t1).values
+        return points
+
+    # explicit_adams is unstable with torchdiffeq's default, 12.
+    return {"grid_constructor": grid, **({"max_order": 5} if solver.method in MULTISTEP else {})}
+
+
+def _norm(solver: Solver) -> Norm:
+    return _worst_row if solver.norm == "rows" else _worst_part
+
+
+def _adjoint_norm(solver: Solver, parts: int) -> Norm:
+    """The norm of the adjoint's state: that of the solver for the state and for its gradient."""
+    norm = _norm(solver)
+
+    def seminorm(values: Sequence[Tensor]) -> Tensor:
+        return torch.maximum(norm(values[:parts]), norm(values[parts : 2 * parts]))
+
+    def full(values: Sequence[Tensor]) -> Tensor:
+        params = values[2 * parts :]
+        return torch.maximum(seminorm(values), _worst_part(params)) if params else seminorm(values)
+
+    return seminorm if solver.adjoint_norm == "seminorm" else full
+
+
+def _worst_part(parts: Sequence[Tensor]) -> Tensor:
+    """The largest RMS norm of a part of the state."""
+    return torch.stack([part.norm() / math.sqrt(part.numel()) for part in parts]).max()
 
 
 def _worst_row(parts: Sequence[Tensor]) -> Tensor:

@@ -107,10 +107,10 @@ class Zuko(nn.Module):
         linears[0].weight.copy_(
             torch.cat([cosines * signs, -sines * signs, first.linear.weight], 1)
         )
-        for mine, layer in zip(linears[1:], field.layers[1:], strict=True):
-            mine.weight.copy_(layer.linear.weight)
-        for mine, layer in zip(linears, field.layers, strict=True):
-            mine.bias.copy_(layer.linear.bias)
+        for mine, linear in zip(linears[1:], linears_of(field)[1:], strict=True):
+            mine.weight.copy_(linear.weight)
+        for mine, linear in zip(linears, linears_of(field), strict=True):
+            mine.bias.copy_(linear.bias)
         linears[-1].weight.neg_()
         linears[-1].bias.neg_()
 
@@ -224,7 +224,12 @@ def disagreement(field: MLPField, hidden: Sequence[int], x: Tensor) -> dict[str,
 
 def layers_are_plain(field: MLPField) -> bool:
     """Whether zuko has such a field."""
-    return all(layer.modulation.scale is None for layer in field.layers)
+    return all(getattr(layer, "modulation", layer).scale is None for layer in field.layers)
+
+
+def linears_of(field: MLPField) -> list[nn.Linear]:
+    """The linear map of every layer, without what time adds."""
+    return [getattr(layer, "linear", layer) for layer in field.layers]
 
 
 def _standard_normal(z: Tensor) -> Tensor:

@@ -269,6 +269,7 @@ def compare(
     device: str = "auto",
     w2_points: int = 2_000,
     patience: int | None = None,
+    workers: int = 1,
     table: Columns | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -288,6 +289,8 @@ def compare(
         w2_points: Number of points for the exact W2 distance.
         patience: Stop after so many of eight validations without a better one, and keep the best
             weights, for data of few rows; the whole budget if not given.
+        workers: Number of runs that train at a time, each in its own process, on its share of the
+            cores, and of the GPUs.
         table: Roles of the columns of your own table.
         resume: Continue the race in `folder`, without the contestants that have finished.
         progress: Show progress bars.
@@ -308,7 +311,8 @@ def compare(
     seconds = 60.0 if seconds is None and steps is None else seconds
     results = race(
         source, contestants, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
-        device=device, w2_points=w2_points, patience=patience, resume=resume, progress=progress,
+        device=device, w2_points=w2_points, patience=patience, workers=workers,
+        resume=resume, progress=progress,
         say=lambda line: _console().rule(escape(line), align="left"),
     )  # fmt: skip
     _console().print(results_table(results))

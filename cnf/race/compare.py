@@ -1,9 +1,7 @@
 """The race: contestants on one density, same budget, same data stream, same evaluation."""
 
-import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,19 +11,19 @@ from urllib.parse import quote
 import torch
 from torch.distributions import Distribution
 
-from cnf import models
-from cnf.data import Images, Points, Toy, load
+from cnf.data import Images, Points, load
 from cnf.distributions import Base
-from cnf.errors import CheckpointError
+from cnf.errors import CheckpointError, expect_counts
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.race.contestants import RACE_OF_PICTURES, Contestant, entrants
 from cnf.race.judge import TIGHT, Judge, draw_test_points
 from cnf.race.results import Entry, Results, distinct
-from cnf.random import VERSION, preserved, reseed, stream
-from cnf.training import History, TrainConfig, checkpoint, fit
+from cnf.race.runs import Run, Trained, build
+from cnf.race.workers import Outcome, Say, one_after_the_other, several_at_a_time
+from cnf.random import VERSION, stream
+from cnf.training import History, TrainConfig, checkpoint
 from cnf.training.history import held_out_nll
-from cnf.training.interrupt import Interrupted
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
 from cnf.training.stream import DistributionData, validation_draws
@@ -49,8 +47,9 @@ def compare(
     test_points: int = TEST_POINTS,
     w2_points: int = 2_000,
     patience: int | None = None,
+    workers: int = 1,
     resume: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Results:
     """Race contestants on one density and measure them all in the same way.
 
@@ -71,13 +70,19 @@ def compare(
         w2_points: Points for the exact W2 (its cost grows with the cube).
         patience: As in `TrainConfig`, of eight validations in each stage: contestants stop before
             they overfit, and keep their best weights. None for the whole budget.
+        workers: Runs that train at a time, each in a process of its own, by joblib, or on the
+            cluster that `joblib.parallel_config` names; scores are taken when all are trained.
+            Each has cores // workers threads. With as many threads, a budget in steps gives the
+            numbers of one worker; one in seconds takes a core, or a GPU, for each worker.
         resume: Go on with the race in `folder`: who has finished is not raced again.
         say: Called with a line of text as the race goes on.
 
     Raises:
         ValueError: An unknown contestant, a budget that is missing or not positive, a folder that
             exists, or that holds another race; every contestant failed.
+        ChildProcessError: A worker died.
     """
+    expect_counts("compare", workers=workers)
     folder = _folder(folder, resume)
     base = TrainConfig(  # refuses a bad budget before anything is made
         seconds=seconds, steps=steps, device=device, progress=progress, validations=8,
@@ -93,31 +98,36 @@ def compare(
     race["random streams"] = VERSION
     titles = distinct({name: contestant.title for name, contestant in contestants.items()})
     unfit = _unfit(contestants, density)
-    entries, failed = [], {titles[name]: reason for name, reason in unfit.items()}
+    failed = {titles[name]: reason for name, reason in unfit.items()}
     fitting = {name: one for name, one in contestants.items() if name not in unfit}
+    entries: dict[str, Entry | None] = {}  # by title, in the order of contestants and seeds
+    made_of = {name: {**race, "contestant": one.made_of} for name, one in fitting.items()}
+    runs: list[Run] = []
     for (name, contestant), seed in product(fitting.items(), seeds):
         title = f"{titles[name]}, seed {seed}"
-        say(title)
-        run = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
-        made_of = {**race, "contestant": contestant.made_of}
-        if run and (finished := _finished(run, contestant, made_of, density)):
-            entries.append(finished)
-            continue
-        config = replace(base, seed=seed, folder=run, resume="auto" if run else False)
+        where = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
+        entries[title] = where and _finished(where, contestant, made_of[name], density)
+        if entries[title] is None:
+            config = replace(base, seed=seed, folder=where, resume="auto" if where else False)
+            runs.append(Run(name, title, contestant, config))
+        else:
+            say(f"{title}: finished before")
+    for run, outcome in _outcomes(runs, train, workers, folder, progress, say):
         try:
-            entry = _raced(name, contestant, judge, train, density, config)
+            entries[run.title] = entry = _entry(run, outcome(), judge, density)
         except Exception as error:  # it must not cost the others their race
-            failed[title] = str(error) or type(error).__name__
-            say(f"failed: {error}")
+            failed[run.title] = str(error) or type(error).__name__
+            say(f"{run.title} failed: {failed[run.title]}")
             continue
-        entries.append(entry)
-        if run:
-            _keep(run, entry, made_of)
-    if not entries:
+        if run.config.folder:
+            _keep(run.config.folder, entry, made_of[run.name])
+    ranked = [entry for entry in entries.values() if entry is not None]
+    if not ranked:
         reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
         raise ValueError(f"compare: every contestant failed: {reasons}")
+    settings |= {"workers": workers} if workers > 1 else {}
     settings |= {"seeds": seeds, "evaluation_solver": str(TIGHT), "failed": failed}
-    results = _results(density, judge, entries, settings)
+    results = _results(density, judge, ranked, settings)
     if folder:
         results.save(folder)
     return results
@@ -126,7 +136,19 @@ def compare(
 def _listed(seeds: Any) -> list[int]:
     if not isinstance(seeds, Iterable) or not (found := list(seeds)):
         raise ValueError(f"compare: expected seeds to be numbers, such as (0, 1), got {seeds!r}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"compare: expected seeds that differ, got {found}")
     return found
+
+
+def _outcomes(
+    runs: list[Run], data: Any, workers: int, folder: Path | None, progress: bool, say: Say
+) -> Iterator[Outcome]:
+    """Each run, and what returns it trained."""
+    workers = min(workers, len(runs))
+    if workers > 1:
+        return several_at_a_time(runs, data, workers, folder, progress, say)
+    return one_after_the_other(runs, data, say)
 
 
 def _folder(folder: str | Path | None, resume: bool) -> Path | None:
@@ -171,7 +193,7 @@ def _unfit(contestants: dict[str, Contestant], density: Any) -> dict[str, str]:
     found = {}
     for name, contestant in contestants.items():
         try:
-            _built(contestant, density, 0)
+            build(contestant, density, 0)
         except (ValueError, TypeError) as error:
             found[name] = str(error)
             if density.dim == 1 and isinstance(contestant.model, str):
@@ -203,7 +225,7 @@ def _finished(
         entry, before = kept["entry"], {"contestant": race["contestant"], **kept["race"]}
         curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
         few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
-        into = None if isinstance(contestant.model, str) else _built(contestant, density, 0)
+        into = None if isinstance(contestant.model, str) else build(contestant, density, 0)
         found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run, into=into))
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
@@ -217,33 +239,18 @@ def _finished(
     return found
 
 
-def _built(contestant: Contestant, density: Any, seed: int) -> Flow:
-    options = {**density.sizes, **contestant.options}
-    if isinstance(density, Toy):  # which need no preprocessing
-        options |= contestant.toy_options
-    cpu = torch.device("cpu")  # where models are built
-    with preserved(cpu):
-        reseed(seed, cpu)  # contestants with the same field start from the same weights
-        if isinstance(contestant.model, Flow):
-            return copy.deepcopy(contestant.model)
-        if isinstance(contestant.model, str):
-            return models.build(contestant.model, **options)
-        return contestant.model(**options)
-
-
-def _raced(
-    name: str, contestant: Contestant, judge: Judge, train: Any, density: Any, config: TrainConfig
-) -> Entry:
-    flow, histories, memory = _train(contestant, train, density, config)
-    with status("scoring", config.progress) as tell:
-        scores, log_q = judge.judge(flow, config.seed, tell)
-        scores |= _training_costs(histories, memory)
-        judge.warn_of_few_steps(f"compare: {contestant.title}", flow)
-        curve = _curve(histories, density, config.seed)
+def _entry(run: Run, trained: Trained, judge: Judge, density: Any) -> Entry:
+    """A trained run with its scores."""
+    flow, seed = trained.flow, run.config.seed
+    with status(f"scoring {run.title}", run.config.progress) as tell:
+        scores, log_q = judge.judge(flow, seed, tell)
+        scores |= _training_costs(trained)
+        judge.warn_of_few_steps(f"compare: {run.contestant.title}", flow)
+        curve = _curve(trained.histories, density, seed)
         tell("samples in few steps")
-        few = judge.few_steps(flow, config.seed)
+        few = judge.few_steps(flow, seed)
     paired = [] if judge.test.weight is not None else log_q.double().round(decimals=5).tolist()
-    return Entry(name, contestant.title, config.seed, scores, curve, few, flow, paired)
+    return Entry(run.name, run.contestant.title, seed, scores, curve, few, flow, paired)
 
 
 def as_results(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:
@@ -260,31 +267,6 @@ def as_results(flow: Flow, density: Any, title: str, curve: list[tuple[float, fl
     return _results(density, judge, [entry], {"test_points": len(judge.test.x)})
 
 
-def _train(
-    contestant: Contestant, data: Any, density: Any, base: TrainConfig
-) -> tuple[Flow, list[History], float]:
-    """The trained flow, each stage's history, and the peak memory of training in MB."""
-    flow = _built(contestant, density, base.seed)
-    histories, memory = [], 0.0
-    for number, stage in enumerate(contestant.stages, 1):
-        part = {
-            "seconds": base.seconds and base.seconds * stage.share,
-            "steps": base.steps and max(1, round(base.steps * stage.share)),
-            "folder": base.folder and base.folder / f"stage-{number}",
-        }
-        settings = dict(stage.settings)
-        if isinstance(data, Points) and "batch_size" in settings:  # as many rows as there are
-            settings["batch_size"] = min(settings["batch_size"], len(data.x) * 9 // 10)
-        with _peak_memory() as peak:
-            histories.append(fit(flow, stage.objective, data, replace(base, **part, **settings)))
-        memory = max(memory, peak())
-        if histories[-1].reason == "interrupted":
-            raise Interrupted(histories[-1].signal)  # it is for the whole race
-    if base.folder:
-        checkpoint.save(flow, base.folder)
-    return flow, histories, memory
-
-
 def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, Any]:
     """The judge, and what is trained on: the density, or four fifths of one's own points."""
     if density.entropy is not None:
@@ -297,14 +279,12 @@ def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, An
     return Judge(test, train, None, w2_points), train
 
 
-def _training_costs(histories: list[History], memory: float) -> dict[str, float]:
-    steps = sum(history.steps for history in histories)
-    seconds = sum(history.seconds for history in histories)
+def _training_costs(trained: Trained) -> dict[str, float]:
     return {
-        "steps": steps,
-        "train_seconds": seconds,
-        "ms_per_step": 1e3 * seconds / steps,
-        "peak_memory_mb": memory,
+        "steps": trained.steps,
+        "train_seconds": trained.seconds,
+        "ms_per_step": 1e3 * trained.seconds / trained.steps,
+        "peak_memory_mb": trained.memory,
     }
 
 
@@ -320,22 +300,3 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
         curve += [(before + at, nll - truth) for at, nll in scored if nll is not None]
         before += history.seconds
     return curve
-
-
-@contextmanager
-def _peak_memory() -> Iterator[Callable[[], float]]:
-    """Peak memory inside, in MB: the GPU's, else the whole process's (NaN off Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        yield lambda: torch.cuda.max_memory_allocated() / 1e6
-        return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
-
-    def peak() -> float:
-        lines = status.read_text().splitlines() if status.exists() else []
-        found = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-        return float(next(found, "nan")) / 1e3
-
-    yield peak

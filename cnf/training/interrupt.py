@@ -4,9 +4,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known to every system
+_ASKED: ContextVar[Callable[[], int]] = ContextVar("asked", default=lambda: 0)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -22,18 +24,37 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], int]]:
+def asked_to_end(asked: Callable[[], int]) -> Iterator[None]:
+    """Inside, training ends as by a signal, also where no signal can reach it.
+
+    Args:
+        asked: Called between steps; the number of the signal, 0 to go on.
+    """
+    before = _ASKED.set(asked)
+    try:
+        yield
+    finally:
+        _ASKED.reset(before)
+
+
+@contextmanager
+def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[], int]]:
     """Inside, a signal to end is seen between steps, a second one at once.
 
     Yields what tells the number of the signal that came, 0 for none. Only the main thread can see
     signals. One that the process was started to ignore, as `nohup` does, stays ignored.
+
+    Args:
+        then: Called when the first signal comes.
     """
     received: list[int] = []
+    asked = _ASKED.get()
 
     def receive(number: int, frame: Any) -> None:
         if received:
             raise Interrupted(number)
         received.append(number)
+        then()
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -43,7 +64,7 @@ def interruptible() -> Iterator[Callable[[], int]]:
     for number in taken:
         signal.signal(number, receive)
     try:
-        yield lambda: received[0] if received else 0
+        yield lambda: received[0] if received else asked()
     finally:
         for number in taken:
             signal.signal(number, before[number] or signal.SIG_DFL)

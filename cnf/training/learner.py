@@ -39,9 +39,12 @@ def launch_fabric(config: TrainConfig, dtype: torch.dtype) -> Fabric:
             f"module.to({PRECISIONS[config.precision]})"
         )
     expect_device("fit", config.device)
+    devices: int | list[int] = config.devices
+    if config.device in ("auto", "cuda") and devices == 1 and torch.cuda.is_available():
+        devices = [torch.cuda.current_device()]  # as "cuda" means elsewhere in torch
     fabric = Fabric(
         accelerator=config.device,
-        devices=config.devices,
+        devices=devices,
         strategy=config.strategy,
         precision="64-true" if dtype == torch.float64 else "32-true",
     )

@@ -104,6 +104,34 @@ class ProgressBar:
 
 
 @contextmanager
+def counted(what: str, total: int, show: bool = True) -> Iterator[Callable[[], None]]:
+    """Inside, a terminal shows how many of several tasks have ended; what is yielded adds one.
+
+    Args:
+        what: Is being done.
+        total: How many there are.
+        show: Whether it is shown.
+    """
+    if not show:
+        yield lambda: None
+        return
+    progress = optional("rich.progress", "train")
+    console = optional("rich", "train").get_console()
+    bar = progress.Progress(
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        transient=True,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextmanager
 def status(what: str, show: bool = True) -> Iterator[Callable[[str], None]]:
     """Inside, a terminal shows what is being done; what is yielded changes the words.
 

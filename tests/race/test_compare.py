@@ -23,6 +23,7 @@ from torch.distributions import (
 import cnf
 from cnf import metrics
 from cnf.metrics import METRICS
+from cnf.race import runs
 from cnf.race.contestants import CONTESTANTS, RACE, Contestant, Stage
 from cnf.race.judge import TIGHT, Judge
 from cnf.race.report import write_report
@@ -95,7 +96,7 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
         seen.append([p.clone() for p in flow.parameters()])
         return cnf.training.History(steps=1, seconds=1.0)
 
-    monkeypatch.setattr(racing, "fit", remember)
+    monkeypatch.setattr(runs, "fit", remember)
     race(["cnf-likelihood", "cnf-flow-matching"], "moons")
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
@@ -103,7 +104,7 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
 def test_each_seed_starts_from_weights_of_its_own():
     toy = cnf.data.toy("moons")
     first, again, other = (
-        torch.cat([p.flatten() for p in racing._built(CONTESTANTS["maf"], toy, k).parameters()])
+        torch.cat([p.flatten() for p in runs.build(CONTESTANTS["maf"], toy, k).parameters()])
         for k in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -121,14 +122,13 @@ def test_stages_share_the_budget_and_the_largest_memory_counts(budget, monkeypat
     def peak():
         yield lambda: next(peaks)
 
-    monkeypatch.setattr(racing, "fit", remember)
-    monkeypatch.setattr(racing, "_peak_memory", peak)
+    monkeypatch.setattr(runs, "fit", remember)
+    monkeypatch.setattr(runs, "peak_memory", peak)
     toy = cnf.data.toy("moons")
-    _, histories, memory = racing._train(
-        CONTESTANTS["cnf-both"], toy, toy, cnf.TrainConfig(**budget)
-    )
-    assert shares == [75, 25] and memory == 5
-    costs = racing._training_costs(histories, memory)
+    run = runs.Run("cnf-both", "Both", CONTESTANTS["cnf-both"], cnf.TrainConfig(**budget))
+    trained = run.train(toy)
+    assert shares == [75, 25] and trained.memory == 5
+    costs = racing._training_costs(trained)
     assert costs["train_seconds"] == 2 and costs["ms_per_step"] == 250
 
 
@@ -172,13 +172,13 @@ def test_seeds_have_a_mean_and_an_error():
 def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypatch):
     points = torch.randn(300, 3, generator=DRAW)
     trained_on = []
-    real = racing.fit
+    real = runs.fit
 
     def watch(flow, objective, data, config):
         trained_on.append(data)
         return real(flow, objective, data, config)
 
-    monkeypatch.setattr(racing, "fit", watch)
+    monkeypatch.setattr(runs, "fit", watch)
     results = race(["realnvp"], points)
     assert results.score == "nll" and results.entropy is None
     assert len(trained_on[0].x) == 240 and results.settings["test_points"] == 60
@@ -188,8 +188,7 @@ def test_own_points_are_scored_by_nll_on_rows_that_were_not_trained_on(monkeypat
 def test_published_settings_are_for_toys_and_ones_own_points_are_standardized(name):
     def trained(data):
         source, config = cnf.data.load(data), cnf.TrainConfig(steps=1, progress=False)
-        rows = source if source.entropy else source.x
-        return racing._train(CONTESTANTS[name], rows, source, config)[0]
+        return runs.Run(name, name, CONTESTANTS[name], config).train(source).flow
 
     assert trained("moons").preprocess is None
     points = torch.tensor([4e4, 0.03]) + torch.tensor([1e4, 0.01]) * torch.randn(300, 2)
@@ -199,14 +198,14 @@ def test_published_settings_are_for_toys_and_ones_own_points_are_standardized(na
 
 
 def test_a_contestant_that_fails_does_not_stop_the_race(monkeypatch):
-    real = racing._train
+    real = runs.train
 
-    def fails(contestant, *rest):
-        if contestant.model == "ffjord":
+    def fails(flow, *rest):
+        if flow.spec["model"] == "ffjord":
             raise cnf.SolverError("stiff", "loosen", t=0.5, nfe=3, settings="dopri5")
-        return real(contestant, *rest)
+        return real(flow, *rest)
 
-    monkeypatch.setattr(racing, "_train", fails)
+    monkeypatch.setattr(runs, "train", fails)
     results = race(["ffjord", "realnvp"], "moons")
     assert results.contestants == ["realnvp"]
     assert "stiff" in results.settings["failed"]["FFJORD, as published, seed 0"]
@@ -238,6 +237,8 @@ def test_ones_own_contestant_races_by_its_name():
         ({"contestants": []}, "expected contestants, "),
         ({"seeds": ()}, "expected seeds to be numbers, "),
         ({"seeds": 3}, "expected seeds to be numbers, "),
+        ({"seeds": (0, 1, 0)}, r"expected seeds that differ, got \[0, 1, 0\]"),
+        ({"workers": 0}, "compare: expected workers > 0, got 0"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, words, tmp_path):
@@ -257,7 +258,7 @@ def test_existing_folder_is_not_overwritten(tmp_path):
 def test_settings_for_a_known_density_come_before_those_for_all_data():
     mine = Contestant("Mine", "planar", (), {"layers": 2}, {"layers": 3})
     known, rows = (cnf.data.load(data) for data in ("moons", torch.randn(50, 2, generator=DRAW)))
-    counts = [len(racing._built(mine, source, 0).transform.transforms) for source in (known, rows)]
+    counts = [len(runs.build(mine, source, 0).transform.transforms) for source in (known, rows)]
     assert counts == [3, 2]
 
 
@@ -304,15 +305,15 @@ def test_nobody_named_means_the_race(tmp_path, monkeypatch):
 
 def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, tmp_path):
     whole = race(["realnvp", "maf"], "moons")
-    real, ran = racing._train, []
+    real, ran = runs.train, []
 
-    def stops(contestant, *rest):
-        ran.append(contestant.model)
+    def stops(flow, *rest):
+        ran.append(flow.spec["model"])
         if ran == ["realnvp", "maf"]:
             raise KeyboardInterrupt
-        return real(contestant, *rest)
+        return real(flow, *rest)
 
-    monkeypatch.setattr(racing, "_train", stops)
+    monkeypatch.setattr(runs, "train", stops)
     with pytest.raises(KeyboardInterrupt):
         race(["realnvp", "maf"], "moons", tmp_path)
     resumed = race(["realnvp", "maf"], "moons", tmp_path, resume=True)
@@ -333,7 +334,7 @@ def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, t
 
 def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monkeypatch, tmp_path):
     """What lies on the disk is all that SIGKILL leaves: here a copy, made while the MAF trains."""
-    fit, train, trained = racing.fit, racing._train, []
+    fit, train, trained = runs.fit, runs.train, []
 
     def copying(flow, objective, data, config):
         def copy(record):
@@ -344,13 +345,13 @@ def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monke
             flow, objective, data, replace(config, checkpoint_seconds=1e-9), callbacks=[copy]
         )
 
-    monkeypatch.setattr(racing, "fit", copying)
+    monkeypatch.setattr(runs, "fit", copying)
     whole = race(["realnvp", "maf"], "moons", tmp_path)
     state = checkpoint.load_state(tmp_path / "left/race/runs/maf-seed-0/stage-1")
     assert state["budget"]["step"] == 9
-    monkeypatch.setattr(racing, "fit", fit)
+    monkeypatch.setattr(runs, "fit", fit)
     monkeypatch.setattr(
-        racing, "_train", lambda c, *rest: (trained.append(c.model), train(c, *rest))[1]
+        runs, "train", lambda f, *rest: (trained.append(f.spec["model"]), train(f, *rest))[1]
     )
     resumed = race(["realnvp", "maf"], "moons", tmp_path / "left", resume=True)
     assert trained == ["maf"]
@@ -361,14 +362,14 @@ def test_race_killed_in_the_middle_of_training_goes_on_to_the_very_weights(monke
 
 
 def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):
-    real = racing._train
+    real = runs.train
 
-    def fails(contestant, *rest):
-        if contestant.model == "maf":
+    def fails(flow, *rest):
+        if flow.spec["model"] == "maf":
             raise MemoryError("no room for $x$ [/b]")
-        return real(contestant, *rest)
+        return real(flow, *rest)
 
-    monkeypatch.setattr(racing, "_train", fails)
+    monkeypatch.setattr(runs, "train", fails)
     results = race(["maf", "realnvp"], "moons", steps=2)
     console = Console(width=200)
     with console.capture() as capture:
@@ -380,9 +381,9 @@ def test_contestant_that_fails_for_any_reason_is_left_out_with_it(monkeypatch):
 
 def test_couplings_on_one_dimension_are_left_out_before_training(monkeypatch):
     trained = []
-    real = racing._train
+    real = runs.train
     monkeypatch.setattr(
-        racing, "_train", lambda c, *rest: (trained.append(c.model), real(c, *rest))[1]
+        runs, "train", lambda f, *rest: (trained.append(f.spec["model"]), real(f, *rest))[1]
     )
     results = race(["realnvp", "nsf-ar"], torch.randn(200, 1, generator=DRAW), steps=2)
     assert trained == ["nsf-ar"] and results.contestants == ["nsf-ar"]

@@ -1,0 +1,159 @@
+"""One run of a race: a contestant, trained with one seed in whatever process this is."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnf import models
+from cnf.data import Points, Toy
+from cnf.flow import Flow
+from cnf.race.contestants import Contestant, Stage
+from cnf.random import preserved, reseed
+from cnf.training import History, TrainConfig, checkpoint, fit
+from cnf.training.interrupt import Interrupted
+
+TRAINED = "trained.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained.
+
+    Attributes:
+        name: The contestant's name.
+        title: Contestant and seed, in words.
+        contestant: Who it is.
+        config: The race's budget, with this run's seed and folder.
+    """
+
+    name: str
+    title: str
+    contestant: Contestant
+    config: TrainConfig
+
+    def build(self, data: Any) -> Flow:
+        """The flow before training.
+
+        Args:
+            data: What it is to be trained on.
+        """
+        return build(self.contestant, data, self.config.seed)
+
+    def train(self, data: Any) -> "Trained":
+        """The flow, built and trained here.
+
+        Args:
+            data: What it is trained on.
+        """
+        return train(self.build(data), self.contestant.stages, data, self.config)
+
+
+@dataclass
+class Trained:
+    """What training gave.
+
+    Attributes:
+        flow: The trained flow.
+        histories: Of each stage.
+        memory: Peak memory of training in MB: the GPU's, else the whole process's.
+    """
+
+    flow: Flow
+    histories: list[History]
+    memory: float
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(history.steps for history in self.histories)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training of all stages."""
+        return sum(history.seconds for history in self.histories)
+
+
+def build(contestant: Contestant, data: Any, seed: int) -> Flow:
+    """A contestant's flow before training.
+
+    Args:
+        contestant: Who it is.
+        data: A density or points: sizes, and whether the density is known.
+        seed: Of the weights: contestants with the same field start from the same ones.
+    """
+    options = {**data.sizes, **contestant.options}
+    if isinstance(data, Toy):  # which need no preprocessing
+        options |= contestant.toy_options
+    cpu = torch.device("cpu")  # where models are built
+    with preserved(cpu):
+        reseed(seed, cpu)
+        if isinstance(contestant.model, Flow):
+            return copy.deepcopy(contestant.model)
+        if isinstance(contestant.model, str):
+            return models.build(contestant.model, **options)
+        return contestant.model(**options)
+
+
+def train(flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig) -> Trained:
+    """Train a flow in stages, one after the other; a run that was begun in the folder goes on.
+
+    Args:
+        flow: Which is trained.
+        stages: How; each has its share of the budget.
+        data: What it is trained on.
+        config: The whole budget, seed and folder.
+
+    Raises:
+        Interrupted: A signal ended training; what has a folder is saved.
+    """
+    histories, memory = [], _memory_before(config.folder)
+    for number, stage in enumerate(stages, 1):
+        part = {
+            "seconds": config.seconds and config.seconds * stage.share,
+            "steps": config.steps and max(1, round(config.steps * stage.share)),
+            "folder": config.folder and config.folder / f"stage-{number}",
+        }
+        settings = dict(stage.settings)
+        if isinstance(data, Points) and "batch_size" in settings:  # as many rows as there are
+            settings["batch_size"] = min(settings["batch_size"], len(data.x) * 9 // 10)
+        with peak_memory() as peak:
+            histories.append(fit(flow, stage.objective, data, replace(config, **part, **settings)))
+        memory = max(memory, peak())
+        if histories[-1].reason == "interrupted":
+            raise Interrupted(histories[-1].signal)  # it is for the whole race
+    if config.folder:
+        checkpoint.save(flow, config.folder)
+        text = json.dumps({"peak_memory_mb": memory})
+        checkpoint.write_whole(config.folder / TRAINED, text.encode())
+    return Trained(flow, histories, memory)
+
+
+def _memory_before(folder: Path | None) -> float:
+    """What a run took that was trained, but not yet scored, when its race was stopped; else 0."""
+    file = folder and folder / TRAINED
+    return json.loads(file.read_text())["peak_memory_mb"] if file and file.exists() else 0.0
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Peak memory inside, in MB: the GPU's, else the whole process's (NaN off Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield lambda: torch.cuda.max_memory_allocated() / 1e6
+        return
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
+
+    def peak() -> float:
+        lines = status.read_text().splitlines() if status.exists() else []
+        found = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+        return float(next(found, "nan")) / 1e3
+
+    yield peak

@@ -114,11 +114,14 @@ def compare(
             say(f"{title}: finished before")
     for run, outcome in _outcomes(runs, train, workers, folder, progress, say):
         try:
-            entries[run.title] = entry = _entry(run, outcome(), judge, density)
+            trained = outcome()
+            entries[run.title] = entry = _entry(run, trained, judge, density)
         except Exception as error:  # it must not cost the others their race
             failed[run.title] = str(error) or type(error).__name__
             say(f"{run.title} failed: {failed[run.title]}")
             continue
+        if workers > 1:
+            settings["threads_per_worker"] = trained.threads
         if run.config.folder:
             _keep(run.config.folder, entry, made_of[run.name])
     ranked = [entry for entry in entries.values() if entry is not None]

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,13 @@ class Trained:
         flow: The trained flow.
         histories: Of each stage.
         memory: Peak memory of training in MB: the GPU's, else the whole process's.
+        threads: Of torch, in the process that trained it.
     """
 
     flow: Flow
     histories: list[History]
     memory: float
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def steps(self) -> int:

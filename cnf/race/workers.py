@@ -68,14 +68,16 @@ def several_at_a_time(
     Raises:
         Interrupted: A signal came; runs with a folder are saved.
         ChildProcessError: A worker died.
-        ValueError: The data cannot be sent, or joblib's workers are threads.
+        ValueError: The data cannot be sent, or joblib's workers are threads or forks.
     """
     joblib = optional("joblib", "evaluation")
     backend, _ = joblib.parallel.get_active_backend()
-    if getattr(backend, "supports_sharedmem", False):
+    forks = type(backend) is joblib.parallel.MultiprocessingBackend  # Ray's is a subclass
+    if forks or getattr(backend, "supports_sharedmem", False):
         raise ValueError(
-            f"compare: expected joblib's workers to be processes, got {type(backend).__name__}: "
-            "threads share torch's random numbers; take joblib.parallel_config(backend='loky')"
+            f"compare: expected joblib's workers to be fresh processes, got those of "
+            f"{type(backend).__name__}: threads share torch's random numbers, and in forks torch "
+            "hangs; take joblib.parallel_config(backend='loky')"
         )
     if isinstance(backend, joblib.parallel.LokyBackend):
         _warn_of_sharing(runs, workers, joblib.cpu_count())
@@ -87,9 +89,11 @@ def several_at_a_time(
         joblib.delayed(_answer)(number, _parcel(run, data, packed, stop))
         for number, run in enumerate(runs)
     )
+    tells = getattr(backend, "supports_return_generator", False)  # which Ray's does not
     parallel = joblib.Parallel(
-        workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
-    )
+        workers, return_as="generator_unordered" if tells else "list", pre_dispatch="n_jobs",
+        batch_size=1,
+    )  # fmt: skip
     answers: dict[int, _Answer] = {}
     say(f"{len(runs)} runs, {workers} at a time; scores are taken when all are trained")
     with interruptible(stop.touch) as interrupted, counted("training", len(runs), show) as count:
@@ -99,7 +103,7 @@ def several_at_a_time(
                 if answer.interrupted:  # maybe by a signal to that worker: it is for the race
                     stop.touch()
                     continue
-                _tell(runs[number].title, answer, f"{len(answers)} of {len(runs)}", say)
+                _tell(runs[number].title, answer, f"{len(answers)}/{len(runs)}", say)
                 count()
         except BrokenProcessPool as error:
             if not interrupted():
@@ -196,7 +200,7 @@ def _trained(number: int, parcel: _Parcel) -> _Answer:
     trained = train(flow, stages, pickle.loads(parcel.data), config)
     kind = flow.device.type
     flow.cpu()  # of this process's GPU the other knows nothing
-    told = f"{trained.steps:,} steps in {trained.seconds:.1f} s"
+    told = f"{trained.steps:,} steps, {trained.seconds:.1f} s"
     return _Answer(told, _pickled((trained, kind), "its trained flow"))
 
 
@@ -216,8 +220,8 @@ def _received(answer: _Answer) -> Trained:
 def _tell(title: str, answer: _Answer, count: str, say: Say) -> None:
     for text in answer.warned:
         warn(f"{title}: {text}")
-    ended = "failed" if answer.trained is None else "trained"
-    say(f"{count}: {title} {ended}, {answer.told}")
+    failed = " failed" if answer.trained is None else ""
+    say(f"{count} {title}{failed}: {answer.told}")
 
 
 def _words(error: Exception) -> str:
@@ -258,12 +262,14 @@ def _warn_of_sharing(runs: Sequence[Run], workers: int, cores: int) -> None:
     chosen = "OMP_NUM_THREADS" in os.environ
     threads = min(torch.get_num_threads(), cores if chosen else max(1, cores // at_once))
     gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    shared = f"{gpus} GPUs" if gpus else f"{cores} cores"
-    if at_once > gpus if gpus else at_once * threads > cores:
+    kind, needed, found = "GPU", at_once, gpus
+    if not gpus:
+        kind, needed, found = "core", at_once * threads, cores
+    if needed > found:
         warn(
-            f"compare: {at_once} workers of {threads} threads share {shared}: how far a run comes "
-            "in its seconds then depends on the others, and scores cannot be compared with those "
-            "of other races; take fewer workers, or a budget in steps"
+            f"compare: {at_once} workers need {needed} {kind}s for a budget in seconds, and find "
+            f"{found}: how far a run comes depends on the others, and scores cannot be compared "
+            "with those of other races; take fewer workers, or a budget in steps"
         )
 
 

@@ -118,7 +118,8 @@ def test_workers_give_the_numbers_of_one_process_and_failures_cost_only_themselv
     assert "model, objective or settings cannot be pickled" in failed["Lambda, seed 0"]
     assert "NaN" in failed["NaN, seed 0"] and len(failed) == 2
     assert several.settings["workers"] == 2 and "workers" not in one.settings
-    assert any("of 4: NSF, seed 0 trained, 3 steps in" in line for line in lines)
+    assert several.settings["threads_per_worker"] == 1
+    assert any("/4 NSF, seed 0: 3 steps, " in line for line in lines)
 
 
 def test_runs_come_in_their_order_whoever_ends_first(monkeypatch, in_this_process):
@@ -133,7 +134,7 @@ def test_runs_come_in_their_order_whoever_ends_first(monkeypatch, in_this_proces
     planned_runs = [planned(seed=seed) for seed in (0, 1, 2)]
     found = train_all(planned_runs, say=lines.append)
     assert [run.config.seed for run, _ in found] == [0, 1, 2]
-    assert "1 of 3: Planar, seed 2 trained, 3 steps" in lines[1]
+    assert "1/3 Planar, seed 2: 3 steps, " in lines[1]
     for run, trained in found:
         assert torch.equal(weights(trained.flow), weights(run.train(MOONS).flow))
 
@@ -222,9 +223,10 @@ def test_dead_worker_is_told_in_words_with_the_way_on(monkeypatch, tmp_path):
         train_all([planned(), planned()], folder=tmp_path)
 
 
-def test_threads_are_refused():
-    with joblib.parallel_config(backend="threading"), pytest.raises(ValueError, match="processes"):
-        race(["planar", "radial"], workers=2)
+@pytest.mark.parametrize("backend", ["threading", "multiprocessing"])
+def test_threads_and_forks_are_refused(backend):
+    with joblib.parallel_config(backend=backend), pytest.raises(ValueError, match="fresh proc"):
+        train_all([planned(), planned()])
 
 
 def test_data_that_cannot_be_sent_are_refused_in_words(in_this_process):
@@ -237,8 +239,8 @@ def test_data_that_cannot_be_sent_are_refused_in_words(in_this_process):
 @pytest.mark.parametrize(
     "cores, gpus, budget, words",
     [
-        (1, 0, {"seconds": 5.0}, "2 workers of 1 threads share 1 cores"),
-        (2, 1, {"seconds": 5.0}, "share 1 GPUs"),
+        (1, 0, {"seconds": 5.0}, "2 workers need 2 cores for a budget in seconds, and find 1"),
+        (2, 1, {"seconds": 5.0}, "2 workers need 2 GPUs for a budget in seconds, and find 1"),
         (2, 0, {"seconds": 5.0}, ""),
         (1, 0, {"steps": 5}, ""),
     ],

@@ -24,6 +24,7 @@ import convolutions
 import couplings
 import discrete
 import imports
+import jitted
 import launches
 import likelihood
 import logprob
@@ -42,7 +43,8 @@ from cnf.training.origin import environment
 HERE = Path(__file__).parent
 PEERS = ("zuko", "torchcfm", "nflows", "normflows")
 QUESTIONS = {
-    "likelihood": likelihood, "logprob": logprob, "memory": memory, "seminorm": seminorm,
+    "likelihood": likelihood, "jitted": jitted, "logprob": logprob, "memory": memory,
+    "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
     "unet": unet, "convolutions": convolutions, "launches": launches,

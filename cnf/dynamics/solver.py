@@ -35,11 +35,12 @@ class Solver:
         grid: Times of unequal steps, increasing from 0 to 1, as `cnf.sampling` computes them; not
             for Adams methods.
         gradient: "backprop" differentiates the operations of the solver. It is the fastest, gives
-            the exact gradient of the numerical solution and derivatives of any order; its memory
-            grows with the number of evaluations. "checkpoint" does so for one segment at a time:
-            it stores the graph of a single segment and makes every evaluation twice; an adaptive
-            method restarts in each segment. "adjoint" solves the adjoint ODE backwards: its memory
-            does not depend on the number of evaluations, and it gives first derivatives only.
+            the exact gradient of the numerical solution, for the steps that were taken, and
+            derivatives of any order; its memory grows with the number of evaluations.
+            "checkpoint" does so for one segment at a time: it stores the graph of a single segment
+            and makes every evaluation twice; an adaptive method restarts in each segment.
+            "adjoint" solves the adjoint ODE backwards: its memory does not depend on the number of
+            evaluations, and it gives first derivatives only.
             "auto" is backprop until the graph exceeds `memory`, then checkpoint for fixed-step
             methods and adjoint for adaptive ones.
         adjoint_rtol: Relative tolerance of the backward solve; `rtol` if None.

@@ -4,10 +4,13 @@ torchdiffeq's loop branches on times on the device, which none of them supports.
 the same steps, with times that are Python numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore
 
 from cnf.dynamics.monitor import Dynamics, State
@@ -31,34 +34,70 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
 
 
+_recorded: ContextVar[bool] = ContextVar("recorded", default=False)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """A context in which a caller records each operation on tensors, to replay it later."""
+    token = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
+
+
 def captured() -> bool:
     """Whether a solve must not branch on the values of tensors."""
-    if transformed():
+    if transformed() or _recorded.get():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def integrate(dynamics: Dynamics, state: State, stops: Sequence[float], method: str) -> State:
     """The state at stops[-1], by a step of a method in `TABLEAUX` from each stop to the next."""
-    nodes, rows, weights = TABLEAUX[method]
-    dtype, device = state[0].dtype, state[0].device
-    for start, stop in pairwise(stops):
-        h, slopes = stop - start, []
-        for node, row in zip(nodes, rows, strict=True):
-            t = torch.full((), start + node * h, dtype=dtype, device=device)
-            slopes.append(dynamics(t, _add_slopes(state, slopes, row, h)))
-        state = _add_slopes(state, slopes, weights, h)
+    for t, h in steps_between(stops, state[0]):
+        state = step(dynamics, state, t, h, method)
     return state
 
 
+def steps_between(stops: Sequence[float], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The start and the length of each step, shape (), from each stop to the next.
+
+    Args:
+        stops: Times.
+        like: A tensor of the wanted dtype and device.
+    """
+    for start, stop in pairwise(stops):
+        yield like.new_full((), start), like.new_full((), stop - start)
+
+
+def step(dynamics: Dynamics, state: State, t: Tensor, h: Tensor, method: str) -> State:
+    """The state at t + h, by one step of a method in `TABLEAUX`.
+
+    Args:
+        dynamics: Function of t, shape (), and the state; it returns rates.
+        state: The state at t.
+        t: Time, shape ().
+        h: Length of the step, shape ().
+        method: The method.
+    """
+    nodes, rows, weights = TABLEAUX[method]
+    slopes: list[State] = []
+    for node, row in zip(nodes, rows, strict=True):
+        at = t + node * h if node else t
+        slopes.append(dynamics(at, _add_slopes(state, slopes, row, h)))
+    return _add_slopes(state, slopes, weights, h)
+
+
 def _add_slopes(
-    state: State, slopes: Sequence[State], weights: Sequence[float], h: float
+    state: State, slopes: Sequence[State], weights: Sequence[float], h: Tensor
 ) -> State:
     """The state plus h·Σ weight·slope."""
     for slope, weight in zip(slopes, weights, strict=True):
         if weight:
             state = tuple(
-                torch.add(part, rate, alpha=h * weight)
+                torch.addcmul(part, rate, h, value=weight)
                 for part, rate in zip(state, slope, strict=True)
             )
     return state

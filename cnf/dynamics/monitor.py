@@ -135,7 +135,7 @@ class InstrumentedDynamics:
         if self.limit is None:
             return self.dynamics(t, state)
         if self.nfe == 1:
-            self.saved, rates = _saved_bytes(self.dynamics, t, state)
+            self.saved, rates = saved_bytes(self.dynamics, t, state)
         else:
             rates = self.dynamics(t, state)
         if self.saved * max(self.nfe, self.solver.evaluations or 0) > self.limit:
@@ -202,7 +202,7 @@ def all_finite(parts: Sequence[Tensor]) -> bool:
     return bool(torch.stack([part.isfinite().all() for part in parts]).all())
 
 
-def _saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, State]:
+def saved_bytes(dynamics: Dynamics, t: Tensor, state: State) -> tuple[int, State]:
     """Evaluate the dynamics; return the bytes that autograd saves for it, and the rates."""
     sizes: dict[int, int] = {}
 

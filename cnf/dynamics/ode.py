@@ -22,6 +22,7 @@ from cnf.dynamics.monitor import (
     all_finite,
     count,
     record,
+    saved_bytes,
 )
 from cnf.dynamics.solver import ADAPTIVE, ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
@@ -46,6 +47,18 @@ class Solution(NamedTuple):
     nfe: int
 
 
+class Step(NamedTuple):
+    """A step of a solver's method, one of `fixed.TABLEAUX`, made for one field.
+
+    Attributes:
+        take: From its start and length, tensors of shape (), and the state, to the next state.
+        saved: Bytes that autograd saves for an evaluation in eager mode, by the state's shapes.
+    """
+
+    take: Callable[[Tensor, Tensor, State], State]
+    saved: dict[tuple[torch.Size, ...], int]
+
+
 def solve(
     dynamics: Dynamics,
     state: State,
@@ -53,6 +66,7 @@ def solve(
     t1: float,
     solver: Solver,
     params: Sequence[Tensor],
+    step: Step | None = None,
 ) -> Solution:
     """Solve d state/dt = dynamics(t, state) from t0 to t1 (t1 < t0 is allowed).
 
@@ -70,6 +84,8 @@ def solve(
         solver: Method, tolerances and gradient mode.
         params: All tensors other than the state for which "adjoint" and "checkpoint" compute
             gradients: parameters and the context.
+        step: A step of the solver's method, which is compiled: used in place of the dynamics
+            where backprop through all steps is wanted, and fits in the memory.
 
     Returns:
         The final state and the number of evaluations.
@@ -79,6 +95,14 @@ def solve(
             dtype is too narrow.
         TypeError: An adaptive or multistep method under `torch.func`.
     """
+    if step is not None and _may_step(step, dynamics, state, t0, solver):
+        found = state
+        for t, h in fixed.steps_between(_stops(solver, t0, t1), state[0]):
+            found = step.take(t, h, found)
+        if all(part.isfinite().all() for part in found):  # else solve_path explains
+            assert solver.evaluations is not None
+            count(solver.evaluations)
+            return Solution(found, solver.evaluations)
     path, nfe = solve_path(dynamics, state, [t0, t1], solver, params)
     return Solution(tuple(values[-1] for values in path), nfe)
 
@@ -128,6 +152,20 @@ def solve_path(
         raise instrumented.explain()
     instrumented.start_backward(times[-1])
     return path, nfe
+
+
+def _may_step(step: Step, dynamics: Dynamics, state: State, start: float, solver: Solver) -> bool:
+    """Whether backprop through all steps is wanted, and fits in the solver's memory."""
+    if fixed.captured() or not state[0].numel():
+        return False
+    if not torch.is_grad_enabled() or solver.gradient == "backprop":
+        return True
+    if solver.gradient != "auto":
+        return False
+    shapes = tuple(part.shape for part in state)
+    if shapes not in step.saved:
+        step.saved[shapes] = saved_bytes(dynamics, _tensor([start], state)[0], state)[0]
+    return step.saved[shapes] * (solver.evaluations or 0) <= solver.memory * GIB
 
 
 def _captured(

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -14,10 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cnf.dynamics import ode
+from cnf.dynamics import fixed, ode
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.regularizers import Integrand, Point
-from cnf.dynamics.solver import Solver
+from cnf.dynamics.solver import STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, explain_edit
 from cnf.fields.base import VectorField
 from cnf.precision import with_current_autocast
@@ -173,9 +175,13 @@ class Continuous(Transform):
         channels = [] if estimator is None else [estimator.channels]
         shapes = [(x.shape[0], *shape) for shape in (*channels, *((),) * len(integrands))]
         state = (x, *(x.new_zeros(shape) for shape in shapes))
-        kind = _compiled_rates if self.solver.compile else _rates
-        rates = partial(kind, estimator, tuple(integrands), probe)
-        state, nfe = self._solve(rates, state, start, stop, context)
+        settings = (estimator, tuple(integrands), probe)
+        rates, step = partial(_rates, *settings), None
+        if not fixed.captured() and (self.solver.compile or _compiling.get()):
+            rates = partial(_compiled, _rates, *settings)
+            if self.solver.method in STAGES and not torch.is_autocast_enabled(x.device.type):
+                step = partial(_compiled, _step, self.solver.method, *settings)
+        state, nfe = self._solve(rates, step, state, start, stop, context)
         ladj, estimates = x.new_full(x.shape[:1], float("nan")), None
         if estimator is not None:
             ladj = state[1]
@@ -190,6 +196,7 @@ class Continuous(Transform):
     def _solve(
         self,
         rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
+        step: Callable[..., ode.State] | None,
         state: ode.State,
         start: float,
         stop: float,
@@ -203,8 +210,11 @@ class Continuous(Transform):
                 return rates(piece, t, state[0], context)
 
             dynamics = with_current_autocast(dynamics, state[0])
+            own = None
+            if step is not None:
+                own = ode.Step(partial(step, piece, context), _saved.setdefault(piece, {}))
             state, evaluations = ode.solve(
-                dynamics, state, t0, t1, self._solver_on(t0, t1), self._params(context)
+                dynamics, state, t0, t1, self._solver_on(t0, t1), self._params(context), own
             )
             nfe += evaluations
         return state, nfe
@@ -309,25 +319,55 @@ def _rates(
     return (*rates, *(integrand(point).to(x.dtype) for integrand in integrands))
 
 
-_compiled_for: WeakKeyDictionary[VectorField, Callable[..., ode.State]] = WeakKeyDictionary()
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
-def _compiled_rates(
+@contextmanager
+def compiled_solves() -> Iterator[None]:
+    """A context in which every solve is as if its solver had compile=True."""
+    token = _compiling.set(True)
+    try:
+        yield
+    finally:
+        _compiling.reset(token)
+
+
+def _step(
+    method: str,
     divergence: Divergence | None,
     integrands: tuple[Integrand, ...],
     probe: Tensor | None,
     field: VectorField,
-    *at: Tensor | None,
+    context: Tensor | None,
+    t: Tensor,
+    h: Tensor,
+    state: ode.State,
 ) -> ode.State:
-    """Evaluate `_rates`, compiled separately for each field.
+    """One step of a fixed-step method from the time t, of length h."""
+
+    def dynamics(t: Tensor, state: ode.State) -> ode.State:
+        return _rates(divergence, integrands, probe, field, t, state[0], context)
+
+    return fixed.step(dynamics, state, t, h, method)
+
+
+_saved: WeakKeyDictionary[VectorField, dict[tuple[torch.Size, ...], int]] = WeakKeyDictionary()
+_compiled_for: WeakKeyDictionary[VectorField, dict[str, Callable[..., ode.State]]]
+_compiled_for = WeakKeyDictionary()
+
+
+def _compiled(function: FunctionType, *arguments: Any) -> ode.State:
+    """Call `_rates` or `_step`, compiled separately for each field among the arguments.
 
     torch.compile limits the number of recompilations of a code object, so that fields that share
     one would soon not be compiled.
     """
-    if field not in _compiled_for:
-        own = FunctionType(_rates.__code__.replace(), _rates.__globals__)
-        _compiled_for[field] = torch.compile(own, dynamic=False)
-    return _compiled_for[field](divergence, integrands, probe, field, *at)
+    field = next(value for value in arguments if isinstance(value, VectorField))
+    own = _compiled_for.setdefault(field, {})
+    if function.__name__ not in own:
+        copied = FunctionType(function.__code__.replace(), function.__globals__)
+        own[function.__name__] = torch.compile(copied, dynamic=False)
+    return own[function.__name__](*arguments)
 
 
 def reconfigured(transform: Transform, **settings: Any) -> Transform:

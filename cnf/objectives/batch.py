@@ -25,6 +25,22 @@ class Prepared(Protocol):
         ...
 
 
+def tensors_of(rows: Prepared) -> list[Tensor]:
+    """The tensors of prepared rows, in the order of their `map`.
+
+    Args:
+        rows: What an objective prepared.
+    """
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    rows.map(keep)
+    return found
+
+
 class RowTensors:
     """A dataclass of tensors, or None, whose first axis is the row.
 

@@ -15,65 +15,14 @@ from torch import Tensor, nn
 
 from cnf.dynamics import ode
 from cnf.errors import warn
-from cnf.flow import Flow
 from cnf.objectives import Loss, Objective
-from cnf.objectives.batch import Prepared
+from cnf.objectives.batch import Prepared, tensors_of
 from cnf.training.config import TrainConfig
 from cnf.training.learner import BAD_STEPS, Learner
-from cnf.transforms.continuous import solvers_in
 
 WARM_UP = 3  # steps before the capture, in which libraries allocate what they need
 AHEAD = 2  # steps by which the host may be ahead of the device
 LOOK = 50  # steps between two readings of the counts of bad ones
-
-
-def learner_for(
-    module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
-) -> Learner:
-    """The learner that the settings ask for: with a captured step on one CUDA device.
-
-    Args:
-        module: The module to train.
-        objective: What is minimized.
-        config: Its `compile` is read.
-        fabric: The processes.
-
-    Raises:
-        ValueError: `compile=True` where there is no CUDA device, or several processes, or a solver
-            whose steps cannot be captured.
-    """
-    hindrance = why_not_captured(module, objective, fabric)
-    if config.compile is True and hindrance:
-        raise ValueError(
-            f"fit: compile=True captures a step on one CUDA device, got {hindrance}; leave "
-            "compile='auto'"
-        )
-    kind = Learner if hindrance or not config.compile else CapturedLearner
-    return kind(module, objective, config, fabric)
-
-
-def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) -> str | None:
-    """Why a step cannot be captured, in words for a message; None where it may be.
-
-    Args:
-        module: The module to train.
-        objective: What is minimized.
-        fabric: The processes.
-    """
-    if fabric.device.type != "cuda":
-        return f"the device {fabric.device}"
-    if fabric.world_size > 1:
-        return f"{fabric.world_size} processes"
-    if not objective.capturable:
-        return f"{type(objective).__name__}, of which capturable is False"
-    if not objective.solves or not isinstance(module, Flow):
-        return None
-    for solver in solvers_in(objective.as_trained(module).transform):
-        if not solver.fixed:
-            return f"the method {solver.method}, which reads its errors"
-        if solver.compile or solver.gradient not in ("auto", "backprop"):
-            return f"{solver}, which is compiled or whose gradient is not backprop"
-    return None
 
 
 class CapturedLearner(Learner):
@@ -136,6 +85,7 @@ class CapturedLearner(Learner):
         """Capture a step and take it; where that fails, take an uncaptured one from now on."""
         try:
             self._capture = _Capture(self, rows)
+            self.compiled = True
         except (
             Exception
         ) as error:  # of any kind: if it is the objective's own, the next step raises it again
@@ -155,9 +105,7 @@ class CapturedLearner(Learner):
 
     def _update(self, rows: Prepared) -> Loss:
         """One step that reads no value on the host."""
-        self._adam.zero_grad(set_to_none=True)
-        loss = self._with_gradient(rows)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or torch.inf)
+        loss, norm = self._gradient(rows)
         bad = ~torch.isfinite(norm + loss.value.detach())
         self._leave_out_if(bad.float())
         self._adam.step()
@@ -236,7 +184,7 @@ class _Capture:
 
     def __init__(self, learner: CapturedLearner, rows: Prepared) -> None:
         self.rows = rows.map(torch.clone)
-        self.tensors = _tensors(self.rows)
+        self.tensors = tensors_of(self.rows)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with ode.record() as stats, torch.cuda.graph(self.graph, stream=learner._side):
@@ -246,7 +194,7 @@ class _Capture:
     def fits(self, rows: Prepared) -> bool:
         shapes, mine = (
             [(tensor.shape, tensor.dtype) for tensor in tensors]
-            for tensors in (_tensors(rows), self.tensors)
+            for tensors in (tensors_of(rows), self.tensors)
         )
         return shapes == mine
 
@@ -257,22 +205,11 @@ class _Capture:
 
     def replay(self, rows: Prepared) -> Loss:
         """Take the step with these rows; the next step overwrites the loss."""
-        for mine, value in zip(self.tensors, _tensors(rows), strict=True):
+        for mine, value in zip(self.tensors, tensors_of(rows), strict=True):
             mine.copy_(value)
         self.graph.replay()
         ode.count(self.evaluations)
         return self.loss
-
-
-def _tensors(rows: Prepared) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    rows.map(keep)
-    return found
 
 
 def _forget_capture(device: torch.device) -> None:

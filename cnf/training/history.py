@@ -7,7 +7,7 @@ from typing import Any
 
 from cnf.errors import warn
 
-CLOCKS = ("preparing", "pairing", "validating")
+CLOCKS = ("preparing", "pairing", "validating", "compiling")
 Callback = Callable[[dict[str, float]], object]
 
 
@@ -24,6 +24,7 @@ class History:
             fit to the data.
         pairing: Of these, seconds in which batches were drawn and paired.
         validating: Seconds of validation, which no budget counts.
+        compiling: Seconds in which the step was compiled, which no budget counts.
         reason: Why it ended: "budget", "patience" or "interrupted".
         signal: Number of the signal that interrupted it; 0 for none.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
@@ -36,6 +37,7 @@ class History:
     preparing: float = 0.0
     pairing: float = 0.0
     validating: float = 0.0
+    compiling: float = 0.0
     reason: str = "budget"
     signal: int = 0
     skipped: int = 0

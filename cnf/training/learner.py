@@ -75,7 +75,10 @@ class Learner:
         lr: Highest learning rate.
         ema_module: The module with averaged weights: what is validated and kept.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
+        compiled: Whether steps are compiled or captured, as `TrainConfig.compile` says.
     """
+
+    compiled = False
 
     def __init__(
         self, module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
@@ -114,7 +117,7 @@ class Learner:
 
     @property
     def compiles(self) -> bool:
-        """Whether the first step will compile an ODE's dynamics."""
+        """Whether the first step will compile something, such as an ODE's dynamics."""
         parts = (part for part in self.module.modules() if isinstance(part, Continuous))
         solvers = [getattr(self.objective, "solver", None), *(part.solver for part in parts)]
         return any(solver is not None and solver.compile for solver in solvers)
@@ -135,7 +138,7 @@ class Learner:
     def warm_up(self, rows: Prepared) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
         before = [buffer.clone() for buffer in self.module.buffers()]
-        self._backward(self._fabric_loss(rows).value)
+        self._backward(self._loss_of(rows).value)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, value in zip(self.module.buffers(), before, strict=True):
@@ -151,9 +154,7 @@ class Learner:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._with_gradient(rows, share)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        loss, norm = self._gradient(rows, share)
         if not torch.isfinite(norm + self._over_processes(loss.value.detach())):
             self._skip(loss)
             return loss
@@ -161,6 +162,12 @@ class Learner:
         self._optimizer.step()
         self._average()
         return loss
+
+    def _gradient(self, rows: Prepared, share: float = 1.0) -> tuple[Loss, Tensor]:
+        """The loss, and the norm of its gradient, which is left, clipped, in the parameters."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._with_gradient(rows, share)
+        return loss, nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
 
     def _with_gradient(self, rows: Prepared, share: float = 1.0) -> Loss:
         """The loss, its gradient added up in the parameters over the parts of the rows."""

@@ -124,7 +124,7 @@ class _Trainer:
         context: Any, weight: Any, validation: Any, listeners: Listeners,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
-        from cnf.training.capture import learner_for
+        from cnf.training.engine import learner_for
         from cnf.training.learner import launch_fabric
 
         self.module, self.objective, self.config = module, objective, config
@@ -231,7 +231,10 @@ class _Trainer:
         only_once = isinstance(self.stream, IterableStream)
         batch = self.stream.head if only_once else self.stream.batch(0, generator)
         assert batch is not None
-        self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
+        start = time.perf_counter()
+        with self.bar.doing("compiling"):
+            self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
+        self.history.compiling += time.perf_counter() - start
 
     def _rows(self, step: int) -> tuple[Prepared, float]:
         """This process's rows of a step, and the weight of their loss."""
@@ -396,6 +399,7 @@ class _Trainer:
         description = self.origin.description
         if config.seconds is not None and ended in ("budget", "patience"):  # the file repeats it
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
+            spent["compile"] = self.learner.compiled
             description = {**description, **spent}
         self.folder.describe(
             description,
@@ -410,6 +414,8 @@ class _Trainer:
                 "steps": budget.step,
                 "seconds": round(budget.seconds, 3),
                 "validation_seconds": round(self.history.validating, 3),
+                "compiled": self.learner.compiled,
+                "compilation_seconds": round(self.history.compiling, 3),
                 "skipped_steps": self.learner.skipped,
                 "ended": ended,
                 **({"error": error} if error else {}),

@@ -1,0 +1,106 @@
+"""Which learner takes the steps: a plain one, one captured on a GPU, or one compiled on a CPU."""
+
+from lightning_fabric import Fabric
+from torch import nn
+
+from cnf.flow import Flow
+from cnf.objectives import Objective
+from cnf.training.capture import CapturedLearner
+from cnf.training.compiled import CompiledLearner, CompiledSolveLearner
+from cnf.training.config import TrainConfig
+from cnf.training.learner import Learner
+from cnf.transforms.continuous import is_continuous, solvers_in
+
+# Below these no model's compilation pays, so that none is recorded to find out.
+LEAST_STEPS, LEAST_SECONDS = 2_000, 20.0
+LEAST_SOLVES, LEAST_SOLVE_SECONDS = 1_500, 120.0
+
+
+def learner_for(
+    module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
+) -> Learner:
+    """The learner that the settings ask for.
+
+    Args:
+        module: The module to train.
+        objective: What is minimized.
+        config: Its `compile` is read, and its budget.
+        fabric: The processes.
+
+    Raises:
+        ValueError: `compile=True` where a step cannot be compiled or captured.
+    """
+    device = fabric.device.type
+    if device == "cuda":
+        hindrance = why_not_captured(module, objective, fabric)
+    else:
+        hindrance = why_not_compiled(objective, config, fabric)
+    if config.compile is True and hindrance:
+        raise ValueError(
+            f"fit: compile=True compiles a step on a CPU and captures one on a CUDA device, got "
+            f"{hindrance}; leave compile='auto'"
+        )
+    kind = Learner
+    if config.compile and not hindrance:
+        kind = CapturedLearner if device == "cuda" else _compiled(module, objective, config)
+    return kind(module, objective, config, fabric)
+
+
+def _compiled(module: nn.Module, objective: Objective, config: TrainConfig) -> type[Learner]:
+    """The learner that compiles what takes the time, if the budget may be long enough for it."""
+    flow = module if isinstance(module, Flow) else None
+    solves = flow is not None and objective.solves and is_continuous(flow.transform)
+    pictures = flow is not None and len(flow.event_shape) == 3  # whose convolutions take the time
+    if config.compile == "auto" and (pictures or not _is_long(config, solves)):
+        return Learner
+    return CompiledSolveLearner if solves else CompiledLearner
+
+
+def why_not_compiled(objective: Objective, config: TrainConfig, fabric: Fabric) -> str | None:
+    """Why a step is not compiled, in words for a message; None where it may be.
+
+    Args:
+        objective: What is minimized.
+        config: Its `accumulate` is read.
+        fabric: The processes.
+    """
+    if fabric.device.type != "cpu":
+        return f"the device {fabric.device}"
+    if fabric.world_size > 1:
+        return f"{fabric.world_size} processes"
+    if config.accumulate > 1:
+        return f"accumulate={config.accumulate}"
+    if not objective.capturable:
+        return f"{type(objective).__name__}, of which capturable is False"
+    return None
+
+
+def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) -> str | None:
+    """Why a step cannot be captured, in words for a message; None where it may be.
+
+    Args:
+        module: The module to train.
+        objective: What is minimized.
+        fabric: The processes.
+    """
+    if fabric.device.type != "cuda":
+        return f"the device {fabric.device}"
+    if fabric.world_size > 1:
+        return f"{fabric.world_size} processes"
+    if not objective.capturable:
+        return f"{type(objective).__name__}, of which capturable is False"
+    if not objective.solves or not isinstance(module, Flow):
+        return None
+    for solver in solvers_in(objective.as_trained(module).transform):
+        if not solver.fixed:
+            return f"the method {solver.method}, which reads its errors"
+        if solver.compile or solver.gradient not in ("auto", "backprop"):
+            return f"{solver}, which is compiled or whose gradient is not backprop"
+    return None
+
+
+def _is_long(config: TrainConfig, solves: bool) -> bool:
+    if config.steps is not None:
+        return config.steps >= (LEAST_SOLVES if solves else LEAST_STEPS)
+    assert config.seconds is not None
+    return config.seconds >= (LEAST_SOLVE_SECONDS if solves else LEAST_SECONDS)

@@ -1,0 +1,385 @@
+"""Steps on a CPU as one program: what it computes, when it is made, and where it fails."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import cnf
+from cnf.dynamics import ode
+from cnf.objectives import Batch, Objective
+from cnf.objectives.base import Loss
+from cnf.training import compiled
+from cnf.training.compiled import CompiledLearner, CompiledSolveLearner, pays
+from cnf.training.engine import learner_for
+from cnf.training.learner import Learner, _LossModule, launch_fabric
+from cnf.training.program import Program, _laid_out, _recorded
+from cnf.transforms.continuous import compiled_solves
+
+DISCRETE = ["nice", "realnvp", "glow", "nsf", "nsf-ar", "maf", "planar", "radial", "sylvester"]
+SMALL = {"hidden": (8,), "layers": 2}
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    kept = {
+        k: v
+        for k, v in SMALL.items()
+        if k == "layers" or name not in ("planar", "radial", "sylvester")
+    }
+    kept = {} if name == "cnf" else kept
+    options = {**kept, **options} if name != "cnf" else {"hidden": (8, 8), **options}
+    flow = cnf.models.build(name, dim=2, **options).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return flow
+
+
+def batch(n=16, context=0):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 2, dtype=torch.float64, generator=generator)
+    given = torch.randn(n, context, dtype=torch.float64, generator=generator) if context else None
+    return Batch(x, given, weight=torch.rand(n, dtype=torch.float64, generator=generator))
+
+
+def program_of(flow, objective, rows=None, clip=None):
+    prepared = objective.prepare(flow, rows or batch(), torch.Generator().manual_seed(2))
+    loss, trained = _LossModule(flow, objective, None), list(objective.parameters(flow))
+    return loss, trained, prepared, Program(loss, trained, prepared, clip)
+
+
+def assert_is_the_gradient(loss, trained, rows, program):
+    """On other rows and other weights than those of the record."""
+    with torch.no_grad():
+        for parameter in trained:
+            parameter *= 1.1
+    rows = rows.map(lambda value: value.flip(0))
+    wanted = loss(rows)
+    gradient = torch.autograd.grad(wanted.value, trained, allow_unused=True)
+    found, norm = program(rows)
+    torch.testing.assert_close(found.value, wanted.value.detach())
+    assert found.metrics.keys() == wanted.metrics.keys()
+    for parameter, part in zip(trained, gradient, strict=True):
+        assert (parameter.grad is None) == (part is None)
+        if part is not None:
+            torch.testing.assert_close(parameter.grad, part, rtol=1e-9, atol=1e-12)
+    parts = [part for part in gradient if part is not None]
+    torch.testing.assert_close(norm, torch.cat([p.flatten() for p in parts]).norm())
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_record_of_a_discrete_flows_likelihood_is_its_loss_and_gradient(name):
+    assert_is_the_gradient(*program_of(small(name), cnf.MaximumLikelihood()))
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", {"name": "linear", "noise": 0.1}])
+@pytest.mark.parametrize("coupling", ["independent", "minibatch-ot"])
+def test_a_record_of_flow_matching_is_its_loss_and_gradient(path, coupling):
+    objective = cnf.FlowMatching(path=path, coupling=coupling)
+    assert_is_the_gradient(*program_of(small("cnf"), objective))
+
+
+def test_a_record_has_the_context_as_an_input():
+    flow = small("nsf", context=3)
+    assert_is_the_gradient(*program_of(flow, cnf.MaximumLikelihood(), batch(context=3)))
+
+
+class Linear(cnf.fields.VectorField):
+    """A field that compiles within seconds."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__((2,), 0)
+        self.linear, self.dropout = nn.Linear(2, 2), nn.Dropout(dropout)
+
+    def forward(self, t, x, context=None):
+        return self.dropout(self.linear(x))
+
+
+def flow_of(field):
+    base = cnf.distributions.StandardNormal((2,))
+    return cnf.Flow(base, cnf.transforms.Continuous(field)).double()
+
+
+def test_a_compiled_program_is_the_loss_and_gradient():
+    loss, trained, rows, program = program_of(flow_of(Linear()), cnf.FlowMatching())
+    program.compile()
+    assert_is_the_gradient(loss, trained, rows, program)
+
+
+def test_a_frozen_parameter_gets_no_gradient():
+    flow = small("realnvp")
+    frozen = next(flow.parameters()).requires_grad_(False)
+    _, _, rows, program = program_of(flow, cnf.MaximumLikelihood())
+    program(rows)
+    assert frozen.grad is None and len(program.parameters) == len(list(flow.parameters())) - 1
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e6])
+def test_gradients_are_clipped_as_torch_clips_them(clip):
+    loss, trained, rows, program = program_of(small("realnvp"), cnf.MaximumLikelihood(), clip=clip)
+    loss(rows).value.backward()
+    norm = nn.utils.clip_grad_norm_(trained, clip)
+    wanted = [parameter.grad.clone() for parameter in trained]
+    _, found = program(rows)
+    torch.testing.assert_close(found, norm)
+    for parameter, part in zip(trained, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, part)
+
+
+def test_running_statistics_move_in_a_call_and_not_in_the_record():
+    flow = small("realnvp", layers=1)
+    norm = cnf.transforms.BatchNorm(2).double()
+    flow.transform = cnf.transforms.Compose([flow.transform, norm])
+    before = norm.mean.clone()
+    loss, _, rows, program = program_of(flow, cnf.MaximumLikelihood())
+    torch.testing.assert_close(norm.mean, before)
+    other = copy.deepcopy(loss)
+    other(rows)
+    program(rows)
+    assert not torch.equal(norm.mean, before)
+    torch.testing.assert_close(norm.mean, list(other.module.transform.modules())[-1].mean)
+
+
+def learner_of(flow, objective=None, **settings):
+    config = cnf.TrainConfig(device="cpu", progress=False, **settings)
+    fabric = launch_fabric(config, torch.float64)
+    return learner_for(flow, objective or cnf.MaximumLikelihood(), config, fabric)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "kind"),
+    [
+        ("realnvp", {"steps": 100}, Learner),
+        ("realnvp", {"steps": 100, "compile": True}, CompiledLearner),
+        ("realnvp", {"steps": 100_000}, CompiledLearner),
+        ("realnvp", {"steps": 100_000, "compile": False}, Learner),
+        ("realnvp", {"steps": 100_000, "accumulate": 2}, Learner),
+        ("realnvp", {"seconds": 10}, Learner),
+        ("cnf", {"steps": 100}, Learner),
+        ("cnf", {"steps": 100, "compile": True}, CompiledSolveLearner),
+        ("cnf", {"seconds": 600}, CompiledSolveLearner),
+    ],
+)
+def test_the_budget_decides_what_is_compiled_unless_it_is_told(model, settings, kind):
+    assert type(learner_of(small(model), **settings)) is kind
+
+
+def test_pictures_are_compiled_only_if_told():
+    flow = cnf.models.build("realnvp", shape=(1, 4, 4), hidden=(4,)).double()
+    assert type(learner_of(flow, steps=10**6)) is Learner
+    assert type(learner_of(flow, steps=10, compile=True)) is CompiledLearner
+
+
+def test_gradients_are_laid_out_as_their_parameters():
+    gradient, parameter = torch.randn(3, 4).T, torch.zeros(4, 3)
+    found = _laid_out(gradient, parameter)
+    assert found.stride() == parameter.stride() != gradient.stride()
+    assert torch.equal(found, gradient)
+
+
+def test_products_with_few_columns_are_turned_and_stay_the_same():
+    def gradient(rows, inputs):
+        return (rows.T @ inputs,)
+
+    inputs = [torch.randn(256, n, dtype=torch.float64) for n in (64, 3)]
+    record = _recorded(gradient, inputs)
+    assert "aten.t.default(inputs_1)" in record.code
+    found, wanted = record(*inputs)[0], gradient(*inputs)[0]
+    torch.testing.assert_close(found, wanted)
+    assert found.stride() == wanted.stride()
+
+
+def test_compilation_that_cannot_be_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"compile=True compiles .* got accumulate=2; leave"):
+        learner_of(small("realnvp"), compile=True, accumulate=2)
+
+
+def test_a_budget_in_steps_is_judged_by_itself_alone(monkeypatch):
+    program = program_of(small("nsf"), cnf.MaximumLikelihood())[-1]
+    program.size = 1_000
+    costs = 2 * (4 + 0.015 * 1_000)
+    enough = costs / (6e-6 * 1_000)
+    for known in (False, True):
+        monkeypatch.setattr(compiled, "_known", lambda _, known=known: _Known(known))
+        assert pays(cnf.TrainConfig(steps=int(enough) + 1), program)
+        assert not pays(cnf.TrainConfig(steps=int(enough) - 1), program)
+        assert pays(cnf.TrainConfig(seconds=60), program) == known
+        assert pays(cnf.TrainConfig(seconds=costs / 0.375 + 1), program)
+
+
+class _Known:
+    def __init__(self, exists):
+        self.exists = lambda: exists
+
+
+def trained(flow, objective, steps=20, **settings):
+    data = batch(64).x
+    config = cnf.TrainConfig(
+        steps=steps, batch_size=16, progress=False, validations=0, ema=None, **settings
+    )
+    return cnf.fit(flow, objective, data, config)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Programs stay records, which are replayed operation by operation: the same numbers."""
+    monkeypatch.setattr(Program, "compile", lambda self: None)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"), [("cnf", cnf.FlowMatching()), ("nsf", cnf.MaximumLikelihood())]
+)
+def test_a_run_of_programs_ends_at_the_weights_of_one_without(model, objective, uncompiled):
+    one, other = small(model), small(model)
+    trained(one, objective, compile=False)
+    history = trained(other, objective, compile=True)
+    assert history.compiling > 0
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
+    whole, parts = small("realnvp"), small("realnvp")
+    trained(whole, cnf.MaximumLikelihood(), compile=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 7:
+            raise Stop
+
+    data = batch(64).x
+    config = cnf.TrainConfig(
+        steps=20, batch_size=16, progress=False, validations=0, ema=None, compile=True,
+        folder=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        cnf.fit(parts, cnf.MaximumLikelihood(), data, config, callbacks=[stop])
+    cnf.fit(parts, cnf.MaximumLikelihood(), data, replace(config, resume=True))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Reads(Objective):
+    """An objective that reads its loss, which no record can hold."""
+
+    capturable = True
+
+    def __call__(self, module, batch, generator=None):
+        value = -module.log_prob(batch.x).mean()
+        return Loss(value, {"read": torch.tensor(value.item())})
+
+
+def test_an_objective_that_reads_a_number_is_trained_without_a_program(uncompiled, monkeypatch):
+    monkeypatch.setattr("cnf.training.engine.LEAST_STEPS", 1)
+    one, other = small("realnvp"), small("realnvp")
+    with pytest.warns(UserWarning, match="steps are not compiled, as that failed: "):
+        trained(one, Reads(), compile="auto")
+    trained(other, Reads(), compile=False)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="trying to get value out of a tracing tensor"):
+        trained(one, Reads(), compile=True)
+
+
+def test_rows_of_another_shape_take_an_uncompiled_step(uncompiled):
+    learner = learner_of(small("realnvp"), compile=True)
+    rows = [learner.prepare(batch(n), torch.Generator())[0] for n in (16, 12)]
+    learner.warm_up(rows[0])
+    assert learner._program.fits(rows[0]) and not learner._program.fits(rows[1])
+    loss = learner.step(rows[1], 0.0)
+    torch.testing.assert_close(
+        loss.value.double(), learner._loss(rows[1]).value, rtol=1e-6, atol=0
+    )
+
+
+def test_rows_with_a_gradient_of_their_own_take_an_uncompiled_step(uncompiled):
+    learner = learner_of(small("nsf", context=1), compile=True)
+    rows = learner.prepare(batch(context=1), torch.Generator())[0]
+    learner.warm_up(rows)
+    rows.context.requires_grad_()
+    learner.step(rows, 0.0)
+    assert rows.context.grad is not None
+
+
+def test_a_bad_step_of_a_program_is_left_out(uncompiled):
+    learner = learner_of(small("realnvp"), compile=True)
+    rows = learner.prepare(batch(), torch.Generator())[0]
+    learner.warm_up(rows)
+    before = [parameter.clone() for parameter in learner.parameters]
+    learner.step(rows.map(lambda value: value * torch.nan), 0.1)
+    assert learner.skipped == 1
+    for a, b in zip(learner.parameters, before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dropout_draws_anew_in_each_call(uncompiled):
+    flow = flow_of(Linear(dropout=0.5))
+    _, _, rows, program = program_of(flow, cnf.FlowMatching())
+    torch.manual_seed(0)
+    first, again = program(rows)[0].value, program(rows)[0].value
+    torch.manual_seed(0)
+    assert first != again and program(rows)[0].value == first
+
+
+SOLVES = {
+    "exact": {},
+    "hutchinson": {"divergence": "hutchinson"},
+    "penalties": {"penalties": {"kinetic": 0.1, "jacobian": 0.1}},
+}
+
+
+@pytest.mark.parametrize("case", SOLVES)
+def test_a_compiled_solver_step_is_the_step(case, monkeypatch):
+    """With the compiler out of the way: what is compiled is what computes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    solver = cnf.Solver("rk4", steps=3)
+    objective = cnf.MaximumLikelihood(solver=solver, **SOLVES[case])
+    flow = small("cnf")
+    rows = objective.prepare(flow, batch(), torch.Generator().manual_seed(0))
+    with ode.record() as plain:
+        wanted = objective(flow, rows).value
+    gradient = torch.autograd.grad(wanted, list(flow.parameters()), allow_unused=True)
+    with ode.record() as stats, compiled_solves():
+        found = objective(flow, rows).value
+    torch.testing.assert_close(found, wanted)
+    assert (stats.forward, stats.solves) == (plain.forward, plain.solves) == (12, 1)
+    other = torch.autograd.grad(found, list(flow.parameters()), allow_unused=True)
+    for a, b in zip(other, gradient, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_solver_steps_keep_to_the_memory_of_the_solver(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: lambda *a: taken.append(1) or function(*a)
+    )
+    solver = cnf.Solver("rk4", steps=3, memory=1e-9, compile=True)
+    flow = small("cnf").with_solver(solver)
+    with ode.record() as stats:
+        flow.log_prob(batch().x).sum().backward()
+    assert stats.backward == 12  # by checkpoints, which evaluate again
+    assert len(taken) == 24 + 2  # each an evaluation, none a step; two measured the memory
+
+
+def test_a_compiled_solve_that_becomes_infinite_says_why(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flow = small("cnf").with_solver(cnf.Solver("rk4", steps=3, compile=True))
+    with torch.no_grad():
+        next(flow.field.parameters()).fill_(torch.inf)
+    with pytest.raises(cnf.SolverError, match="the field returned NaN or infinity"):
+        flow.log_prob(batch().x)
+
+
+def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
+    one, other = small("cnf"), small("cnf")
+    trained(one, objective, compile=False)
+    trained(other, objective, compile=True)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -151,11 +151,15 @@ class Learner:
             rows: What `prepare` gave.
             lr: Learning rate.
             share: The weight of their loss.
+
+        Returns:
+            The loss of the rows of all processes.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss, norm = self._gradient(rows, share)
-        if not torch.isfinite(norm + self._over_processes(loss.value.detach())):
+        loss = self._over_processes(loss, share)
+        if not torch.isfinite(norm + loss.value.detach()):
             self._skip(loss)
             return loss
         self._bad_in_a_row = 0
@@ -199,15 +203,17 @@ class Learner:
             explain_edit(self.module, error)
             raise
 
-    def _over_processes(self, loss: Tensor) -> Tensor:
-        """The loss, NaN or infinite where that of any process is: all must skip the same steps.
+    def _over_processes(self, loss: Loss, share: float) -> Loss:
+        """The loss of the rows of all processes.
 
-        A NaN row has a gradient of 0, so that the gradient's norm does not tell.
+        It is NaN or infinite where that of any process is, and all skip the same steps: a NaN row
+        has a gradient of 0, so that the gradient's norm does not tell.
         """
         if self.fabric.world_size == 1:
             return loss
-        mean: Any = self.fabric.all_reduce(loss.clone())
-        return mean
+        own = torch.stack([value.detach() for value in (loss.value, *loss.metrics.values())])
+        mean: Any = self.fabric.all_reduce(share * own)
+        return Loss(mean[0], dict(zip(loss.metrics, mean[1:], strict=True)))
 
     def _average(self) -> None:
         if self.config.ema is None:

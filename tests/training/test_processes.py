@@ -1,6 +1,7 @@
 """Training in two processes, by torchrun and Fabric: same weights as in one."""
 
 import contextlib
+import csv
 import os
 import signal
 import socket
@@ -126,6 +127,11 @@ def launched(tmp_path_factory):
     return launch
 
 
+def metrics(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def weights(folder):
     flow = cnf.load(folder)
     return torch.cat([p.detach().flatten() for p in flow.parameters()])
@@ -142,6 +148,18 @@ def test_two_processes_give_the_same_weights_as_one(launcher, name, launched):
     torch.testing.assert_close(one, two, rtol=0, atol=atol)
     lines = [line for line in said.splitlines() if line.startswith(name)]
     assert len(lines) == 2 and lines[0] == lines[1]  # both hold the kept weights afterwards
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "nan-in-one"])
+def test_metrics_of_two_processes_are_of_all_rows(name, launched):
+    """A weighted run has shares that differ."""
+    one, two = (metrics(launched(launcher)[0] / name) for launcher in ("one", "fabric"))
+    assert len(one) == len(two) > 1
+    for alone, both in zip(one, two, strict=True):
+        assert alone.keys() == both.keys()
+        same = [key for key in alone if key not in ("seconds", "nfe") and alone[key]]
+        assert "loss" in same
+        assert [float(both[k]) for k in same] == pytest.approx([float(alone[k]) for k in same])
 
 
 def test_glow_resumed_by_two_processes_equals_uninterrupted_training(launched):

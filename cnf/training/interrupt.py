@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP between steps."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 between steps."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not known to every system
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are not known to every system
 _ASKED: ContextVar[Callable[[], int]] = ContextVar("asked", default=lambda: 0)
 
 
@@ -42,7 +42,8 @@ def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[
     """Inside, a signal to end is seen between steps, a second one at once.
 
     Yields what tells the number of the signal that came, 0 for none. Only the main thread can see
-    signals. One that the process was started to ignore, as `nohup` does, stays ignored.
+    signals. One that the process was started to ignore, as `nohup` does, stays ignored, and a
+    program's own handler of SIGUSR1, by which SLURM tells that time runs out, stays in place.
 
     Args:
         then: Called when the first signal comes.
@@ -60,7 +61,7 @@ def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers}
-    taken = [n for n in before if before[n] != signal.SIG_IGN or n == signal.SIGINT]
+    taken = [n for n in before if _may_take(n, before[n])]
     for number in taken:
         signal.signal(number, receive)
     try:
@@ -68,3 +69,12 @@ def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[
     finally:
         for number in taken:
             signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def _may_take(number: int, handler: Any) -> bool:
+    """Whether a signal with this handler is ours to receive."""
+    if number == signal.SIGINT:
+        return True
+    if number == getattr(signal, "SIGUSR1", None):
+        return handler == signal.SIG_DFL
+    return handler != signal.SIG_IGN

@@ -48,8 +48,8 @@ def fit(
 
     It trains in train mode and comes back in eval mode, whatever it was handed in.
 
-    Ctrl-C, SIGTERM and SIGHUP end training after the step in hand; it saves, and returns with
-    reason "interrupted".
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end training after the step in hand; it saves, and returns
+    with reason "interrupted".
 
     Args:
         module: A flow, or any module that the objective understands.

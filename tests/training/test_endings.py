@@ -16,7 +16,7 @@ from cnf.training import checkpoint
 from cnf.training.run import Run
 from cnf.training.validation import Validation
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,17 @@ def test_hangup_signal_ignored_by_nohup_stays_ignored(small, config, acting_data
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (history.reason, history.steps) == ("budget", 6)
+
+
+def test_own_handler_of_the_user_signal_stays_in_place(small, config, acting_data):
+    data, _ = acting_data("toy", lambda: signal.raise_signal(signal.SIGUSR1))
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+    try:
+        history = cnf.fit(small(), cnf.FlowMatching(), data, config())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (history.reason, received) == ("budget", [signal.SIGUSR1])
 
 
 def test_validation_that_takes_longer_than_training_warns(

@@ -21,7 +21,7 @@ from cnf.training.column_checks import check_columns
 from cnf.training.config import TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
-from cnf.training.origin import Origin, configuration, environment, objective_name
+from cnf.training.origin import Origin, configuration, environment, objective_name, peak_memory
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
@@ -413,6 +413,7 @@ class _Trainer:
                 "budget": {"steps": config.steps, "seconds": config.seconds},
                 "steps": budget.step,
                 "seconds": round(budget.seconds, 3),
+                **peak_memory(self.fabric.device),
                 "validation_seconds": round(self.history.validating, 3),
                 "compiled": self.learner.compiled,
                 "compilation_seconds": round(self.history.compiling, 3),

@@ -53,6 +53,12 @@ def test_hangup_signal_ignored_by_nohup_stays_ignored(small, config, acting_data
     assert (history.reason, history.steps) == ("budget", 6)
 
 
+def test_manifest_tells_the_peak_memory_of_the_process(small, config, manifest, tmp_path):
+    held = torch.ones(2**24, dtype=torch.float64)
+    cnf.fit(small(), cnf.FlowMatching(), "moons", config(folder=tmp_path / "run"))
+    assert held.nbytes < manifest()["peak_process_bytes"] < 2**40
+
+
 def test_own_handler_of_the_user_signal_stays_in_place(small, config, acting_data):
     data, _ = acting_data("toy", lambda: signal.raise_signal(signal.SIGUSR1))
     received = []

@@ -16,7 +16,7 @@ DIM, HIDDEN, BATCH = 2, (64, 64, 64), 1024
 def run(options: Options) -> dict:
     torch.manual_seed(0)
     repeats = options.repeats if options.quick else 20 * options.repeats
-    calls = {"cnf": _matching_step(options.device), "bare network": _bare_step(options.device)}
+    calls = {"cnf": _matching_step(options.device), "bare network": bare_step(options.device)}
     return interleaved(calls, replace(options, repeats=repeats), warmups=10)
 
 
@@ -26,15 +26,15 @@ def _matching_step(device: str) -> Callable[[], None]:
     return _step_of(flow, lambda x: objective(flow, cnf.Batch(x), generator).value, device)
 
 
-def _bare_step(device: str) -> Callable[[], None]:
+def bare_step(device: str, rows: int = BATCH) -> Callable[[], None]:
     """The least there is to do: its inputs and targets are drawn beforehand."""
     sizes = [DIM + 1, *HIDDEN, DIM]
     layers = []
     for i, o in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [nn.Linear(i, o), nn.SiLU()]
     net = nn.Sequential(*layers[:-1]).to(device)
-    target = torch.randn(BATCH, DIM, device=device)
-    inputs = torch.randn(BATCH, DIM + 1, device=device)
+    target = torch.randn(rows, DIM, device=device)
+    inputs = torch.randn(rows, DIM + 1, device=device)
     return _step_of(net, lambda x: (net(inputs) - target).square().mean(), device)
 
 

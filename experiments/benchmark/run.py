@@ -34,6 +34,7 @@ import recompute
 import regularized
 import roofline
 import seminorm
+import steps
 import torch
 import unet
 from measure import Options
@@ -48,6 +49,7 @@ QUESTIONS = {
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
     "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
     "unet": unet, "convolutions": convolutions, "launches": launches,
+    "steps": steps,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from cnf.errors import warn
 from cnf.objectives import Loss
 from cnf.objectives.batch import Prepared
 from cnf.training.config import TrainConfig
+from cnf.training.flat import FlatAdam
 from cnf.training.learner import Learner
 from cnf.training.program import Program
 from cnf.transforms.continuous import compiled_solves
@@ -28,6 +29,8 @@ class CompiledLearner(Learner):
     """
 
     _program: Program | None = None
+    _flat: FlatAdam | None = None
+    _side_by_side: Tensor | None = None  # the gradient of this step, if a program computed it
 
     @property
     def compiles(self) -> bool:
@@ -38,6 +41,7 @@ class CompiledLearner(Learner):
             program = Program(self._loss, self.parameters, rows, self.config.clip)
             if self.config.compile is True or pays(self.config, program):
                 program.compile()
+                self._flat = self._flattened(program)
                 self._program, self.compiled = program, True
                 _remember(program)
         except Exception as error:  # of any kind: if it is the objective's own, a step raises it
@@ -49,10 +53,32 @@ class CompiledLearner(Learner):
                 "without the attempt"
             )
 
+    def _flattened(self, program: Program) -> FlatAdam:
+        pairs = zip(self._weights, self._ema_weights, strict=True)
+        averages = {id(weight): average for weight, average in pairs if weight is not average}
+        averages = [averages[id(p)] for p in program.parameters if id(p) in averages]
+        return FlatAdam(self._adam, program.parameters, averages)
+
     def _gradient(self, rows: Prepared, share: float = 1.0) -> tuple[Loss, Tensor]:
         if self._program is None or not self._program.fits(rows):
+            self._side_by_side = None
             return super()._gradient(rows, share)
-        return self._program(rows)
+        loss, norm, self._side_by_side = self._program(rows)
+        return loss, norm
+
+    def _move(self) -> None:
+        if self._flat is None or self._side_by_side is None:
+            return super()._move()
+        self._flat.step(self._side_by_side)
+
+    def _average_weights(self, decay: float) -> None:
+        if self._flat is None:
+            return super()._average_weights(decay)
+        self._flat.average(decay)
+
+    def release(self) -> None:
+        if self._flat is not None:
+            self._flat.release()
 
 
 class CompiledSolveLearner(Learner):

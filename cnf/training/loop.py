@@ -99,6 +99,7 @@ def fit(
             trainer.fail(error)
             raise
         finally:
+            trainer.learner.release()
             module.eval()
 
 

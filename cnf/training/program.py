@@ -65,12 +65,13 @@ class Program:
                 gradient = torch.autograd.grad(found.value, leaves, allow_unused=True)
             self._metrics = tuple(found.metrics)
             pairs = zip(trainable, gradient, strict=True)
-            used = {
-                name: _laid_out(part, values[name]) for name, part in pairs if part is not None
-            }
+            used = {name: part for name, part in pairs if part is not None}
             self.parameters = [self._tensors[name] for name in used]  # pyright: ignore
-            norm, clipped = _clipped(list(used.values()), clip)
-            return (found.value.detach(), norm, *found.metrics.values(), *clipped)
+            gradient = torch.cat([part.reshape(-1) for part in used.values()])
+            norm = torch.linalg.vector_norm(gradient)
+            if clip is not None:  # as torch.nn.utils.clip_grad_norm_ does
+                gradient = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
+            return found.value.detach(), norm, gradient, *found.metrics.values()
 
         self._graph = _recorded(step, [*self._tensors.values(), *tensors_of(rows)])
         self.size = len(self._graph.graph.nodes)
@@ -96,14 +97,20 @@ class Program:
         """Whether the program is of rows like these, without a gradient of their own."""
         return _shapes(rows) == self._shapes
 
-    def __call__(self, rows: Prepared) -> tuple[Loss, Tensor]:
-        """The loss, and the norm of its gradient, which is left, clipped, in the parameters."""
+    def __call__(self, rows: Prepared) -> tuple[Loss, Tensor, Tensor]:
+        """The loss, the norm of its gradient, and the clipped gradient of all `parameters`.
+
+        Args:
+            rows: Rows that fit.
+
+        Returns:
+            The loss, the norm, shape (), and the gradient, side by side, shape (P,).
+        """
         with torch.no_grad():
-            value, norm, *rest = self._call(*self._tensors.values(), *tensors_of(rows))
-        metrics = dict(zip(self._metrics, rest, strict=False))
-        for parameter, gradient in zip(self.parameters, rest[len(metrics) :], strict=True):
-            parameter.grad = gradient
-        return Loss(value, metrics), norm
+            value, norm, gradient, *metrics = self._call(
+                *self._tensors.values(), *tensors_of(rows)
+            )
+        return Loss(value, dict(zip(self._metrics, metrics, strict=True))), norm, gradient
 
 
 def _recorded(
@@ -137,22 +144,6 @@ def _turn_narrow_products(graph: torch.fx.Graph) -> None:
             layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
             node.replace_all_uses_with(graph.call_function(aten.clone.default, (back,), layout))
         graph.erase_node(node)
-
-
-def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with its parameter's strides, which fused optimizers take for granted."""
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def _clipped(gradient: list[Tensor], clip: float | None) -> tuple[Tensor, list[Tensor]]:
-    """The norm, and the gradient as `torch.nn.utils.clip_grad_norm_` leaves it."""
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient]))
-    if clip is None:
-        return norm, gradient
-    factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-    return norm, [factor * part for part in gradient]
 
 
 def _shapes(rows: Prepared) -> list[tuple[Any, ...]]:

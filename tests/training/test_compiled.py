@@ -14,8 +14,9 @@ from cnf.objectives.base import Loss
 from cnf.training import compiled
 from cnf.training.compiled import CompiledLearner, CompiledSolveLearner, pays
 from cnf.training.engine import learner_for
+from cnf.training.flat import FlatAdam
 from cnf.training.learner import Learner, _LossModule, launch_fabric
-from cnf.training.program import Program, _laid_out, _recorded
+from cnf.training.program import Program, _recorded
 from cnf.transforms.continuous import compiled_solves
 
 DISCRETE = ["nice", "realnvp", "glow", "nsf", "nsf-ar", "maf", "planar", "radial", "sylvester"]
@@ -59,15 +60,18 @@ def assert_is_the_gradient(loss, trained, rows, program):
     rows = rows.map(lambda value: value.flip(0))
     wanted = loss(rows)
     gradient = torch.autograd.grad(wanted.value, trained, allow_unused=True)
-    found, norm = program(rows)
+    found, norm, side_by_side = program(rows)
     torch.testing.assert_close(found.value, wanted.value.detach())
     assert found.metrics.keys() == wanted.metrics.keys()
-    for parameter, part in zip(trained, gradient, strict=True):
-        assert (parameter.grad is None) == (part is None)
-        if part is not None:
-            torch.testing.assert_close(parameter.grad, part, rtol=1e-9, atol=1e-12)
-    parts = [part for part in gradient if part is not None]
-    torch.testing.assert_close(norm, torch.cat([p.flatten() for p in parts]).norm())
+    used = [(p, part) for p, part in zip(trained, gradient, strict=True) if part is not None]
+    assert {id(p) for p in program.parameters} == {id(p) for p, _ in used}
+    whole = torch.cat([dict_of(used)[id(p)].flatten() for p in program.parameters])
+    torch.testing.assert_close(side_by_side, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(norm, whole.norm())
+
+
+def dict_of(pairs):
+    return {id(parameter): part for parameter, part in pairs}
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -112,9 +116,9 @@ def test_a_compiled_program_is_the_loss_and_gradient():
 def test_a_frozen_parameter_gets_no_gradient():
     flow = small("realnvp")
     frozen = next(flow.parameters()).requires_grad_(False)
-    _, _, rows, program = program_of(flow, cnf.MaximumLikelihood())
-    program(rows)
-    assert frozen.grad is None and len(program.parameters) == len(list(flow.parameters())) - 1
+    program = program_of(flow, cnf.MaximumLikelihood())[-1]
+    assert all(parameter is not frozen for parameter in program.parameters)
+    assert len(program.parameters) == len(list(flow.parameters())) - 1
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
@@ -122,11 +126,10 @@ def test_gradients_are_clipped_as_torch_clips_them(clip):
     loss, trained, rows, program = program_of(small("realnvp"), cnf.MaximumLikelihood(), clip=clip)
     loss(rows).value.backward()
     norm = nn.utils.clip_grad_norm_(trained, clip)
-    wanted = [parameter.grad.clone() for parameter in trained]
-    _, found = program(rows)
+    _, found, side_by_side = program(rows)
     torch.testing.assert_close(found, norm)
-    for parameter, part in zip(trained, wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, part)
+    whole = torch.cat([parameter.grad.flatten() for parameter in program.parameters])
+    torch.testing.assert_close(side_by_side, whole)
 
 
 def test_running_statistics_move_in_a_call_and_not_in_the_record():
@@ -141,6 +144,52 @@ def test_running_statistics_move_in_a_call_and_not_in_the_record():
     program(rows)
     assert not torch.equal(norm.mean, before)
     torch.testing.assert_close(norm.mean, list(other.module.transform.modules())[-1].mean)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_parameters_side_by_side_move_and_average_as_by_torch(kind):
+    one, other = small("realnvp"), small("realnvp")
+    averages = [copy.deepcopy(flow).requires_grad_(False) for flow in (one, other)]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
+    adams = [kind(flow.parameters(), **settings) for flow in (one, other)]
+    flat = None
+    for step in range(4):
+        rows = batch().x * step
+        for flow, adam in zip((one, other), adams, strict=True):
+            adam.zero_grad()
+            flow.log_prob(rows).mean().backward()
+        if step == 2:  # from the state that torch's Adam has come to
+            flat = FlatAdam(adams[1], list(other.parameters()), list(averages[1].parameters()))
+        for (flow, adam), average in zip(
+            zip((one, other), adams, strict=True), averages, strict=True
+        ):
+            if flow is other and flat is not None:
+                flat.step(torch.cat([p.grad.flatten() for p in flow.parameters()]))
+                flat.average(0.9)
+                continue
+            adam.step()
+            with torch.no_grad():
+                for kept, weight in zip(average.parameters(), flow.parameters(), strict=True):
+                    kept.lerp_(weight, 0.1)
+    assert flat is not None
+    pairs = [(one, other), tuple(averages)]
+    for a, b in [
+        pair for flows in pairs for pair in zip(*(f.parameters() for f in flows), strict=True)
+    ]:
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+    for a, b in zip(*(adam.state_dict()["state"].values() for adam in adams), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len({p.untyped_storage().data_ptr() for p in other.parameters()}) == 1
+    flat.release()
+    assert len({p.untyped_storage().data_ptr() for p in other.parameters()}) == len(
+        list(other.parameters())
+    )
+
+
+def test_parameters_that_cannot_lie_side_by_side_are_refused():
+    weight = nn.Parameter(torch.randn(3, 2).T)
+    with pytest.raises(RuntimeError, match="not contiguous"):
+        FlatAdam(torch.optim.Adam([weight]), [weight], [])
 
 
 def learner_of(flow, objective=None, **settings):
@@ -173,13 +222,6 @@ def test_pictures_are_compiled_only_if_told():
     assert type(learner_of(flow, steps=10, compile=True)) is CompiledLearner
 
 
-def test_gradients_are_laid_out_as_their_parameters():
-    gradient, parameter = torch.randn(3, 4).T, torch.zeros(4, 3)
-    found = _laid_out(gradient, parameter)
-    assert found.stride() == parameter.stride() != gradient.stride()
-    assert torch.equal(found, gradient)
-
-
 def test_products_with_few_columns_are_turned_and_stay_the_same():
     def gradient(rows, inputs):
         return (rows.T @ inputs,)
@@ -189,7 +231,6 @@ def test_products_with_few_columns_are_turned_and_stay_the_same():
     assert "aten.t.default(inputs_1)" in record.code
     found, wanted = record(*inputs)[0], gradient(*inputs)[0]
     torch.testing.assert_close(found, wanted)
-    assert found.stride() == wanted.stride()
 
 
 def test_compilation_that_cannot_be_is_refused_in_words():
@@ -218,7 +259,7 @@ class _Known:
 def trained(flow, objective, steps=20, **settings):
     data = batch(64).x
     config = cnf.TrainConfig(
-        steps=steps, batch_size=16, progress=False, validations=0, ema=None, **settings
+        steps=steps, batch_size=16, progress=False, validations=0, ema=0.5, **settings
     )
     return cnf.fit(flow, objective, data, config)
 
@@ -237,6 +278,7 @@ def test_a_run_of_programs_ends_at_the_weights_of_one_without(model, objective, 
     trained(one, objective, compile=False)
     history = trained(other, objective, compile=True)
     assert history.compiling > 0
+    assert len({p.untyped_storage().data_ptr() for p in other.parameters()}) > 1  # as it came
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -254,7 +296,7 @@ def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
 
     data = batch(64).x
     config = cnf.TrainConfig(
-        steps=20, batch_size=16, progress=False, validations=0, ema=None, compile=True,
+        steps=20, batch_size=16, progress=False, validations=0, ema=0.5, compile=True,
         folder=tmp_path / "run",
     )  # fmt: skip
     with pytest.raises(Stop):

@@ -286,6 +286,7 @@ def _training_costs(trained: Trained) -> dict[str, float]:
     return {
         "steps": trained.steps,
         "train_seconds": trained.seconds,
+        "compile_seconds": trained.compiling,
         "ms_per_step": 1e3 * trained.seconds / trained.steps,
         "peak_memory_mb": trained.memory,
     }

@@ -26,6 +26,10 @@ TRAINING = (
     Score("steps", "Steps", "Optimizer steps", note="count", lower=None, terminal="steps"),
     Score("train_seconds", "Training", "Seconds of training steps", "s", lower=None),
     Score(
+        "compile_seconds", "Compilation", "Of its steps, before the budget; 0 for none", "s",
+        lower=None,
+    ),
+    Score(
         "steps_per_second", "Pace", "Training steps per second", "steps/s", lower=False,
         contest="speed of training", margin=0.1,
         cost="trains at a {} slower pace in steps per second than {}",

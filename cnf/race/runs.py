@@ -80,6 +80,11 @@ class Trained:
         """Seconds of training of all stages."""
         return sum(history.seconds for history in self.histories)
 
+    @property
+    def compiling(self) -> float:
+        """Seconds of compilation of all stages."""
+        return sum(history.compiling for history in self.histories)
+
 
 def build(contestant: Contestant, data: Any, seed: int) -> Flow:
     """A contestant's flow before training.

@@ -1,7 +1,7 @@
 """Numerical precision: autocast, the widest dtype of a device, and what a cast would lose."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -54,6 +54,29 @@ def no_autocast(value: Tensor) -> AbstractContextManager[object]:
     if not torch.is_autocast_enabled(device):
         return nullcontext()  # 20× faster
     return torch.autocast(device, enabled=False)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, products and convolutions of float32 on a CUDA device are in TF32, or none is.
+
+    TF32 keeps 10 bits of each factor's mantissa. PyTorch takes it for convolutions unless told,
+    and not for matrix products.
+
+    Args:
+        allowed: Whether they are.
+    """
+    cudnn, products = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    convolutions = cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
+        benchmark_limit=cudnn.benchmark_limit or 0, allow_tf32=allowed,
+    )  # fmt: skip
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        with convolutions:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
 
 
 def widest(device: torch.device) -> torch.dtype:

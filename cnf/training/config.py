@@ -17,7 +17,12 @@ from cnf.registry import expect_options, options_of
 BATCH_SIZE = 1024
 PICTURES = 64  # a batch of them
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}
+PRECISIONS = {
+    "32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32,
+    "tf32": torch.float32,
+}  # fmt: skip
+TF32 = {"32-true": False, "tf32": True}  # others leave it as torch is set
+SHARDED = ("fsdp", "deepspeed", "model_parallel")
 
 _LEAST = {  # of the whole numbers
     **dict.fromkeys(
@@ -71,11 +76,13 @@ class TrainConfig:
         strategy: Lightning Fabric's strategy for several processes, such as "ddp".
         precision: "bf16-mixed" computes a float32 module's fields and nets in bfloat16, by
             autocast; data, preprocessing, ODE states, log-determinants, losses and weights stay
-            float32, validation too. Null, "32-true" and "64-true" are the module's own dtype.
+            float32, validation too. "tf32" takes training's products and convolutions of float32
+            on a CUDA device in TF32, "32-true" none of them. Null, "32-true" and "64-true" are the
+            module's own dtype; null leaves TF32 as torch is set, which takes convolutions in it.
         compile: Compile a step, outside of the budget. On a CPU the loss and its gradient become
             one program, or where an ODE is solved, its dynamics or solver's step do: small models
-            train up to three times as fast, after 5 to 40 s of compilation, a second where the
-            machine has done it before. On one CUDA device a step is captured as a CUDA graph; that
+            train 1.2 to 2.5 times as fast, after 5 to 40 s of compilation, a few where the machine
+            has done it before. On one CUDA device a step is captured as a CUDA graph; that
             takes a solver of fixed steps, or none. "auto" compiles on a CPU where a budget is so
             long that it should save twice its time, but not for pictures, whose convolutions gain
             little, and captures where it can; True raises an error where neither is possible;
@@ -176,6 +183,12 @@ class TrainConfig:
             raise ValueError(
                 "TrainConfig: expected strategy to be a name, such as 'ddp', got "
                 f"{self.strategy!r}"
+            )
+        if any(name in self.strategy for name in SHARDED):
+            raise ValueError(
+                "TrainConfig: expected each process to hold all weights, as 'ddp' does, since fit "
+                f"averages, clips and saves them whole, got strategy={self.strategy!r}; against "
+                "too little memory take accumulate=…, precision='bf16-mixed' or smaller batches"
             )
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(

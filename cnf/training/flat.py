@@ -1,6 +1,7 @@
 """Adam and the running average of weights that lie side by side in one tensor."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class FlatAdam:
                 raise RuntimeError("parameters are not contiguous, or of several dtypes")
         self._group = adam.param_groups[0]
         decoupled = isinstance(adam, torch.optim.AdamW)
-        self._update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        self._update: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_  # pyright: ignore
         self._parts = [*parameters, *averages]
         self.weights, self.averages = _side_by_side(parameters), _side_by_side(averages)
         states = [adam.state[parameter] for parameter in parameters]

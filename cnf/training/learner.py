@@ -39,17 +39,30 @@ def launch_fabric(config: TrainConfig, dtype: torch.dtype) -> Fabric:
             f"module.to({PRECISIONS[config.precision]})"
         )
     expect_device("fit", config.device)
+    accelerator = _accelerator(config.device, dtype)
     devices: int | list[int] = config.devices
     if config.device in ("auto", "cuda") and devices == 1 and torch.cuda.is_available():
         devices = [torch.cuda.current_device()]  # as "cuda" means elsewhere in torch
     fabric = Fabric(
-        accelerator=config.device,
+        accelerator=accelerator,
         devices=devices,
         strategy=config.strategy,
         precision="64-true" if dtype == torch.float64 else "32-true",
     )
     fabric.launch()
     return fabric
+
+
+def _accelerator(device: str, dtype: torch.dtype) -> str:
+    """Fabric's name of the device; on a Mac float64 is for the CPU, as its GPU has none."""
+    if dtype != torch.float64 or device not in ("auto", "mps"):
+        return device
+    if device == "mps":
+        raise ValueError(
+            "fit: device='mps' has no float64, got a module in float64; call module.float(), or "
+            "take device='cpu'"
+        )
+    return "auto" if torch.cuda.is_available() else "cpu"
 
 
 class _LossModule(nn.Module):

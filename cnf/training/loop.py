@@ -2,7 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -13,12 +15,13 @@ from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
+from cnf.precision import tf32
 from cnf.random import draws_itself, preserved, reseed, stream, stream_seed
 from cnf.training import checkpoint
 from cnf.training.batches import Placement, check_event_shape, dtype_of
 from cnf.training.budget import Budget
 from cnf.training.column_checks import check_columns
-from cnf.training.config import TrainConfig, as_config
+from cnf.training.config import TF32, TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
 from cnf.training.origin import Origin, configuration, environment, objective_name, peak_memory
@@ -156,8 +159,10 @@ class _Trainer:
         held_out = None if held_out is None else self.placed(held_out)
         self.validation = Validation(objective, config, held_out)
         self.bar = ProgressBar(config.progress and self.main, objective_name(objective))
+        self.rounding = _rounding(config, self.fabric.device.type)
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
+        self.rows_taken, self.evaluations = 0, [0, 0]  # since the start; forward and backward
         self.postponed = False  # whether it was told that validation waits
 
     def resume(self) -> None:
@@ -168,7 +173,7 @@ class _Trainer:
             restore(self.config.folder, self._parts())
             self.recorded_at = self.budget.fraction  # of the budget as it is now
             self.validation.count_done(self.recorded_at)
-        self.first_step = self.budget.step
+        self.first_step, self.first_second = self.budget.step, self.budget.seconds
         self._describe("running")
 
     def run(self) -> History:
@@ -185,8 +190,11 @@ class _Trainer:
                     start = time.perf_counter()
                     rows, share = self._rows(budget.step)
                     history.pairing += time.perf_counter() - start
-                    loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
+                    with self.rounding():
+                        loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
                     self._spend(time.perf_counter() - start)
+                self.evaluations[0] += stats.forward
+                self.evaluations[1] += stats.backward
                 score = None
                 if budget.done or (validation.due(budget.fraction) and self._affords_validation()):
                     score = self._validate()
@@ -244,6 +252,7 @@ class _Trainer:
         drawing = device if draws_itself(device) else "cpu"
         generator = stream(seed, "step", step, device=drawing)
         batch = self.placed(self.stream.batch(step, generator))
+        self.rows_taken += len(batch.x)
         if step == 0:
             self.learner.initialize(batch, stream(seed, "initialization"))
         return self.learner.prepare(batch, generator)
@@ -416,6 +425,7 @@ class _Trainer:
                 "seconds": round(budget.seconds, 3),
                 **peak_memory(self.fabric.device),
                 "validation_seconds": round(self.history.validating, 3),
+                **self._speed(),
                 "compiled": self.learner.compiled,
                 "compilation_seconds": round(self.history.compiling, 3),
                 "skipped_steps": self.learner.skipped,
@@ -423,3 +433,23 @@ class _Trainer:
                 **({"error": error} if error else {}),
             },
         )
+
+    def _speed(self) -> dict[str, Any]:
+        """Rows a second of training, and evaluations of the ODEs in a step, since the start."""
+        steps = self.budget.step - self.first_step
+        seconds = self.budget.seconds - self.first_second
+        if not steps or not seconds:
+            return {}
+        forward, backward = (count / steps for count in self.evaluations)
+        return {
+            "rows_per_second": round(self.rows_taken / seconds, 1),
+            "evaluations_per_step": {"forward": forward, "backward": backward},
+        }
+
+
+def _rounding(config: TrainConfig, device: str) -> Callable[[], AbstractContextManager[None]]:
+    """The context of a step, which says whether a CUDA device may compute in TF32."""
+    allowed = TF32.get(config.precision or "")
+    if device != "cuda" or allowed is None:
+        return contextlib.nullcontext
+    return partial(tf32, allowed)

@@ -8,6 +8,9 @@ import torch
 import cnf
 from cnf import FlowMatching, MaximumLikelihood
 from cnf.objectives import Objective
+from cnf.precision import tf32
+from cnf.training.learner import _accelerator
+from cnf.training.loop import _rounding
 
 MODELS = ["cnf", "otflow", "realnvp", "nsf", "nsf-ar", "maf", "glow"]
 
@@ -77,3 +80,68 @@ def test_precision_other_than_the_modules_dtype_is_refused(
 def test_module_in_bfloat16_is_refused(small, config, points):
     with pytest.raises(ValueError, match=r"got torch.bfloat16; call module.float\(\)"):
         trained(small().bfloat16(), FlowMatching(), points, config)
+
+
+CURVES = {
+    "flow matching": (FlowMatching(), 200, 0.03),
+    "likelihood": (MaximumLikelihood(solver=cnf.Solver("rk4", steps=4)), 50, 0.01),
+}
+
+
+@pytest.mark.parametrize("case", CURVES)
+def test_the_loss_in_bf16_mixed_falls_as_in_float32(case, small, config):
+    objective, steps, near = CURVES[case]
+    curves = []
+    for precision in ("bf16-mixed", None):
+        settings = config(steps=steps, batch_size=256, precision=precision, validations=0)
+        history = cnf.fit(small(), objective, cnf.data.toy("moons"), settings)
+        losses = history.column("loss")
+        tenth = len(losses) // 10
+        curves.append(torch.tensor(losses[: 10 * tenth]).reshape(10, -1).mean(1))
+    assert curves[1][-1] < 0.97 * curves[1][0]
+    torch.testing.assert_close(*curves, rtol=near, atol=0)
+
+
+def products():
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside"), [(True, ("high", True)), (False, ("highest", False))]
+)
+def test_tf32_is_set_inside_of_a_context_alone(allowed, inside):
+    before = products()
+    with pytest.raises(KeyError), tf32(allowed):
+        assert products() == inside
+        raise KeyError
+    assert products() == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"), [("tf32", True), ("32-true", False), (None, None)]
+)
+def test_steps_on_a_gpu_are_in_the_precision_asked_for(precision, inside):
+    config = cnf.TrainConfig(precision=precision)
+    before = products()[1]
+    with _rounding(config, "cuda")():
+        assert products()[1] == (before if inside is None else inside)
+    with _rounding(config, "cpu")():
+        assert products()[1] == before
+
+
+def test_float64_on_a_mac_is_refused_in_words_or_left_to_the_cpu(monkeypatch):
+    with pytest.raises(
+        ValueError, match="device='mps' has no float64, got a module in float64; call"
+    ):
+        _accelerator("mps", torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _accelerator("auto", torch.float64) == "cpu"
+    assert _accelerator("auto", torch.float32) == "auto"
+    assert _accelerator("mps", torch.float32) == "mps"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "fsdp2"])
+def test_sharded_weights_are_refused_in_words(strategy):
+    with pytest.raises(ValueError, match=f"as 'ddp' does, .* got strategy='{strategy}'; against"):
+        cnf.TrainConfig(strategy=strategy)

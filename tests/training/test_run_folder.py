@@ -175,3 +175,13 @@ def test_part_of_a_table_that_is_set_aside_is_reported(small, config, tmp_path):
     rest, _ = cnf.data.load(tmp_path / "x.csv").split(0.3)
     options = configuration(small(), cnf.FlowMatching(), rest, config())
     assert options["test"] == 0.3 and options["columns"] == ["a", "b"]
+
+
+def test_manifest_tells_rows_a_second_and_evaluations_a_step(small, config, points, tmp_path):
+    objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3, gradient="adjoint"))
+    settings = config(steps=4, batch_size=16, validations=0, folder=tmp_path / "run")
+    cnf.fit(small(), objective, points, settings)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["rows_per_second"] * manifest["seconds"] == pytest.approx(64, rel=0.01)
+    assert manifest["evaluations_per_step"]["forward"] == 12
+    assert manifest["evaluations_per_step"]["backward"] >= 12

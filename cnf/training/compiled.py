@@ -1,6 +1,7 @@
 """Training steps on a CPU, of which the costly part is compiled before training begins."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -45,13 +46,7 @@ class CompiledLearner(Learner):
                 self._program, self.compiled = program, True
                 _remember(program)
         except Exception as error:  # of any kind: if it is the objective's own, a step raises it
-            if self.config.compile is True:
-                raise
-            first = str(error).strip().split("\n")[0]
-            warn(
-                f"fit: steps are not compiled, as that failed: {first}; compile=False does "
-                "without the attempt"
-            )
+            _go_on_without(self.config, error)
 
     def _flattened(self, program: Program) -> FlatAdam:
         pairs = zip(self._weights, self._ema_weights, strict=True)
@@ -90,9 +85,28 @@ class CompiledSolveLearner(Learner):
     def compiles(self) -> bool:
         return True
 
+    def warm_up(self, rows: Prepared) -> None:
+        try:
+            super().warm_up(rows)
+        except Exception as error:  # as above
+            _go_on_without(self.config, error)
+            self.compiled = False
+            self._optimizer.zero_grad(set_to_none=True)
+
     def _loss_of(self, rows: Prepared) -> Loss:
-        with compiled_solves():
+        with compiled_solves() if self.compiled else nullcontext():
             return super()._loss_of(rows)
+
+
+def _go_on_without(config: TrainConfig, error: Exception) -> None:
+    """Warn that steps are not compiled; raise the error if they must be."""
+    if config.compile is True:
+        raise error
+    first = str(error).strip().split("\n")[0]
+    warn(
+        f"fit: steps are not compiled, as that failed: {first}; compile=False does without the "
+        "attempt"
+    )
 
 
 def pays(config: TrainConfig, program: Program) -> bool:

@@ -425,3 +425,20 @@ def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):
     trained(other, objective, compile=True)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_solves_that_cannot_be_compiled_are_trained_as_they_are(monkeypatch):
+    def refuse(function, **_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr("cnf.training.engine.LEAST_SOLVES", 1)
+    objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
+    one, other = small("cnf"), small("cnf")
+    with pytest.warns(UserWarning, match="steps are not compiled, as that failed: no compiler; "):
+        trained(one, objective, compile="auto")
+    trained(other, objective, compile=False)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        trained(one, objective, compile=True)

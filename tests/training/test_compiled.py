@@ -1,6 +1,7 @@
 """Steps on a CPU as one program: what it computes, when it is made, and where it fails."""
 
 import copy
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,7 @@ def flow_of(field):
     return cnf.Flow(base, cnf.transforms.Continuous(field)).double()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_program_is_the_loss_and_gradient():
     loss, trained, rows, program = program_of(flow_of(Linear()), cnf.FlowMatching())
     program.compile()

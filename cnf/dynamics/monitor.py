@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,18 +81,6 @@ class TooMuchMemory(Exception):
     """The graph of a solve exceeds the memory limit of `gradient="auto"`."""
 
 
-class StepFailed(Exception):
-    """An adaptive method cannot take a further step.
-
-    Args:
-        finite: Whether all values were finite, so that the steps have become too small.
-    """
-
-    def __init__(self, finite: bool) -> None:
-        super().__init__("the step is too small" if finite else "values are not finite")
-        self.finite = finite
-
-
 class InstrumentedDynamics:
     """Dynamics that count and limit their evaluations, and explain failures by the last one."""
 
@@ -123,7 +112,11 @@ class InstrumentedDynamics:
             self.counts.forward += 1
         else:
             self.counts.backward += 1
-        rates = self._evaluate(t, state)
+        # torchdiffeq's adjoint would compute the gradient with respect to time, too.
+        rates = self._evaluate(t.detach(), state)
+        if not (self.in_forward or any(rate.requires_grad for rate in rates)):
+            # It differentiates the rates even where they depend on nothing.
+            rates = rates[0] + state[0].flatten()[:0].sum(), *rates[1:]
         self.at = (t.detach(), tuple(part.detach() for part in state))
         self.last = (t.detach(), tuple(rate.detach() for rate in rates))
         # LSODA ignores NaN, and close to infinity reduces its steps until max_nfe.
@@ -159,10 +152,6 @@ class InstrumentedDynamics:
             "Call flow.eval(), or remove the noise from the field.",
         )
 
-    def check_gradients(self, parts: Sequence[Tensor]) -> None:
-        if not all_finite(parts):
-            raise self._gradient_error()
-
     def _gradient_error(self) -> SolverError:
         return self.error(
             "the gradient became NaN or infinite in the backward solve",
@@ -174,14 +163,39 @@ class InstrumentedDynamics:
         self.in_forward = False
         self.restart(stop)
 
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Raise the error with the cause where an adaptive method cannot take a further step."""
-        try:
-            yield
-        except StepFailed as failure:
-            finite = self.in_forward or failure.finite
-            raise (self.explain() if finite else self._gradient_error()) from failure
+    def instrument_adjoint(self, path: State, stop: float) -> None:
+        """Count the evaluations of each backward solve from zero, and check its result.
+
+        A second derivative is refused, as the adjoint would silently omit terms of it.
+        """
+        node: Any = path[0].grad_fn
+        while node is not None and not node.name().startswith("OdeintAdjoint"):
+            node = node.next_functions[0][0]
+        if node is None:
+            return
+
+        def before(_: Any) -> None:
+            if torch.is_grad_enabled():  # create_graph=True
+                raise RuntimeError(
+                    "solve: the adjoint has first derivatives only; for second ones "
+                    'take Solver(gradient="backprop")'
+                )
+            self.restart(stop)
+
+        def after(slopes: Sequence[Tensor | None], _: Any) -> None:
+            if not all_finite([slope for slope in slopes if slope is not None]):
+                raise self._gradient_error()
+
+        node.register_prehook(before)
+        node.register_hook(after)
+
+    def failure(self, finite: bool) -> SolverError:
+        """The error where an adaptive method cannot take a further step.
+
+        Args:
+            finite: Whether all values were finite, so that the step has become too small.
+        """
+        return self.explain() if self.in_forward or finite else self._gradient_error()
 
     def explain(self) -> SolverError:
         """The error with the cause of a failed solve, inferred from the last evaluation."""

@@ -1,19 +1,16 @@
-"""ODE solves by the methods of torchdiffeq, which no other file imports."""
+"""ODE solves by torchdiffeq."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torchdiffeq
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
 
-from cnf.dynamics import adaptive, fixed
-from cnf.dynamics.adaptive import Method, Norm, Tolerance
-from cnf.dynamics.adjoint import Integrate, solve_with_adjoint
+from cnf.dynamics import fixed
+from cnf.dynamics.adaptive import METHODS
 from cnf.dynamics.monitor import (
     Dynamics,
     InstrumentedDynamics,
@@ -24,15 +21,16 @@ from cnf.dynamics.monitor import (
     record,
     saved_bytes,
 )
-from cnf.dynamics.solver import ADAPTIVE, ENDS, MULTISTEP, STAGES, Solver
+from cnf.dynamics.solver import ENDS, MULTISTEP, STAGES, Solver
 from cnf.errors import SolverError
 from cnf.rematerialize import checkpointed
 
 __all__ = ["Dynamics", "Solution", "State", "count", "record", "solve", "solve_path"]
 
 GIB = 2**30
-METHODS = {name: Method.of(SOLVERS[name]) for name in ADAPTIVE if name != "scipy_solver"}
 FINEST = 5e-4  # least tolerance in units of eps: below it, rounding makes the step size collapse
+
+Norm = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Solution(NamedTuple):
@@ -145,8 +143,7 @@ def solve_path(
     if not any(part.numel() for part in state):  # its norm, and so the step size, would be NaN
         return tuple(part.expand(len(times), *part.shape) for part in state), 0
     instrumented = InstrumentedDynamics(dynamics, solver, times[0])
-    with instrumented.explaining():
-        path = _differentiable(instrumented, state, times, params)
+    path = _differentiable(instrumented, state, times, params)
     nfe = instrumented.nfe
     if not (solver.has_error_control or all_finite(_last(path))):
         raise instrumented.explain()
@@ -229,28 +226,46 @@ def _differentiable(
 
 
 def _odeint(dynamics: InstrumentedDynamics, state: State, times: Sequence[float]) -> State:
-    run = _integrator(dynamics.solver, times, _norm(dynamics.solver))
-    if dynamics.solver.method in MULTISTEP and len(times) > 2:
-        # They assume that the previous steps are equal, and so restart at each time.
-        return _solve_between(lambda y, *ends: _last(run(dynamics, y, ends)), state, times)
-    return run(dynamics, state, times)
+    arguments = _arguments(dynamics, times)
+
+    def run(state: State, *times: float) -> State:
+        odeint: Any = torchdiffeq.odeint
+        return odeint(dynamics, state, _tensor(times, state), **arguments)
+
+    return _restarted(run, dynamics.solver, state, times)
 
 
 def _odeint_adjoint(
     dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     solver = dynamics.solver
-    tolerances = {
-        "rtol": solver.adjoint_rtol or solver.rtol, "atol": solver.adjoint_atol or solver.atol
-    }  # fmt: skip
-    runs = (
-        _integrator(solver, times, _norm(solver)),
-        _integrator(replace(solver, **tolerances), times, _adjoint_norm(solver, len(state))),
-    )
+    arguments = _arguments(dynamics, times)
+    backward = {**arguments["options"]}
+    if solver.has_error_control:
+        backward["norm"] = _adjoint_norm(solver, len(state))
+    if solver.grid is not None and times[0] > times[-1]:  # torchdiffeq has reversed time by then
+        grid = backward["grid_constructor"]
+        backward["grid_constructor"] = lambda func, y0, t: -grid(func, y0, -t)
 
     def run(state: State, *times: float) -> State:
-        return solve_with_adjoint(dynamics, state, times, params, *runs)
+        path: Any = torchdiffeq.odeint_adjoint(
+            dynamics, state, _tensor(times, state), **arguments, adjoint_options=backward,
+            adjoint_rtol=solver.adjoint_rtol, adjoint_atol=solver.adjoint_atol,
+            adjoint_params=tuple(p for p in params if p.requires_grad),
+        )  # fmt: skip
+        dynamics.instrument_adjoint(path, times[-1])
+        return path
 
+    return _restarted(run, solver, state, times)
+
+
+def _restarted(
+    run: Callable[..., State], solver: Solver, state: State, times: Sequence[float]
+) -> State:
+    """The path of a run, which multistep methods restart at each time.
+
+    They assume that the previous steps are equal.
+    """
     if solver.method in MULTISTEP and len(times) > 2:
         return _solve_between(lambda y, *ends: _last(run(y, *ends)), state, times)
     return run(state, *times)
@@ -260,7 +275,8 @@ def _checkpointed(
     dynamics: InstrumentedDynamics, state: State, times: Sequence[float], params: Sequence[Tensor]
 ) -> State:
     """Backprop that stores only the state between segments, and recomputes each segment."""
-    solve = _integrator(dynamics.solver, times, _norm(dynamics.solver))
+    arguments = _arguments(dynamics, times)
+    odeint: Any = torchdiffeq.odeint
     knots = times if len(times) > 2 else _knots(dynamics.solver, times[0], times[1])
 
     def run(state: State, t0: float, t1: float) -> State:
@@ -269,7 +285,7 @@ def _checkpointed(
                 dynamics.start = t0
             else:
                 dynamics.restart(t0)
-            return _last(solve(dynamics, state, [t0, t1]))
+            return _last(odeint(dynamics, state, _tensor([t0, t1], state), **arguments))
 
         return checkpointed(segment, state, params)
 
@@ -309,25 +325,19 @@ def _tensor(times: Sequence[float], state: State) -> Tensor:
     return torch.tensor(times, dtype=state[0].dtype, device=state[0].device)
 
 
-def _integrator(solver: Solver, times: Sequence[float], norm: Norm) -> Integrate:
-    """The solver for all of the times, or for two that follow each other, in either direction."""
-    if solver.has_error_control:
-        method, tolerance = METHODS[solver.method], Tolerance(solver.rtol, solver.atol, norm)
-        return lambda dynamics, state, times: adaptive.integrate(
-            dynamics, state, times, method, tolerance
-        )
-    arguments: Any = {
-        "method": solver.method, "rtol": solver.rtol, "atol": solver.atol,
-        "options": _options(solver, times),
+def _arguments(dynamics: InstrumentedDynamics, times: Sequence[float]) -> dict[str, Any]:
+    """The arguments of torchdiffeq for all of the times, or for two that follow each other."""
+    solver = dynamics.solver
+    return {
+        "method": METHODS.get(solver.method, solver.method), "rtol": solver.rtol,
+        "atol": solver.atol, "options": _options(dynamics, times),
     }  # fmt: skip
-    odeint: Any = torchdiffeq.odeint
-    return lambda dynamics, state, times: odeint(
-        dynamics, state, _tensor(times, state), **arguments
-    )
 
 
-def _options(solver: Solver, times: Sequence[float]) -> dict[str, Any]:
-    """The options by which torchdiffeq takes fixed steps, or SciPy its own."""
+def _options(dynamics: InstrumentedDynamics, times: Sequence[float]) -> dict[str, Any]:
+    solver = dynamics.solver
+    if solver.has_error_control:
+        return {"norm": _norm(solver), "failure": dynamics.failure}
     if solver.steps is None:
         return {}
     # torchdiffeq's step_size rounds up, so that 1/49 takes 50 steps. Times between the steps
@@ -360,10 +370,11 @@ def _adjoint_norm(solver: Solver, parts: int) -> Norm:
     norm = _norm(solver)
 
     def seminorm(values: Sequence[Tensor]) -> Tensor:
+        _, *values = values  # the gradient with respect to time
         return torch.maximum(norm(values[:parts]), norm(values[parts : 2 * parts]))
 
     def full(values: Sequence[Tensor]) -> Tensor:
-        params = values[2 * parts :]
+        params = values[1 + 2 * parts :]
         return torch.maximum(seminorm(values), _worst_part(params)) if params else seminorm(values)
 
     return seminorm if solver.adjoint_norm == "seminorm" else full

@@ -1,14 +1,16 @@
-"""The loop of adaptive steps, against torchdiffeq's, and how often it waits for the device."""
+"""The adaptive solvers beside torchdiffeq's own, and how often they wait for the device."""
 
 import pytest
 import torch
 import torchdiffeq
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchdiffeq._impl import rk_common
+from torchdiffeq._impl.odeint import SOLVERS
 
 from cnf.dynamics import Solver, record, solve
-from cnf.dynamics.ode import METHODS, solve_path
+from cnf.dynamics.adaptive import METHODS
+from cnf.dynamics.ode import solve_path
 from cnf.errors import SolverError
+from tests.pretended import DEVICE
 
 F64 = torch.float64
 A = torch.tensor([[0.3, -1.2], [0.9, 0.5]], dtype=F64)
@@ -35,7 +37,7 @@ def field(weight, asked):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (0.9, 0.25, 0.1)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_loop_takes_the_steps_of_torchdiffeq(method, times, norm, generator, monkeypatch):
+def test_solver_takes_the_steps_of_torchdiffeq(method, times, norm, generator, monkeypatch):
     # Its gradient counts the size of the first step as a function of the weights, ours does not.
     first = torch.no_grad()(rk_common._select_initial_step)
     monkeypatch.setattr(rk_common, "_select_initial_step", first)
@@ -114,56 +116,57 @@ def test_field_that_jumps_at_the_end_is_not_evaluated_beyond_the_jump(dtype, end
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
 
 
-class Waits(TorchDispatchMode):
-    """Counts the reads of a value, for each of which the host waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count += operator is torch.ops.aten._local_scalar_dense.default
-        return operator(*args, **(kwargs or {}))
-
-
 def attempts(evaluations, method):
     """Attempted steps of a solve that evaluates the field twice to size the first."""
-    count, rest = divmod(evaluations - 2, len(METHODS[method].nodes))
+    count, rest = divmod(evaluations - 2, len(SOLVERS[method].tableau.alpha))
     assert count > 1 and rest == 0
     return count
+
+
+# Once a solve torchdiffeq compares the times (that they ascend is one comparison, that they
+# descend another), and takes three norms for the size of the first step; times are copied from
+# the host and back.
+ASCENDS, DESCENDS, FIRST, COPIES = 3, 4, 3, 2
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("method", METHODS)
-def test_solve_waits_once_a_step_and_once_for_the_size_of_the_first(method, norm, gradient):
-    weight = A.clone().requires_grad_()
+def test_solve_waits_once_a_step(method, norm, gradient, pretended):
+    weight = A.to(DEVICE).requires_grad_()
 
     def dynamics(t, state):
         return torch.tanh(state[0] @ weight.T + t), state[0].sum(-1)
 
-    state = torch.ones(5, 2, dtype=F64), torch.ones(5, dtype=F64)
+    state = tuple(torch.ones(shape, dtype=F64, device=DEVICE) for shape in ((5, 2), (5,)))
     solver = Solver(method, rtol=1e-4, atol=1e-4, norm=norm, gradient=gradient)
+    pretended.forget()
     with record() as stats:
-        with Waits() as forward:
-            (x, y), _ = solve(dynamics, state, 0.0, 1.0, solver, (weight,))
-        with Waits() as backward:
-            torch.autograd.grad(x.sum() + y.sum(), weight)
-    assert forward.count == 1 + attempts(stats.forward, method)
-    if gradient == "backprop":
-        assert backward.count == 0
-    else:  # and once to find NaN in the gradient
-        assert backward.count == 2 + attempts(stats.backward, method)
+        (x, y), _ = solve(dynamics, state, 0.0, 1.0, solver, (weight,))
+    adjoint = gradient == "adjoint"
+    start = COPIES + ASCENDS * (1 + adjoint) + FIRST
+    assert len(pretended.waits) == start + attempts(stats.forward, method)
+    pretended.forget()
+    torch.autograd.grad(x.sum() + y.sum(), weight)
+    if adjoint:  # and once to find NaN in the gradient
+        start = COPIES - 1 + DESCENDS + FIRST + 1
+        assert len(pretended.waits) == start + attempts(stats.backward, method)
+    else:
+        assert not pretended.waits
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
-def test_log_prob_and_its_gradient_wait_once_a_step(gradient, small_flow):
-    flow = small_flow("cnf", solver=Solver(rtol=1e-4, atol=1e-4, gradient=gradient))
-    x = torch.ones(5, 2, dtype=F64)
-    with record() as stats, Waits() as waits:
+def test_log_prob_and_its_gradient_wait_once_a_step(gradient, small_flow, pretended):
+    flow = small_flow("cnf", solver=Solver(rtol=1e-4, atol=1e-4, gradient=gradient)).to(DEVICE)
+    x = torch.ones(5, 2, dtype=F64).to(DEVICE)
+    pretended.forget()
+    with record() as stats:
         flow.log_prob(x).sum().backward()
-    steps = attempts(stats.forward, "dopri5")
+    expected = COPIES + DESCENDS + FIRST + attempts(stats.forward, "dopri5") + 1  # rows with NaN
     if gradient == "adjoint":
-        steps += 2 + attempts(stats.backward, "dopri5")
-    assert waits.count == steps + 1 + 2  # rows with NaN
+        backward = attempts(stats.backward, "dopri5") + 1
+        expected += ASCENDS + COPIES - 1 + DESCENDS + FIRST + backward
+    assert len(pretended.waits) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,6 +194,20 @@ def test_adjoint_controls_the_error_of_the_state_and_of_its_gradient_only(method
     )  # fmt: skip
     assert stats.backward == len(asked)
     torch.testing.assert_close(slope, expected[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_adjoint_does_not_differentiate_with_respect_to_time(method):
+    x, tracked = torch.ones(3, dtype=F64, requires_grad=True), []
+
+    def dynamics(t, state):
+        tracked.append(t.requires_grad)
+        return (torch.cos(t) * state[0],)
+
+    solver = Solver(method, steps=4 if method == "rk4" else None, gradient="adjoint")
+    (end,), nfe = solve(dynamics, (x,), 0.0, 1.0, solver, ())
+    torch.autograd.grad(end.sum(), x)
+    assert len(tracked) > nfe and not any(tracked)
 
 
 def test_state_that_overflows_at_the_end_is_an_error():

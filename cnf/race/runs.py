@@ -2,8 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,9 +127,8 @@ def train(flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig)
         settings = dict(stage.settings)
         if isinstance(data, Points) and "batch_size" in settings:  # as many rows as there are
             settings["batch_size"] = min(settings["batch_size"], len(data.x) * 9 // 10)
-        with peak_memory() as peak:
-            histories.append(fit(flow, stage.objective, data, replace(config, **part, **settings)))
-        memory = max(memory, peak())
+        histories.append(fit(flow, stage.objective, data, replace(config, **part, **settings)))
+        memory = max(histories[-1].memory, memory)
         if histories[-1].reason == "interrupted":
             raise Interrupted(histories[-1].signal)  # it is for the whole race
     if config.folder:
@@ -145,22 +142,3 @@ def _memory_before(folder: Path | None) -> float:
     """What a run took that was trained, but not yet scored, when its race was stopped; else 0."""
     file = folder and folder / TRAINED
     return json.loads(file.read_text())["peak_memory_mb"] if file and file.exists() else 0.0
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """Peak memory inside, in MB: the GPU's, else the whole process's (NaN off Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        yield lambda: torch.cuda.max_memory_allocated() / 1e6
-        return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
-
-    def peak() -> float:
-        lines = status.read_text().splitlines() if status.exists() else []
-        found = (line.split()[1] for line in lines if line.startswith("VmHWM"))
-        return float(next(found, "nan")) / 1e3
-
-    yield peak

@@ -1,5 +1,6 @@
 """What a training run has done, and who is told of it as it goes: loggers and callbacks."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ class History:
         pairing: Of these, seconds in which batches were drawn and paired.
         validating: Seconds of validation, which no budget counts.
         compiling: Seconds in which the step was compiled, which no budget counts.
+        memory: Peak memory of training in MB: the GPU's, else the whole process's, NaN where the
+            system does not tell.
         reason: Why it ended: "budget", "patience" or "interrupted".
         signal: Number of the signal that interrupted it; 0 for none.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
@@ -38,6 +41,7 @@ class History:
     pairing: float = 0.0
     validating: float = 0.0
     compiling: float = 0.0
+    memory: float = math.nan
     reason: str = "budget"
     signal: int = 0
     skipped: int = 0

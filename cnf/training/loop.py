@@ -1,9 +1,9 @@
 """Training: one loop for every objective, in plain sight."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -24,7 +24,8 @@ from cnf.training.column_checks import check_columns
 from cnf.training.config import TF32, TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
-from cnf.training.origin import Origin, configuration, environment, objective_name, peak_memory
+from cnf.training.memory import peak_memory
+from cnf.training.origin import Origin, configuration, environment, objective_name
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
@@ -159,6 +160,7 @@ class _Trainer:
         held_out = None if held_out is None else self.placed(held_out)
         self.validation = Validation(objective, config, held_out)
         self.bar = ProgressBar(config.progress and self.main, objective_name(objective))
+        self.peak: Callable[[], float] = lambda: math.nan  # memory in MB
         self.rounding = _rounding(config, self.fabric.device.type)
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
@@ -182,7 +184,11 @@ class _Trainer:
         )  # fmt: skip
         self.module.train()
         self._save()  # from now on the run can be resumed
-        with preserved(self.fabric.device), interruptible() as interrupted, self.bar:
+        device = self.fabric.device
+        with (
+            preserved(device), peak_memory(device) as self.peak, interruptible() as interrupted,
+            self.bar,
+        ):  # fmt: skip
             self._begin()
             loss = None
             while not (budget.done or validation.exhausted):
@@ -341,7 +347,7 @@ class _Trainer:
         if history.records:
             self._show(history.records[-1]["loss"], int(history.records[-1]["nfe"]))
         history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
-        history.skipped = self.learner.skipped
+        history.skipped, history.memory = self.learner.skipped, self.peak()
         self._save()
         kept = validation.best_weights or self.learner.ema_module.state_dict()
         self.module.load_state_dict(kept)
@@ -423,7 +429,7 @@ class _Trainer:
                 "budget": {"steps": config.steps, "seconds": config.seconds},
                 "steps": budget.step,
                 "seconds": round(budget.seconds, 3),
-                **peak_memory(self.fabric.device),
+                **self._memory(),
                 "validation_seconds": round(self.history.validating, 3),
                 **self._speed(),
                 "compiled": self.learner.compiled,
@@ -433,6 +439,12 @@ class _Trainer:
                 **({"error": error} if error else {}),
             },
         )
+
+    def _memory(self) -> dict[str, int]:
+        """The most bytes that training has held, under a name that says of what."""
+        peak = self.peak()
+        where = "gpu" if self.fabric.device.type == "cuda" else "process"
+        return {f"peak_{where}_bytes": round(1e6 * peak)} if math.isfinite(peak) else {}
 
     def _speed(self) -> dict[str, Any]:
         """Rows a second of training, and evaluations of the ODEs in a step, since the start."""
@@ -447,7 +459,9 @@ class _Trainer:
         }
 
 
-def _rounding(config: TrainConfig, device: str) -> Callable[[], AbstractContextManager[None]]:
+def _rounding(
+    config: TrainConfig, device: str
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """The context of a step, which says whether a CUDA device may compute in TF32."""
     allowed = TF32.get(config.precision or "")
     if device != "cuda" or allowed is None:

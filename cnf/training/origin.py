@@ -147,18 +147,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes that this process has held, under a name that says of what."""
-    if device.type == "cuda":
-        return {"peak_gpu_bytes": torch.cuda.max_memory_allocated(device)}
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return {}
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return {"peak_process_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas
@@ -116,14 +115,9 @@ def test_stages_share_the_budget_and_the_largest_memory_counts(budget, monkeypat
 
     def remember(flow, objective, data, config):
         shares.append(config.seconds or config.steps)
-        return cnf.training.History(steps=4, seconds=1.0)
-
-    @contextmanager
-    def peak():
-        yield lambda: next(peaks)
+        return cnf.training.History(steps=4, seconds=1.0, memory=next(peaks))
 
     monkeypatch.setattr(runs, "fit", remember)
-    monkeypatch.setattr(runs, "peak_memory", peak)
     toy = cnf.data.toy("moons")
     run = runs.Run("cnf-both", "Both", CONTESTANTS["cnf-both"], cnf.TrainConfig(**budget))
     trained = run.train(toy)

@@ -279,10 +279,11 @@ def test_memory_of_a_run_that_was_trained_but_not_scored_is_kept(monkeypatch, tm
     peaks = iter((5.0, 3.0))
 
     @contextmanager
-    def peak():
-        yield lambda: next(peaks)
+    def peak(device):
+        peak = next(peaks)
+        yield lambda: peak
 
-    monkeypatch.setattr(runs, "peak_memory", peak)
+    monkeypatch.setattr("cnf.training.loop.peak_memory", peak)
     run = planned(folder=tmp_path / "run")
     assert [run.train(MOONS).memory for _ in range(2)] == [5.0, 5.0]
 

@@ -158,7 +158,7 @@ class _Trainer:
         self.budget, self.history = Budget(config), History()
         held_out = self.stream.validation
         held_out = None if held_out is None else self.placed(held_out)
-        self.validation = Validation(objective, config, held_out)
+        self.validation = Validation(objective, config, held_out, self.fabric)
         self.bar = ProgressBar(config.progress and self.main, objective_name(objective))
         self.peak: Callable[[], float] = lambda: math.nan  # memory in MB
         self.rounding = _rounding(config, self.fabric.device.type)

@@ -1,12 +1,13 @@
 """Held-out scores during training, and when to stop for want of a better one."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Generator, nn
 
 from cnf.dynamics.divergence import (
     AFFORDABLE,
@@ -23,22 +24,44 @@ from cnf.random import stream
 from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
 from cnf.training.history import held_out_nll
+from cnf.training.processes import by_first, shared
 from cnf.transforms.continuous import odes_in
 
-CHUNK = 10_000  # rows scored at once
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# Rows scored at once, and numbers in them: a CPU is as fast by few, which several processes can
+# share; a GPU is not, unless the rows are large.
+AT_ONCE, AT_ONCE_ON_GPU = (2_500, 2**16), (10_000, 2**20)
 WORSE = 0.5  # nats: more is no noise of an optimizer
 
 
 class Validation:
     """Scores the kept weights, evenly over the budget; remembers the best if patience is set.
 
+    Several processes share the rows in chunks, which depend on the rows alone, as do their draws:
+    the score is the same, bit for bit, however many processes there are.
+
+    Args:
+        objective: What trains the flow.
+        config: How often, by what divergence, and with which seed.
+        held_out: The rows, all of them, in each process; None for none.
+        fabric: That of the processes; None where there is but this one.
+
     Attributes:
         name: What the score is called: "val_nll" for a flow with a density, with the estimator in
             parentheses if there is one, such as "val_nll (Hutchinson, 1 probe)"; else "val_loss".
     """
 
-    def __init__(self, objective: Objective, config: TrainConfig, held_out: Batch | None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        config: TrainConfig,
+        held_out: Batch | None,
+        fabric: "Fabric | None" = None,
+    ) -> None:
         self.objective, self.config, self.held_out = objective, config, held_out
+        self.fabric = fabric
         self.done = self.stale = 0
         self.name = "val_loss"
         self.warned = self.warned_of_base = False
@@ -129,21 +152,25 @@ class Validation:
 
     def _nll(self, flow: Flow) -> tuple[str, float]:
         """What the NLL is called, and the NLL."""
-        generator, total = stream(self.config.seed, "dequantization"), 0.0
         divergence, name = self._divergence(flow), "val_nll"
         if isinstance(divergence, Hutchinson):
             probes = number_of_probes(divergence)
             name += f" (Hutchinson, {probes} probe{'s' * (probes > 1)})"
-            own = stream(self.config.seed, "validation probes")  # the same in each validation
-            divergence = replace(divergence, generator=own)
-        for rows in self._chunks(CHUNK):
+
+        def total(rows: Batch, place: int) -> float:
+            own, noise = (
+                stream(self.config.seed, purpose, place)  # the same in each validation
+                for purpose in ("validation probes", "dequantization")
+            )
             log_prob = flow.log_prob(
-                rows.x, rows.context, divergence=divergence, generator=generator
+                rows.x, rows.context, divergence=_drawn_by(own, divergence), generator=noise
             ).double()
-            total -= (log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
-        if total == math.inf:
+            return -(log_prob if rows.weight is None else rows.weight * log_prob).sum().item()
+
+        nll = self._mean(total, _rows_at_once(self._rows))
+        if nll == math.inf:
             self._explain_infinity(flow)
-        return name, total / _total_weight(self._rows)
+        return name, nll
 
     def _divergence(self, flow: Flow) -> Divergence | None:
         """How the flow's divergence is computed: exactly (None) where that is affordable."""
@@ -164,7 +191,7 @@ class Validation:
         """Warn, once, where the score is infinite because of the base's support."""
         if self.warned_of_base or flow.dequantization is not None:
             return
-        if why := outside_of_base(flow, self._rows):
+        if why := by_first(partial(outside_of_base, flow, self._rows), self.fabric):
             self.warned_of_base = True
             warn(f"fit: the held-out NLL is infinite: {why}")
 
@@ -185,9 +212,11 @@ class Validation:
         for under in dict.fromkeys((flow, self.objective.as_trained(flow))):
             whose = "flow" if under is flow else "loss"
             if not self.warned:
-                self.warned = warn_of_few_steps(
-                    "fit", under, rows, whose=whose, kind=kind, divergence=self._divergence(flow)
-                )
+                compare = partial(
+                    warn_of_few_steps, "fit", under, rows, whose=whose, kind=kind,
+                    divergence=self._divergence(flow),
+                )  # fmt: skip
+                self.warned = by_first(compare, self.fabric)
 
     def compare_on_training_rows(self, module: nn.Module, rows: Batch) -> None:
         """Where nothing was held out: whether likelihood's fixed steps were enough."""
@@ -195,15 +224,30 @@ class Validation:
             self.compare_solvers(module, rows, "training")
 
     def _loss(self, module: nn.Module) -> float:
-        generator, total = stream(self.config.seed, "held-out loss"), 0.0
-        for rows in self._chunks(BATCH_SIZE):  # the size that couplings are made for
-            batch = self.objective.prepare(module, rows, generator)
-            total += _total_weight(rows) * self.objective(module, batch).value.item()
-        return total / _total_weight(self._rows)
+        """The loss, in batches of the size that couplings are made for."""
 
-    def _chunks(self, size: int) -> Iterator[Batch]:
-        for start in range(0, len(self._rows.x), size):
-            yield self._rows.map(lambda value, start=start: value[start : start + size])
+        def total(rows: Batch, place: int) -> float:
+            generator = stream(self.config.seed, "held-out loss", place)
+            batch = self.objective.prepare(module, rows, generator)
+            return _total_weight(rows) * self.objective(module, batch).value.item()
+
+        return self._mean(total, BATCH_SIZE)
+
+    def _mean(self, total: Callable[[Batch, int], float], most: int) -> float:
+        """The weighted mean over all rows of a score.
+
+        Args:
+            total: The sum of the score over a chunk of rows; its second argument is its place.
+            most: Rows in a chunk.
+        """
+        size = len(self._rows.x)
+        chunks = -(-size // most)
+
+        def at(k: int) -> float:
+            first, last = k * size // chunks, (k + 1) * size // chunks
+            return total(self._rows.map(lambda value: value[first:last]), k)
+
+        return sum(shared(at, chunks, self.fabric)) / _total_weight(self._rows)
 
     @property
     def _rows(self) -> Batch:
@@ -223,6 +267,19 @@ class Validation:
         """Continue from a checkpoint's state."""
         self.done, self.stale = int(state["done"]), int(state["stale"])
         self.best, self.best_weights = float(state["best"]), state["weights"]
+
+
+def _drawn_by(generator: Generator, divergence: Divergence | None) -> Divergence | None:
+    """The same divergence, with its probes drawn by the generator if it has any."""
+    if not isinstance(divergence, Hutchinson):
+        return divergence
+    return replace(divergence, generator=generator)
+
+
+def _rows_at_once(rows: Batch) -> int:
+    """How many rows are scored at once: by themselves alone, not by who is to share them."""
+    most, numbers = AT_ONCE if rows.x.is_cpu else AT_ONCE_ON_GPU
+    return max(1, min(most, numbers // math.prod(rows.x.shape[1:])))
 
 
 def _total_weight(rows: Batch) -> float:

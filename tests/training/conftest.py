@@ -1,5 +1,9 @@
 """Fixtures for training: tiny budgets, small repeatable flows, modules that fail."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -168,3 +172,31 @@ def acting_data():
         return ActingBatches(batches, 1 + 3, action), ActingBatches(batches, -1, None)
 
     return make
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """(count, work) → what work(fabric) gave, or raised, in each thread in place of a process."""
+
+    def run(count, work):
+        parts, mine = [None] * count, threading.local()
+        barrier = threading.Barrier(count, timeout=5)  # who waits for one that has gone, fails
+
+        def gather(found, own):
+            parts[mine.rank] = own
+            barrier.wait()
+            found[:] = parts
+            barrier.wait()
+
+        def process(rank):
+            mine.rank = rank
+            try:
+                return work(SimpleNamespace(global_rank=rank, world_size=count))
+            except Exception as error:
+                return error
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(process, range(count)))
+
+    return run

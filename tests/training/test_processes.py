@@ -21,8 +21,10 @@ import signal
 import sys
 import torch
 import cnf
+from cnf.training import validation
 
 torch.set_num_threads(1)
+validation.AT_ONCE = (4, 2**16)  # so that there is something to share
 
 
 class Bad(cnf.MaximumLikelihood):  # of the last process, whose gradient does not tell
@@ -54,6 +56,8 @@ runs = {
     "actnorm": (cnf.MaximumLikelihood(), rows),
     "resumed": (cnf.MaximumLikelihood(), rows),
     "nan-in-one": (Bad(), rows),
+    "probes": (cnf.FlowMatching(), rows),
+    "patience": (cnf.FlowMatching(), rows),
 }
 solver = cnf.Solver("rk4", steps=2, gradient="backprop")
 for name, (objective, data) in runs.items():
@@ -66,7 +70,10 @@ for name, (objective, data) in runs.items():
         steps=8, batch_size=16, device="cpu", devices=devices,
         strategy="ddp" if devices > 1 else "auto", folder=f"{out}/{name}", progress=False,
         validation_rows=50, lr=1e-2, patience=5, checkpoint_seconds=1e-9,
+        validation_divergence="hutchinson" if name == "probes" else None,
     )
+    if name == "patience":
+        config.patience, config.lr = 3, 1.0
     weight = 1.0 + (rows[:, 0] > 0).double() if name == "weighted" else None
     if name == "resumed":
         assert cnf.fit(flow, objective, data, config, callbacks=[stop]).reason == "interrupted"
@@ -75,6 +82,7 @@ for name, (objective, data) in runs.items():
             torch.nn.init.zeros_(p)
     records = []
     history = cnf.fit(flow, objective, data, config, weight=weight, callbacks=[records.append])
+    assert history.reason == "patience" or name != "patience"
     assert history.skipped == (2 if name == "nan-in-one" else 0)
     assert bool(records) == (int(os.environ.get("LOCAL_RANK", 0)) == 0)  # the first one tells
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
@@ -84,7 +92,7 @@ for name, (objective, data) in runs.items():
 """
 RUNS = [
     "flow-matching", "likelihood", "hutchinson", "weighted", "semidiscrete", "actnorm", "resumed",
-    "nan-in-one",
+    "nan-in-one", "probes", "patience",
 ]  # fmt: skip
 
 

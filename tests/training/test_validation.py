@@ -1,11 +1,17 @@
 """Held-out scores."""
 
+import math
+from copy import deepcopy
+
 import pytest
 import torch
 
 import cnf
 from cnf import Batch, Flow, MaximumLikelihood, TrainConfig
+from cnf.errors import SolverError
 from cnf.fields import ConvField
+from cnf.objectives import Objective
+from cnf.training import validation as validating
 from cnf.training.history import held_out_nll
 from cnf.training.validation import Validation
 from cnf.transforms.continuous import Continuous, Recipe
@@ -101,3 +107,140 @@ def test_an_estimated_score_is_a_held_out_nll_like_any_other():
     history = cnf.training.History([record])
     assert held_out_nll(record) == 2.5 and held_out_nll({"step": 3, "val_loss": 1.0}) is None
     assert "val_nll (Hutchinson, 1 probe) 2.5" in repr(history)
+
+
+class Mean(Objective):
+    """The mean of x plus noise that is drawn beforehand; fails on rows above 1,000."""
+
+    def prepare(self, module, batch, generator=None):
+        noise = torch.randn(batch.x.shape, generator=generator, dtype=batch.x.dtype)
+        return batch.but(x=batch.x + noise)
+
+    def __call__(self, module, batch, generator=None):
+        if batch.x.max() > 1_000:
+            raise SolverError("too stiff", "Smooth the field", t=0.5, nfe=3, settings="dopri5")
+        weight = torch.ones(len(batch.x)) if batch.weight is None else batch.weight
+        return cnf.Loss((weight * batch.x.mean(1)).sum() / weight.sum(), {})
+
+
+def exact(small):
+    return small().double(), MaximumLikelihood(), {}
+
+
+def estimated(small):
+    flow = small().double()
+    torch.nn.init.constant_(flow.field.field.layers[-1].weight, 0.1)  # else its trace is 0
+    return flow, MaximumLikelihood(), {"validation_divergence": "hutchinson"}
+
+
+def dequantized(small):
+    parts = small("realnvp").double()
+    return Flow(parts.base, parts.transform, dequantization=Rounded()), MaximumLikelihood(), {}
+
+
+def by_loss(small):
+    return torch.nn.Linear(2, 2), Mean(), {}
+
+
+@pytest.mark.parametrize("case", [exact, estimated, dequantized, by_loss])
+def test_score_is_the_same_for_any_number_of_processes(
+    case, small, points, in_processes, monkeypatch
+):
+    monkeypatch.setattr(validating, "AT_ONCE", (16, 2**16))
+    monkeypatch.setattr(validating, "BATCH_SIZE", 16)
+    module, objective, settings = case(small)
+    rows = Batch(points.double(), weight=points[:, 0].square())
+    config = TrainConfig(steps=1, **settings)
+
+    def score(fabric=None):
+        return Validation(objective, config, rows, fabric).score(deepcopy(module), 1.0)
+
+    alone = score()
+    assert math.isfinite(alone)
+    for count in (2, 3, 8):  # of 7 chunks
+        assert in_processes(count, score) == count * [alone]
+
+
+@pytest.mark.parametrize("case", [estimated, dequantized, by_loss])
+def test_chunks_have_draws_of_their_own(case, small, points, monkeypatch):
+    monkeypatch.setattr(validating, "AT_ONCE", (16, 2**16))
+    monkeypatch.setattr(validating, "BATCH_SIZE", 16)
+    module, objective, settings = case(small)
+    once = points[:16].double()
+    scores = [
+        Validation(objective, TrainConfig(steps=1, **settings), Batch(rows)).score(module, 1.0)
+        for rows in (once, torch.cat([once, once]))
+    ]
+    assert scores[0] != pytest.approx(scores[1], rel=1e-6)
+
+
+def test_chunks_make_the_score_of_all_rows(small, points, monkeypatch):
+    flow, weight = small().double(), points[:, 0].square().double()
+    points = points.double()
+    whole = -(weight * flow.log_prob(points)).sum() / weight.sum()
+    rows, config = Batch(points, weight=weight), TrainConfig(steps=1)
+    for most in (100, 30, 1):
+        monkeypatch.setattr(validating, "AT_ONCE", (most, 2**16))
+        score = Validation(MaximumLikelihood(), config, rows).score(flow, 1.0)
+        assert score == pytest.approx(whole.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_so_in_all_processes(bad, points, in_processes):
+    points = points.clone()
+    points[60] = bad
+
+    class Plain(Objective):
+        def __call__(self, module, batch, generator=None):
+            return cnf.Loss(batch.x.mean(), {})
+
+    def score(fabric):
+        return Validation(Plain(), TrainConfig(steps=1), Batch(points), fabric).score(
+            torch.nn.Identity(), 1.0
+        )
+
+    found = torch.tensor(in_processes(3, score))
+    torch.testing.assert_close(found, torch.full((3,), bad), equal_nan=True)
+
+
+def test_each_process_scores_its_part_and_the_first_compares_solvers(
+    small, points, in_processes, monkeypatch
+):
+    monkeypatch.setattr(validating, "AT_ONCE", (25, 2**16))
+    scored, compared = [], []
+    log_prob = Flow.log_prob
+    monkeypatch.setattr(
+        Flow,
+        "log_prob",
+        lambda self, x, *a, **k: scored.append(len(x)) or log_prob(self, x, *a, **k),
+    )
+    monkeypatch.setattr(validating, "warn_of_few_steps", lambda *a, **k: compared.append(1))
+
+    def score(fabric):
+        rows = Batch(points.double())
+        return Validation(MaximumLikelihood(), TrainConfig(steps=1), rows, fabric).score(flow, 1.0)
+
+    flow = small().double()
+    in_processes(2, score)
+    assert scored == [25] * 4 and len(compared) == 1
+
+
+def test_what_fails_in_one_process_is_raised_in_all(points, in_processes, monkeypatch):
+    monkeypatch.setattr(validating, "BATCH_SIZE", 25)
+    points = points.clone()
+    points[60] = 1e6  # the first process's second chunk
+
+    def score(fabric):
+        return Validation(Mean(), TrainConfig(steps=1), Batch(points), fabric).score(
+            torch.nn.Identity(), 1.0
+        )
+
+    errors = in_processes(2, score)
+    assert [type(error) for error in errors] == [SolverError, SolverError]
+
+
+def test_rows_at_once_are_few_where_they_are_large():
+    def most(*shape):
+        return validating._rows_at_once(Batch(torch.empty(shape)))
+
+    assert (most(10_000, 2), most(9, 3, 32, 32), most(2, 3, 512, 512)) == (2_500, 21, 1)

@@ -110,9 +110,9 @@ def test_one_tenth_of_the_rows_is_held_out_and_never_trained_on(
     scored = []
     original = cnf.training.validation.Validation.__init__
 
-    def spy(self, objective, config, rows):
+    def spy(self, objective, config, rows, fabric):
         scored.append(rows.x)
-        original(self, objective, config, rows)
+        original(self, objective, config, rows, fabric)
 
     monkeypatch.setattr(cnf.training.validation.Validation, "__init__", spy)
     settings = config(steps=60, validation_rows=validation_rows)

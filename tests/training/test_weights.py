@@ -23,7 +23,7 @@ def test_weights_of_an_array_equal_those_of_a_batch(objective, small, config, sa
 
 
 def test_held_out_likelihood_is_a_weighted_mean(small, config, points, monkeypatch):
-    monkeypatch.setattr(validation, "CHUNK", 7)
+    monkeypatch.setattr(validation, "AT_ONCE", (7, 2**16))
     flow, held_out, weight = small("realnvp"), points[:40] + 1, (points[:40, 0] - 1).square()
     history = cnf.fit(
         flow, MaximumLikelihood(), points, config(validations=1),

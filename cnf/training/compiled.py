@@ -1,7 +1,7 @@
 """Training steps on a CPU, of which the costly part is compiled before training begins."""
 
 import hashlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +21,10 @@ SECONDS = (4.0, 0.015)  # to compile: in any case, and for each operation
 SAVED = 6e-6  # seconds of a step for each operation
 SPEEDUP = 1.6
 
+COMPARED = (10, 100)  # calls of a program after which its loss is compared with the plain one
+EVERY = 1_000  # and every so many calls
+AGREEMENT = 1e-3, 1e-3  # of the two, relative and absolute
+
 
 class CompiledLearner(Learner):
     """A learner whose loss and gradient are one compiled program.
@@ -30,8 +34,9 @@ class CompiledLearner(Learner):
     """
 
     _program: Program | None = None
+    _calls = 0
     _flat: FlatAdam | None = None
-    _side_by_side: Tensor | None = None  # the gradient of this step, if a program computed it
+    _flat_gradient: Tensor | None = None  # of this step, if a program computed it
 
     @property
     def compiles(self) -> bool:
@@ -50,21 +55,38 @@ class CompiledLearner(Learner):
 
     def _flattened(self, program: Program) -> FlatAdam:
         pairs = zip(self._weights, self._ema_weights, strict=True)
-        averages = {id(weight): average for weight, average in pairs if weight is not average}
-        averages = [averages[id(p)] for p in program.parameters if id(p) in averages]
+        average_of = {id(weight): average for weight, average in pairs if weight is not average}
+        averages = [average_of[id(p)] for p in program.parameters if id(p) in average_of]
         return FlatAdam(self._adam, program.parameters, averages)
 
     def _gradient(self, rows: Prepared, share: float = 1.0) -> tuple[Loss, Tensor]:
-        if self._program is None or not self._program.fits(rows):
-            self._side_by_side = None
+        program, self._flat_gradient = self._program, None
+        if program is None or not program.fits(rows):
             return super()._gradient(rows, share)
-        loss, norm, self._side_by_side = self._program(rows)
+        self._calls += 1
+        compares = self._calls in COMPARED or self._calls % EVERY == 0
+        plain = program.plain_loss(rows) if compares and not program.draws else None
+        loss, norm, gradient = program(rows)
+        if plain is not None and not torch.allclose(loss.value, plain, *AGREEMENT, equal_nan=True):
+            self._forget_program(loss.value.item(), plain.item())
+            return super()._gradient(rows, share)
+        self._flat_gradient = gradient
         return loss, norm
 
+    def _forget_program(self, compiled: float, plain: float) -> None:
+        """Take plain steps from here on: the program computes with a number that has changed."""
+        self._program, self.compiled = None, False
+        warn(
+            f"fit: the loss of these rows is {plain:.4g}, and {compiled:.4g} as it was compiled: "
+            "a number that it computes with, such as one that a callback sets, has changed since. "
+            "Steps before this one were wrong, and those from here on are not compiled; keep such "
+            "a number as a tensor (register_buffer), or take compile=False"
+        )
+
     def _move(self) -> None:
-        if self._flat is None or self._side_by_side is None:
+        if self._flat is None or self._flat_gradient is None:
             return super()._move()
-        self._flat.step(self._side_by_side)
+        self._flat.step(self._flat_gradient)
 
     def _average_weights(self, decay: float) -> None:
         if self._flat is None:
@@ -137,6 +159,7 @@ def _known(program: Program) -> Path:
 
 
 def _remember(program: Program) -> None:
-    file = _known(program)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
+    with suppress(OSError):  # a folder that cannot be written
+        file = _known(program)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()

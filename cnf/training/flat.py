@@ -12,8 +12,8 @@ class FlatAdam:
 
     torch.optim.Adam gathers its tensors anew at each step: 60 μs for 8 parameters and 250 for the
     56 of an nsf, where the arithmetic takes 9 and 40. Here the parameters, their moments and
-    averages become views of one tensor each, so that whoever holds them, and the optimizer's
-    checkpoint, sees what he saw before.
+    averages become views of one tensor each; they stay the same objects, also in the optimizer's
+    state.
 
     Args:
         adam: A `torch.optim.Adam` or `AdamW` of one group, whose state is taken over and kept up

@@ -6,7 +6,9 @@ its forward and backward pass is recorded, so that no code has to suit the compi
 fuses the record into a few loops.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ NARROW = 12  # columns
 class Program:
     """The loss of rows of one shape, its gradient, and the gradient's norm.
 
-    Weights and buffers are read at each call. TorchInductor keeps what it compiled on the disk, so
-    that the next process has it within seconds.
+    The module's tensors are read at each call; Python's numbers in it, modes and branches stay as
+    they were recorded. TorchInductor keeps what it compiled on the disk, so that the next process
+    has it within seconds.
 
     Args:
         loss: A module that gives the `Loss` of prepared rows, and computes the same of them and
@@ -35,22 +38,26 @@ class Program:
 
     Attributes:
         size: Number of recorded operations.
-        code: The record as text, which tells programs apart.
+        draws: Whether it draws numbers, as dropout does.
         parameters: Those of `trained` on which the loss depends.
 
     Raises:
-        RuntimeError: The loss reads a number on the host, or draws with a generator.
+        RuntimeError: The loss reads a number on the host, or draws with a generator; a tensor of
+            the module overlaps itself, as `expand` makes one.
     """
 
     def __init__(
         self, loss: nn.Module, trained: Sequence[nn.Parameter], rows: Prepared, clip: float | None
     ) -> None:
+        self._loss, self._modules = loss, list(loss.modules())
         self._tensors = dict(loss.named_parameters()) | dict(loss.named_buffers())
+        if any(value.stride() != value.clone().stride() for value in self._tensors.values()):
+            raise RuntimeError("a parameter or a buffer of the module overlaps itself")
         wanted = {id(parameter) for parameter in trained if parameter.requires_grad}
         trainable = [name for name, value in self._tensors.items() if id(value) in wanted]
         if len(trainable) < len(wanted):
             raise RuntimeError("the objective trains parameters that are not the module's")
-        self._shapes = _shapes(rows)
+        self._fitting = self._state_with(rows)
         self._metrics: tuple[str, ...] = ()
         self.parameters: list[nn.Parameter] = []
 
@@ -73,10 +80,16 @@ class Program:
                 gradient = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
             return found.value.detach(), norm, gradient, *found.metrics.values()
 
-        self._graph = _recorded(step, [*self._tensors.values(), *tensors_of(rows)])
-        self.size = len(self._graph.graph.nodes)
-        self.code = self._graph.print_readable(print_output=False)
+        self._graph = _recorded(step, [*self._tensors.values(), *_dense(rows)])
+        nodes = self._graph.graph.nodes
+        self.size = len(nodes)
+        self.draws = any(torch.Tag.nondeterministic_seeded in _tags(node) for node in nodes)
         self._call: Any = self._graph
+
+    @cached_property
+    def code(self) -> str:
+        """The record as text with its shapes, which tells programs apart."""
+        return self._graph.print_readable(print_output=False)
 
     def compile(self) -> None:
         """Compile the record, which until then is replayed operation by operation."""
@@ -90,12 +103,35 @@ class Program:
         inputs = [node.meta["val"] for node in self._graph.graph.find_nodes(op="placeholder")]
         fake: list[Any] = [mode.from_tensor(value) for value in inputs]
         # Dropout draws as without compilation; inductor's own draws are slower on a CPU.
-        with torch.no_grad(), config.patch(fallback_random=True):
+        with torch.no_grad(), config.patch(fallback_random=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
             self._call = compiled(self._graph, fake)
 
     def fits(self, rows: Prepared) -> bool:
-        """Whether the program is of rows like these, without a gradient of their own."""
-        return _shapes(rows) == self._shapes
+        """Whether the program is of rows like these, and of the module as it is.
+
+        Args:
+            rows: Rows; a gradient of their own does not fit.
+        """
+        return self._state_with(rows) == self._fitting
+
+    def _state_with(self, rows: Prepared) -> tuple[Any, ...]:
+        """What a program is of, beside the values of tensors."""
+        return (
+            [(x.shape, x.dtype, x.requires_grad) for x in tensors_of(rows)],
+            [value.requires_grad for value in self._tensors.values()],
+            [module.training for module in self._modules],
+        )
+
+    def plain_loss(self, rows: Prepared) -> Tensor:
+        """The loss of rows without the program, shape (); buffers stay as they are.
+
+        Args:
+            rows: Any rows.
+        """
+        copies = {name: buffer.clone() for name, buffer in self._loss.named_buffers()}
+        with torch.no_grad():
+            return functional_call(self._loss, copies, (rows,)).value
 
     def __call__(self, rows: Prepared) -> tuple[Loss, Tensor, Tensor]:
         """The loss, the norm of its gradient, and the clipped gradient of all `parameters`.
@@ -107,9 +143,7 @@ class Program:
             The loss, the norm, shape (), and the gradient, side by side, shape (P,).
         """
         with torch.no_grad():
-            value, norm, gradient, *metrics = self._call(
-                *self._tensors.values(), *tensors_of(rows)
-            )
+            value, norm, gradient, *metrics = self._call(*self._tensors.values(), *_dense(rows))
         return Loss(value, dict(zip(self._metrics, metrics, strict=True))), norm, gradient
 
 
@@ -146,5 +180,10 @@ def _turn_narrow_products(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _shapes(rows: Prepared) -> list[tuple[Any, ...]]:
-    return [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors_of(rows)]
+def _dense(rows: Prepared) -> list[Tensor]:
+    """The tensors of rows, each in memory of its own order, as the record has them."""
+    return [value.contiguous() for value in tensors_of(rows)]
+
+
+def _tags(node: torch.fx.Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())

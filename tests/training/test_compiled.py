@@ -115,6 +115,54 @@ def test_a_compiled_program_is_the_loss_and_gradient():
     assert_is_the_gradient(loss, trained, rows, program)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_program_takes_rows_in_any_order_of_memory():
+    """Weights that all are one number share its memory, as `resampled` makes them."""
+    rows = cnf.FlowMatching().prepare(flow := flow_of(Linear()), batch(), torch.Generator())
+    rows = rows.but(weight=rows.weight[:1].expand(16), x1=rows.x1.T.contiguous().T)
+    loss = _LossModule(flow, cnf.FlowMatching(), None)
+    program = Program(loss, list(flow.parameters()), rows, None)
+    program.compile()
+    wanted = loss(rows)
+    found, _, gradient = program(rows)
+    torch.testing.assert_close(found.value, wanted.value.detach())
+    pairs = zip(
+        program.parameters,
+        gradient.split([p.numel() for p in program.parameters]),
+        strict=True,
+    )
+    for parameter, part in pairs:
+        (own,) = torch.autograd.grad(wanted.value, parameter, retain_graph=True)
+        torch.testing.assert_close(part.view_as(own), own)
+
+
+def test_a_weight_that_overlaps_itself_is_not_recorded():
+    flow = flow_of(Linear())
+    flow.field.linear.weight = nn.Parameter(torch.ones(1, 2, dtype=torch.float64).expand(2, 2))
+    with pytest.raises(RuntimeError, match="overlaps itself"):
+        program_of(flow, cnf.FlowMatching())
+
+
+class Scaled(Linear):
+    """A field that computes with a tensor and a number that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = torch.ones(2, dtype=torch.float64), 0.0
+
+    def forward(self, t, x, context=None):
+        return self.scale * self.linear(x) + torch.tensor([self.shift, 0.0], dtype=x.dtype)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_program_reads_tensors_that_are_no_buffers_at_each_call():
+    flow = flow_of(Scaled())
+    loss, trained, rows, program = program_of(flow, cnf.FlowMatching())
+    program.compile()
+    flow.field.scale *= 3
+    assert_is_the_gradient(loss, trained, rows, program)
+
+
 def test_a_frozen_parameter_gets_no_gradient():
     flow = small("realnvp")
     frozen = next(flow.parameters()).requires_grad_(False)
@@ -348,6 +396,48 @@ def test_rows_with_a_gradient_of_their_own_take_an_uncompiled_step(uncompiled):
     rows.context.requires_grad_()
     learner.step(rows, 0.0)
     assert rows.context.grad is not None
+
+
+@pytest.mark.parametrize("change", ["freeze", "eval"])
+def test_a_module_that_was_changed_takes_an_uncompiled_step(change, uncompiled):
+    flow = small("realnvp")
+    learner = learner_of(flow, compile=True)
+    rows = learner.prepare(batch(), torch.Generator())[0]
+    learner.warm_up(rows)
+    flow.eval() if change == "eval" else next(flow.parameters()).requires_grad_(False)
+    assert not learner._program.fits(rows)
+
+
+def test_a_number_that_changes_ends_the_use_of_a_program(uncompiled):
+    flow = flow_of(Scaled())
+    learner = learner_of(flow, cnf.FlowMatching(), compile=True)
+    rows = learner.prepare(batch(), torch.Generator())[0]
+    learner.warm_up(rows)
+    for _ in range(9):
+        learner.step(rows, 0.0)
+    flow.field.shift = 1.0
+    with pytest.warns(UserWarning, match=r"a number that it computes with, .* has changed since"):
+        loss = learner.step(rows, 0.0)
+    assert not learner.compiled
+    torch.testing.assert_close(loss.value.double(), learner._loss(rows).value, rtol=1e-6, atol=0)
+
+
+def test_comparing_a_program_leaves_running_statistics_as_they_were():
+    field = Linear()
+    field.dropout = nn.BatchNorm1d(2)
+    _, _, rows, program = program_of(flow_of(field), cnf.FlowMatching())
+    before = field.dropout.running_mean.clone()
+    plain = program.plain_loss(rows)
+    assert torch.equal(field.dropout.running_mean, before)
+    torch.testing.assert_close(plain, program(rows)[0].value)
+    assert not torch.equal(field.dropout.running_mean, before)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    program = program_of(flow_of(Linear()), cnf.FlowMatching())[-1]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compiled, "_known", lambda _: tmp_path / "file" / "program")
+    compiled._remember(program)
 
 
 def test_a_bad_step_of_a_program_is_left_out(uncompiled):

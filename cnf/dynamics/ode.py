@@ -28,6 +28,7 @@ from cnf.rematerialize import checkpointed
 __all__ = ["Dynamics", "Solution", "State", "count", "record", "solve", "solve_path"]
 
 GIB = 2**30
+DTYPES = torch.float32, torch.float64
 FINEST = 5e-4  # least tolerance in units of eps: below it, rounding makes the step size collapse
 
 Norm = Callable[[Sequence[Tensor]], Tensor]
@@ -97,7 +98,7 @@ def solve(
         found = state
         for t, h in fixed.steps_between(_stops(solver, t0, t1), state[0]):
             found = step.take(t, h, found)
-        if all(part.isfinite().all() for part in found):  # else solve_path explains
+        if all_finite(found):  # else solve_path explains
             assert solver.evaluations is not None
             count(solver.evaluations)
             return Solution(found, solver.evaluations)
@@ -127,7 +128,7 @@ def solve_path(
     if fixed.captured():
         return _captured(dynamics, state, times, solver, params)
     dtype = state[0].dtype
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in DTYPES:
         raise SolverError(
             f"a state of dtype {dtype} is too coarse for error control",
             "Keep the state in float32 or float64 and put autocast inside the field.",
@@ -153,8 +154,10 @@ def solve_path(
 
 def _may_step(step: Step, dynamics: Dynamics, state: State, start: float, solver: Solver) -> bool:
     """Whether backprop through all steps is wanted, and fits in the solver's memory."""
-    if fixed.captured() or not state[0].numel():
+    if fixed.captured() or not state[0].numel() or state[0].dtype not in DTYPES:
         return False
+    if (solver.evaluations or 0) > solver.max_nfe:
+        return False  # `solve_path` says so
     if not torch.is_grad_enabled() or solver.gradient == "backprop":
         return True
     if solver.gradient != "auto":

@@ -9,11 +9,11 @@ from cnf.training.capture import CapturedLearner
 from cnf.training.compiled import CompiledLearner, CompiledSolveLearner
 from cnf.training.config import TrainConfig
 from cnf.training.learner import Learner
-from cnf.transforms.continuous import is_continuous, solvers_in
+from cnf.transforms.continuous import odes_in, solvers_in
 
 # Below these no model's compilation pays, so that none is recorded to find out.
 LEAST_STEPS, LEAST_SECONDS = 2_000, 20.0
-LEAST_SOLVES, LEAST_SOLVE_SECONDS = 1_500, 120.0
+LEAST_SOLVES, LEAST_SOLVE_SECONDS = 2_500, 190.0  # for each ODE of the flow
 
 
 def learner_for(
@@ -49,11 +49,11 @@ def learner_for(
 def _compiled(module: nn.Module, objective: Objective, config: TrainConfig) -> type[Learner]:
     """The learner that compiles what takes the time, if the budget may be long enough for it."""
     flow = module if isinstance(module, Flow) else None
-    solves = flow is not None and objective.solves and is_continuous(flow.transform)
+    odes = len(odes_in(flow.transform)) if flow is not None and objective.solves else 0
     pictures = flow is not None and len(flow.event_shape) == 3  # whose convolutions take the time
-    if config.compile == "auto" and (pictures or not _is_long(config, solves)):
+    if config.compile == "auto" and (pictures or not _is_long(config, odes)):
         return Learner
-    return CompiledSolveLearner if solves else CompiledLearner
+    return CompiledSolveLearner if odes else CompiledLearner
 
 
 def why_not_compiled(objective: Objective, config: TrainConfig, fabric: Fabric) -> str | None:
@@ -64,14 +64,10 @@ def why_not_compiled(objective: Objective, config: TrainConfig, fabric: Fabric) 
         config: Its `accumulate` is read.
         fabric: The processes.
     """
-    if fabric.device.type != "cpu":
-        return f"the device {fabric.device}"
-    if fabric.world_size > 1:
-        return f"{fabric.world_size} processes"
+    if why := _why_neither("cpu", objective, fabric):
+        return why
     if config.accumulate > 1:
         return f"accumulate={config.accumulate}"
-    if not objective.capturable:
-        return f"{type(objective).__name__}, of which capturable is False"
     return None
 
 
@@ -83,12 +79,8 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
         objective: What is minimized.
         fabric: The processes.
     """
-    if fabric.device.type != "cuda":
-        return f"the device {fabric.device}"
-    if fabric.world_size > 1:
-        return f"{fabric.world_size} processes"
-    if not objective.capturable:
-        return f"{type(objective).__name__}, of which capturable is False"
+    if why := _why_neither("cuda", objective, fabric):
+        return why
     if not objective.solves or not isinstance(module, Flow):
         return None
     for solver in solvers_in(objective.as_trained(module).transform):
@@ -99,8 +91,19 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
     return None
 
 
-def _is_long(config: TrainConfig, solves: bool) -> bool:
+def _why_neither(device: str, objective: Objective, fabric: Fabric) -> str | None:
+    """What keeps a step from being compiled as from being captured."""
+    if fabric.device.type != device:
+        return f"the device {fabric.device}"
+    if fabric.world_size > 1:
+        return f"{fabric.world_size} processes"
+    if not objective.capturable:
+        return f"{type(objective).__name__}, of which capturable is False"
+    return None
+
+
+def _is_long(config: TrainConfig, odes: int) -> bool:
     if config.steps is not None:
-        return config.steps >= (LEAST_SOLVES if solves else LEAST_STEPS)
+        return config.steps >= (odes * LEAST_SOLVES or LEAST_STEPS)
     assert config.seconds is not None
-    return config.seconds >= (LEAST_SOLVE_SECONDS if solves else LEAST_SECONDS)
+    return config.seconds >= (odes * LEAST_SOLVE_SECONDS or LEAST_SECONDS)

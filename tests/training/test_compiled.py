@@ -259,11 +259,20 @@ def learner_of(flow, objective=None, **settings):
         ("realnvp", {"seconds": 10}, Learner),
         ("cnf", {"steps": 100}, Learner),
         ("cnf", {"steps": 100, "compile": True}, CompiledSolveLearner),
-        ("cnf", {"seconds": 600}, CompiledSolveLearner),
+        ("cnf", {"seconds": 200}, CompiledSolveLearner),
+        ("cnf", {"seconds": 180}, Learner),
     ],
 )
 def test_the_budget_decides_what_is_compiled_unless_it_is_told(model, settings, kind):
     assert type(learner_of(small(model), **settings)) is kind
+
+
+def test_a_flow_of_several_odes_needs_a_longer_budget():
+    one = small("cnf")
+    two = cnf.Flow(one.base, cnf.transforms.Compose([one.transform, small("cnf").transform]))
+    assert type(learner_of(one, steps=2_500)) is CompiledSolveLearner
+    assert type(learner_of(two, steps=4_999)) is Learner
+    assert type(learner_of(two, steps=5_000)) is CompiledSolveLearner
 
 
 def test_pictures_are_compiled_only_if_told():
@@ -507,6 +516,21 @@ def test_a_compiled_solve_that_becomes_infinite_says_why(monkeypatch):
         next(flow.field.parameters()).fill_(torch.inf)
     with pytest.raises(cnf.SolverError, match="the field returned NaN or infinity"):
         flow.log_prob(batch().x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "why"),
+    [
+        (torch.float64, {"max_nfe": 11}, "11 evaluations"),
+        (torch.bfloat16, {}, "of dtype torch.bfloat16 is too coarse"),
+    ],
+)
+def test_a_compiled_solve_is_refused_as_a_plain_one(dtype, settings, why, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    solver = cnf.Solver("rk4", steps=3, compile=True, **settings)
+    flow = small("cnf").with_solver(solver).to(dtype)
+    with pytest.raises(cnf.SolverError, match=why):
+        flow.log_prob(batch().x.to(dtype))
 
 
 def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):

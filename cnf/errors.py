@@ -356,6 +356,13 @@ def _is_positive(value: Any) -> bool:
         return False
 
 
+def expect_not_negative(who: str, **values: float) -> None:
+    """Raise ValueError for the first value that is not finite and zero or above."""
+    for name, value in values.items():
+        if not (_is_positive(value) or (value == 0 and not isinstance(value, bool))):
+            raise ValueError(f"{who}: expected {name} >= 0, got {value!r}")
+
+
 def expect_counts(who: str, least: int = 1, **values: Any) -> None:
     """Raise ValueError for the first value that is neither None nor an integer >= `least`."""
     for name, value in values.items():

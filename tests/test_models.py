@@ -29,6 +29,28 @@ def fitting(name, **wanted):
     return {key: value for key, value in wanted.items() if key in known}
 
 
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("rnode", {"kinetic": -0.01}, "rnode: expected kinetic >= 0, got -0.01"),
+        ("rnode", {"jacobian": float("nan")}, "rnode: expected jacobian >= 0, got nan"),
+        ("otflow", {"transport": -1}, "otflow: expected transport >= 0, got -1"),
+        ("otflow", {"hjb": float("inf")}, "otflow: expected hjb >= 0, got inf"),
+        ("ffjord", {"end_time": float("nan")}, "ffjord: expected end_time > 0, got nan"),
+    ],
+)
+def test_weights_of_penalties_and_end_times_that_make_no_sense_are_refused(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        build(name, dim=2, **options)
+
+
+def test_penalty_of_weight_zero_is_none():
+    flow = build("rnode", dim=2, kinetic=0, jacobian=0.0)
+    assert flow.transform.recipe.penalties == {}
+    with pytest.raises(ValueError, match="Recipe: expected kinetic >= 0, got -2"):
+        cnf.transforms.continuous.Recipe(penalties={"kinetic": -2})
+
+
 @pytest.mark.parametrize("context", [0, 3])
 @pytest.mark.parametrize("name", MODELS.taking("dim"))
 def test_build_gives_a_flow_of_the_given_size(name, context):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from cnf.errors import expect_positive
 from cnf.fields.base import HasTangents, VectorField, exact_divergence, tangent_products
 from cnf.printing import grouped
 
@@ -182,8 +183,7 @@ class EndTime(Retimed):
 
     def __init__(self, field: VectorField, initial: float = 1.0) -> None:
         super().__init__(field)
-        if initial <= 0:
-            raise ValueError(f"EndTime: expected an initial end time > 0, got {initial}")
+        expect_positive("EndTime", initial=initial)
         self.log_end = nn.Parameter(torch.tensor(math.log(initial)))
 
     def _clock(self, t: Tensor) -> tuple[Tensor, Tensor]:

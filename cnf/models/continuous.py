@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cnf.dynamics.solver import Solver
-from cnf.errors import expect_counts
+from cnf.errors import expect_counts, expect_not_negative, expect_positive
 from cnf.fields import (
     ConvField,
     EndTime,
@@ -141,11 +141,12 @@ def ffjord(
         A `Flow` whose `field` is the vector field; with several scales there is no single one.
 
     Raises:
-        ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
-            unknown, or height and width cannot be halved so often.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, the end time is
+            not above 0, a name is unknown, or height and width cannot be halved so often.
     """
     if end_time is None:
         end_time = 0.5 if shape is None else 1.0
+    expect_positive("ffjord", end_time=end_time)
 
     def block(event: Sequence[int]) -> VectorField:
         return EndTime(_ffjord_field(event, hidden, context, activation), end_time)
@@ -212,13 +213,14 @@ def rnode(
         A `Flow` whose `field` is the vector field; with several scales there is no single one.
 
     Raises:
-        ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
-            unknown, or height and width cannot be halved so often.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, a weight below 0,
+            a name is unknown, or height and width cannot be halved so often.
     """
 
     def block(event: Sequence[int]) -> VectorField:
         return _ffjord_field(event, hidden, context, activation)
 
+    expect_not_negative("rnode", kinetic=kinetic, jacobian=jacobian)
     layers = _layers(layers, shape)
     recipe = Recipe(
         "hutchinson",
@@ -271,8 +273,10 @@ def otflow(
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Hidden layers differ in width, a size is below 1, or a name is unknown.
+        ValueError: Hidden layers differ in width, a size is below 1, a weight below 0, or a name
+            is unknown.
     """
+    expect_not_negative("otflow", transport=transport, hjb=hjb)
     if len(set(hidden)) != 1:
         raise ValueError(f"otflow: expected hidden layers of one width, got {tuple(hidden)}")
     field = PotentialField(dim, hidden[0], len(hidden), context)

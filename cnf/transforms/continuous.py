@@ -20,7 +20,7 @@ from cnf.dynamics import fixed, ode
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import STAGES, Solver
-from cnf.errors import call_without_edits, expect_choice, explain_edit
+from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
 from cnf.fields.base import VectorField
 from cnf.precision import with_current_autocast
 from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
@@ -73,12 +73,18 @@ class Recipe:
         penalties: Weights of regularizers by name, such as {"kinetic": 0.01}.
         solver: Solver for training; that of the transform if None.
         lr: Learning rate; that of the objective if None.
+
+    Raises:
+        ValueError: A weight is below 0.
     """
 
     divergence: str | Divergence = "exact"
     penalties: Mapping[str, float] = dataclasses.field(default_factory=dict)
     solver: Solver | None = None
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        expect_not_negative("Recipe", **self.penalties)
 
 
 @TRANSFORMS.register("continuous")

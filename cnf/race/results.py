@@ -263,14 +263,18 @@ class Results:
         return f"{self.score_name} {score} nats" if math.isfinite(score.value) else "failed"
 
     def save(self, folder: Path) -> None:
-        """Write results.csv (a row per contestant and seed) and results.json (no flows)."""
+        """Write results.csv (a row per contestant and seed) and results.json (no flows).
+
+        A cell is empty where an entry has no such score, as one of an earlier version's race.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "results.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            names = list(self.entries[0].scores)
+            names = list(dict.fromkeys(name for entry in self.entries for name in entry.scores))
             writer.writerow(["data", "contestant", "seed", *names])
             for entry in self.entries:
-                numbers = (f"{entry.scores[name]:.6g}" for name in names)
+                found = entry.scores
+                numbers = (f"{found[name]:.6g}" if name in found else "" for name in names)
                 writer.writerow([self.data, entry.contestant, entry.seed, *numbers])
         left_out = ("flow", "log_prob")  # beside the runs
         entries = [

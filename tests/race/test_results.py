@@ -1,5 +1,6 @@
 """Results of a race: one mean, one error, one ranking, and one way to write them."""
 
+import csv
 import dataclasses
 import math
 
@@ -53,6 +54,15 @@ def test_paired_error_adds_that_of_the_seeds(race):
         entry.log_prob = [1.0 + 0.2 * entry.seed, 2.0 + 0.2 * entry.seed]
     error = results.paired_difference("cnf", "realnvp").error
     assert error == pytest.approx(math.sqrt(2) * 0.1)  # the stdev of 0 and 0.2 over √2, of each
+
+
+def test_cell_of_a_score_that_an_older_races_entry_lacks_is_empty(race, tmp_path):
+    results = race(names=("cnf", "realnvp", "maf"), seeds=(0,))
+    del results.entries[0].scores["w2"], results.entries[1].scores["nll_error"]
+    results.save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [row["w2"] for row in rows] == ["", "0.6", "0.9"]
+    assert [row["nll_error"] for row in rows] == ["0.01", "", "0.01"]
 
 
 def test_two_seeds_read_the_same_in_terminal_page_pictures_and_verdict(race):

@@ -26,7 +26,8 @@ TRAINING = (
     Score("steps", "Steps", "Optimizer steps", note="count", lower=None, terminal="steps"),
     Score("train_seconds", "Training", "Seconds of training steps", "s", lower=None),
     Score(
-        "compile_seconds", "Compilation", "Of its steps, before the budget; 0 for none", "s",
+        "compile_seconds", "Compilation",
+        "Seconds before training, outside of the budget; a dash: steps are not compiled", "s",
         lower=None,
     ),
     Score(

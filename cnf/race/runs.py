@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ class Trained:
 
     @property
     def compiling(self) -> float:
-        """Seconds of compilation of all stages."""
+        """Seconds of compilation of all stages; NaN where nothing was compiled."""
+        if not any(history.compiled for history in self.histories):
+            return math.nan
         return sum(history.compiling for history in self.histories)
 
 

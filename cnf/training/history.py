@@ -25,7 +25,9 @@ class History:
             fit to the data.
         pairing: Of these, seconds in which batches were drawn and paired.
         validating: Seconds of validation, which no budget counts.
-        compiling: Seconds in which the step was compiled, which no budget counts.
+        compiling: Seconds in which the step was compiled, or found not to be worth it, which no
+            budget counts.
+        compiled: Whether steps, or the dynamics of an ODE, were compiled.
         memory: Peak memory of training in MB: the GPU's, else the whole process's, NaN where the
             system does not tell.
         reason: Why it ended: "budget", "patience" or "interrupted".
@@ -41,6 +43,7 @@ class History:
     pairing: float = 0.0
     validating: float = 0.0
     compiling: float = 0.0
+    compiled: bool = False
     memory: float = math.nan
     reason: str = "budget"
     signal: int = 0
@@ -63,11 +66,12 @@ class History:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         clocks = {name: getattr(self, name) for name in CLOCKS}
-        return {"records": self.records, **clocks}
+        return {"records": self.records, "compiled": self.compiled, **clocks}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.records = [dict(record) for record in state["records"]]
+        self.compiled = bool(state.get("compiled", False))
         for name in CLOCKS:  # which older checkpoints do not hold
             setattr(self, name, float(state.get(name, 0.0)))
 

@@ -130,7 +130,12 @@ class Learner:
 
     @property
     def compiles(self) -> bool:
-        """Whether the first step will compile something, such as an ODE's dynamics."""
+        """Whether the first step may compile something."""
+        return self.compiles_dynamics
+
+    @property
+    def compiles_dynamics(self) -> bool:
+        """Whether an ODE's solver was asked to compile its dynamics."""
         parts = (part for part in self.module.modules() if isinstance(part, Continuous))
         solvers = [getattr(self.objective, "solver", None), *(part.solver for part in parts)]
         return any(solver is not None and solver.compile for solver in solvers)

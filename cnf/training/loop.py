@@ -250,6 +250,7 @@ class _Trainer:
         with self.bar.doing("compiling"):
             self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
         self.history.compiling += time.perf_counter() - start
+        self.history.compiled = self.learner.compiled or self.learner.compiles_dynamics
 
     def _rows(self, step: int) -> tuple[Prepared, float]:
         """This process's rows of a step, and the weight of their loss."""

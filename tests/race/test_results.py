@@ -11,7 +11,9 @@ from rich.console import Console
 from cnf.metrics.estimate import number
 from cnf.race import verdict
 from cnf.race.report import page_of
+from cnf.race.runs import Trained
 from cnf.race.tables import results_table
+from cnf.training import History
 
 
 def test_error_is_the_larger_of_seeds_and_points(race):
@@ -63,6 +65,21 @@ def test_cell_of_a_score_that_an_older_races_entry_lacks_is_empty(race, tmp_path
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["w2"] for row in rows] == ["", "0.6", "0.9"]
     assert [row["nll_error"] for row in rows] == ["0.01", "", "0.01"]
+
+
+def test_seconds_of_compilation_have_a_column_where_something_was_compiled(race):
+    results = race(names=("cnf", "realnvp"), seeds=(0,))
+    histories = [
+        [History(compiling=3.0, compiled=True), History(compiling=0.5)],
+        [History(compiling=0.5)],  # found not to be worth it
+    ]
+    for entry, stages in zip(results.entries, histories, strict=True):
+        entry.scores["compile_seconds"] = Trained(entry.flow, stages, 0.0).compiling
+    assert "compile_seconds" in [score.key for score in results.columns]
+    assert results.mean("cnf", "compile_seconds").value == 3.5
+    assert math.isnan(results.mean("realnvp", "compile_seconds").value)
+    results.entries[0].scores["compile_seconds"] = math.nan
+    assert "compile_seconds" not in [score.key for score in results.columns]
 
 
 def test_two_seeds_read_the_same_in_terminal_page_pictures_and_verdict(race):

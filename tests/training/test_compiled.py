@@ -336,7 +336,7 @@ def test_a_run_of_programs_ends_at_the_weights_of_one_without(model, objective, 
     one, other = small(model), small(model)
     trained(one, objective, compile=False)
     history = trained(other, objective, compile=True)
-    assert history.compiling > 0
+    assert history.compiled and history.compiling > 0
     assert len({p.untyped_storage().data_ptr() for p in other.parameters()}) > 1  # as it came
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -360,9 +360,17 @@ def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
     )  # fmt: skip
     with pytest.raises(Stop):
         cnf.fit(parts, cnf.MaximumLikelihood(), data, config, callbacks=[stop])
-    cnf.fit(parts, cnf.MaximumLikelihood(), data, replace(config, resume=True))
+    config = replace(config, resume=True)
+    assert cnf.fit(parts, cnf.MaximumLikelihood(), data, config).compiled
+    assert cnf.fit(parts, cnf.MaximumLikelihood(), data, config).compiled  # it had ended
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_too_short_to_be_compiled_says_that_it_was_not(uncompiled, monkeypatch):
+    monkeypatch.setattr("cnf.training.engine.LEAST_STEPS", 1)
+    history = trained(small("realnvp"), cnf.MaximumLikelihood(), compile="auto")
+    assert not history.compiled and history.compiling > 0  # of the attempt
 
 
 class Reads(Objective):
@@ -537,8 +545,8 @@ def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
     one, other = small("cnf"), small("cnf")
-    trained(one, objective, compile=False)
-    trained(other, objective, compile=True)
+    assert not trained(one, objective, compile=False).compiled
+    assert trained(other, objective, compile=True).compiled
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -552,7 +560,7 @@ def test_solves_that_cannot_be_compiled_are_trained_as_they_are(monkeypatch):
     objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
     one, other = small("cnf"), small("cnf")
     with pytest.warns(UserWarning, match="steps are not compiled, as that failed: no compiler; "):
-        trained(one, objective, compile="auto")
+        assert not trained(one, objective, compile="auto").compiled
     trained(other, objective, compile=False)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

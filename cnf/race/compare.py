@@ -100,19 +100,14 @@ def compare(
     unfit = _unfit(contestants, density)
     failed = {titles[name]: reason for name, reason in unfit.items()}
     fitting = {name: one for name, one in contestants.items() if name not in unfit}
-    entries: dict[str, Entry | None] = {}  # by title, in the order of contestants and seeds
     made_of = {name: {**race, "contestant": one.made_of} for name, one in fitting.items()}
-    runs: list[Run] = []
-    for (name, contestant), seed in product(fitting.items(), seeds):
-        title = f"{titles[name]}, seed {seed}"
-        where = folder and folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
-        entries[title] = where and _finished(where, contestant, made_of[name], density)
-        if entries[title] is None:
-            config = replace(base, seed=seed, folder=where, resume="auto" if where else False)
-            runs.append(Run(name, title, contestant, config))
-        else:
+    runs = _planned(fitting, titles, seeds, replace(base, folder=folder))
+    entries = {run.title: _finished(run, made_of[run.name], density) for run in runs}
+    for title, entry in entries.items():
+        if entry is not None:
             say(f"{title}: finished before")
-    for run, outcome in _outcomes(runs, train, workers, folder, progress, say):
+    left = [run for run in runs if entries[run.title] is None]
+    for run, outcome in _outcomes(left, train, workers, folder, progress, say):
         try:
             trained = outcome()
             entries[run.title] = entry = _entry(run, trained, judge, density)
@@ -142,6 +137,23 @@ def _listed(seeds: Any) -> list[int]:
     if len(set(found)) < len(found):
         raise ValueError(f"compare: expected seeds that differ, got {found}")
     return found
+
+
+def _planned(
+    contestants: dict[str, Contestant], titles: dict[str, str], seeds: list[int], race: TrainConfig
+) -> list[Run]:
+    """A run for each contestant and seed, in this order, in a folder of its own in the race's."""
+
+    def config(name: str, seed: int) -> TrainConfig:
+        if race.folder is None:
+            return replace(race, seed=seed)
+        folder = race.folder / "runs" / f"{quote(name, safe=' ,=+()')}-seed-{seed}"
+        return replace(race, seed=seed, folder=folder, resume="auto")
+
+    return [
+        Run(name, f"{titles[name]}, seed {seed}", contestant, config(name, seed))
+        for (name, contestant), seed in product(contestants.items(), seeds)
+    ]
 
 
 def _outcomes(
@@ -214,22 +226,24 @@ def _keep(run: Path, entry: Entry, race: dict[str, Any]) -> None:
     checkpoint.write_whole(run / ENTRY, text.encode())
 
 
-def _finished(
-    run: Path, contestant: Contestant, race: dict[str, Any], density: Any
-) -> Entry | None:
+def _finished(run: Run, race: dict[str, Any], density: Any) -> Entry | None:
     """The entry of a run that was raced to its end; None if it was not, or is unreadable.
 
     Raises:
         ValueError: It ran in another race than this.
     """
+    folder = run.config.folder
+    if folder is None:
+        return None
     try:
-        kept = json.loads((run / ENTRY).read_text())
+        kept = json.loads((folder / ENTRY).read_text())
         # Version 0.1 did not record who the contestant was.
         entry, before = kept["entry"], {"contestant": race["contestant"], **kept["race"]}
         curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
         few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
-        into = None if isinstance(contestant.model, str) else build(contestant, density, 0)
-        found = Entry(**entry, curve=curve, few_steps=few, flow=checkpoint.load(run, into=into))
+        into = None if isinstance(run.contestant.model, str) else run.build(density)
+        flow = checkpoint.load(folder, into=into)
+        found = Entry(**entry, curve=curve, few_steps=few, flow=flow)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
     differs = [
@@ -238,7 +252,7 @@ def _finished(
         for key in race if before.get(key) != race[key]
     ]  # fmt: skip
     if differs:
-        raise ValueError(f"compare: {run} ran in another race: {', '.join(differs)}")
+        raise ValueError(f"compare: {folder} ran in another race: {', '.join(differs)}")
     return found
 
 

@@ -309,12 +309,17 @@ def compare(
     source = densities.load(data, table)
     folder = folder or free_folder(Path("runs") / f"compare-{source.name}")
     seconds = 60.0 if seconds is None and steps is None else seconds
-    results = race(
-        source, contestants, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
-        device=device, w2_points=w2_points, patience=patience, workers=workers,
-        resume=resume, progress=progress,
-        say=lambda line: _console().rule(escape(line), align="left"),
-    )  # fmt: skip
+    try:
+        results = race(
+            source, contestants, seconds=seconds, steps=steps, seeds=seeds or [0], folder=folder,
+            device=device, w2_points=w2_points, patience=patience, workers=workers,
+            resume=resume, progress=progress,
+            say=lambda line: _console().rule(escape(line), align="left"),
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        way = f"--folder {shlex.quote(str(folder))} --resume"
+        print(f"Interrupted; go on with the same command and {way}")
+        raise SystemExit(_exit_code(stop)) from None
     _console().print(results_table(results))
     with status("drawing the pictures", progress):
         page = write_report(results, folder)
@@ -402,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             COMMANDS[name](**options)
     except KeyboardInterrupt as stop:
         print("Interrupted.", file=sys.stderr)
-        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        raise SystemExit(_exit_code(stop)) from None
     except BrokenPipeError:  # the reader has closed the pipe, as in `cnf list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -412,6 +417,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = f"cnf {name}" if name in COMMANDS else "cnf"
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _exit_code(stop: KeyboardInterrupt) -> int:
+    """That of a process which the same signal ended."""
+    return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import cnf
 from cnf import cli
 from cnf.race.contestants import CONTESTANTS, RACE
 from cnf.sampling import guided
+from cnf.training.interrupt import Interrupted
 
 SMALL = ["--data", "moons", "--options.hidden", "[8]", "--device", "cpu", "--progress", "false"]
 SMALL += ["--batch_size", "32", "--validation_rows", "100"]
@@ -451,6 +452,17 @@ def test_compare_without_progress_shows_no_bar(monkeypatch, call, tmp_path):
     for words in ([], ["--no-progress"]):
         assert call("compare", "moons", *words, "--folder", tmp_path / "race")[0] == 0
     assert [told["progress"] for told in shown] == [True, False]
+
+
+def test_interrupted_race_says_how_to_go_on(monkeypatch, call, tmp_path):
+    def interrupted(*_, **__):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("cnf.race.compare", interrupted)
+    code, said, _ = call("compare", "moons", "--folder", tmp_path / "my race")
+    assert code == 128 + signal.SIGTERM
+    way = f"--folder '{tmp_path}/my race' --resume"
+    assert said == f"Interrupted; go on with the same command and {way}\n"
 
 
 def test_no_command_shows_help_and_exits_2(call):

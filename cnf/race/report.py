@@ -188,10 +188,11 @@ def _subtitle(results: Results) -> str:
     settings = results.settings
     seconds, steps = settings.get("seconds"), settings.get("steps")
     budget = f"{number(seconds)} s" if seconds else f"{steps:,} steps" if steps else "own budget"
+    most = "at most " if settings.get("patience") else ""  # which may have ended it before
     seeds = len(settings.get("seeds", [0]))
     count = len(results.contestants)
     return (
-        f"{count} contestant{'s' * (count > 1)} · {budget} of training each · "
+        f"{count} contestant{'s' * (count > 1)} · {most}{budget} of training each · "
         f"{seeds} seed{'s' * (seeds > 1)}"
     )
 
@@ -201,6 +202,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     settings, machine = dict(results.settings), dict(results.machine)
     seconds, steps = settings.pop("seconds", None), settings.pop("steps", None)
     spent = f"{number(seconds)} seconds of training steps" if seconds else f"{steps} steps"
+    if patience := settings.pop("patience", None):
+        spent = f"at most {spent}, or until {patience} of 8 validations bring nothing better"
     known = results.score == "gap"
     test = f"{settings.pop('test_points', 0):,}" + (
         " draws from the true density, the same for all" if known else " held-out points"

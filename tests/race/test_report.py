@@ -115,6 +115,15 @@ def test_pictures_keep_their_size_and_have_words_for_those_who_cannot_see(page):
     assert all(image["alt"] and int(image["width"]) > 200 for image in pictures)
 
 
+def test_budget_that_patience_may_have_ended_is_the_most_of_each(edited):
+    results, written = edited
+    assert "4 steps of training each" in written().text
+    results.settings = {**results.settings, "patience": 2}
+    text = written().text
+    assert "· at most 4 steps of training each ·" in text
+    assert "at most 4 steps, or until 2 of 8 validations bring nothing better" in text
+
+
 def test_hostile_title_is_text(edited):
     results, written = edited
     for entry in results.of("realnvp"):

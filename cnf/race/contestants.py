@@ -172,6 +172,7 @@ for _name, (_title, _lr, _options) in {
     "nsf": ("NSF", 1e-2, {**SPLINES, "between": None}),
     "nsf-ar": ("NSF, autoregressive", 1e-2, {**SPLINES, "between": "reverse"}),
     "maf": ("MAF", 5e-3, {}),
+    "made": ("MADE", 2e-2, {}),
     "iaf": ("IAF", 2e-3, {}),
     "planar": ("Planar", 5e-2, {}),
     "radial": ("Radial", 5e-2, {}),

@@ -101,6 +101,13 @@ def test_contestants_with_one_field_start_from_the_same_weights(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_every_model_of_vectors_is_a_contestant():
+    models = {contestant.model for contestant in CONTESTANTS.values()}
+    assert models == set(cnf.models.MODELS.taking("dim"))
+    made = runs.build(CONTESTANTS["made"], cnf.data.toy("moons"), 0)
+    assert made.spec["model"] == "made"
+
+
 def test_each_seed_starts_from_weights_of_its_own():
     toy = cnf.data.toy("moons")
     first, again, other = (

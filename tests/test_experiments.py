@@ -1,7 +1,9 @@
 """The experiments' scripts use names that the package has: they are run by hand, and seldom."""
 
 import ast
-import importlib
+import importlib.util
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,53 @@ def test_script_uses_names_that_exist(script):
             if node.value.id == "cnf" and not exists("cnf", node.attr):
                 missing.append(f"cnf.{node.attr}")
     assert missing == []
+
+
+@pytest.fixture
+def budgets():
+    """The script experiments/toy/budgets.py."""
+    spec = importlib.util.spec_from_file_location("budgets", ROOT / "toy" / "budgets.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["budgets"] = module  # where its dataclass looks for its annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["budgets"]
+
+
+def gaps(contestant, *values, budget="15"):
+    """Rows of budgets.csv of a contestant on moons, one for each seed."""
+    return [
+        {
+            "data": "moons", "budget": budget, "contestant": contestant, "seed": str(seed),
+            "gap": str(value), "gap_error": "0.004", "steps": str(100 + seed),
+            "compile_seconds": "nan", "processor": "a core", "threads": "1", "torch": "2",
+            "revision": "abc",
+        }
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_table_of_budgets_has_means_with_their_errors_and_names_what_is_missing(budgets, tmp_path):
+    """Gaps of .10, .11, .12, each ± .004 over the same points: √(.004² + .01²/3) = .007."""
+    names = ["cnf-likelihood", "nsf", "maf"]
+    plan = budgets.Plan(["moons", "rings"], names, [60, 15], [0, 1, 2], tmp_path)
+    rows = gaps("cnf-likelihood", 0.1, 0.11, 0.12) + gaps("nsf", 0.05, 0.05, 0.05)
+    assert plan.lacks(rows, 15, "moons")
+    rows += gaps("maf", 0.01, math.nan, 0.01)
+    assert not plan.lacks(rows, 15, "moons") and plan.lacks(rows, 15, "rings")
+    assert plan.races == [(15, "moons"), (15, "rings"), (60, "moons"), (60, "rings")]
+    lines = budgets.table(plan, rows).splitlines()
+    assert lines[2] == "| CNF, likelihood | 15 s | 100–102 | none | 0.110(7) | not run |"
+    assert lines[3] == "| NSF | 15 s | 100–102 | none | **0.050(4)** | not run |"
+    assert lines[4] == "| MAF | 15 s | 100–102 | none | 1 of 3 failed | not run |"
+    assert lines[5] == "| CNF, likelihood | 60 s | – | – | not run | not run |"
+    assert "Not run yet: 15 s on rings; 60 s on all." in budgets.about(plan, rows)
+    assert budgets.not_drawn(plan, rows, "moons") == "not run: 60 s\nMAF, 15 s: failed"
+
+
+def test_text_of_budgets_replaces_its_own_between_the_marks_of_a_page(budgets, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"Before\n{budgets.BEGIN}old{budgets.END}\nAfter\n")
+    for text in ("new", "newer"):
+        budgets.fill_readme(page, [text])
+    assert page.read_text() == f"Before\n{budgets.BEGIN}\nnewer\n\n{budgets.END}\nAfter\n"

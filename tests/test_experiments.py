@@ -83,3 +83,38 @@ def test_text_of_budgets_replaces_its_own_between_the_marks_of_a_page(budgets, t
     for text in ("new", "newer"):
         budgets.fill_readme(page, [text])
     assert page.read_text() == f"Before\n{budgets.BEGIN}\nnewer\n\n{budgets.END}\nAfter\n"
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    """The modules model and gpus of experiments/scaling."""
+    monkeypatch.syspath_prepend(str(ROOT / "scaling"))
+    own = [path.stem for path in (ROOT / "scaling").glob("*.py")]
+    yield tuple(importlib.import_module(name) for name in ("model", "gpus"))
+    for name in own:
+        sys.modules.pop(name, None)
+
+
+def test_fitted_cost_model_is_the_machine_that_took_the_time(scaling):
+    model, _ = scaling
+    machine, link = model.Machine(2e-5, 1e-10, 3e-10), model.Link(1e-4, 2e-9)
+    costs = [
+        model.Cost(150, 5e7, 2e7, 7e4), model.Cost(150, 2e9, 6e8, 7e4),
+        model.Cost(7_000, 1e9, 4e8, 7e4), model.Cost(1_200, 3e10, 1e9, 7e6),
+    ]  # fmt: skip
+    one = [machine.step(cost) for cost in costs]
+    two = [a + link.all_reduce(cost.gradient, 2) for a, cost in zip(one, costs, strict=True)]
+    assert one[0] == pytest.approx(150 * 2e-5 + 5e7 * 1e-10 + 2e7 * 3e-10)
+    assert two[0] - one[0] == pytest.approx(1e-4 + 7e4 * 2e-9)
+    assert model.fitted_machine(costs, one) == pytest.approx(machine)
+    assert model.fitted_link(costs, two, one) == pytest.approx(link)
+
+
+def test_all_reduce_of_many_gpus_is_by_hand(scaling):
+    """4.4 + 2 · 7 · 1.2 μs in a node of eight; 2 · 6 · 8.5 more among 64; four of a step."""
+    _, gpus = scaling
+    assert gpus.all_reduce(7e6, 1) == 0
+    assert gpus.all_reduce(0, 8) == pytest.approx(4 * 21.2e-6)
+    assert gpus.all_reduce(0, 512) == pytest.approx(4 * 123.2e-6)
+    sent = gpus.all_reduce(4e8, 512) - gpus.all_reduce(0, 512)
+    assert sent == pytest.approx(2 * 511 / 512 * 4e8 / 400e9)

@@ -22,7 +22,8 @@ PRECISIONS = {
     "tf32": torch.float32,
 }  # fmt: skip
 TF32 = {"32-true": False, "tf32": True}  # others leave it as torch is set
-SHARDED = ("fsdp", "deepspeed", "model_parallel")
+SHARDED = "fsdp"  # the strategy whose processes hold a part of the weights each
+REFUSED = (SHARDED, "deepspeed", "model_parallel")
 
 _LEAST = {  # of the whole numbers
     **dict.fromkeys(
@@ -73,7 +74,9 @@ class TrainConfig:
             there is one, else beginning.
         device: "auto", "cpu", "cuda", or "mps".
         devices: Processes, one for each device.
-        strategy: Lightning Fabric's strategy for several processes, such as "ddp".
+        strategy: How several processes share the work: "ddp", or another of Lightning Fabric's
+            in which each holds all weights; or "fsdp", with which each holds a part of the
+            field's weights, gradients, moments and averages (FSDP2). That is for flow matching.
         precision: "bf16-mixed" computes a float32 module's fields and nets in bfloat16, by
             autocast; data, preprocessing, ODE states, log-determinants, losses and weights stay
             float32, validation too. "tf32" takes training's products and convolutions of float32
@@ -184,11 +187,11 @@ class TrainConfig:
                 "TrainConfig: expected strategy to be a name, such as 'ddp', got "
                 f"{self.strategy!r}"
             )
-        if any(name in self.strategy for name in SHARDED):
+        if self.strategy != SHARDED and any(name in self.strategy for name in REFUSED):
             raise ValueError(
-                "TrainConfig: expected each process to hold all weights, as 'ddp' does, since fit "
-                f"averages, clips and saves them whole, got strategy={self.strategy!r}; against "
-                "too little memory take accumulate=…, precision='bf16-mixed' or smaller batches"
+                f"TrainConfig: expected strategy='ddp', or {SHARDED!r} to shard a field that flow "
+                f"matching trains, got {self.strategy!r}; against too little memory take "
+                "accumulate=…, precision='bf16-mixed' or smaller batches"
             )
         if "spawn" in self.strategy or "fork" in self.strategy:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which learner takes the steps: a plain one, one captured on a GPU, or one compiled on a CPU."""
+"""Which learner takes the steps: a plain, captured (GPU), compiled (CPU) or sharded one."""
 
 from lightning_fabric import Fabric
 from torch import nn
@@ -7,8 +7,9 @@ from cnf.flow import Flow
 from cnf.objectives import Objective
 from cnf.training.capture import CapturedLearner
 from cnf.training.compiled import CompiledLearner, CompiledSolveLearner
-from cnf.training.config import TrainConfig
+from cnf.training.config import SHARDED, TrainConfig
 from cnf.training.learner import Learner
+from cnf.training.sharded import ShardedLearner
 from cnf.transforms.continuous import odes_in, solvers_in
 
 # Below these no model's compilation pays, so that none is recorded to find out.
@@ -31,7 +32,9 @@ def learner_for(
         ValueError: `compile=True` where a step cannot be compiled or captured.
     """
     device = fabric.device.type
-    if device == "cuda":
+    if config.strategy == SHARDED:
+        hindrance = f"strategy={SHARDED!r}"
+    elif device == "cuda":
         hindrance = why_not_captured(module, objective, fabric)
     else:
         hindrance = why_not_compiled(objective, config, fabric)
@@ -40,7 +43,7 @@ def learner_for(
             f"fit: compile=True compiles a step on a CPU and captures one on a CUDA device, got "
             f"{hindrance}; leave compile='auto'"
         )
-    kind = Learner
+    kind = ShardedLearner if config.strategy == SHARDED else Learner
     if config.compile and not hindrance:
         kind = CapturedLearner if device == "cuda" else _compiled(module, objective, config)
     return kind(module, objective, config, fabric)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
 from cnf.training.checkpoint import non_finite
-from cnf.training.config import PRECISIONS, TrainConfig
+from cnf.training.config import PRECISIONS, SHARDED, TrainConfig
 from cnf.training.diagnosis import outside_of_base
 from cnf.transforms.continuous import Continuous
 
@@ -46,7 +46,7 @@ def launch_fabric(config: TrainConfig, dtype: torch.dtype) -> Fabric:
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
-        strategy=config.strategy,
+        strategy="ddp" if config.strategy == SHARDED else config.strategy,  # PyTorch shards, then
         precision="64-true" if dtype == torch.float64 else "32-true",
     )
     fabric.launch()
@@ -86,12 +86,13 @@ class Learner:
     Attributes:
         module: The module in training.
         lr: Highest learning rate.
-        ema_module: The module with averaged weights: what is validated and kept.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
         compiled: Whether steps are compiled or captured, as `TrainConfig.compile` says.
+        whole: Whether this process has all weights, and can save them without the others.
     """
 
     compiled = False
+    whole = True
 
     def __init__(
         self, module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
@@ -99,24 +100,37 @@ class Learner:
         self.config, self.fabric, self.module = config, fabric, module
         self.objective = objective
         self.lr = config.lr or objective.learning_rate(module)
+        autocast = fabric.device.type if config.precision == "bf16-mixed" else None
+        self._loss = _LossModule(module, objective, autocast)
+        self._fabric_loss: Any = self._set_up()
         self.parameters = list(objective.parameters(module))
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self._adam = kind(
             self.parameters, lr=self.lr, weight_decay=config.weight_decay, fused=True
         )
-        autocast = fabric.device.type if config.precision == "bf16-mixed" else None
-        self._loss = _LossModule(module, objective, autocast)
-        self._fabric_loss = fabric.setup_module(self._loss)
         self._optimizer: Any = fabric.setup_optimizers(self._adam)
-        self.ema_module = module
-        if config.ema is not None:
-            self.ema_module = copy.deepcopy(module).requires_grad_(False)
-        self._ema_weights: list[Any] = list(self.ema_module.parameters())
+        self._ema_module = self._averaged()
+        self._ema_weights: list[Any] = list(self._ema_module.parameters())
         self._weights: list[Any] = list(module.parameters())
-        self._ema_buffers, self._buffers = list(self.ema_module.buffers()), list(module.buffers())
+        self._ema_buffers, self._buffers = list(self._ema_module.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
         self._batch: Batch | None = None  # of this step
         self._skipped_batch: Batch | None = None
+
+    def _set_up(self) -> nn.Module:
+        """The loss as the processes compute it together."""
+        return self.fabric.setup_module(self._loss)
+
+    def _averaged(self) -> nn.Module:
+        """The module that is to hold averaged weights."""
+        if self.config.ema is None:
+            return self.module
+        return copy.deepcopy(self.module).requires_grad_(False)
+
+    @property
+    def ema_module(self) -> nn.Module:
+        """The module with averaged weights: what is validated and kept."""
+        return self._ema_module
 
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
         """Set a flow's `ActNorm`s from the first rows, which every process has whole."""
@@ -203,12 +217,15 @@ class Learner:
         parts = []
         for k in range(count):
             part, weight = rows.shared(k, count)
-            alone = self.fabric.no_backward_sync(self._fabric_loss)
-            with alone if k + 1 < count else nullcontext():
+            with self._apart() if k + 1 < count else nullcontext():
                 loss = self._backward_of(part, share * weight / count)
             # Without its graph, which may keep what the part's backward pass needed.
             parts.append((weight / count, loss._replace(value=loss.value.detach())))
         return _total(parts)
+
+    def _apart(self) -> AbstractContextManager[Any]:
+        """Inside, a process adds up its own gradient, which the others do not get yet."""
+        return self.fabric.no_backward_sync(self._fabric_loss)
 
     def _backward_of(self, rows: Prepared, share: float) -> Loss:
         loss = self._loss_of(rows)

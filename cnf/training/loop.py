@@ -205,10 +205,12 @@ class _Trainer:
                 if budget.done or (validation.due(budget.fraction) and self._affords_validation()):
                     score = self._validate()
                 self._record(loss, stats.forward + stats.backward, score)
-                if number := self._agreed(interrupted()):
+                late = time.perf_counter() - self.saved_at > self.config.checkpoint_seconds
+                number, late = self._agreed(interrupted(), late)
+                if number:
                     history.interrupt(number)
                     break
-                if time.perf_counter() - self.saved_at > self.config.checkpoint_seconds:
+                if late:
                     self._save()
             self._finish(loss)
         return history
@@ -269,9 +271,10 @@ class _Trainer:
             seconds = self.fabric.broadcast(seconds)  # one clock, so that all stop at one step
         self.budget.spend(seconds)
 
-    def _agreed(self, signal: int) -> int:
-        """The signal that process 0 received: all must leave after the same step."""
-        return self.fabric.broadcast(signal) if self.fabric.world_size > 1 else signal
+    def _agreed(self, signal: int, late: bool) -> tuple[int, bool]:
+        """The signal and the clock of process 0: all must leave, and save, after one step."""
+        own = signal, late
+        return self.fabric.broadcast(own) if self.fabric.world_size > 1 else own
 
     def _validate(self) -> float | None:
         if self.validation.held_out is None or not self.config.validations:
@@ -325,7 +328,8 @@ class _Trainer:
             self.listeners.tell(record)
         except Exception as error:  # a full disk, a service, a callback: no step may be lost
             try:
-                self._save()
+                if self.learner.whole:  # else the others would have to save as well
+                    self._save()
             except (CheckpointError, DivergedError) as unsaved:
                 error.add_note(f"Nor could the run be saved: {unsaved}")
             raise
@@ -409,7 +413,9 @@ class _Trainer:
                     f"{self.budget.step}; lower lr={self.learner.lr:g}"
                 )
         self.folder.write_metrics(self.history.records)
-        self.folder.save(self.learner.ema_module, self._parts())
+        if self.config.folder is not None:  # all processes, since their shards are gathered
+            state = {name: part.state() for name, part in self._parts().items()}
+            self.folder.save(self.learner.ema_module, state)
 
     def _describe(self, ended: str, error: str | None = None) -> None:
         budget, config = self.budget, self.config

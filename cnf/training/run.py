@@ -92,10 +92,9 @@ class Run:
         assert self.folder is not None
         return self.folder / "checkpoints"
 
-    def save(self, flow: nn.Module, parts: dict[str, Part]) -> None:
-        """A checkpoint: the flow, and the state from which `restore` goes on."""
+    def save(self, flow: nn.Module, state: dict[str, Any]) -> None:
+        """A checkpoint: the flow, and the parts' states, from which `restore` goes on."""
         if self.folder is not None:
-            state = {name: part.state() for name, part in parts.items()}
             checkpoint.save_state(state, self.checkpoints / checkpoint.STATE_FILE)
             checkpoint.save(flow, self.checkpoints)
 

@@ -11,8 +11,13 @@ import argparse
 import csv
 import io
 import math
+import multiprocessing
+import os
 import statistics
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import matplotlib.figure
@@ -36,14 +41,15 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be raced.
+    """What the table and the picture hold, raced or not.
 
     Attributes:
         densities: Names.
         contestants: Names.
-        budgets: Seconds of training.
+        budgets: Seconds of training, from the least on.
         seeds: One run of each contestant for each.
         folder: Of budgets.csv, README.md and pictures/.
+        threads: Of each race.
     """
 
     densities: list[str]
@@ -51,11 +57,7 @@ class Plan:
     budgets: list[float]
     seeds: list[int]
     folder: Path
-
-    @property
-    def races(self) -> list[tuple[float, str]]:
-        """Budget and density of each race, in their order: whole rows of the table first."""
-        return [(budget, name) for budget in sorted(self.budgets) for name in self.densities]
+    threads: int = 1
 
     def lacks(self, rows: list[Row], budget: float, density: str) -> bool:
         """Whether some run of a race is not among the rows."""
@@ -72,10 +74,42 @@ def of(rows: list[Row], budget: float, density: str, contestant: str | None = No
     ]  # fmt: skip
 
 
-def race(plan: Plan, budget: float, density: str, workers: int) -> list[Row]:
+def race_all(plan: Plan, races: list[tuple[float, str]], workers: int) -> list[Row]:
+    """Run the races that are not recorded, so many at a time, and record each that ends."""
+    rows = recorded(plan.folder)
+    record(plan, rows)
+    todo = iter([one for one in races if plan.lacks(rows, *one)])
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, die_with_parent) as pool:
+        running = {pool.submit(race, plan, *one) for one in islice(todo, workers)}
+        while running:  # none waits in the pool, where an interrupt would not stop it
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                found = future.result()
+                names = {(row["budget"], row["data"]) for row in found}
+                rows = [row for row in rows if (row["budget"], row["data"]) not in names] + found
+                record(plan, rows)
+            running |= {pool.submit(race, plan, *one) for one in islice(todo, len(ended))}
+    return rows
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is killed, so that another can go on with its race."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def race(plan: Plan, budget: float, density: str) -> list[Row]:
     """Race on one density, or go on with it, and return a row for each contestant and seed."""
+    torch.set_num_threads(plan.threads)
     results = compare(
-        density, plan.contestants, seconds=budget, seeds=plan.seeds, workers=workers,
+        density, plan.contestants, seconds=budget, seeds=plan.seeds,
         folder=RUNS / f"{budget:g}s" / density, resume=True, progress=False,
         say=lambda line: print(f"{budget:g} s, {density}: {line}", flush=True),
     )  # fmt: skip
@@ -128,7 +162,7 @@ def table(plan: Plan, rows: list[Row]) -> str:
         f"| gap (nats) | budget | steps | compilation | {' | '.join(plan.densities)} |",
         "|---|" + "---:|" * (3 + len(plan.densities)),
     ]
-    for budget in sorted(plan.budgets):
+    for budget in plan.budgets:
         for name in plan.contestants:
             own = [row for d in plan.densities for row in of(rows, budget, d, name)]
             cells = (gap_cell(plan, rows, budget, d, name) for d in plan.densities)
@@ -203,7 +237,7 @@ def about(plan: Plan, rows: list[Row]) -> str:
 def missing(plan: Plan, rows: list[Row]) -> str:
     """The races that have not been run, in a sentence."""
     parts = []
-    for budget in sorted(plan.budgets):
+    for budget in plan.budgets:
         names = [name for name in plan.densities if plan.lacks(rows, budget, name)]
         every = len(names) == len(plan.densities)
         parts += [f"{budget:g} s on {'all' if every else ', '.join(names)}"] if names else []
@@ -234,7 +268,7 @@ def picture(plan: Plan, rows: list[Row], file: Path) -> None:
 
 def panel(ax: Axes, plan: Plan, rows: list[Row], density: str) -> None:
     """Means over seeds as lines, the seeds as dots, from the least to the most of them a band."""
-    budgets = sorted(plan.budgets)
+    budgets = plan.budgets
     ax.set(xscale="log", yscale="log", title=density, ylim=(LEAST, 3.0))
     ax.set_xlim(budgets[0] / 1.4, budgets[-1] * 1.4)
     ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
@@ -262,7 +296,7 @@ def panel(ax: Axes, plan: Plan, rows: list[Row], density: str) -> None:
 
 def not_drawn(plan: Plan, rows: list[Row], density: str) -> str:
     """What a panel lacks, in words."""
-    budgets = sorted(plan.budgets)
+    budgets = plan.budgets
     lacking = [f"{budget:g} s" for budget in budgets if plan.lacks(rows, budget, density)]
     failed = [
         f"{CONTESTANTS[name].title}, {budget:g} s: failed"
@@ -278,19 +312,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budgets", type=float, nargs="+", default=own["seconds"])
     parser.add_argument("--toys", nargs="+", default=config["densities"])
-    parser.add_argument("--workers", type=int, default=own["workers"], help="runs at a time")
+    parser.add_argument("--workers", type=int, default=own["workers"], help="races at a time")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the results are written")
     given = parser.parse_args()
-    torch.set_num_threads(config["threads"])
-    plan = Plan(given.toys, own["contestants"], given.budgets, own["seeds"], given.folder)
+    budgets = sorted({*own["seconds"], *given.budgets})
+    densities = list(dict.fromkeys([*config["densities"], *given.toys]))
+    plan = Plan(
+        densities, own["contestants"], budgets, own["seeds"], given.folder, config["threads"]
+    )
+    races = [(budget, name) for budget in sorted(given.budgets) for name in given.toys]
     plan.folder.mkdir(parents=True, exist_ok=True)
-    rows = recorded(plan.folder)
-    record(plan, rows)
-    for budget, density in plan.races:
-        if plan.lacks(rows, budget, density):
-            rows = [row for row in rows if row not in of(rows, budget, density)]
-            rows += race(plan, budget, density, given.workers)
-            record(plan, rows)
+    rows = race_all(plan, races, given.workers)
     print(f"{table(plan, rows)}\n\n{about(plan, rows)}")
 
 

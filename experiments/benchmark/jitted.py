@@ -6,7 +6,6 @@ its others are as fast or slower.
 """
 
 import copy
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from contestants import FREQUENCIES, TIGHT, Ours, evaluations_of, linears_of, random_field
-from measure import Options, interleaved
+from measure import Options, cores, interleaved
 from tables import markdown, spread, times
 from torch import Tensor
 
@@ -29,17 +28,12 @@ TRACES = ("forward mode", "reverse mode")
 def run(options: Options) -> dict:
     if options.device != "cpu":
         raise ValueError("jitted: expected --device cpu; JAX's devices are not chosen here")
-    # JAX has no number of threads to set: it takes one for each core that the process may use.
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[: options.threads])
-    try:
+    with cores(options.threads):
         dims = (2, 3) if options.quick else (2, 8, 63)
         return {
             "versions": {name: metadata.version(name) for name in ("jax", "diffrax")},
             **{f"D = {dim}": _case(dim, options) for dim in dims},
         }
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def _case(dim: int, options: Options) -> dict:

@@ -1,11 +1,14 @@
 """How things are measured: calls taken in turn, memory in a fresh process each."""
 
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,35 @@ def timed(call: Callable[[], object], device: str) -> float:
     call()
     synchronize(device)
     return 1e3 * (time.perf_counter() - start)
+
+
+@contextmanager
+def cores(count: int) -> Iterator[None]:
+    """Run on the first `count` of this process's cores, and start threads there.
+
+    JAX has no number of threads to set: it takes one for each core that the process may use.
+    """
+    all_cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, all_cores[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_cores)
+
+
+def running(
+    calls: dict[str, Callable[[], object]],
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Those calls that run, each called once, which compiles it; the error of each other one."""
+    works, fails = {}, {}
+    for name, call in calls.items():
+        try:
+            call()
+            works[name] = call
+        except Exception as error:  # compilers raise anything
+            traceback.print_exc()
+            fails[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return works, fails
 
 
 def interleaved(

@@ -2,10 +2,10 @@
 
 `make bench`, or `python experiments/benchmark/run.py [--only likelihood,logprob] [--threads 2]
 [--repeats 15] [--limit 60] [--device auto] [--quick]` (with the extra `bench`, and torchcfm,
-nflows and normflows without what they drag in). One file holds each question. Prints the tables
-as they come; writes results.json and tables.md beside this file, on CUDA with the device's name
-in theirs. With --only the other questions' results stay as they are: each names its own revision.
-Ratios are what counts; absolute times are this machine's.
+nflows and normflows without what they drag in: README.md says how). One file holds each question.
+Prints the tables as they come; writes results.json and tables.md beside this file, on CUDA with
+the device's name in theirs. With --only the other questions' results stay as they are: each names
+its own revision. Ratios are what counts; absolute times are this machine's.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-import compiled
 import convolutions
 import couplings
 import discrete
@@ -42,14 +42,13 @@ from measure import Options
 from cnf.training.origin import environment
 
 HERE = Path(__file__).parent
-PEERS = ("zuko", "torchcfm", "nflows", "normflows")
+PEERS = ("zuko", "torchcfm", "nflows", "normflows", "diffrax", "flowjax", "jax")
 QUESTIONS = {
     "likelihood": likelihood, "jitted": jitted, "logprob": logprob, "memory": memory,
     "seminorm": seminorm,
     "regularized": regularized, "roofline": roofline, "matching": matching, "couplings": couplings,
-    "discrete": discrete, "compiled": compiled, "recompute": recompute, "imports": imports,
-    "unet": unet, "convolutions": convolutions, "launches": launches,
-    "steps": steps,
+    "discrete": discrete, "recompute": recompute, "imports": imports, "unet": unet,
+    "convolutions": convolutions, "launches": launches, "steps": steps,
 }  # fmt: skip
 
 
@@ -108,7 +107,10 @@ def main() -> None:
 
 
 def _about(options: Options, seconds: float) -> dict:
-    peers = {name: metadata.version(name) for name in PEERS}
+    peers = {}
+    for name in PEERS:
+        with suppress(metadata.PackageNotFoundError):  # JAX's are for some questions only
+            peers[name] = metadata.version(name)
     return {"machine": environment(), **peers, **asdict(options), "seconds": round(seconds, 1)}
 
 

@@ -2,8 +2,10 @@
 
 Flow matching beside a bare network's forward, backward and fused Adam (its inputs drawn
 beforehand), and beside torchcfm's; likelihood of the default field; discrete flows, with nets as
-in `discrete`, beside zuko's, plain and with `log_prob` compiled: loss, gradient and fused Adam
-alone.
+in `discrete`, beside zuko's, nflows' and normflows', plain and with `log_prob` compiled: loss,
+gradient and fused Adam alone; beside flowjax's, one jitted function of loss, gradient, clipping
+and Adam, in brackets as its `fit_to_data` takes it; and RealNVP and MAF beside the matrix products
+of their step and nothing else.
 """
 
 import itertools
@@ -13,8 +15,7 @@ from dataclasses import replace
 import discrete
 import matching
 import torch
-from compiled import compiled
-from measure import Options, interleaved
+from measure import Options
 from tables import markdown, number
 from torch import Tensor, nn
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
@@ -27,13 +28,17 @@ from cnf.training.learner import launch_fabric
 Step = Callable[[], object]
 SOLVERS = {"RK4 × 12": cnf.Solver("rk4", steps=12), "dopri5 at 1e-5": cnf.Solver()}
 FLOWS = ("nsf", "nsf-ar", "realnvp", "maf")
+HEADER = ("", "plain, ms", "compiled, ms", "of plain")
 
 
 def run(options: Options) -> dict:
+    discrete.start_jax(options)
     repeated = replace(options, repeats=4 * options.repeats)
-    return {
-        name: interleaved(build(), repeated, warmups=5) for name, build in cases(options).items()
-    }
+    found = {}
+    for name, build in cases(options).items():
+        torch.manual_seed(0)
+        found[name] = discrete.measured(build(), repeated, warmups=5)
+    return found
 
 
 def cases(options: Options) -> dict[str, Callable[[], dict[str, Step]]]:
@@ -46,7 +51,8 @@ def cases(options: Options) -> dict[str, Callable[[], dict[str, Step]]]:
         found[f"likelihood, {name}"] = lambda objective=objective: _ours(
             lambda: cnf.models.cnf(2), objective, min(256, rows)
         )
-    for name, dim in itertools.product(FLOWS, dims):
+    flows = ("nsf-ar", "realnvp") if options.quick else FLOWS
+    for name, dim in itertools.product(flows, dims):
         found[f"{name}, D = {dim}"] = lambda name=name, dim=dim: _discrete(name, dim, rows)
     return found
 
@@ -64,16 +70,43 @@ def _matching(rows: int) -> dict[str, Step]:
 
 
 def _discrete(name: str, dim: int, rows: int) -> dict[str, Step]:
+    import flowjax_flows
+
     torch.compiler.reset()
     x = torch.randn(rows, dim)
     found = _ours(lambda: discrete.ours(name, dim)[0], cnf.MaximumLikelihood(), rows, dim)
-    for way, build in {
-        "zuko": discrete.of_zuko,
-        "zuko, compiled": compiled(discrete.of_zuko),
-    }.items():
-        flow, log_prob, _ = build(name, dim)
-        found[way] = _step_of(flow, lambda log_prob=log_prob: -log_prob(x).mean())
+    for who, parts in discrete.contestants(name, dim).items():
+        if not who.startswith("ours"):
+            found[who] = _likelihood_step(parts, x)
+    found |= flowjax_flows.steps(discrete.in_flowjax(name, dim), x)
+    if name in ("realnvp", "maf"):
+        found["bare products"] = _products(discrete.ours(name, dim)[0], rows)
     return found
+
+
+def _likelihood_step(parts: discrete.Parts, x: Tensor) -> Step:
+    flow, log_prob, _ = parts
+    return _step_of(flow, lambda: -log_prob(x).mean())
+
+
+def _products(flow: nn.Module, rows: int) -> Step:
+    """The matrix products of a step: of the nets, their weights' gradients and their inputs'.
+
+    Columns are rows of the data, as in our nets. The data need no gradient.
+    """
+    factors = []
+    for k, linear in enumerate(part for part in flow.modules() if isinstance(part, nn.Linear)):
+        weights = linear.weight.detach()
+        inputs, slopes = (torch.randn(size, rows) for size in weights.shape[::-1])
+        factors += [(weights, inputs), (slopes, inputs.T)]
+        factors += [(weights.T, slopes)] if k else []
+    products = [left @ right for left, right in factors]
+
+    def step() -> None:
+        for (left, right), product in zip(factors, products, strict=True):
+            torch.mm(left, right, out=product)
+
+    return step
 
 
 def _ours(
@@ -125,11 +158,38 @@ def _step_of(module: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 
 def table(found: dict) -> str:
+    flows = {case: times for case, times in found.items() if case.split(",")[0] in FLOWS}
+    others = {case: times for case, times in found.items() if case not in flows}
+    return f"{_table_of_others(others)}\n\n{_table_of_flows(flows)}"
+
+
+def _table_of_others(found: dict) -> str:
     lines = []
-    for case, columns in found.items():
-        ms = {who: summary["median"] for who, summary in columns.items()}
-        others = {who: value for who, value in ms.items() if who not in ("plain", "compiled")}
-        beside = "; ".join(f"{who} {value / ms['compiled']:.2f}" for who, value in others.items())
-        ratio = f"{ms['compiled'] / ms['plain']:.2f}"
-        lines.append((case, number(ms["plain"]), number(ms["compiled"]), ratio, beside or "–"))
-    return markdown(("", "plain, ms", "compiled, ms", "of plain", "others / compiled"), lines)
+    for case, times in found.items():
+        beside = [
+            f"{who} {summary['median'] / times['compiled']['median']:.2f}"
+            for who, summary in times.items()
+            if who not in ("plain", "compiled")
+        ]
+        lines.append((case, *_of_ours(times), "; ".join(beside) or "–"))
+    return markdown((*HEADER, "others / compiled"), lines)
+
+
+def _table_of_flows(found: dict) -> str:
+    """The peers' times over our compiled step's: compiled and, in brackets, plain."""
+    lines = []
+    for case, times in found.items():
+        unit = times["compiled"]["median"]
+        fastest = min(discrete.best(times, who) for who in discrete.PEERS)
+        bare = times.get("bare products", {}).get("median")
+        lines.append((
+            case, *_of_ours(times), *(discrete.cell(times, who, unit) for who in discrete.PEERS),
+            f"{fastest / unit:.2f}", f"{unit / bare:.2f}" if bare else "–",
+        ))  # fmt: skip
+    peers = (f"{who} / compiled" for who in discrete.PEERS)
+    return markdown((*HEADER, *peers, "fastest peer", "compiled / bare products"), lines)
+
+
+def _of_ours(times: dict[str, dict]) -> tuple[str, str, str]:
+    plain, compiled = (times[way]["median"] for way in ("plain", "compiled"))
+    return number(plain), number(compiled), f"{compiled / plain:.2f}"

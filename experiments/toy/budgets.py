@@ -220,10 +220,14 @@ def compilation_cell(rows: list[Row]) -> str:
 
 def about(plan: Plan, rows: list[Row]) -> str:
     """What the table holds and where it was made, in sentences."""
-    machines = dict.fromkeys(tuple(row[key] for key in MACHINE) for row in rows)
+    revisions: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        machine = tuple(row[key] for key in MACHINE[:-1])
+        revisions.setdefault(machine, {})[row["revision"]] = None
     where = "; ".join(
-        f"{threads} thread of {processor} for each run, torch {version}, revision {revision}"
-        for processor, threads, version, revision in machines
+        f"{threads} thread of {processor} for each run, torch {version}, revision "
+        f"{', '.join(found)}"
+        for (processor, threads, version), found in revisions.items()
     )
     seeds = ", ".join(map(str, plan.seeds))
     return (

@@ -22,12 +22,15 @@ class Loss(NamedTuple):
 class Objective(ABC):
     """A loss for a module on a batch.
 
-    All random draws are made in `prepare`, for the whole batch, so that the same seed gives the
-    same numbers however many processes share the rows, and so that it may run ahead of the step.
+    All random draws are made in `prepare`, so that the same seed gives the same numbers however
+    many processes share the rows, and so that it may run ahead of the step.
 
     Attributes:
         needs_data: Whether a batch without rows makes no sense.
         solves: Whether the loss solves a continuous flow's ODE.
+        rowwise: Whether row k of what `prepare` gives comes from row k of the batch alone, and has
+            its weight. A process then prepares only parts of a large batch, those with its rows;
+            else each process prepares the whole batch.
         capturable: Whether each step computes the same of its rows and the weights alone, so that
             a GPU may replay it: no number is read, no counter kept, nothing drawn by Python.
         lr: Learning rate of Adam where neither the run nor the model has one.
@@ -35,6 +38,7 @@ class Objective(ABC):
 
     needs_data = False
     solves = False
+    rowwise = False
     capturable = False
     lr = 2e-3
 
@@ -61,7 +65,7 @@ class Objective(ABC):
 
         Args:
             module: What is trained.
-            batch: Rows as data give them.
+            batch: Rows as data give them; of a rowwise objective those of a part of the batch.
             generator: Source of draws.
         """
         return batch

@@ -25,6 +25,25 @@ class Prepared(Protocol):
         ...
 
 
+def rows_of(size: int, part: int, parts: int) -> range:
+    """The rows of one of some parts of a batch, which differ by one row at most.
+
+    Args:
+        size: Rows of the batch.
+        part: The number of the part, from 0.
+        parts: How many there are.
+
+    Raises:
+        ValueError: A part would have no row.
+    """
+    if size < parts:
+        raise ValueError(
+            f"fit: expected batches of at least {parts} rows, one for each process or "
+            f"part of accumulate, got one of {size}; make larger ones: batch_size=256"
+        )
+    return range(part * size // parts, (part + 1) * size // parts)
+
+
 def tensors_of(rows: Prepared) -> list[Tensor]:
     """The tensors of prepared rows, in the order of their `map`.
 
@@ -72,15 +91,10 @@ class RowTensors:
         if processes == 1:
             return self, 1.0
         size = len(next(iter(vars(self).values())))
-        if size < processes:
-            raise ValueError(
-                f"fit: expected batches of at least {processes} rows, one for each process or "
-                f"part of accumulate, got one of {size}; make larger ones: batch_size=256"
-            )
-        first, last = rank * size // processes, (rank + 1) * size // processes
-        own = self.map(lambda value: value[first:last])
+        rows = rows_of(size, rank, processes)
+        own = self.map(lambda value: value[rows.start : rows.stop])
         if own.weight is None or self.weight is None:
-            return own, (last - first) * processes / size
+            return own, len(rows) * processes / size
         exact = widest(self.weight.device)  # in float32, parts would not quite make the whole
         whole = self.weight.sum(dtype=exact)
         part = own.weight.sum(dtype=exact)

@@ -76,6 +76,10 @@ class Joint(Objective):
         return any(term.solves for term in self.terms)
 
     @property
+    def rowwise(self) -> bool:
+        return all(term.rowwise for term in self.terms)
+
+    @property
     def capturable(self) -> bool:
         return all(term.capturable for term in self.terms)
 

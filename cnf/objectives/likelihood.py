@@ -100,6 +100,11 @@ class MaximumLikelihood(Objective):
             raise ValueError(f"MaximumLikelihood: expected 0 <= steer < 1, got {self.steer}")
 
     @property
+    def rowwise(self) -> bool:
+        """Not with STEER: all rows of a batch have one end time."""
+        return not self.steer
+
+    @property
     def capturable(self) -> bool:
         """Not with STEER: the end time, which the host reads, determines the number of steps."""
         return not self.steer

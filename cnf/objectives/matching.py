@@ -113,6 +113,14 @@ class FlowMatching(Objective):
                 f"FlowMatching: expected 0 <= context_dropout < 1, got {self.context_dropout}"
             )
 
+    @property
+    def rowwise(self) -> bool:
+        """Not where a coupling pairs rows of the batch, or draws them by their weights."""
+        coupling = self._built[0]
+        if isinstance(coupling, FittedCoupling):
+            return not coupling.weighted
+        return _is_independent(coupling)
+
     def begin(
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "FlowMatching":
@@ -125,7 +133,8 @@ class FlowMatching(Objective):
                 x1 = flow.inside(data.x, generator)[0]
                 context = flow.inner_context("FlowMatching", data.context, x1.shape[:1])
                 plan = coupling.fit(x1, lambda n, g: flow.base.sample((n,), g), context, generator)
-            begun = replace(self, coupling=FittedCoupling(plan, data.x, x1, context))
+            fitted = FittedCoupling(plan, data.x, x1, context, data.weight is not None)
+            begun = replace(self, coupling=fitted)
         resolved = self._resolve(flow)
         check_path(resolved.path, flow.device)
         object.__setattr__(begun, "_begun", resolved)
@@ -178,7 +187,7 @@ class FlowMatching(Objective):
         The context keeps its gradient, as it may come from a net that is trained.
         """
         coupling = self._built[0]
-        pairs = batch.x0 is None and getattr(coupling, "func", coupling) is not independent
+        pairs = batch.x0 is None and not _is_independent(coupling)
         if pairs:
             # Weights of pairs would weigh the base too: it would no longer be what is sampled.
             batch = resampled(batch, generator)
@@ -310,6 +319,7 @@ class FittedCoupling:
     x: Tensor
     x1: Tensor  # inside preprocessing
     context: Tensor | None
+    weighted: bool  # whether the data have weights, by which the rows of a batch are drawn
 
     def partners(
         self, flow: Flow, x0: Tensor, context: Tensor | None, generator: Generator | None
@@ -334,6 +344,10 @@ def _expect_coupling(coupling: Any) -> None:
         ) from None
     except ValueError:  # some callables have no signature
         return
+
+
+def _is_independent(coupling: Any) -> bool:
+    return getattr(coupling, "func", coupling) is independent
 
 
 def _name(function: Any) -> str:

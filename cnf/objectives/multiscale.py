@@ -93,6 +93,7 @@ class MultiscaleMatching(Objective):
     """
 
     needs_data = True
+    rowwise = True
     capturable = True
     lr = 2e-3
 

@@ -149,7 +149,7 @@ class CapturedLearner(Learner):
         self._since_look = 0
         self._take_over()
         if self._bad_in_a_row >= BAD_STEPS:
-            self._skipped_batch = self._batch
+            self._skipped_batches = self._batches
             self.refuse_divergence(loss, 0)
 
     def _take_over(self) -> None:

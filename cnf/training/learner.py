@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,9 +15,11 @@ from cnf.errors import CheckpointError, DivergedError, expect_device, explain_ed
 from cnf.flow import Flow
 from cnf.objectives import Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
+from cnf.precision import widest
 from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, SHARDED, TrainConfig
 from cnf.training.diagnosis import outside_of_base
+from cnf.training.shards import Shards, one_shard
 from cnf.transforms.continuous import Continuous
 
 BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up
@@ -114,8 +117,8 @@ class Learner:
         self._weights: list[Any] = list(module.parameters())
         self._ema_buffers, self._buffers = list(self._ema_module.buffers()), list(module.buffers())
         self.steps = self.skipped = self._bad_in_a_row = 0
-        self._batch: Batch | None = None  # of this step
-        self._skipped_batch: Batch | None = None
+        self._batches: Sequence[Batch] = ()  # of this step, by shard
+        self._skipped_batches: Sequence[Batch] = ()
 
     def _set_up(self) -> nn.Module:
         """The loss as the processes compute it together."""
@@ -155,17 +158,43 @@ class Learner:
         return any(solver is not None and solver.compile for solver in solvers)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Prepared, float]:
-        """This process's rows, prepared, and the weight of their loss in the mean over processes.
-
-        All is drawn for the whole batch, so that a row does not depend on who has it.
+        """`prepare_shards` of a batch that is one shard.
 
         Args:
             batch: The rows of all processes.
             generator: Source of draws.
         """
-        self._batch = batch
-        prepared = self.objective.prepare(self.module, batch, generator)
-        return prepared.shared(self.fabric.global_rank, self.fabric.world_size)
+        return self.prepare_shards(one_shard(len(batch.x)), [batch], [generator])
+
+    def prepare_shards(
+        self, shards: Shards, batches: Sequence[Batch], generators: Sequence[torch.Generator]
+    ) -> tuple[Prepared, float]:
+        """This process's rows, prepared, and the weight of their loss in the mean over processes.
+
+        All is drawn for whole shards, so that a row does not depend on who has it.
+
+        Args:
+            shards: Of the whole batch, or those that hold this process's rows.
+            batches: The rows of each.
+            generators: Source of draws of each.
+        """
+        self._batches = batches
+        prepare = self.objective.prepare
+        pairs = zip(batches, generators, strict=True)
+        rows = shards.taken(prepare(self.module, *pair) for pair in pairs)
+        if shards.whole:
+            return rows.shared(self.fabric.global_rank, self.fabric.world_size)
+        return rows, self._share(shards, batches)
+
+    def _share(self, shards: Shards, batches: Sequence[Batch]) -> float:
+        """The weight of this process's rows relative to the mean over processes."""
+        weights = [batch.weight for batch in batches if batch.weight is not None]
+        if not weights:
+            return len(shards.own) * self.fabric.world_size / shards.size
+        own = torch.cat([w[rows] for w, rows in zip(weights, shards.inside, strict=True)])
+        part = own.sum(dtype=widest(own.device))
+        mean: Any = self.fabric.all_reduce(part.clone())  # in place
+        return (part / mean).item() if mean > 0 else 1.0  # as of `RowTensors.shared`
 
     def warm_up(self, rows: Prepared) -> None:
         """Compile what a step compiles, outside of the budget: a step, thrown away."""
@@ -274,7 +303,7 @@ class Learner:
         """Leave the modules as other code expects them; no step is taken any more."""
 
     def _skip(self, loss: Loss) -> None:
-        self._skipped_batch = self._batch
+        self._skipped_batches = self._batches
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == BAD_STEPS:
@@ -285,8 +314,9 @@ class Learner:
         if self._bad_in_a_row and 2 * self._bad_in_a_row >= steps:
             remedy = f"lower lr={self.lr:g}, clip harder, or check the data's scale"
             value = loss.value.item()
-            if value == math.inf and isinstance(self.module, Flow) and self._skipped_batch:
-                remedy = outside_of_base(self.module, self._skipped_batch) or remedy
+            if value == math.inf and isinstance(self.module, Flow) and self._skipped_batches:
+                found = (outside_of_base(self.module, batch) for batch in self._skipped_batches)
+                remedy = next(filter(None, found), remedy)
             raise DivergedError(
                 f"fit: the loss or its gradient was NaN or infinite in {self._bad_in_a_row} steps "
                 f"in a row (loss {value:.4g}); {remedy}"

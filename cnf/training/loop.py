@@ -8,6 +8,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 
 from cnf.data import load
@@ -29,7 +30,8 @@ from cnf.training.origin import Origin, configuration, environment, objective_na
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
-from cnf.training.stream import DensityStream, IterableStream, as_stream
+from cnf.training.shards import Shards, one_shard, shards_of
+from cnf.training.stream import CPU, DensityStream, as_stream
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -143,6 +145,8 @@ class _Trainer:
         self.main = self.fabric.is_global_zero
         self.listeners = listeners if self.main else Listeners((), ())
         self.placed = Placement(module, self.fabric.device)
+        self.drawing = self.fabric.device if draws_itself(self.fabric.device) else CPU
+        self.numbers = 1 if self.stream.head is None else self.stream.head.x[0].numel()  # a row's
         if self.stream.head is not None:
             own = self.main and not isinstance(self.stream, DensityStream)
             check_columns(module, self.stream.head, self.placed, data, own)
@@ -243,14 +247,13 @@ class _Trainer:
         self.history.validating += time.perf_counter() - start
 
     def _warm_up(self) -> None:
-        """Compile, on rows of a step's shape that a stream does not lose for it."""
-        generator = stream(self.config.seed, "warm-up")
-        only_once = isinstance(self.stream, IterableStream)
-        batch = self.stream.head if only_once else self.stream.batch(0, generator)
-        assert batch is not None
+        """Compile, on the rows of the step to come; its draws are others."""
         start = time.perf_counter()
         with self.bar.doing("compiling"):
-            self.learner.warm_up(self.learner.prepare(self.placed(batch), generator)[0])
+            shards, seed = self._shards(self.budget.step), self.config.seed
+            generators = [stream(seed, "warm-up", *place) for place in shards.ranges]
+            batches = self._batches(self.budget.step, shards, generators)
+            self.learner.warm_up(self.learner.prepare_shards(shards, batches, generators)[0])
         self.history.compiling += time.perf_counter() - start
         self.history.compiled = self.learner.compiled or self.learner.compiles_dynamics
 
@@ -258,13 +261,28 @@ class _Trainer:
         """This process's rows of a step, and the weight of their loss."""
         seed, device = self.config.seed, self.fabric.device
         reseed(stream_seed(seed, "module", step, self.fabric.global_rank), device)  # dropout
-        drawing = device if draws_itself(device) else "cpu"
-        generator = stream(seed, "step", step, device=drawing)
-        batch = self.placed(self.stream.batch(step, generator))
-        self.rows_taken += len(batch.x)
+        shards, drawing = self._shards(step), self.drawing
+        generators = [stream(seed, "step", step, *at, device=drawing) for at in shards.ranges]
+        batches = self._batches(step, shards, generators)
+        self.rows_taken += shards.size
         if step == 0:
-            self.learner.initialize(batch, stream(seed, "initialization"))
-        return self.learner.prepare(batch, generator)
+            self.learner.initialize(shards.taken(batches), stream(seed, "initialization"))
+        return self.learner.prepare_shards(shards, batches, generators)
+
+    def _shards(self, step: int) -> Shards:
+        """The shards with this process's rows of a step; all in the first, which sets ActNorms."""
+        size = self.stream.size(step)
+        if not self.objective.rowwise:
+            return one_shard(size)
+        shards, processes = shards_of(size, self.numbers, self.drawing), self.fabric.world_size
+        if processes == 1 or step == 0:
+            return shards
+        return shards.of_process(self.fabric.global_rank, processes)
+
+    def _batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
+        return list(map(self.placed, self.stream.batches(step, shards, generators)))
 
     def _spend(self, seconds: float) -> None:
         if self.fabric.world_size > 1 and self.config.seconds is not None:

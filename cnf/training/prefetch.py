@@ -7,23 +7,23 @@ from cnf.objectives import Batch
 
 
 class Prefetched:
-    """Batches by step number; a thread reads the next one ahead.
+    """Rows of batches by step number; a thread reads those of the next one ahead.
 
     Args:
-        read: The batch of a step, which depends on the step alone.
+        read: Some rows of the batch of a step, which depend on these two alone.
     """
 
-    def __init__(self, read: Callable[[int], Batch]) -> None:
+    def __init__(self, read: Callable[[int, range], Batch]) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(1, "rows of the next step")  # ends with this object
-        self._next: tuple[int, Future[Batch]] | None = None
+        self._next: tuple[int, range, Future[Batch]] | None = None
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step; what its reading raised is raised here."""
+    def __call__(self, step: int, rows: range) -> Batch:
+        """Rows of the batch of a step; what their reading raised is raised here."""
         ahead, self._next = self._next, None
-        if ahead is not None and ahead[0] == step:
-            batch = ahead[1].result()
+        if ahead is not None and ahead[:2] == (step, rows):
+            batch = ahead[2].result()
         else:
-            batch = self._thread.submit(self._read, step).result()
-        self._next = step + 1, self._thread.submit(self._read, step + 1)
+            batch = self._thread.submit(self._read, step, rows).result()
+        self._next = step + 1, rows, self._thread.submit(self._read, step + 1, rows)
         return batch

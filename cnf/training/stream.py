@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from os import PathLike
@@ -26,6 +26,7 @@ from cnf.training.batches import as_batch, drop_zero_weights, first_rows, in_mem
 from cnf.training.config import BATCH_SIZE, PICTURES, TrainConfig
 from cnf.training.origin import draws_of, hash_of_rows
 from cnf.training.prefetch import Prefetched
+from cnf.training.shards import Shards
 
 HEAD_BYTES = 500_000_000  # of a dataset, before training begins
 CPU = torch.device("cpu")
@@ -44,8 +45,20 @@ class Stream(ABC):
     head: Batch | None
 
     @abstractmethod
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """The whole batch of a step, over all processes."""
+    def size(self, step: int) -> int:
+        """How many rows the batch of a step has, over all processes."""
+
+    @abstractmethod
+    def batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
+        """The batch of each shard of a step; rows of other processes may be any.
+
+        Args:
+            step: Its number.
+            shards: Of the step's batch.
+            generators: Source of the draws of each shard.
+        """
 
     @abstractmethod
     def rows(self, n: int) -> Batch | None:
@@ -134,16 +147,22 @@ class DensityStream(Stream):
 
     def __init__(self, density: Any, config: TrainConfig, validation: Batch | None) -> None:
         self.density, self.seed = density, config.seed
-        self.size = config.batch_size or BATCH_SIZE
+        self.batch_size = config.batch_size or BATCH_SIZE
         if validation is None:
             validation = Batch(validation_draws(density, config.validation_rows, config.seed))
         self.validation = validation
         self.head = Batch(density.sample(10_000, stream(config.seed, "head")))
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
+    def size(self, step: int) -> int:
+        return self.batch_size
+
+    def batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
         if not isinstance(self.density, Toy | DistributionData):  # others may draw on a CPU only
-            generator = stream(self.seed, "density", step)
-        return Batch(self.density.sample(self.size, generator))
+            generators = [stream(self.seed, "density", step, *place) for place in shards.ranges]
+        pairs = zip(shards.ranges.values(), generators, strict=True)
+        return [Batch(self.density.sample(len(rows), generator)) for rows, generator in pairs]
 
     def rows(self, n: int) -> Batch:
         return Batch(self.density.sample(n, stream(self.seed, "rows of a coupling")))
@@ -173,28 +192,34 @@ class RowStream(Stream):
         pictures = self.head is not None and self.head.x.dim() == 4
         most = PICTURES if pictures else BATCH_SIZE
         whole = min(most, len(self.train)) // config.devices * config.devices
-        self.size = config.batch_size or max(config.devices, whole)
-        if len(self.train) < self.size:
+        self.batch_size = config.batch_size or max(config.devices, whole)
+        if len(self.train) < self.batch_size:
             shape = f", each of shape {tuple(rows[order[:1]].x.shape[1:])}" if len(rows) else ""
             raise ValueError(
-                f"fit: expected at least batch_size={self.size} rows to train on, got "
+                f"fit: expected at least batch_size={self.batch_size} rows to train on, got "
                 f"{len(self.train)} ({len(rows)} less {held_out} held out{shape}); lower "
                 "batch_size"
             )
         self.validation = validation
         self._epoch, self._order = -1, self.train
-        self._batch = Prefetched(self._read) if rows.large else self._read
+        self._rows = Prefetched(self._read) if rows.large else self._read
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        return self._batch(step)
+    def size(self, step: int) -> int:
+        return self.batch_size
 
-    def _read(self, step: int) -> Batch:
-        per_epoch = len(self.train) // self.size
+    def batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
+        return shards.spread(self._rows(step, shards.own))
+
+    def _read(self, step: int, rows: range) -> Batch:
+        per_epoch = len(self.train) // self.batch_size
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch:
             order = torch.randperm(len(self.train), generator=stream(self.seed, "epoch", epoch))
             self._epoch, self._order = epoch, self.train[order].to(self.data.device)
-        return self.data[self._order[place * self.size : (place + 1) * self.size]]
+        first = place * self.batch_size
+        return self.data[self._order[first + rows.start : first + rows.stop]]
 
     def rows(self, n: int) -> Batch:
         if n < len(self.train):
@@ -226,7 +251,7 @@ class IterableStream(Stream):
     def __init__(
         self, batches: Any, config: TrainConfig, validation: Batch | None, missing: bool = False
     ) -> None:
-        self.batches, self.validation, self.seed = batches, validation, config.seed
+        self.source, self.validation, self.seed = batches, validation, config.seed
         self.missing = missing
         self.head = self._checked(next(self._begin(0)), 0)
         if len(self.head.x) < 2:
@@ -235,18 +260,31 @@ class IterableStream(Stream):
                 "fitted, got one row; make larger batches: DataLoader(…, batch_size=256)"
             )
         self._iterator, self._pass, self._next, self._place = self._begin(0), 0, 0, 0
+        self._batch: tuple[int, Batch] | None = None  # the last one, by its step
 
     def _begin(self, number: int) -> Iterator[Any]:
         with preserved(CPU):
             reseed(stream_seed(self.seed, "pass", number), CPU)
-            generated = inspect.isgeneratorfunction(self.batches)
-            iterator = self.batches() if generated else iter(self.batches)
+            generated = inspect.isgeneratorfunction(self.source)
+            iterator = self.source() if generated else iter(self.source)
             first = next(iterator, None)  # samplers seed themselves at the first item
         if first is None:
             raise ValueError(f"fit: the iterable of batches is empty in pass {number + 1}")
         return chain([first], iterator)
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
+    def size(self, step: int) -> int:
+        if self._batch is None or self._batch[0] != step:
+            self._batch = step, self._read(step)
+        return len(self._batch[1].x)
+
+    def batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
+        assert self._batch is not None and self._batch[0] == step  # `size` has read it
+        first, last = shards.own.start, shards.own.stop
+        return shards.spread(self._batch[1].map(lambda value: value[first:last]))
+
+    def _read(self, step: int) -> Batch:
         while True:
             item = next(self._iterator, None)
             if item is None:
@@ -274,10 +312,16 @@ class NoData(Stream):
     """For objectives that need none: an empty batch of the size asked for."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.size, self.validation, self.head = config.batch_size or BATCH_SIZE, None, None
+        self.batch_size = config.batch_size or BATCH_SIZE
+        self.validation = self.head = None
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        return Batch(torch.empty(self.size, 0))
+    def size(self, step: int) -> int:
+        return self.batch_size
+
+    def batches(
+        self, step: int, shards: Shards, generators: Sequence[torch.Generator]
+    ) -> list[Batch]:
+        return shards.spread(Batch(torch.empty(len(shards.own), 0)))
 
     def rows(self, n: int) -> None:
         return None

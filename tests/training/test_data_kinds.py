@@ -313,10 +313,10 @@ def test_only_few_items_of_a_dataset_are_read_before_training(config, monkeypatc
 
 def test_batch_of_pictures_is_64_unless_told():
     pictures, rows = torch.rand(200, 1, 2, 2), torch.rand(200, 4)
-    assert as_stream(pictures, cnf.TrainConfig()).size == 64
-    assert as_stream(pictures, cnf.TrainConfig(batch_size=100)).size == 100
-    assert as_stream(pictures[:50], cnf.TrainConfig()).size == 45
-    assert as_stream(rows, cnf.TrainConfig()).size == 180
+    assert as_stream(pictures, cnf.TrainConfig()).size(0) == 64
+    assert as_stream(pictures, cnf.TrainConfig(batch_size=100)).size(0) == 100
+    assert as_stream(pictures[:50], cnf.TrainConfig()).size(0) == 45
+    assert as_stream(rows, cnf.TrainConfig()).size(0) == 180
 
 
 def _batches():

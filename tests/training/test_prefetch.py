@@ -9,34 +9,44 @@ import cnf
 from cnf.data import tabular
 from cnf.training.prefetch import Prefetched
 
+ROWS = range(1)
+
 
 def test_batches_are_those_of_their_steps_in_any_order():
-    ahead = Prefetched(lambda step: cnf.Batch(torch.full((1, 1), float(step))))
-    assert [ahead(step).x.item() for step in (0, 1, 2, 7, 8, 3, 4)] == [0, 1, 2, 7, 8, 3, 4]
+    ahead = Prefetched(lambda step, rows: cnf.Batch(torch.full((1, 1), float(step))))
+    found = [ahead(step, ROWS).x.item() for step in (0, 1, 2, 7, 8, 3, 4)]
+    assert found == [0, 1, 2, 7, 8, 3, 4]
+
+
+def test_rows_read_ahead_are_those_asked_for():
+    ahead = Prefetched(lambda step, rows: cnf.Batch(torch.tensor([*rows])[:, None]))
+    for rows in (range(4), range(2, 4), range(2, 4)):  # the first step has all
+        assert ahead(0, rows).x.flatten().tolist() == [*rows]
+    assert ahead(1, range(2, 4)).x.flatten().tolist() == [2, 3]
 
 
 def test_the_next_batch_is_read_while_this_one_is_used():
     read = [threading.Event() for _ in range(3)]
 
-    def reading(step):
+    def reading(step, rows):
         read[step].set()
         return cnf.Batch(torch.zeros(1, 1))
 
     ahead = Prefetched(reading)
-    ahead(0)
+    ahead(0, ROWS)
     assert read[1].wait(5) and not read[2].is_set()
 
 
 def test_what_reading_raises_is_raised_in_its_step():
-    def reading(step):
+    def reading(step, rows):
         if step == 2:
             raise ValueError("row 5 is NaN")
         return cnf.Batch(torch.zeros(1, 1))
 
     ahead = Prefetched(reading)
-    ahead(0), ahead(1)
+    ahead(0, ROWS), ahead(1, ROWS)
     with pytest.raises(ValueError, match="row 5 is NaN"):
-        ahead(2)
+        ahead(2, ROWS)
 
 
 def test_the_thread_ends_with_its_batches():
@@ -44,8 +54,8 @@ def test_the_thread_ends_with_its_batches():
         return sum("next step" in thread.name for thread in threading.enumerate())
 
     before = count()
-    ahead = Prefetched(lambda step: cnf.Batch(torch.zeros(1, 1)))
-    ahead(0)
+    ahead = Prefetched(lambda step, rows: cnf.Batch(torch.zeros(1, 1)))
+    ahead(0, ROWS)
     threads = [thread for thread in threading.enumerate() if "next step" in thread.name]
     assert count() == before + 1
     del ahead

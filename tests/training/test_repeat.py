@@ -8,6 +8,7 @@ import yaml
 
 import cnf
 from cnf.training.learner import Learner
+from cnf.training.shards import one_shard
 from cnf.training.stream import as_stream
 from cnf.training.validation import Validation
 
@@ -168,7 +169,8 @@ def test_second_gpu_has_no_effect_on_a_run_on_the_cpu(small, config, points, mon
 def test_each_epoch_has_an_order_of_its_own(config):
     rows = torch.arange(12.0)[:, None]
     stream = as_stream(rows, config(batch_size=12, validations=0))
-    orders = [stream.batch(step, None).x.flatten().tolist() for step in range(3)]
+    whole = one_shard(12)
+    orders = [stream.batches(step, whole, [])[0].x.flatten().tolist() for step in range(3)]
     assert all(sorted(order) == rows.flatten().tolist() for order in orders)
     assert len(set(map(tuple, orders))) == 3
 

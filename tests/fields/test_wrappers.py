@@ -182,7 +182,7 @@ def test_gradient_of_the_end_time_equals_finite_differences(randomized, points):
 
 @pytest.mark.parametrize("initial", [0.0, -1.0])
 def test_end_time_that_is_not_positive_is_refused(initial):
-    with pytest.raises(ValueError, match=f"EndTime: expected an initial .* > 0, got {initial}"):
+    with pytest.raises(ValueError, match=f"EndTime: expected initial > 0, got {initial}"):
         EndTime(MLPField(2), initial)
     field = EndTime(MLPField(2), 2.5)
     assert field.log_end.exp().item() == pytest.approx(2.5)

@@ -121,7 +121,7 @@ def test_error_names_tensorboard_that_cannot_write_and_frees_the_run_folder(
     cnf.fit(small(), "flow-matching", "moons", config(folder=folder, resume=True))
 
 
-def test_error_keeps_its_type_if_the_run_cannot_be_saved(small, config, monkeypatch):
+def test_error_keeps_its_type_if_the_run_cannot_be_saved(small, config, monkeypatch, tmp_path):
     class Enough(Exception):
         pass
 
@@ -133,5 +133,7 @@ def test_error_keeps_its_type_if_the_run_cannot_be_saved(small, config, monkeypa
         raise Enough
 
     with pytest.raises(Enough) as raised:
-        cnf.fit(small(), "flow-matching", "moons", config(), callbacks=[refuse])
+        cnf.fit(
+            small(), "flow-matching", "moons", config(folder=tmp_path / "run"), callbacks=[refuse]
+        )
     assert raised.value.__notes__ == ["Nor could the run be saved: save: cannot write"]

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,11 @@ class Options:
     Attributes:
         device: "cpu" or "cuda".
         threads: torch's threads.
-        repeats: Timed calls of each contestant, as far as its limit allows.
+        repeats: Turns of each contestant, as far as its limit allows.
         limit: Seconds of timed calls for each contestant; it stops after the call that exceeds it.
         quick: Tiny sizes, to see that everything runs; its numbers mean nothing.
+        turn: Seconds of a turn, in which calls follow each other as steps of training do, which
+            find their code and numbers in the processor's caches; 0 for one call.
     """
 
     device: str = "cpu"
@@ -32,6 +35,7 @@ class Options:
     repeats: int = 15
     limit: float = 60.0
     quick: bool = False
+    turn: float = 0.0
 
 
 def synchronize(device: str) -> None:
@@ -81,7 +85,7 @@ def running(
 def interleaved(
     calls: dict[str, Callable[[], object]], options: Options, warmups: int = 2
 ) -> dict[str, dict[str, float]]:
-    """`summary` of each call, taken in turn so that drift of the machine hits all alike.
+    """`summary` of each call's milliseconds, in turn so that drift of the machine hits all alike.
 
     A call is warmed up until it has run for a tenth of its limit, at most `warmups` times.
     """
@@ -91,12 +95,26 @@ def interleaved(
             spent += timed(call, options.device)
             if spent > 100 * options.limit:
                 break
+    counts = {name: _calls_in_a_turn(call, options) for name, call in calls.items()}
     times = {name: [] for name in calls}
     for _ in range(options.repeats):
         for name, call in calls.items():
-            if sum(times[name]) < 1e3 * options.limit:
-                times[name].append(timed(call, options.device))
+            count = counts[name]
+            if count * sum(times[name]) < 1e3 * options.limit:
+                turn = partial(_several, call, count)
+                times[name].append(timed(turn, options.device) / count)
     return {name: summary(values) for name, values in times.items()}
+
+
+def _calls_in_a_turn(call: Callable[[], object], options: Options) -> int:
+    if not options.turn:
+        return 1
+    return max(1, round(1e3 * options.turn / timed(call, options.device)))
+
+
+def _several(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def summary(values: list[float]) -> dict[str, float]:

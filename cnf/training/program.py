@@ -124,14 +124,13 @@ class Program:
         )
 
     def plain_loss(self, rows: Prepared) -> Tensor:
-        """The loss of rows without the program, shape (); buffers stay as they are.
+        """The loss of rows without the program, as it was recorded, shape (); buffers stay.
 
         Args:
             rows: Any rows.
         """
         copies = {name: buffer.clone() for name, buffer in self._loss.named_buffers()}
-        with torch.no_grad():
-            return functional_call(self._loss, copies, (rows,)).value
+        return functional_call(self._loss, copies, (rows,)).value.detach()
 
     def __call__(self, rows: Prepared) -> tuple[Loss, Tensor, Tensor]:
         """The loss, the norm of its gradient, and the clipped gradient of all `parameters`.

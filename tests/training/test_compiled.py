@@ -457,6 +457,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     compiled._remember(program)
 
 
+class Differentiates(Linear):
+    """The gradient of an energy, by autograd."""
+
+    def forward(self, t, x, context=None):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        energy = self.linear(x).square().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_a_program_is_compared_where_the_loss_itself_differentiates():
+    _, _, rows, program = program_of(flow_of(Differentiates()), cnf.FlowMatching())
+    torch.testing.assert_close(program.plain_loss(rows), program(rows)[0].value)
+
+
 def test_a_bad_step_of_a_program_is_left_out(uncompiled):
     learner = learner_of(small("realnvp"), compile=True)
     rows = learner.prepare(batch(), torch.Generator())[0]

@@ -94,8 +94,8 @@ def compare(
     judge, train = _prepared(density, test_points, w2_points)
     settings = {"seconds": seconds, "steps": steps, "w2_points": w2_points, "patience": patience}
     settings["test_points"] = len(judge.test.x)
-    race = {"data": density.name, **settings, "rows": _fingerprint(density)}
-    race["random streams"] = VERSION
+    rows = {"rows": _fingerprint(density), "random streams": VERSION}
+    race = {"data": density.name, **settings, **rows}
     titles = distinct({name: contestant.title for name, contestant in contestants.items()})
     unfit = _unfit(contestants, density)
     failed = {titles[name]: reason for name, reason in unfit.items()}
@@ -119,16 +119,30 @@ def compare(
             settings["threads_per_worker"] = trained.threads
         if run.config.folder:
             _keep(run.config.folder, entry, made_of[run.name])
-    ranked = [entry for entry in entries.values() if entry is not None]
-    if not ranked:
-        reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
-        raise ValueError(f"compare: every contestant failed: {reasons}")
+    ranked = _ranked(entries, failed)
     settings |= {"workers": workers} if workers > 1 else {}
     settings |= {"seeds": seeds, "evaluation_solver": str(TIGHT), "failed": failed}
     results = _results(density, judge, ranked, settings)
     if folder:
         results.save(folder)
     return results
+
+
+def _ranked(entries: dict[str, Entry | None], failed: dict[str, str]) -> list[Entry]:
+    """The entries that there are.
+
+    Args:
+        entries: By title.
+        failed: Why the others failed, by title.
+
+    Raises:
+        ValueError: There are none.
+    """
+    ranked = [entry for entry in entries.values() if entry is not None]
+    if not ranked:
+        reasons = "; ".join(f"{title}: {reason}" for title, reason in failed.items())
+        raise ValueError(f"compare: every contestant failed: {reasons}")
+    return ranked
 
 
 def _listed(seeds: Any) -> list[int]:

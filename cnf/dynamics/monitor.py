@@ -86,9 +86,7 @@ class InstrumentedDynamics:
 
     def __init__(self, dynamics: Dynamics, solver: Solver, start: float) -> None:
         self.dynamics, self.solver = dynamics, solver
-        self.counts = (
-            _Counts()
-        )  # not self, so that a record does not keep the solve's tensors alive
+        self.counts = _Counts()  # not self: a record would keep the solve's tensors alive
         self.in_forward = True
         self.limit: float | None = None  # largest size of the graph in bytes
         self.saved = 0  # bytes that one evaluation adds to the graph

@@ -75,10 +75,11 @@ def fit(
         validation: Held-out rows: whatever `data` may be, or a pair (x, context); of a dataset and
             of batches the first `validation_rows`. Drawn from the density, or a tenth of one's own
             data, if None.
-        loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`: told of each of
-            some 200 records over the budget. Of several processes the first one tells.
-        callbacks: Functions of such a record, a dict with "step", "loss", …; what they or a logger
-            raise ends the run, after a checkpoint.
+        loggers: Fabric's loggers, or whatever has `log_metrics(metrics, step)`, called with each
+            of about 200 records over the budget, in the first process only.
+        callbacks: Functions of such a record, a dict with "step", "loss", …, called in the first
+            process only: with several they must not change the module. What a callback or a
+            logger raises ends the run, after a checkpoint (not with "fsdp").
 
     Returns:
         What was logged, and why training ended.
@@ -202,7 +203,7 @@ class _Trainer:
                     history.pairing += time.perf_counter() - start
                     with self.rounding():
                         loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
-                    self._spend(time.perf_counter() - start)
+                    budget.spend(self._on_one_clock(time.perf_counter() - start))
                 self.evaluations[0] += stats.forward
                 self.evaluations[1] += stats.backward
                 score = None
@@ -232,7 +233,7 @@ class _Trainer:
         self.objective = begun
         self.learner.begin(begun)
         if not self.resumes:
-            self.history.preparing = time.perf_counter() - start
+            self.history.preparing = self._on_one_clock(time.perf_counter() - start)
             self.budget.charge(self.history.preparing)
         if self.learner.compiles:
             self._warm_up()
@@ -284,10 +285,11 @@ class _Trainer:
     ) -> list[Batch]:
         return list(map(self.placed, self.stream.batches(step, shards, generators)))
 
-    def _spend(self, seconds: float) -> None:
+    def _on_one_clock(self, seconds: float) -> float:
+        """What the first process measured: all must have one learning rate, and stop together."""
         if self.fabric.world_size > 1 and self.config.seconds is not None:
-            seconds = self.fabric.broadcast(seconds)  # one clock, so that all stop at one step
-        self.budget.spend(seconds)
+            return self.fabric.broadcast(seconds)
+        return seconds
 
     def _agreed(self, signal: int, late: bool) -> tuple[int, bool]:
         """The signal and the clock of process 0: all must leave, and save, after one step."""
@@ -371,6 +373,7 @@ class _Trainer:
             self._show(history.records[-1]["loss"], int(history.records[-1]["nfe"]))
         history.steps, history.seconds, history.ticks = budget.step, budget.seconds, budget.ticks
         history.skipped, history.memory = self.learner.skipped, self.peak()
+        history.compiled = history.compiled or self.learner.compiled  # a GPU captured it later
         self._save()
         kept = validation.best_weights or self.learner.ema_module.state_dict()
         self.module.load_state_dict(kept)

@@ -111,7 +111,9 @@ class Joint(Objective):
             loss = term(module, rows, generator)
             value = value + self.weights[k] * batch.shares[k] * loss.value
             for name, metric in loss.metrics.items():
-                metrics[name if name not in metrics else f"{name}_{k + 1}"] = metric
+                # A share other than 1 is that of some rows, whose sum is the metric of all.
+                shared = batch.shares[k] * metric
+                metrics[name if name not in metrics else f"{name}_{k + 1}"] = shared
         assert isinstance(value, Tensor)
         return Loss(value, metrics)
 

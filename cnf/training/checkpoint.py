@@ -140,6 +140,8 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> Path:
     try:
         with temporary.open("wb") as file:
             file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that dies may leave a new, empty file
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(

@@ -82,7 +82,7 @@ class TrainConfig:
             float32, validation too. "tf32" takes training's products and convolutions of float32
             on a CUDA device in TF32, "32-true" none of them. Null, "32-true" and "64-true" are the
             module's own dtype; null leaves TF32 as torch is set, which takes convolutions in it.
-        compile: Compile a step, outside of the budget. On a CPU the loss and its gradient become
+        compile: Compile a step. On a CPU, outside of the budget, the loss and its gradient become
             one program, or where an ODE is solved, its dynamics or solver's step do: small models
             train 1.2 to 2.5 times as fast, after 5 to 40 s of compilation, a few where the machine
             has done it before. On one CUDA device a step is captured as a CUDA graph; that
@@ -209,11 +209,6 @@ class TrainConfig:
         if self.resume and self.folder is None:
             raise ValueError(
                 f"TrainConfig: resume={self.resume!r} needs folder=…, the run to go on with"
-            )
-        if (self.batch_size or BATCH_SIZE) % self.devices:
-            raise ValueError(
-                "TrainConfig: expected batch_size divisible by devices, "
-                f"got {self.batch_size or BATCH_SIZE} and {self.devices}"
             )
         if not isinstance(self.folder, str | PathLike | None):
             raise ValueError(f"TrainConfig: expected folder to be a path, got {self.folder!r}")

@@ -22,6 +22,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name)
         self.number = number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int]]:
+        return Interrupted, (self.number,)  # a process that pickles it gives the number, no name
+
 
 @contextmanager
 def asked_to_end(asked: Callable[[], int]) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Work that the processes of a run share: each does a part, and all know the results."""
 
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,13 +30,22 @@ def shared(work: Callable[[int], T], count: int, fabric: "Fabric | None" = None)
     try:
         own = [work(k) for k in range(rank, count, processes)]
     except Exception as error:
-        own = error
+        own = _sendable(error, rank)
     parts: list[list[T] | Exception] = [[] for _ in range(processes)]
     distributed.all_gather_object(parts, own)
     failed = [part for part in (own, *parts) if isinstance(part, Exception)]
     if failed:
         raise failed[0]
     return [parts[k % processes][k // processes] for k in range(count)]  # pyright: ignore
+
+
+def _sendable(error: Exception, rank: int) -> Exception:
+    """The error, or its text where it cannot be pickled: the others would wait for it for ever."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"process {rank}: {type(error).__name__}: {error}")
+    return error
 
 
 def by_first(work: Callable[[], T], fabric: "Fabric | None" = None) -> T:

@@ -187,7 +187,7 @@ class Continuous(Transform):
             rates = partial(_compiled, _rates, *settings)
             if self.solver.method in STAGES and not torch.is_autocast_enabled(x.device.type):
                 step = partial(_compiled, _step, self.solver.method, *settings)
-        state, nfe = self._solve(rates, step, state, start, stop, context)
+        state, nfe = self._solve(rates, step, tuple(integrands), state, start, stop, context)
         ladj, estimates = x.new_full(x.shape[:1], float("nan")), None
         if estimator is not None:
             ladj = state[1]
@@ -203,6 +203,7 @@ class Continuous(Transform):
         self,
         rates: Callable[[VectorField, Tensor, Tensor, Tensor | None], ode.State],
         step: Callable[..., ode.State] | None,
+        integrands: tuple[Integrand, ...],
         state: ode.State,
         start: float,
         stop: float,
@@ -218,7 +219,8 @@ class Continuous(Transform):
             dynamics = with_current_autocast(dynamics, state[0])
             own = None
             if step is not None:
-                own = ode.Step(partial(step, piece, context), _saved.setdefault(piece, {}))
+                saved = _saved.setdefault(piece, {}).setdefault((state[0].dtype, integrands), {})
+                own = ode.Step(partial(step, piece, context), saved)
             state, evaluations = ode.solve(
                 dynamics, state, t0, t1, self._solver_on(t0, t1), self._params(context), own
             )
@@ -357,7 +359,9 @@ def _step(
     return fixed.step(dynamics, state, t, h, method)
 
 
-_saved: WeakKeyDictionary[VectorField, dict[tuple[torch.Size, ...], int]] = WeakKeyDictionary()
+# For each field, dtype and integrands, see `ode.Step`.
+_saved: WeakKeyDictionary[VectorField, dict[Any, dict[tuple[torch.Size, ...], int]]]
+_saved = WeakKeyDictionary()
 _compiled_for: WeakKeyDictionary[VectorField, dict[str, Callable[..., ode.State]]]
 _compiled_for = WeakKeyDictionary()
 

@@ -18,7 +18,8 @@ from cnf.errors import warn
 from cnf.objectives import Loss, Objective
 from cnf.objectives.batch import Prepared, tensors_of
 from cnf.training.config import TrainConfig
-from cnf.training.learner import BAD_STEPS, Learner
+from cnf.training.learner import BAD_STEPS, Learner, first_decay
+from cnf.training.recorded import Conditions, agrees
 
 WARM_UP = 3  # steps before the capture, in which libraries allocate what they need
 AHEAD = 2  # steps by which the host may be ahead of the device
@@ -51,8 +52,10 @@ class CapturedLearner(Learner):
         if self._refused:
             return self._aside(lambda: super(CapturedLearner, self).step(rows, lr, share))
         self._rate.fill_(lr)
-        if self._capture is not None and self._capture.fits(rows):
-            loss = self._capture.replay(rows)
+        if self._capture is not None and self._capture.conditions.hold(rows):
+            loss = self._replayed(rows)
+            if self._refused:
+                return loss
         elif self._capture is None and self._warmed_up >= WARM_UP:
             loss = self._capture_and_step(rows, lr)
         else:
@@ -86,9 +89,8 @@ class CapturedLearner(Learner):
         try:
             self._capture = _Capture(self, rows)
             self.compiled = True
-        except (
-            Exception
-        ) as error:  # of any kind: if it is the objective's own, the next step raises it again
+        # Of any kind: if it is the objective's own, the next step raises it again.
+        except Exception as error:
             _forget_capture(self.fabric.device)
             if self.config.compile is True:
                 raise
@@ -103,6 +105,18 @@ class CapturedLearner(Learner):
             return self.step(rows, lr)
         return self._capture.first()
 
+    def _replayed(self, rows: Prepared) -> Loss:
+        """The captured step; from where it computes something else than the module, plain ones."""
+        capture = self._capture
+        assert capture is not None
+        plain = capture.conditions.plain_loss_if_due(rows)
+        loss = capture.replay(rows)
+        if plain is not None and not agrees(loss.value, plain):
+            self._capture, self._refused, self.compiled = None, True, False
+            self._leave_out_if(None)
+            self._take_over()
+        return loss
+
     def _update(self, rows: Prepared) -> Loss:
         """One step that reads no value on the host."""
         loss, norm = self._gradient(rows)
@@ -111,6 +125,7 @@ class CapturedLearner(Learner):
         self._adam.step()
         self._count(bad)
         self._average_unless(bad)
+        self._keep_buffers_unless(bad)
         return Loss(loss.value.detach(), loss.metrics)  # nothing keeps the autograd graph alive
 
     def _loss_of(self, rows: Prepared) -> Loss:
@@ -134,15 +149,19 @@ class CapturedLearner(Learner):
         """`Learner._average` with a decay that the device computes."""
         if self.config.ema is None:
             return
-        good = self._counts[0]
-        decay = (good / (good + 9)).clamp(max=self.config.ema)
+        decay = first_decay(self._counts[0]).clamp(max=self.config.ema)
         weight = torch.where(bad, torch.zeros_like(decay), 1 - decay)
         with torch.no_grad():
             change = torch._foreach_sub(self._weights, self._ema_weights)  # pyright: ignore
             torch._foreach_mul_(change, weight)  # pyright: ignore
             torch._foreach_add_(self._ema_weights, change)  # pyright: ignore
-            if self._buffers:
-                torch._foreach_copy_(self._ema_buffers, self._buffers)  # pyright: ignore
+
+    @torch.no_grad()
+    def _keep_buffers_unless(self, bad: Tensor) -> None:
+        """`Learner._keep_buffers`, or the buffers as they were before a bad step."""
+        for buffer, kept in zip(self._buffers, self._kept_buffers, strict=True):
+            kept.copy_(torch.where(bad, kept, buffer))
+            buffer.copy_(kept)
 
     def _look(self, loss: Loss) -> None:
         """Read the counts, which waits for the device, and end a run whose steps are all bad."""
@@ -183,6 +202,7 @@ class _Capture:
     """
 
     def __init__(self, learner: CapturedLearner, rows: Prepared) -> None:
+        self.conditions = Conditions(learner._loss, rows)
         self.rows = rows.map(torch.clone)
         self.tensors = tensors_of(self.rows)
         self.graph = torch.cuda.CUDAGraph()
@@ -190,13 +210,6 @@ class _Capture:
         with ode.record() as stats, torch.cuda.graph(self.graph, stream=learner._side):
             self.loss = learner._update(self.rows)
         self.evaluations = stats.forward
-
-    def fits(self, rows: Prepared) -> bool:
-        shapes, mine = (
-            [(tensor.shape, tensor.dtype) for tensor in tensors]
-            for tensors in (tensors_of(rows), self.tensors)
-        )
-        return shapes == mine
 
     def first(self) -> Loss:
         """Take the step with the captured rows; the capture counted its evaluations."""

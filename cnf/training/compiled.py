@@ -1,6 +1,7 @@
 """Training steps on a CPU, of which the costly part is compiled before training begins."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -9,21 +10,18 @@ from torch import Tensor
 
 from cnf.errors import warn
 from cnf.objectives import Loss
-from cnf.objectives.batch import Prepared
+from cnf.objectives.batch import Prepared, tensors_of
 from cnf.training.config import TrainConfig
 from cnf.training.flat import FlatAdam
 from cnf.training.learner import Learner
 from cnf.training.program import Program
+from cnf.training.recorded import agrees
 from cnf.transforms.continuous import compiled_solves
 
 # Measured on one core of an AMD EPYC with models of 200 to 2,500 operations, batches of 1,024.
 SECONDS = (4.0, 0.015)  # to compile: in any case, and for each operation
 SAVED = 6e-6  # seconds of a step for each operation
 SPEEDUP = 1.6
-
-COMPARED = (10, 100)  # calls of a program after which its loss is compared with the plain one
-EVERY = 1_000  # and every so many calls
-AGREEMENT = 1e-3, 1e-3  # of the two, relative and absolute
 
 
 class CompiledLearner(Learner):
@@ -34,9 +32,9 @@ class CompiledLearner(Learner):
     """
 
     _program: Program | None = None
-    _calls = 0
     _flat: FlatAdam | None = None
     _flat_gradient: Tensor | None = None  # of this step, if a program computed it
+    _others: tuple[list[Tensor], list[Tensor]] = [], []  # weights not in it, and their averages
 
     @property
     def compiles(self) -> bool:
@@ -55,43 +53,47 @@ class CompiledLearner(Learner):
 
     def _flattened(self, program: Program) -> FlatAdam:
         pairs = zip(self._weights, self._ema_weights, strict=True)
-        average_of = {id(weight): average for weight, average in pairs if weight is not average}
-        averages = [average_of[id(p)] for p in program.parameters if id(p) in average_of]
+        average_of = {weight: average for weight, average in pairs if weight is not average}
+        averages = [average_of.pop(p) for p in program.parameters if p in average_of]
+        self._others = list(average_of), list(average_of.values())
         return FlatAdam(self._adam, program.parameters, averages)
 
     def _gradient(self, rows: Prepared, share: float = 1.0) -> tuple[Loss, Tensor]:
         program, self._flat_gradient = self._program, None
-        if program is None or not program.fits(rows):
+        if program is None or not program.conditions.hold(rows):
             return super()._gradient(rows, share)
-        self._calls += 1
-        compares = self._calls in COMPARED or self._calls % EVERY == 0
-        plain = program.plain_loss(rows) if compares and not program.draws else None
+        plain = program.conditions.plain_loss_if_due(rows)
         loss, norm, gradient = program(rows)
-        if plain is not None and not torch.allclose(loss.value, plain, *AGREEMENT, equal_nan=True):
-            self._forget_program(loss.value.item(), plain.item())
+        if plain is not None and not agrees(loss.value, plain):
+            self._program, self.compiled = None, False
             return super()._gradient(rows, share)
         self._flat_gradient = gradient
         return loss, norm
 
-    def _forget_program(self, compiled: float, plain: float) -> None:
-        """Take plain steps from here on: the program computes with a number that has changed."""
-        self._program, self.compiled = None, False
-        warn(
-            f"fit: the loss of these rows is {plain:.4g}, and {compiled:.4g} as it was compiled: "
-            "a number that it computes with, such as one that a callback sets, has changed since. "
-            "Steps before this one were wrong, and those from here on are not compiled; keep such "
-            "a number as a tensor (register_buffer), or take compile=False"
-        )
-
     def _move(self) -> None:
-        if self._flat is None or self._flat_gradient is None:
-            return super()._move()
-        self._flat.step(self._flat_gradient)
+        if self._flat is not None and self._flat_gradient is not None:
+            return self._flat.step(self._flat_gradient)
+        super()._move()
+        if self._flat is not None and not self._flat.in_step:
+            self._forget_flat()
+
+    def _forget_flat(self) -> None:
+        """Take plain steps from here on: some weights had no gradient, and are steps behind."""
+        assert self._flat is not None
+        self._flat.release()
+        self._program, self._flat, self.compiled = None, None, False
+        warn(
+            "fit: some weights were frozen for some steps, so that Adam has taken fewer of them "
+            "there; steps are not compiled from here on"
+        )
 
     def _average_weights(self, decay: float) -> None:
         if self._flat is None:
             return super()._average_weights(decay)
         self._flat.average(decay)
+        weights, averages = self._others
+        if weights:
+            torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore
 
     def release(self) -> None:
         if self._flat is not None:
@@ -102,12 +104,14 @@ class CompiledSolveLearner(Learner):
     """A learner that compiles each ODE's dynamics, or the whole step of a fixed-step solver."""
 
     compiled = True
+    _shapes: Sequence[torch.Size] = ()  # of the rows for which it has compiled
 
     @property
     def compiles(self) -> bool:
         return True
 
     def warm_up(self, rows: Prepared) -> None:
+        self._shapes = _shapes_of(rows)
         try:
             super().warm_up(rows)
         except Exception as error:  # as above
@@ -116,8 +120,14 @@ class CompiledSolveLearner(Learner):
             self._optimizer.zero_grad(set_to_none=True)
 
     def _loss_of(self, rows: Prepared) -> Loss:
-        with compiled_solves() if self.compiled else nullcontext():
+        # Other rows, such as a last batch that is smaller, would compile inside of the budget.
+        compiles = self.compiled and _shapes_of(rows) == self._shapes
+        with compiled_solves() if compiles else nullcontext():
             return super()._loss_of(rows)
+
+
+def _shapes_of(rows: Prepared) -> list[torch.Size]:
+    return [value.shape for value in tensors_of(rows)]
 
 
 def _go_on_without(config: TrainConfig, error: Exception) -> None:

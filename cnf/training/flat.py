@@ -22,7 +22,8 @@ class FlatAdam:
         averages: Their averages, or none.
 
     Raises:
-        RuntimeError: A parameter is not contiguous, or of another dtype than the first.
+        RuntimeError: A parameter is not contiguous, of another dtype than the first, or has taken
+            another number of steps.
     """
 
     def __init__(
@@ -42,12 +43,19 @@ class FlatAdam:
         states = [adam.state[parameter] for parameter in parameters]
         for state, parameter in zip(states, parameters, strict=True):
             if not state:  # as Adam has it before its first step
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), dtype=torch.float32)  # as Adam has it
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         self._steps = [state["step"] for state in states]
+        if not self.in_step:
+            raise RuntimeError("Adam has taken more steps with some parameters than with others")
         self._first = _side_by_side([state["exp_avg"] for state in states])
         self._second = _side_by_side([state["exp_avg_sq"] for state in states])
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all parameters have taken as many steps, as one operation for all assumes."""
+        return bool((torch.stack(self._steps) == self._steps[0]).all())
 
     def step(self, gradient: Tensor) -> None:
         """Take a step.

@@ -20,7 +20,7 @@ from cnf.training.checkpoint import non_finite
 from cnf.training.config import PRECISIONS, SHARDED, TrainConfig
 from cnf.training.diagnosis import outside_of_base
 from cnf.training.shards import Shards, one_shard
-from cnf.transforms.continuous import Continuous
+from cnf.transforms.continuous import solvers_in
 
 BAD_STEPS = 20  # steps in a row whose loss or gradient may be NaN or infinite before giving up
 
@@ -115,7 +115,8 @@ class Learner:
         self._ema_module = self._averaged()
         self._ema_weights: list[Any] = list(self._ema_module.parameters())
         self._weights: list[Any] = list(module.parameters())
-        self._ema_buffers, self._buffers = list(self._ema_module.buffers()), list(module.buffers())
+        self._buffers: list[Any] = list(module.buffers())
+        self._kept_buffers = self._buffers_of_good_steps()
         self.steps = self.skipped = self._bad_in_a_row = 0
         self._batches: Sequence[Batch] = ()  # of this step, by shard
         self._skipped_batches: Sequence[Batch] = ()
@@ -130,6 +131,12 @@ class Learner:
             return self.module
         return copy.deepcopy(self.module).requires_grad_(False)
 
+    def _buffers_of_good_steps(self) -> list[Any]:
+        """Where the buffers are kept after each step that counts: those of the average, if any."""
+        if self._ema_module is self.module:
+            return [buffer.clone() for buffer in self._buffers]
+        return list(self._ema_module.buffers())
+
     @property
     def ema_module(self) -> nn.Module:
         """The module with averaged weights: what is validated and kept."""
@@ -140,6 +147,7 @@ class Learner:
         if isinstance(self.module, Flow) and batch.x.shape[1:] == self.module.event_shape:
             self.module.initialize(batch.x, batch.context, generator=generator)
             self.ema_module.load_state_dict(self.module.state_dict())
+            self._keep_buffers()
 
     def begin(self, objective: Objective) -> None:
         """Take the objective that has seen the data."""
@@ -153,9 +161,10 @@ class Learner:
     @property
     def compiles_dynamics(self) -> bool:
         """Whether an ODE's solver was asked to compile its dynamics."""
-        parts = (part for part in self.module.modules() if isinstance(part, Continuous))
-        solvers = [getattr(self.objective, "solver", None), *(part.solver for part in parts)]
-        return any(solver is not None and solver.compile for solver in solvers)
+        if not self.objective.solves or not isinstance(self.module, Flow):
+            return False
+        trained = self.objective.as_trained(self.module).transform
+        return any(solver.compile for solver in solvers_in(trained))
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> tuple[Prepared, float]:
         """`prepare_shards` of a batch that is one shard.
@@ -221,12 +230,17 @@ class Learner:
         loss, norm = self._gradient(rows, share)
         loss = self._over_processes(loss, share)
         if not torch.isfinite(norm + loss.value.detach()):
+            _copy(self._kept_buffers, self._buffers)  # running statistics have seen its rows
             self._skip(loss)
             return loss
         self._bad_in_a_row = 0
         self._move()
         self._average()
+        self._keep_buffers()
         return loss
+
+    def _keep_buffers(self) -> None:
+        _copy(self._buffers, self._kept_buffers)
 
     def _move(self) -> None:
         """Move the weights by their gradient."""
@@ -287,12 +301,9 @@ class Learner:
         if self.config.ema is None:
             return
         self.steps += 1
-        # The decay begins low, so that the first weights are soon forgotten.
-        decay = min(self.config.ema, self.steps / (self.steps + 9))
+        decay = min(self.config.ema, first_decay(self.steps))
         with torch.no_grad():
             self._average_weights(decay)
-            if self._buffers:
-                torch._foreach_copy_(self._ema_buffers, self._buffers)  # pyright: ignore
 
     def _average_weights(self, decay: float) -> None:
         # torch's AveragedModel collects the weights at each step: 0.46 ms instead of 0.04 for the
@@ -338,7 +349,10 @@ class Learner:
         Raises:
             CheckpointError: A tensor is not of the shape and dtype that it must have.
         """
-        for module, saved in ((self.module, state["module"]), (self.ema_module, state["kept"])):
+        pairs = [(self.module, state["module"])]
+        if self.ema_module is not self.module:
+            pairs.append((self.ema_module, state["kept"]))
+        for module, saved in pairs:
             for name, weight in module.named_parameters():
                 _expect_like(name, saved[name], weight.shape, weight.dtype)
             module.load_state_dict(saved)
@@ -349,6 +363,7 @@ class Learner:
         own = self._optimizer.state_dict()
         self._optimizer.load_state_dict({**own, "state": moments})
         self.steps, self.skipped = int(state["steps"]), int(state["skipped"])
+        self._keep_buffers()
 
     def _expect_moments(self, moments: dict[int, dict[str, Any]]) -> None:
         """The fused optimizers take a tensor of another size as it is, and write beyond it."""
@@ -359,6 +374,21 @@ class Learner:
             _expect_like("step", found["step"], torch.Size(), torch.float32)
             for name in ("exp_avg", "exp_avg_sq"):
                 _expect_like(name, found[name], weight.shape, weight.dtype)
+
+
+def first_decay(steps: Any) -> Any:
+    """The average's decay while it is below that of the settings: first weights soon fade.
+
+    Args:
+        steps: Steps that count, a number or a tensor.
+    """
+    return steps / (steps + 9)
+
+
+@torch.no_grad()
+def _copy(values: list[Any], into: list[Any]) -> None:
+    if values:
+        torch._foreach_copy_(into, values)  # pyright: ignore
 
 
 def _total(parts: list[tuple[float, Loss]]) -> Loss:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from cnf.dynamics import fixed
 from cnf.objectives import Loss
 from cnf.objectives.batch import Prepared, tensors_of
+from cnf.training.recorded import Conditions
 
 NARROW = 12  # columns
 
@@ -38,7 +39,7 @@ class Program:
 
     Attributes:
         size: Number of recorded operations.
-        draws: Whether it draws numbers, as dropout does.
+        conditions: Those under which it computes what the module does.
         parameters: Those of `trained` on which the loss depends.
 
     Raises:
@@ -49,7 +50,7 @@ class Program:
     def __init__(
         self, loss: nn.Module, trained: Sequence[nn.Parameter], rows: Prepared, clip: float | None
     ) -> None:
-        self._loss, self._modules = loss, list(loss.modules())
+        self.conditions = Conditions(loss, rows)
         self._tensors = dict(loss.named_parameters()) | dict(loss.named_buffers())
         if any(value.stride() != value.clone().stride() for value in self._tensors.values()):
             raise RuntimeError("a parameter or a buffer of the module overlaps itself")
@@ -57,7 +58,6 @@ class Program:
         trainable = [name for name, value in self._tensors.items() if id(value) in wanted]
         if len(trainable) < len(wanted):
             raise RuntimeError("the objective trains parameters that are not the module's")
-        self._fitting = self._state_with(rows)
         self._metrics: tuple[str, ...] = ()
         self.parameters: list[nn.Parameter] = []
 
@@ -81,9 +81,7 @@ class Program:
             return found.value.detach(), norm, gradient, *found.metrics.values()
 
         self._graph = _recorded(step, [*self._tensors.values(), *_dense(rows)])
-        nodes = self._graph.graph.nodes
-        self.size = len(nodes)
-        self.draws = any(torch.Tag.nondeterministic_seeded in _tags(node) for node in nodes)
+        self.size = len(self._graph.graph.nodes)
         self._call: Any = self._graph
 
     @cached_property
@@ -107,36 +105,11 @@ class Program:
             warnings.simplefilter("ignore", FutureWarning)  # of torch's own code
             self._call = compiled(self._graph, fake)
 
-    def fits(self, rows: Prepared) -> bool:
-        """Whether the program is of rows like these, and of the module as it is.
-
-        Args:
-            rows: Rows; a gradient of their own does not fit.
-        """
-        return self._state_with(rows) == self._fitting
-
-    def _state_with(self, rows: Prepared) -> tuple[Any, ...]:
-        """What a program is of, beside the values of tensors."""
-        return (
-            [(x.shape, x.dtype, x.requires_grad) for x in tensors_of(rows)],
-            [value.requires_grad for value in self._tensors.values()],
-            [module.training for module in self._modules],
-        )
-
-    def plain_loss(self, rows: Prepared) -> Tensor:
-        """The loss of rows without the program, as it was recorded, shape (); buffers stay.
-
-        Args:
-            rows: Any rows.
-        """
-        copies = {name: buffer.clone() for name, buffer in self._loss.named_buffers()}
-        return functional_call(self._loss, copies, (rows,)).value.detach()
-
     def __call__(self, rows: Prepared) -> tuple[Loss, Tensor, Tensor]:
         """The loss, the norm of its gradient, and the clipped gradient of all `parameters`.
 
         Args:
-            rows: Rows that fit.
+            rows: Rows with which the conditions hold.
 
         Returns:
             The loss, the norm, shape (), and the gradient, side by side, shape (P,).
@@ -182,7 +155,3 @@ def _turn_narrow_products(graph: torch.fx.Graph) -> None:
 def _dense(rows: Prepared) -> list[Tensor]:
     """The tensors of rows, each in memory of its own order, as the record has them."""
     return [value.contiguous() for value in tensors_of(rows)]
-
-
-def _tags(node: torch.fx.Node) -> Sequence[torch.Tag]:
-    return getattr(node.target, "tags", ())

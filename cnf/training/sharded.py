@@ -43,7 +43,8 @@ class ShardedLearner(Learner):
         _expect_shardable(module, objective)
         self._given, self._given_weights = module, list(objective.parameters(module))
         super().__init__(copy.deepcopy(module).train(), objective, config, fabric)
-        self._weights, self._buffers = self.parameters, []
+        self._weights, self._buffers = self.parameters, list(self.module.buffers())
+        self._kept_buffers = [buffer.clone() for buffer in self._buffers]
         self._ema_weights = self.parameters
         if config.ema is not None:
             self._ema_weights = [weight.detach().clone() for weight in self.parameters]
@@ -115,6 +116,8 @@ class ShardedLearner(Learner):
             for k, of_one in state["optimizer"]["state"].items()
         }
         super().restore({**state, "module": module, "optimizer": {"state": moments}})
+        if self.config.ema is None:  # the parameters themselves, which are in place
+            return
         with torch.no_grad():
             for average, weight in zip(self._ema_weights, self._given_weights, strict=True):
                 average.copy_(_sharded(weight.detach(), average))

@@ -399,7 +399,8 @@ def test_rows_of_another_shape_take_an_uncompiled_step(uncompiled):
     learner = learner_of(small("realnvp"), compile=True)
     rows = [learner.prepare(batch(n), torch.Generator())[0] for n in (16, 12)]
     learner.warm_up(rows[0])
-    assert learner._program.fits(rows[0]) and not learner._program.fits(rows[1])
+    conditions = learner._program.conditions
+    assert conditions.hold(rows[0]) and not conditions.hold(rows[1])
     loss = learner.step(rows[1], 0.0)
     torch.testing.assert_close(
         loss.value.double(), learner._loss(rows[1]).value, rtol=1e-6, atol=0
@@ -415,16 +416,6 @@ def test_rows_with_a_gradient_of_their_own_take_an_uncompiled_step(uncompiled):
     assert rows.context.grad is not None
 
 
-@pytest.mark.parametrize("change", ["freeze", "eval"])
-def test_a_module_that_was_changed_takes_an_uncompiled_step(change, uncompiled):
-    flow = small("realnvp")
-    learner = learner_of(flow, compile=True)
-    rows = learner.prepare(batch(), torch.Generator())[0]
-    learner.warm_up(rows)
-    flow.eval() if change == "eval" else next(flow.parameters()).requires_grad_(False)
-    assert not learner._program.fits(rows)
-
-
 def test_a_number_that_changes_ends_the_use_of_a_program(uncompiled):
     flow = flow_of(Scaled())
     learner = learner_of(flow, cnf.FlowMatching(), compile=True)
@@ -433,7 +424,9 @@ def test_a_number_that_changes_ends_the_use_of_a_program(uncompiled):
     for _ in range(9):
         learner.step(rows, 0.0)
     flow.field.shift = 1.0
-    with pytest.warns(UserWarning, match=r"a number that it computes with, .* has changed since"):
+    with pytest.warns(
+        UserWarning, match="a number that it computes with has probably changed since"
+    ):
         loss = learner.step(rows, 0.0)
     assert not learner.compiled
     torch.testing.assert_close(loss.value.double(), learner._loss(rows).value, rtol=1e-6, atol=0)
@@ -444,7 +437,7 @@ def test_comparing_a_program_leaves_running_statistics_as_they_were():
     field.dropout = nn.BatchNorm1d(2)
     _, _, rows, program = program_of(flow_of(field), cnf.FlowMatching())
     before = field.dropout.running_mean.clone()
-    plain = program.plain_loss(rows)
+    plain = program.conditions._plain_loss(rows)
     assert torch.equal(field.dropout.running_mean, before)
     torch.testing.assert_close(plain, program(rows)[0].value)
     assert not torch.equal(field.dropout.running_mean, before)
@@ -468,7 +461,7 @@ class Differentiates(Linear):
 
 def test_a_program_is_compared_where_the_loss_itself_differentiates():
     _, _, rows, program = program_of(flow_of(Differentiates()), cnf.FlowMatching())
-    torch.testing.assert_close(program.plain_loss(rows), program(rows)[0].value)
+    torch.testing.assert_close(program.conditions._plain_loss(rows), program(rows)[0].value)
 
 
 def test_a_bad_step_of_a_program_is_left_out(uncompiled):

@@ -25,8 +25,9 @@ from cnf.training.column_checks import check_columns
 from cnf.training.config import TF32, TrainConfig, as_config
 from cnf.training.history import Callback, History, Listeners
 from cnf.training.interrupt import interruptible
+from cnf.training.manifest import Manifest
 from cnf.training.memory import peak_memory
-from cnf.training.origin import Origin, configuration, environment, objective_name
+from cnf.training.origin import Origin, configuration, objective_name
 from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
@@ -132,8 +133,8 @@ class _Trainer:
         context: Any, weight: Any, validation: Any, listeners: Listeners,
     ) -> None:  # fmt: skip
         optional("lightning_fabric", "train")  # here, since `cnf.load` can do without it
-        from cnf.training.engine import learner_for
         from cnf.training.learner import launch_fabric
+        from cnf.training.learners import learner_for
 
         self.module, self.objective, self.config = module, objective, config
         missing = getattr(getattr(module, "transform", None), "optional_context", False)
@@ -169,7 +170,7 @@ class _Trainer:
         self.rounding = _rounding(config, self.fabric.device.type)
         self.saved_at = time.perf_counter()
         self.recorded_at = 0.0  # fraction of the budget
-        self.rows_taken, self.evaluations = 0, [0, 0]  # since the start; forward and backward
+        self.manifest = Manifest(module, config, self.origin, self.fabric)
         self.postponed = False  # whether it was told that validation waits
 
     def resume(self) -> None:
@@ -180,7 +181,8 @@ class _Trainer:
             restore(self.config.folder, self._parts())
             self.recorded_at = self.budget.fraction  # of the budget as it is now
             self.validation.count_done(self.recorded_at)
-        self.first_step, self.first_second = self.budget.step, self.budget.seconds
+        self.first_step = self.budget.step
+        self.manifest.begin(self.budget)
         self._describe("running")
 
     def run(self) -> History:
@@ -204,8 +206,7 @@ class _Trainer:
                     with self.rounding():
                         loss = learner.step(rows, learner.lr * budget.lr_factor(), share)
                     budget.spend(self._on_one_clock(time.perf_counter() - start))
-                self.evaluations[0] += stats.forward
-                self.evaluations[1] += stats.backward
+                self.manifest.count_evaluations(stats)
                 score = None
                 if budget.done or (validation.due(budget.fraction) and self._affords_validation()):
                     score = self._validate()
@@ -265,7 +266,7 @@ class _Trainer:
         shards, drawing = self._shards(step), self.drawing
         generators = [stream(seed, "step", step, *at, device=drawing) for at in shards.ranges]
         batches = self._batches(step, shards, generators)
-        self.rows_taken += shards.size
+        self.manifest.count_rows(shards.size)
         if step == 0:
             self.learner.initialize(shards.taken(batches), stream(seed, "initialization"))
         return self.learner.prepare_shards(shards, batches, generators)
@@ -445,46 +446,8 @@ class _Trainer:
             spent = {"seconds": None, "steps": budget.step, "ticks": budget.ticks}
             spent["compile"] = self.learner.compiled
             description = {**description, **spent}
-        self.folder.describe(
-            description,
-            {
-                **environment(),
-                "device": str(self.fabric.device),
-                "processes": self.fabric.world_size,
-                "seed": config.seed,
-                "rows": self.origin.data if isinstance(self.origin.data, str) else None,
-                "parameters": sum(p.numel() for p in self.module.parameters()),
-                "budget": {"steps": config.steps, "seconds": config.seconds},
-                "steps": budget.step,
-                "seconds": round(budget.seconds, 3),
-                **self._memory(),
-                "validation_seconds": round(self.history.validating, 3),
-                **self._speed(),
-                "compiled": self.learner.compiled,
-                "compilation_seconds": round(self.history.compiling, 3),
-                "skipped_steps": self.learner.skipped,
-                "ended": ended,
-                **({"error": error} if error else {}),
-            },
-        )
-
-    def _memory(self) -> dict[str, int]:
-        """The most bytes that training has held, under a name that says of what."""
-        peak = self.peak()
-        where = "gpu" if self.fabric.device.type == "cuda" else "process"
-        return {f"peak_{where}_bytes": round(1e6 * peak)} if math.isfinite(peak) else {}
-
-    def _speed(self) -> dict[str, Any]:
-        """Rows a second of training, and evaluations of the ODEs in a step, since the start."""
-        steps = self.budget.step - self.first_step
-        seconds = self.budget.seconds - self.first_second
-        if not steps or not seconds:
-            return {}
-        forward, backward = (count / steps for count in self.evaluations)
-        return {
-            "rows_per_second": round(self.rows_taken / seconds, 1),
-            "evaluations_per_step": {"forward": forward, "backward": backward},
-        }
+        told = self.manifest.told(ended, budget, self.history, self.learner, self.peak())
+        self.folder.describe(description, {**told, **({"error": error} if error else {})})
 
 
 def _rounding(

@@ -58,6 +58,7 @@ class Program:
         trainable = [name for name, value in self._tensors.items() if id(value) in wanted]
         if len(trainable) < len(wanted):
             raise RuntimeError("the objective trains parameters that are not the module's")
+        # What the loss depends on, and what it tells, is known when `step` has run to be recorded.
         self._metrics: tuple[str, ...] = ()
         self.parameters: list[nn.Parameter] = []
 

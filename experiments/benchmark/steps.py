@@ -22,7 +22,7 @@ from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
 import cnf
 from cnf.random import stream
-from cnf.training.engine import learner_for
+from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
 
 Step = Callable[[], object]

@@ -8,7 +8,7 @@ from steps import launches
 from tables import markdown, number
 
 import cnf
-from cnf.training.engine import learner_for
+from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
 
 SHAPE, BATCHES = (1, 28, 28), (64,)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnf
-from cnf.training.engine import learner_for
+from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
 
 ROWS = (1_024, 65_536)

@@ -11,8 +11,8 @@ import cnf
 from cnf.dynamics import ode
 from cnf.objectives import Joint, Objective
 from cnf.training.capture import BAD_STEPS, CapturedLearner
-from cnf.training.engine import why_not_captured
 from cnf.training.learner import Learner, launch_fabric
+from cnf.training.learners import why_not_captured
 
 needs_gpu = [
     pytest.mark.gpu,

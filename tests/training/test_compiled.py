@@ -14,9 +14,9 @@ from cnf.objectives import Batch, Objective
 from cnf.objectives.base import Loss
 from cnf.training import compiled
 from cnf.training.compiled import CompiledLearner, CompiledSolveLearner, pays
-from cnf.training.engine import learner_for
 from cnf.training.flat import FlatAdam
 from cnf.training.learner import Learner, _LossModule, launch_fabric
+from cnf.training.learners import learner_for
 from cnf.training.program import Program, _recorded
 from cnf.transforms.continuous import compiled_solves
 
@@ -368,7 +368,7 @@ def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
 
 
 def test_a_run_too_short_to_be_compiled_says_that_it_was_not(uncompiled, monkeypatch):
-    monkeypatch.setattr("cnf.training.engine.LEAST_STEPS", 1)
+    monkeypatch.setattr("cnf.training.learners.LEAST_STEPS", 1)
     history = trained(small("realnvp"), cnf.MaximumLikelihood(), compile="auto")
     assert not history.compiled and history.compiling > 0  # of the attempt
 
@@ -384,7 +384,7 @@ class Reads(Objective):
 
 
 def test_an_objective_that_reads_a_number_is_trained_without_a_program(uncompiled, monkeypatch):
-    monkeypatch.setattr("cnf.training.engine.LEAST_STEPS", 1)
+    monkeypatch.setattr("cnf.training.learners.LEAST_STEPS", 1)
     one, other = small("realnvp"), small("realnvp")
     with pytest.warns(UserWarning, match="steps are not compiled, as that failed: "):
         trained(one, Reads(), compile="auto")
@@ -563,7 +563,7 @@ def test_solves_that_cannot_be_compiled_are_trained_as_they_are(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    monkeypatch.setattr("cnf.training.engine.LEAST_SOLVES", 1)
+    monkeypatch.setattr("cnf.training.learners.LEAST_SOLVES", 1)
     objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
     one, other = small("cnf"), small("cnf")
     with pytest.warns(UserWarning, match="steps are not compiled, as that failed: no compiler; "):

@@ -20,7 +20,7 @@ import signal
 import sys
 import torch
 import cnf
-from cnf.training.engine import learner_for
+from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
 
 torch.set_num_threads(1)

@@ -31,22 +31,27 @@ def learner_for(
     Raises:
         ValueError: `compile=True` where a step cannot be compiled or captured.
     """
-    device = fabric.device.type
-    if config.strategy == SHARDED:
-        hindrance = f"strategy={SHARDED!r}"
-    elif device == "cuda":
-        hindrance = why_not_captured(module, objective, fabric)
-    else:
-        hindrance = why_not_compiled(objective, config, fabric)
-    if config.compile is True and hindrance:
+    kind, obstacle = _kind(module, objective, config, fabric)
+    if config.compile is True and obstacle:
         raise ValueError(
             f"fit: compile=True compiles a step on a CPU and captures one on a CUDA device, got "
-            f"{hindrance}; leave compile='auto'"
+            f"{obstacle}; leave compile='auto'"
         )
-    kind = ShardedLearner if config.strategy == SHARDED else Learner
-    if config.compile and not hindrance:
-        kind = CapturedLearner if device == "cuda" else _compiled(module, objective, config)
     return kind(module, objective, config, fabric)
+
+
+def _kind(
+    module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric
+) -> tuple[type[Learner], str | None]:
+    """The class of the learner, and what keeps steps from being compiled, if anything does."""
+    if config.strategy == SHARDED:
+        return ShardedLearner, f"strategy={SHARDED!r}"
+    if fabric.device.type == "cuda":
+        obstacle = why_not_captured(module, objective, fabric)
+        return (CapturedLearner if config.compile and not obstacle else Learner), obstacle
+    if obstacle := why_not_compiled(objective, config, fabric):
+        return Learner, obstacle
+    return (_compiled(module, objective, config) if config.compile else Learner), None
 
 
 def _compiled(module: nn.Module, objective: Objective, config: TrainConfig) -> type[Learner]:
@@ -67,7 +72,7 @@ def why_not_compiled(objective: Objective, config: TrainConfig, fabric: Fabric) 
         config: Its `accumulate` is read.
         fabric: The processes.
     """
-    if why := _why_neither("cpu", objective, fabric):
+    if why := _common_obstacle("cpu", objective, fabric):
         return why
     if config.accumulate > 1:
         return f"accumulate={config.accumulate}"
@@ -82,7 +87,7 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
         objective: What is minimized.
         fabric: The processes.
     """
-    if why := _why_neither("cuda", objective, fabric):
+    if why := _common_obstacle("cuda", objective, fabric):
         return why
     if not objective.solves or not isinstance(module, Flow):
         return None
@@ -94,7 +99,7 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
     return None
 
 
-def _why_neither(device: str, objective: Objective, fabric: Fabric) -> str | None:
+def _common_obstacle(device: str, objective: Objective, fabric: Fabric) -> str | None:
     """What keeps a step from being compiled as from being captured."""
     if fabric.device.type != device:
         return f"the device {fabric.device}"

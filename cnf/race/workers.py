@@ -84,6 +84,8 @@ def several_at_a_time(
     where = (folder or Path(tempfile.gettempdir())).absolute()
     where.mkdir(parents=True, exist_ok=True)
     stop = where / f".stop-{os.getpid()}"
+    # A race that was killed leaves it, and in a container the next one has the same number.
+    stop.unlink(missing_ok=True)
     packed = _pickled(data, "the data")
     tasks = (
         joblib.delayed(_answer)(number, _parcel(run, data, packed, stop))

@@ -195,6 +195,14 @@ def test_run_that_is_stopped_saves_and_goes_on_from_there(monkeypatch, tmp_path)
     assert torch.equal(weights(trained.flow), weights(planned().train(MOONS).flow))
 
 
+def test_stop_file_that_a_killed_race_of_the_same_process_number_left_stops_nobody(
+    in_this_process, tmp_path
+):
+    (tmp_path / f".stop-{os.getpid()}").touch()
+    found = train_all([planned(), planned(seed=1)], folder=tmp_path)
+    assert [trained.steps for _, trained in found] == [3, 3]
+
+
 def test_signal_to_the_race_stops_its_workers_and_is_raised_when_they_have_ended(
     monkeypatch, in_this_process, tmp_path
 ):

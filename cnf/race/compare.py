@@ -13,14 +13,20 @@ from torch.distributions import Distribution
 
 from cnf.data import Images, Points, load
 from cnf.distributions import Base
-from cnf.errors import CheckpointError, expect_counts
+from cnf.errors import CheckpointError, expect_counts, warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.race.contestants import RACE_OF_PICTURES, Contestant, entrants
 from cnf.race.judge import TIGHT, Judge, draw_test_points
-from cnf.race.results import Entry, Results, distinct
-from cnf.race.runs import Run, Trained, build
-from cnf.race.workers import Outcome, Say, one_after_the_other, several_at_a_time
+from cnf.race.results import Entry, Results, by_share, distinct, shortened
+from cnf.race.runs import Run, Share, Trained, build, shares_with
+from cnf.race.workers import (
+    Outcome,
+    Say,
+    expected_threads,
+    one_after_the_other,
+    several_at_a_time,
+)
 from cnf.random import VERSION, stream
 from cnf.training import History, TrainConfig, checkpoint
 from cnf.training.history import held_out_nll
@@ -74,7 +80,9 @@ def compare(
             cluster that `joblib.parallel_config` names; scores are taken when all are trained.
             Each has cores // workers threads. With as many threads, a budget in steps gives the
             numbers of one worker; one in seconds takes a core, or a GPU, for each worker.
-        resume: Go on with the race in `folder`: who has finished is not raced again.
+        resume: Go on with the race in `folder`: who has finished is not raced again. With a budget
+            in seconds it takes as many workers and threads as before to be fair, and a warning
+            says where they differ.
         say: Called with a line of text as the race goes on.
 
     Raises:
@@ -101,13 +109,14 @@ def compare(
     failed = {titles[name]: reason for name, reason in unfit.items()}
     fitting = {name: one for name, one in contestants.items() if name not in unfit}
     made_of = {name: {**race, "contestant": one.made_of} for name, one in fitting.items()}
-    runs = _planned(fitting, titles, seeds, replace(base, folder=folder))
+    runs = _planned(fitting, titles, seeds, replace(base, folder=folder), workers)
     entries = {run.title: _finished(run, made_of[run.name], density) for run in runs}
     for title, entry in entries.items():
         if entry is not None:
             say(f"{title}: finished before")
     left = [run for run in runs if entries[run.title] is None]
-    for run, outcome in _outcomes(left, train, workers, folder, progress, say):
+    warned = seconds is not None and _warn_of_shares(_expected_shares(left, entries))
+    for run, outcome in _outcomes(left, train, folder, progress, say):
         try:
             trained = outcome()
             entries[run.title] = entry = _entry(run, trained, judge, density)
@@ -115,14 +124,14 @@ def compare(
             failed[run.title] = str(error) or type(error).__name__
             say(f"{run.title} failed: {failed[run.title]}")
             continue
-        if workers > 1:
-            settings["threads_per_worker"] = trained.threads
         if run.config.folder:
             _keep(run.config.folder, entry, made_of[run.name])
     ranked = _ranked(entries, failed)
-    settings |= {"workers": workers} if workers > 1 else {}
+    settings |= _workers_and_threads(ranked)
     settings |= {"seeds": seeds, "evaluation_solver": str(TIGHT), "failed": failed}
     results = _results(density, judge, ranked, settings)
+    if seconds is not None and not warned:  # a cluster's threads were not known before
+        _warn_of_shares(results.shares())
     if folder:
         results.save(folder)
     return results
@@ -145,6 +154,51 @@ def _ranked(entries: dict[str, Entry | None], failed: dict[str, str]) -> list[En
     return ranked
 
 
+def _expected_shares(left: list[Run], entries: dict[str, Entry | None]) -> dict[str, list[str]]:
+    """As `Results.shares`, of the runs that have been trained and of those that are to be.
+
+    Args:
+        left: Runs that have training left, or scoring alone.
+        entries: By title; None where a run is left.
+    """
+    shares = {title: entry.shares for title, entry in entries.items() if entry is not None}
+    threads = expected_threads(left[0].workers) if left else None
+    if threads is not None:
+        now = Share(left[0].workers, threads)
+        shares |= {run.title: shares_with(run.config.folder, now) for run in left}
+    return by_share(shares)
+
+
+def _warn_of_shares(shares: dict[str, list[str]]) -> bool:
+    """Warn where runs with a budget in seconds do not all have the same share of the machine.
+
+    Args:
+        shares: As `Results.shares`.
+    """
+    if len(shares) < 2:
+        return False
+    told = [f"{words}: {shortened(titles)}" for words, titles in shares.items()]
+    warn(
+        "compare: with a budget in seconds, scores can be compared where all runs have the same "
+        f"share of the machine, but these differ: {'; '.join(told)}. Resume with as many workers "
+        "and threads (OMP_NUM_THREADS) as the runs that have ended, or race all anew in another "
+        "folder"
+    )
+    return True
+
+
+def _workers_and_threads(entries: list[Entry]) -> dict[str, Any]:
+    """What trained several runs at a time, for the results: a number, or all that there were."""
+    shares = list(dict.fromkeys(share for entry in entries for share in entry.shares))
+    if all(share.workers == 1 for share in shares) and len(shares) < 2:
+        return {}
+    workers, threads = (list(dict.fromkeys(part)) for part in zip(*shares, strict=True))
+    return {
+        "workers": workers[0] if len(workers) == 1 else workers,
+        "threads_per_worker": threads[0] if len(threads) == 1 else threads,
+    }
+
+
 def _listed(seeds: Any) -> list[int]:
     if not isinstance(seeds, Iterable) or not (found := list(seeds)):
         raise ValueError(f"compare: expected seeds to be numbers, such as (0, 1), got {seeds!r}")
@@ -154,9 +208,17 @@ def _listed(seeds: Any) -> list[int]:
 
 
 def _planned(
-    contestants: dict[str, Contestant], titles: dict[str, str], seeds: list[int], race: TrainConfig
+    contestants: dict[str, Contestant],
+    titles: dict[str, str],
+    seeds: list[int],
+    race: TrainConfig,
+    workers: int,
 ) -> list[Run]:
-    """A run for each contestant and seed, in this order, in a folder of its own in the race's."""
+    """A run for each contestant and seed, in this order, in a folder of its own in the race's.
+
+    However few are left to train, each has the share of the machine that it has among all.
+    """
+    workers = min(workers, len(contestants) * len(seeds))
 
     def config(name: str, seed: int) -> TrainConfig:
         if race.folder is None:
@@ -165,18 +227,17 @@ def _planned(
         return replace(race, seed=seed, folder=folder, resume="auto")
 
     return [
-        Run(name, f"{titles[name]}, seed {seed}", contestant, config(name, seed))
+        Run(name, f"{titles[name]}, seed {seed}", contestant, config(name, seed), workers)
         for (name, contestant), seed in product(contestants.items(), seeds)
     ]
 
 
 def _outcomes(
-    runs: list[Run], data: Any, workers: int, folder: Path | None, progress: bool, say: Say
+    runs: list[Run], data: Any, folder: Path | None, progress: bool, say: Say
 ) -> Iterator[Outcome]:
     """Each run, and what returns it trained."""
-    workers = min(workers, len(runs))
-    if workers > 1:
-        return several_at_a_time(runs, data, workers, folder, progress, say)
+    if runs and runs[0].workers > 1:
+        return several_at_a_time(runs, data, runs[0].workers, folder, progress, say)
     return one_after_the_other(runs, data, say)
 
 
@@ -255,9 +316,10 @@ def _finished(run: Run, race: dict[str, Any], density: Any) -> Entry | None:
         entry, before = kept["entry"], {"contestant": race["contestant"], **kept["race"]}
         curve = [(seconds, gap) for seconds, gap in entry.pop("curve")]
         few = [(nfe, distance) for nfe, distance in entry.pop("few_steps")]
+        shares = [Share(*share) for share in entry.pop("shares", [])]
         into = None if isinstance(run.contestant.model, str) else run.build(density)
         flow = checkpoint.load(folder, into=into)
-        found = Entry(**entry, curve=curve, few_steps=few, flow=flow)
+        found = Entry(**entry, curve=curve, few_steps=few, flow=flow, shares=shares)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
     differs = [
@@ -281,7 +343,8 @@ def _entry(run: Run, trained: Trained, judge: Judge, density: Any) -> Entry:
         tell("samples in few steps")
         few = judge.few_steps(flow, seed)
     paired = [] if judge.test.weight is not None else log_q.double().round(decimals=5).tolist()
-    return Entry(run.name, run.contestant.title, seed, scores, curve, few, flow, paired)
+    title, shares = run.contestant.title, trained.shares
+    return Entry(run.name, title, seed, scores, curve, few, flow, paired, shares)
 
 
 def as_results(flow: Flow, density: Any, title: str, curve: list[tuple[float, float]]) -> Results:

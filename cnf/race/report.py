@@ -14,7 +14,7 @@ from cnf.metrics import Score
 from cnf.metrics.estimate import number
 from cnf.race import verdict
 from cnf.race.figures import save_figures
-from cnf.race.results import Results
+from cnf.race.results import Results, shortened
 
 
 def write_report(results: Results, folder: str | Path) -> Path:
@@ -200,6 +200,11 @@ def _subtitle(results: Results) -> str:
 def _facts(results: Results) -> list[tuple[str, str]]:
     """How it was measured, as label and words."""
     settings, machine = dict(results.settings), dict(results.machine)
+    shares, threads = results.shares(), machine.pop("threads", None)
+    if shares:
+        settings = {
+            k: v for k, v in settings.items() if k not in ("workers", "threads_per_worker")
+        }
     seconds, steps = settings.pop("seconds", None), settings.pop("steps", None)
     spent = f"{number(seconds)} seconds of training steps" if seconds else f"{steps} steps"
     if patience := settings.pop("patience", None):
@@ -221,7 +226,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         "Processor": machine.pop("processor", None),
         "GPU": machine.pop("gpu", None) or "none",
         "Processor cores": machine.pop("cores", None),
-        "Threads used": machine.pop("threads", None),
+        "Training": _trained_by(shares),
+        "Threads of the evaluation" if shares else "Threads used": threads,
         "Revision of the code": machine.pop("revision", None),
     }
     failed = settings.pop("failed", {})
@@ -229,6 +235,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     rest = {key.replace("_", " "): value for key, value in {**settings, **machine}.items()}
     facts = [(key, str(value)) for key, value in {**shown, **rest}.items() if value is not None]
     return [*facts, ("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]
+
+
+def _trained_by(shares: dict[str, list[str]]) -> str | None:
+    """What training had of the machine, with the names of the runs where it differs."""
+    if len(shares) < 2:
+        return next(iter(shares), None)
+    return "; ".join(f"{words}: {shortened(titles)}" for words, titles in shares.items())
 
 
 def _emphasized(text: str) -> Any:

@@ -14,6 +14,7 @@ from cnf.errors import UnknownNameError
 from cnf.flow import Flow
 from cnf.metrics import METRICS, Estimate, Metric, Score
 from cnf.plotting.style import color_of
+from cnf.race.runs import Share
 
 DECIDING = ("gap", "nll")  # one of them ranks, and all of them come first
 FEW = 4  # Euler steps at which the quality of samples in few steps is judged
@@ -56,6 +57,21 @@ def distinct(titles: dict[str, str]) -> dict[str, str]:
     }
 
 
+def by_share(shares: dict[str, list[Share]]) -> dict[str, list[str]]:
+    """The shares of the machine in words, and which runs had each; unknown ones are left out."""
+    found: dict[str, list[str]] = {}
+    for title, parts in shares.items():
+        if parts:
+            found.setdefault(", then ".join(map(str, parts)), []).append(title)
+    return found
+
+
+def shortened(titles: list[str]) -> str:
+    """The first few of these runs, and how many more there are."""
+    more = f" and {len(titles) - 4} more" if len(titles) > 5 else ""
+    return ", ".join(titles[:4] if more else titles) + more
+
+
 @dataclass
 class Entry:
     """One contestant's run with one seed.
@@ -71,6 +87,8 @@ class Entry:
         flow: The trained flow.
         log_prob: log q at the test points, which are the same for all; empty where these have
             weights.
+        shares: What its training had of the machine: one share, or several, in their order, where
+            it was stopped and went on with another; none where that is unknown.
     """
 
     contestant: str
@@ -81,6 +99,7 @@ class Entry:
     few_steps: list[tuple[int, float]]
     flow: Flow
     log_prob: list[float] = field(default_factory=list, repr=False)
+    shares: list[Share] = field(default_factory=list)
 
     def score(self, key: str) -> float:
         """A score, measured or derived from others; NaN where there is none.
@@ -244,6 +263,11 @@ class Results:
         seeds = [x.mean(1).var() / len(x) for x in (a, b) if len(x) > 1]
         return Estimate(rows.mean().item(), math.sqrt(rows.var() / len(rows) + sum(seeds)))
 
+    def shares(self) -> dict[str, list[str]]:
+        """What training had of the machine, in words → contestants and seeds that had it."""
+        titles = self.titles
+        return by_share({f"{titles[e.contestant]}, seed {e.seed}": e.shares for e in self.entries})
+
     def ranking(self) -> list[str]:
         """Contestants, best first by the deciding score; those without a finite one come last."""
         failed = self.failed()
@@ -266,17 +290,23 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write results.csv (a row per contestant and seed) and results.json (no flows).
 
+        The last two columns say how many runs trained at a time, and with how many threads each.
+
         A cell is empty where an entry has no such score, as one of an earlier version's race.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "results.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             names = list(dict.fromkeys(name for entry in self.entries for name in entry.scores))
-            writer.writerow(["data", "contestant", "seed", *names])
+            writer.writerow(["data", "contestant", "seed", *names, *Share._fields])
             for entry in self.entries:
                 found = entry.scores
                 numbers = (f"{found[name]:.6g}" if name in found else "" for name in names)
-                writer.writerow([self.data, entry.contestant, entry.seed, *numbers])
+                shares = (
+                    ", then ".join(map(str, part)) for part in zip(*entry.shares, strict=True)
+                )
+                shares = list(shares) or ["", ""]
+                writer.writerow([self.data, entry.contestant, entry.seed, *numbers, *shares])
         left_out = ("flow", "log_prob")  # beside the runs
         entries = [
             {k: v for k, v in vars(entry).items() if k not in left_out} for entry in self.entries

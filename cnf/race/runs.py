@@ -3,9 +3,10 @@
 import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +19,24 @@ from cnf.training import History, TrainConfig, checkpoint, fit
 from cnf.training.interrupt import Interrupted
 
 TRAINED = "trained.json"
+SHARES = "shares.json"
+
+
+class Share(NamedTuple):
+    """What a run had of the machine while it trained.
+
+    Attributes:
+        workers: How many runs trained at a time.
+        threads: Of torch, in the process that trained this one.
+    """
+
+    workers: int
+    threads: int
+
+    def __str__(self) -> str:
+        at_once = "1 run" if self.workers == 1 else f"{self.workers} runs"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{at_once} at a time with {threads}{' each' if self.workers > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -29,12 +48,14 @@ class Run:
         title: Contestant and seed, in words.
         contestant: Who it is.
         config: The race's budget, with this run's seed and folder.
+        workers: How many runs train at a time.
     """
 
     name: str
     title: str
     contestant: Contestant
     config: TrainConfig
+    workers: int = 1
 
     def build(self, data: Any) -> Flow:
         """The flow before training.
@@ -50,7 +71,7 @@ class Run:
         Args:
             data: What it is trained on.
         """
-        return train(self.build(data), self.contestant.stages, data, self.config)
+        return train(self.build(data), self.contestant.stages, data, self.config, self.workers)
 
 
 @dataclass
@@ -61,13 +82,14 @@ class Trained:
         flow: The trained flow.
         histories: Of each stage.
         memory: Peak memory of training in MB: the GPU's, else the whole process's.
-        threads: Of torch, in the process that trained it.
+        shares: What training had of the machine; several where it was stopped and went on with
+            another share, none where a version that did not record it has trained.
     """
 
     flow: Flow
     histories: list[History]
     memory: float
-    threads: int = field(default_factory=torch.get_num_threads)
+    shares: list[Share] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -108,7 +130,9 @@ def build(contestant: Contestant, data: Any, seed: int) -> Flow:
         return contestant.model(**options)
 
 
-def train(flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig) -> Trained:
+def train(
+    flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig, workers: int = 1
+) -> Trained:
     """Train a flow in stages, one after the other; a run that was begun in the folder goes on.
 
     Args:
@@ -116,11 +140,16 @@ def train(flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig)
         stages: How; each has its share of the budget.
         data: What it is trained on.
         config: The whole budget, seed and folder.
+        workers: How many runs train at a time.
 
     Raises:
         Interrupted: A signal ended training; what has a folder is saved.
     """
     histories, memory = [], _memory_before(config.folder)
+    shares = shares_with(config.folder, Share(workers, torch.get_num_threads()))
+    if config.folder:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_whole(config.folder / SHARES, json.dumps(shares).encode())
     for number, stage in enumerate(stages, 1):
         part = {
             "seconds": config.seconds and config.seconds * stage.share,
@@ -138,10 +167,25 @@ def train(flow: Flow, stages: tuple[Stage, ...], data: Any, config: TrainConfig)
         checkpoint.save(flow, config.folder)
         text = json.dumps({"peak_memory_mb": memory})
         checkpoint.write_whole(config.folder / TRAINED, text.encode())
-    return Trained(flow, histories, memory)
+    return Trained(flow, histories, memory, shares)
 
 
 def _memory_before(folder: Path | None) -> float:
     """What a run took that was trained, but not yet scored, when its race was stopped; else 0."""
     file = folder and folder / TRAINED
     return json.loads(file.read_text())["peak_memory_mb"] if file and file.exists() else 0.0
+
+
+def shares_with(folder: Path | None, now: Share) -> list[Share]:
+    """What a run has had of the machine, and has now if it has training left.
+
+    Args:
+        folder: The run's.
+        now: What it has now.
+    """
+    before: list[Share] = []  # where nothing was saved, the run begins anew
+    if folder is not None and any(folder.rglob(checkpoint.STATE_FILE)):
+        with suppress(OSError, ValueError, TypeError):  # a version before did not write it
+            before = [Share(*share) for share in json.loads((folder / SHARES).read_text())]
+    trained = folder is not None and (folder / TRAINED).exists()
+    return before if trained or before[-1:] == [now] else [*before, now]

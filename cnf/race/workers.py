@@ -125,7 +125,7 @@ class _Parcel:
 
     Attributes:
         data: The data, pickled.
-        rest: Flow, stages and settings, pickled.
+        rest: Flow, stages, settings and the number of workers, pickled.
         device: As in `TrainConfig`.
         threads: Of the race's own process.
         parent: The number of that process.
@@ -165,7 +165,7 @@ def _parcel(run: Run, data: Any, packed: bytes, stop: Path) -> _Parcel | str:
     folder = run.config.folder and run.config.folder.absolute()
     config = replace(run.config, folder=folder, progress=False)
     try:
-        content = run.build(data).cpu(), run.contestant.stages, config
+        content = run.build(data).cpu(), run.contestant.stages, config, run.workers
         rest = _pickled(content, "its model, objective or settings")
     except Exception as error:  # it must not cost the others their race
         return _words(error)
@@ -198,8 +198,8 @@ def _trained(number: int, parcel: _Parcel) -> _Answer:
         raise Interrupted(signal.SIGTERM)
     if parcel.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
-    flow, stages, config = pickle.loads(parcel.rest)
-    trained = train(flow, stages, pickle.loads(parcel.data), config)
+    flow, stages, config, at_once = pickle.loads(parcel.rest)
+    trained = train(flow, stages, pickle.loads(parcel.data), config, at_once)
     kind = flow.device.type
     flow.cpu()  # of this process's GPU the other knows nothing
     told = f"{trained.steps:,} steps, {trained.seconds:.1f} s"
@@ -256,13 +256,28 @@ def _dead(workers: int, folder: Path | None) -> ChildProcessError:
     )
 
 
+def expected_threads(workers: int) -> int | None:
+    """Threads that each of so many runs at a time will have; None on a cluster, which decides."""
+    if workers == 1:
+        return torch.get_num_threads()
+    joblib = optional("joblib", "evaluation")
+    backend, _ = joblib.parallel.get_active_backend()
+    if not isinstance(backend, joblib.parallel.LokyBackend):
+        return None
+    return _threads_each(workers, joblib.cpu_count())
+
+
+def _threads_each(workers: int, cores: int) -> int:
+    chosen = "OMP_NUM_THREADS" in os.environ
+    return min(torch.get_num_threads(), cores if chosen else max(1, cores // workers))
+
+
 def _warn_of_sharing(runs: Sequence[Run], workers: int, cores: int) -> None:
     """Warn where seconds are the budget and runs have to wait for a processor."""
     config, at_once = runs[0].config, min(workers, len(runs))
     if config.seconds is None:
         return
-    chosen = "OMP_NUM_THREADS" in os.environ
-    threads = min(torch.get_num_threads(), cores if chosen else max(1, cores // at_once))
+    threads = _threads_each(workers, cores)
     gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     kind, needed, found = "GPU", at_once, gpus
     if not gpus:

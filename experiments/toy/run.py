@@ -42,8 +42,9 @@ def record(name: str, config: dict) -> None:
     rows = [row for row in recorded() if row["data"] != name]
     rows += [{**row, **about} for row in csv.DictReader((RUNS / name / "results.csv").open())]
     rows.sort(key=lambda row: config["densities"].index(row["data"]))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with (HERE / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     (HERE / "table.md").write_text(table(config, rows))

@@ -1,5 +1,6 @@
 """Runs of a race in several processes: what workers get, do and give back."""
 
+import csv
 import importlib
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -20,6 +22,8 @@ import cnf
 from cnf.fields import VectorField
 from cnf.race import runs, workers
 from cnf.race.contestants import CONTESTANTS, Contestant, Stage
+from cnf.race.report import page_of
+from cnf.race.runs import Share
 from cnf.training import checkpoint, learner
 from cnf.training.interrupt import Interrupted
 from cnf.transforms import Continuous
@@ -201,6 +205,105 @@ def test_stop_file_that_a_killed_race_of_the_same_process_number_left_stops_nobo
     (tmp_path / f".stop-{os.getpid()}").touch()
     found = train_all([planned(), planned(seed=1)], folder=tmp_path)
     assert [trained.steps for _, trained in found] == [3, 3]
+
+
+@pytest.fixture
+def raced_by_two(monkeypatch, in_this_process, tmp_path):
+    """(budget) → resumes, with other settings, a race whose two runs two workers have trained."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    threads = torch.get_num_threads()
+
+    def begin(**budget):
+        settings = {"steps": None, **budget, "folder": tmp_path / "race"}
+        torch.set_num_threads(1)
+        race(["planar"], **settings, seeds=(0, 1), workers=2)
+        in_this_process.clear()
+        return lambda **changes: race(["planar"], **settings, resume=True, **changes)
+
+    yield begin
+    torch.set_num_threads(threads)
+
+
+UNEQUAL = (
+    "these differ: 2 runs at a time with 1 thread each: Planar, seed 0, Planar, seed 1; "
+    r"1 run at a time with 2 threads: Planar, seed 2\. Resume with as many workers"
+)
+
+
+@pytest.mark.parametrize("expected", ["expected", "unknown"])
+def test_seconds_on_other_shares_of_the_machine_are_warned_of_and_told(
+    expected, raced_by_two, monkeypatch, tmp_path
+):
+    """Before training where the threads are known, else when all are trained."""
+    resume = raced_by_two(seconds=0.05)
+    torch.set_num_threads(2)
+    if expected == "unknown":
+        racing = importlib.import_module("cnf.race.compare")
+        monkeypatch.setattr(racing, "expected_threads", lambda workers: None)
+    else:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(InterruptedError),
+            pytest.warns(UserWarning, match=UNEQUAL),
+        ):
+            patch.setattr(importlib.import_module("cnf.race.compare"), "_outcomes", interrupts)
+            resume(seeds=(0, 1, 2), workers=1)
+    with pytest.warns(UserWarning, match=UNEQUAL) as warned:
+        results = resume(seeds=(0, 1, 2), workers=1)
+    assert len(warned) == 1
+    assert [entry.shares for entry in results.entries] == [[(2, 1)], [(2, 1)], [(1, 2)]]
+    assert results.settings["workers"] == [2, 1]
+    assert results.settings["threads_per_worker"] == [1, 2]
+    text = (tmp_path / "race" / "results.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [(row["workers"], row["threads"]) for row in rows] == [("2", "1")] * 2 + [("1", "2")]
+    page = page_of(results, {})
+    assert "1 run at a time with 2 threads: Planar, seed 2<" in page
+    with pytest.warns(UserWarning, match=UNEQUAL):  # nobody is left, and the table is as mixed
+        resume(seeds=(0, 1, 2), workers=1)
+
+
+def interrupts(*_):
+    raise InterruptedError
+
+
+def test_run_that_is_left_has_the_share_of_the_others(raced_by_two, in_this_process, tmp_path):
+    resume = raced_by_two(seconds=0.05)
+    (tmp_path / "race/runs/planar-seed-1/entry.json").unlink()
+    results = resume(seeds=(0, 1), workers=2)
+    assert [arguments for arguments, _ in in_this_process] == [(2,)]
+    assert results.shares() == {
+        "2 runs at a time with 1 thread each": ["Planar, seed 0", "Planar, seed 1"]
+    }
+    assert (results.settings["workers"], results.settings["threads_per_worker"]) == (2, 1)
+    assert "<dd>2 runs at a time with 1 thread each</dd>" in page_of(results, {})
+
+
+def test_steps_on_other_shares_of_the_machine_are_not_warned_of(raced_by_two):
+    results = raced_by_two(steps=3)(seeds=(0, 1, 2), workers=1)
+    assert results.settings["workers"] == [2, 1] and len(results.shares()) == 2
+
+
+def test_share_of_a_run_is_told_for_each_part_of_its_training(monkeypatch, tmp_path):
+    fit, run = runs.fit, replace(planned(folder=tmp_path / "run"), workers=4)
+
+    def stopped(flow, objective, data, config):
+        config = replace(config, checkpoint_seconds=1e-9)
+        return fit(flow, objective, data, config, callbacks=[stop])
+
+    def stop(record):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(runs, "fit", stopped)
+        run.train(MOONS)
+    shares = [Share(4, torch.get_num_threads()), Share(1, torch.get_num_threads())]
+    assert replace(run, workers=1).train(MOONS).shares == shares
+    assert replace(run, workers=2).train(MOONS).shares == shares  # which has nothing left to train
+    (tmp_path / "run" / "trained.json").unlink()
+    for state in (tmp_path / "run").rglob("state.pt"):
+        state.unlink()
+    assert runs.shares_with(tmp_path / "run", Share(3, 2)) == [Share(3, 2)]  # it begins anew
 
 
 def test_signal_to_the_race_stops_its_workers_and_is_raised_when_they_have_ended(

@@ -2,9 +2,13 @@
 
 import ast
 import importlib.util
+import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,3 +121,73 @@ def test_all_reduce_of_many_gpus_is_by_hand(scaling):
     assert gpus.all_reduce(0, 512) == pytest.approx(4 * 123.2e-6)
     sent = gpus.all_reduce(4e8, 512) - gpus.all_reduce(0, 512)
     assert sent == pytest.approx(2 * 511 / 512 * 4e8 / 400e9)
+
+
+CASES = """
+import multiprocessing
+from types import SimpleNamespace
+
+COPY = multiprocessing.current_process().name != "MainProcess"
+CASES = QUICK = {"case": SimpleNamespace(rows={8: 1, 16: 1})}
+assert not (COPY and WHERE == "import")
+
+
+def train(case, rows, steps, devices):
+    assert not (COPY and WHERE == f"training {rows}")
+    return 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    "where, longest", [("import", 3), ("training 8", 600), ("training 16", 600)]
+)
+def test_a_copy_that_fails_ends_the_other(where, longest, tmp_path):
+    """At once where it can tell, else when the longest time is over."""
+    (tmp_path / "cases.py").write_text(CASES.replace("WHERE", repr(where)))
+    code = (
+        f"import job; job.LONGEST = {longest}\n"
+        "if __name__ == '__main__': job.main('beside a copy', True)"
+    )
+    (tmp_path / "main.py").write_text(code)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "scaling"), str(ROOT.parent)])
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")], env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 1 and "job.py: the copy failed" in run.stderr
+    assert not run.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script experiments/gpu/run.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "gpu"))
+    own = [path.stem for path in (ROOT / "gpu").glob("*.py")] + ["measure", "tables"]
+    for name in own:
+        sys.modules.pop(name, None)
+    yield importlib.import_module("run")
+    for name in own:
+        sys.modules.pop(name, None)
+
+
+def test_a_question_that_failed_is_asked_again_at_another_revision(gpu, monkeypatch, tmp_path):
+    options, asked = gpu.Options("cpu", 1, 1, 1.0, True), []
+    assert all(part.questions(options) for part in gpu.PARTS.values())
+
+    def fails():
+        asked.append("fails")
+        raise ValueError("no room")
+
+    def measure(question, revision):
+        part = SimpleNamespace(questions=lambda _: {"new": question}, table=str, __doc__="A part.")
+        monkeypatch.setattr(gpu, "PARTS", {"part": part})
+        gpu.measure(["part"], options, tmp_path, "cpu", math.inf, revision)
+        return json.loads((tmp_path / "results-cpu.json").read_text())
+
+    for revision in ("one", "one", "two"):
+        results = measure(fails, revision)
+    assert asked == ["fails", "fails"]
+    assert results["failed"] == {"new": {"revision": "two", "error": "ValueError: no room"}}
+    assert "- new: ValueError: no room (revision two)" in (tmp_path / "tables-cpu.md").read_text()
+    results = measure(lambda: {"ms": 1.0}, "three")
+    assert results == {"failed": {}, "part": {"new": {"revision": "three", "ms": 1.0}}}

@@ -2,7 +2,8 @@
 
 Measures the most telling first, one small question after another, and writes each answer at once
 to results-DEVICE.json and tables-DEVICE.md beside this file; what is there already is not measured
-again, so that a run that was cut short goes on. `--quick` on a CPU shows that everything runs.
+again, so that a run that was cut short goes on. What failed is measured again at another revision.
+`--quick` on a CPU shows that everything runs.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "benchmark"))  # measure.py, tables.py
+sys.path.append(str(HERE.parent / "benchmark"))  # measure.py, tables.py; last, as both have steps
 
 import gap  # noqa: E402
 import limits  # noqa: E402
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
     parser.add_argument("--out", type=Path, help="folder; a temporary one with --quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--revision", help=argparse.SUPPRESS)  # that at which `again` began
     given = parser.parse_args()
     device = "cpu" if given.quick else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
@@ -46,27 +48,35 @@ def main() -> None:
     folder = given.out or (Path(tempfile.mkdtemp()) if given.quick else HERE)
     folder.mkdir(parents=True, exist_ok=True)
     name = "cpu" if given.quick else torch.cuda.get_device_name()
-    measure(given.only.split(","), options, folder, name, time.monotonic() + given.seconds)
+    end = time.monotonic() + given.seconds
+    revision = given.revision or str(environment()["revision"])
+    measure(given.only.split(","), options, folder, name, end, revision)
 
 
-def measure(parts: list[str], options: Options, folder: Path, device: str, end: float) -> None:
+def measure(
+    parts: list[str], options: Options, folder: Path, device: str, end: float, revision: str
+) -> None:
     """Answer the questions of these parts until the end, and write what came out."""
     suffix = re.sub(r"\W+", "-", device.lower())
     file = folder / f"results-{suffix}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
+    failed = results.setdefault("failed", {})
     for part in parts:
         found = results.setdefault(part, {})
         for name, question in PARTS[part].questions(options).items():
-            if name in results.get("failed", {}) or name in found or time.monotonic() > end:
+            before = failed.get(name, {}).get("revision") == revision
+            if before or name in found or time.monotonic() > end:
                 continue
             try:
-                found[name] = {"revision": environment()["revision"], **question()}
+                found[name] = {"revision": revision, **question()}
+                failed.pop(name, None)
             except Exception as error:
                 traceback.print_exc()
-                results.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:300]
+                words = f"{type(error).__name__}: {error}"[:300]
+                failed[name] = {"revision": revision, "error": words}
                 write(file, results)
                 if options.device == "cuda":  # what failed there may have left it unusable
-                    again(end)
+                    again(end, revision)
             write(file, results)
         if found:
             print(f"## {part}\n\n{PARTS[part].table(found)}\n", flush=True)
@@ -77,10 +87,11 @@ def write(file: Path, results: dict) -> None:
     file.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def again(end: float) -> None:
+def again(end: float, revision: str) -> None:
     """Go on in a fresh process, for the seconds that are left."""
-    left = max(0, end - time.monotonic())
-    os.execv(sys.executable, [sys.executable, *sys.argv, "--seconds", f"{left:.0f}"])
+    left = f"{max(0, end - time.monotonic()):.0f}"
+    command = [sys.executable, *sys.argv, "--seconds", left, "--revision", revision]
+    os.execv(sys.executable, command)
 
 
 def written(results: dict, device: str) -> str:
@@ -94,7 +105,8 @@ def written(results: dict, device: str) -> str:
                 f"Revision {', '.join(revisions)}; torch {torch.__version__}; float32.\n"
             )
     if failed := results.get("failed"):
-        text.append("## failed\n\n" + "\n".join(f"- {k}: {v}" for k, v in failed.items()) + "\n")
+        told = [f"- {k}: {v['error']} (revision {v['revision']})" for k, v in failed.items()]
+        text.append("## failed\n\n" + "\n".join(told) + "\n")
     return "\n".join(text)
 
 

@@ -4,15 +4,19 @@ WAY is "alone" (one process), "beside a copy" (one process, while an independent
 the same on the other core), or "two" (two processes share each step). One thread each.
 """
 
+import contextlib
 import json
 import multiprocessing
 import sys
 from collections.abc import Callable
+from threading import BrokenBarrierError
+from typing import Any
 
 import torch
 from cases import CASES, QUICK, train
 
 WAYS = ("alone", "beside a copy", "two")
+LONGEST = 600  # seconds that one of two copies waits for the other
 
 
 def timed(quick: bool, devices: int, meet: Callable[[], object]) -> dict[str, dict[int, float]]:
@@ -32,16 +36,35 @@ def timed(quick: bool, devices: int, meet: Callable[[], object]) -> dict[str, di
     return found
 
 
+def timed_beside(quick: bool, barrier: Any) -> None:
+    """What the copy does; where it fails, the other does not wait for it.
+
+    Args:
+        quick: Tiny sizes.
+        barrier: Where both meet before each measurement.
+    """
+    try:
+        timed(quick, 1, barrier.wait)
+    except BaseException:
+        barrier.abort()
+        raise
+
+
 def main(way: str, quick: bool) -> None:
     meet, copy = (lambda: None), None
     if way == "beside a copy":
         spawn = multiprocessing.get_context("spawn")
-        meet = spawn.Barrier(2).wait
-        copy = spawn.Process(target=timed, args=(quick, 1, meet))
+        barrier = spawn.Barrier(2, timeout=LONGEST)
+        meet = barrier.wait
+        copy = spawn.Process(target=timed_beside, args=(quick, barrier), daemon=True)
         copy.start()
-    found = timed(quick, 2 if way == "two" else 1, meet)
+    found = None
+    with contextlib.suppress(BrokenBarrierError):
+        found = timed(quick, 2 if way == "two" else 1, meet)
     if copy is not None:
-        copy.join()
+        copy.join(LONGEST)
+    if found is None or copy is not None and copy.exitcode != 0:
+        sys.exit(f"job.py: the copy failed, or took more than {LONGEST} s; see its error above")
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print(json.dumps(found))
 

@@ -79,6 +79,18 @@ def small_flow(randomized):
 
 
 @pytest.fixture
+def config():
+    """TrainConfig with a tiny budget; any setting can be given."""
+
+    def make(**settings):
+        budget = {} if "seconds" in settings else {"steps": 6}
+        small = {"batch_size": 16, "validation_rows": 50, "progress": False, "device": "cpu"}
+        return cnf.TrainConfig(**{**budget, **small, **settings})
+
+    return make
+
+
+@pytest.fixture
 def pretended():
     """The device of `tests/pretended.py`, which counts kernels and waits."""
     from tests.pretended import pretended_device

@@ -105,15 +105,6 @@ def test_a_table_trains_on_the_device(preprocess, config, device):
     assert torch.isfinite(flow.log_prob(rows.float().to(device))).all()
 
 
-@pytest.fixture
-def config():
-    def make(**settings):
-        small = {"steps": 6, "batch_size": 16, "validation_rows": 50, "progress": False}
-        return cnf.TrainConfig(**{**small, **settings})
-
-    return make
-
-
 def test_a_killed_run_goes_on_as_if_it_had_not_been(config, tmp_path, device):
     def flow():
         torch.manual_seed(0)

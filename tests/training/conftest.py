@@ -1,5 +1,6 @@
 """Fixtures for training: tiny budgets, small repeatable flows, modules that fail."""
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch import nn
 import cnf
 from cnf.objectives import Objective
 from cnf.registry import options_of
+from tests.training.process_runs import launch
 
 FIXED = cnf.Solver("rk4", steps=2, gradient="backprop")
 
@@ -22,18 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def config():
-    """TrainConfig with a tiny budget; any setting can be given."""
-
-    def make(**settings):
-        budget = {} if "seconds" in settings else {"steps": 6}
-        small = {"batch_size": 16, "validation_rows": 50, "progress": False, "device": "cpu"}
-        return cnf.TrainConfig(**{**budget, **small, **settings})
-
-    return make
 
 
 @pytest.fixture
@@ -200,3 +190,16 @@ def in_processes(monkeypatch):
             return list(pool.map(process, range(count)))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory):
+    """(kind, launcher) → the folder of the runs of `process_runs.py`, and the lines that their
+    processes printed; each is started once."""
+
+    @functools.cache
+    def start(kind, launcher):
+        folder = tmp_path_factory.mktemp(f"{kind}-{launcher}")
+        return folder, launch(kind, folder, launcher)
+
+    return start

@@ -159,7 +159,7 @@ def replicated(out: str, devices: int) -> None:
             flow = cnf.models.build("cnf", dim=2, hidden=(8,), solver=solver).double()
         config = cnf.TrainConfig(
             steps=8, batch_size=16, device="cpu", devices=devices,
-            strategy="ddp" if devices > 1 else "auto", folder=f"{out}/{name}", progress=False,
+            strategy="ddp" if devices > 1 else "auto", folder=Path(out) / name, progress=False,
             validation_rows=50, lr=1e-2, patience=5, checkpoint_seconds=1e-9,
             validation_divergence="hutchinson" if name == "probes" else None,
         )  # fmt: skip
@@ -190,7 +190,7 @@ class Tied(nn.Module):
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         x = self.blocks[1](self.blocks[0](x))
-        return x @ self.blocks[1].weight if self.taken else x
+        return x @ self.blocks[1].get_parameter("weight") if self.taken else x
 
 
 def sharded(out: str, devices: int) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,23 +20,25 @@ from cnf.training.program import Program, _recorded
 from cnf.transforms.continuous import compiled_solves
 
 DISCRETE = ["nice", "realnvp", "glow", "nsf", "nsf-ar", "maf", "planar", "radial", "sylvester"]
-SMALL = {"hidden": (8,), "layers": 2}
 
 
-def small(name, **options):
-    torch.manual_seed(0)
-    kept = {
-        k: v
-        for k, v in SMALL.items()
-        if k == "layers" or name not in ("planar", "radial", "sylvester")
-    }
-    kept = {} if name == "cnf" else kept
-    options = {**kept, **options} if name != "cnf" else {"hidden": (8, 8), **options}
-    flow = cnf.models.build(name, dim=2, **options).double()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return flow
+@pytest.fixture
+def small(small):
+    """(name) → the small model of two layers, in float64, with weights that are not its first."""
+
+    def build(name, **options):
+        if name == "cnf":
+            options = {"hidden": (8, 8), "solver": None, **options}
+        else:
+            options = {"layers": 2, **options}
+        flow, generator = small(name, **options).double(), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter += 0.1 * draw
+        return flow
+
+    return build
 
 
 def batch(n=16, context=0):
@@ -76,18 +77,18 @@ def dict_of(pairs):
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_a_record_of_a_discrete_flows_likelihood_is_its_loss_and_gradient(name):
+def test_a_record_of_a_discrete_flows_likelihood_is_its_loss_and_gradient(name, small):
     assert_is_the_gradient(*program_of(small(name), cnf.MaximumLikelihood()))
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine", {"name": "linear", "noise": 0.1}])
 @pytest.mark.parametrize("coupling", ["independent", "minibatch-ot"])
-def test_a_record_of_flow_matching_is_its_loss_and_gradient(path, coupling):
+def test_a_record_of_flow_matching_is_its_loss_and_gradient(path, coupling, small):
     objective = cnf.FlowMatching(path=path, coupling=coupling)
     assert_is_the_gradient(*program_of(small("cnf"), objective))
 
 
-def test_a_record_has_the_context_as_an_input():
+def test_a_record_has_the_context_as_an_input(small):
     flow = small("nsf", context=3)
     assert_is_the_gradient(*program_of(flow, cnf.MaximumLikelihood(), batch(context=3)))
 
@@ -163,7 +164,7 @@ def test_a_compiled_program_reads_tensors_that_are_no_buffers_at_each_call():
     assert_is_the_gradient(loss, trained, rows, program)
 
 
-def test_a_frozen_parameter_gets_no_gradient():
+def test_a_frozen_parameter_gets_no_gradient(small):
     flow = small("realnvp")
     frozen = next(flow.parameters()).requires_grad_(False)
     program = program_of(flow, cnf.MaximumLikelihood())[-1]
@@ -172,7 +173,7 @@ def test_a_frozen_parameter_gets_no_gradient():
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
-def test_gradients_are_clipped_as_torch_clips_them(clip):
+def test_gradients_are_clipped_as_torch_clips_them(clip, small):
     loss, trained, rows, program = program_of(small("realnvp"), cnf.MaximumLikelihood(), clip=clip)
     loss(rows).value.backward()
     norm = nn.utils.clip_grad_norm_(trained, clip)
@@ -182,7 +183,7 @@ def test_gradients_are_clipped_as_torch_clips_them(clip):
     torch.testing.assert_close(side_by_side, whole)
 
 
-def test_running_statistics_move_in_a_call_and_not_in_the_record():
+def test_running_statistics_move_in_a_call_and_not_in_the_record(small):
     flow = small("realnvp", layers=1)
     norm = cnf.transforms.BatchNorm(2).double()
     flow.transform = cnf.transforms.Compose([flow.transform, norm])
@@ -197,7 +198,7 @@ def test_running_statistics_move_in_a_call_and_not_in_the_record():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_parameters_side_by_side_move_and_average_as_by_torch(kind):
+def test_parameters_side_by_side_move_and_average_as_by_torch(kind, small):
     one, other = small("realnvp"), small("realnvp")
     averages = [copy.deepcopy(flow).requires_grad_(False) for flow in (one, other)]
     settings = {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
@@ -263,11 +264,11 @@ def learner_of(flow, objective=None, **settings):
         ("cnf", {"seconds": 180}, Learner),
     ],
 )
-def test_the_budget_decides_what_is_compiled_unless_it_is_told(model, settings, kind):
+def test_the_budget_decides_what_is_compiled_unless_it_is_told(model, settings, kind, small):
     assert type(learner_of(small(model), **settings)) is kind
 
 
-def test_a_flow_of_several_odes_needs_a_longer_budget():
+def test_a_flow_of_several_odes_needs_a_longer_budget(small):
     one = small("cnf")
     two = cnf.Flow(one.base, cnf.transforms.Compose([one.transform, small("cnf").transform]))
     assert type(learner_of(one, steps=2_500)) is CompiledSolveLearner
@@ -292,12 +293,12 @@ def test_products_with_few_columns_are_turned_and_stay_the_same():
     torch.testing.assert_close(found, wanted)
 
 
-def test_compilation_that_cannot_be_is_refused_in_words():
+def test_compilation_that_cannot_be_is_refused_in_words(small):
     with pytest.raises(ValueError, match=r"compile=True compiles .* got accumulate=2; leave"):
         learner_of(small("realnvp"), compile=True, accumulate=2)
 
 
-def test_a_budget_in_steps_is_judged_by_itself_alone(monkeypatch):
+def test_a_budget_in_steps_is_judged_by_itself_alone(monkeypatch, small):
     program = program_of(small("nsf"), cnf.MaximumLikelihood())[-1]
     program.size = 1_000
     costs = 2 * (4 + 0.015 * 1_000)
@@ -315,12 +316,15 @@ class _Known:
         self.exists = lambda: exists
 
 
-def trained(flow, objective, steps=20, **settings):
-    data = batch(64).x
-    config = cnf.TrainConfig(
-        steps=steps, batch_size=16, progress=False, validations=0, ema=0.5, **settings
-    )
-    return cnf.fit(flow, objective, data, config)
+@pytest.fixture
+def trained(config):
+    """(flow, objective) → the history of a run of 20 steps."""
+
+    def fit(flow, objective, callbacks=(), **settings):
+        settings = config(steps=20, validations=0, ema=0.5, **settings)
+        return cnf.fit(flow, objective, batch(64).x, settings, callbacks=callbacks)
+
+    return fit
 
 
 @pytest.fixture
@@ -332,7 +336,9 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "objective"), [("cnf", cnf.FlowMatching()), ("nsf", cnf.MaximumLikelihood())]
 )
-def test_a_run_of_programs_ends_at_the_weights_of_one_without(model, objective, uncompiled):
+def test_a_run_of_programs_ends_at_the_weights_of_one_without(
+    model, objective, uncompiled, small, trained
+):
     one, other = small(model), small(model)
     trained(one, objective, compile=False)
     history = trained(other, objective, compile=True)
@@ -342,7 +348,7 @@ def test_a_run_of_programs_ends_at_the_weights_of_one_without(model, objective, 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
+def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path, small, trained):
     whole, parts = small("realnvp"), small("realnvp")
     trained(whole, cnf.MaximumLikelihood(), compile=True)
 
@@ -353,21 +359,18 @@ def test_a_run_of_programs_resumes_bit_for_bit(uncompiled, tmp_path):
         if record["step"] == 7:
             raise Stop
 
-    data = batch(64).x
-    config = cnf.TrainConfig(
-        steps=20, batch_size=16, progress=False, validations=0, ema=0.5, compile=True,
-        folder=tmp_path / "run",
-    )  # fmt: skip
+    settings = {"compile": True, "folder": tmp_path / "run"}
     with pytest.raises(Stop):
-        cnf.fit(parts, cnf.MaximumLikelihood(), data, config, callbacks=[stop])
-    config = replace(config, resume=True)
-    assert cnf.fit(parts, cnf.MaximumLikelihood(), data, config).compiled
-    assert cnf.fit(parts, cnf.MaximumLikelihood(), data, config).compiled  # it had ended
+        trained(parts, cnf.MaximumLikelihood(), callbacks=[stop], **settings)
+    for _ in range(2):  # the second time it has ended
+        assert trained(parts, cnf.MaximumLikelihood(), resume=True, **settings).compiled
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_run_too_short_to_be_compiled_says_that_it_was_not(uncompiled, monkeypatch):
+def test_a_run_too_short_to_be_compiled_says_that_it_was_not(
+    uncompiled, monkeypatch, small, trained
+):
     monkeypatch.setattr("cnf.training.learners.LEAST_STEPS", 1)
     history = trained(small("realnvp"), cnf.MaximumLikelihood(), compile="auto")
     assert not history.compiled and history.compiling > 0  # of the attempt
@@ -383,7 +386,9 @@ class Reads(Objective):
         return Loss(value, {"read": torch.tensor(value.item())})
 
 
-def test_an_objective_that_reads_a_number_is_trained_without_a_program(uncompiled, monkeypatch):
+def test_an_objective_that_reads_a_number_is_trained_without_a_program(
+    uncompiled, monkeypatch, small, trained
+):
     monkeypatch.setattr("cnf.training.learners.LEAST_STEPS", 1)
     one, other = small("realnvp"), small("realnvp")
     with pytest.warns(UserWarning, match="steps are not compiled, as that failed: "):
@@ -395,7 +400,7 @@ def test_an_objective_that_reads_a_number_is_trained_without_a_program(uncompile
         trained(one, Reads(), compile=True)
 
 
-def test_rows_of_another_shape_take_an_uncompiled_step(uncompiled):
+def test_rows_of_another_shape_take_an_uncompiled_step(uncompiled, small):
     learner = learner_of(small("realnvp"), compile=True)
     rows = [learner.prepare(batch(n), torch.Generator())[0] for n in (16, 12)]
     learner.warm_up(rows[0])
@@ -407,7 +412,7 @@ def test_rows_of_another_shape_take_an_uncompiled_step(uncompiled):
     )
 
 
-def test_rows_with_a_gradient_of_their_own_take_an_uncompiled_step(uncompiled):
+def test_rows_with_a_gradient_of_their_own_take_an_uncompiled_step(uncompiled, small):
     learner = learner_of(small("nsf", context=1), compile=True)
     rows = learner.prepare(batch(context=1), torch.Generator())[0]
     learner.warm_up(rows)
@@ -464,7 +469,7 @@ def test_a_program_is_compared_where_the_loss_itself_differentiates():
     torch.testing.assert_close(program.conditions._plain_loss(rows), program(rows)[0].value)
 
 
-def test_a_bad_step_of_a_program_is_left_out(uncompiled):
+def test_a_bad_step_of_a_program_is_left_out(uncompiled, small):
     learner = learner_of(small("realnvp"), compile=True)
     rows = learner.prepare(batch(), torch.Generator())[0]
     learner.warm_up(rows)
@@ -492,7 +497,7 @@ SOLVES = {
 
 
 @pytest.mark.parametrize("case", SOLVES)
-def test_a_compiled_solver_step_is_the_step(case, monkeypatch):
+def test_a_compiled_solver_step_is_the_step(case, monkeypatch, small):
     """With the compiler out of the way: what is compiled is what computes."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     solver = cnf.Solver("rk4", steps=3)
@@ -511,7 +516,7 @@ def test_a_compiled_solver_step_is_the_step(case, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_compiled_solver_steps_keep_to_the_memory_of_the_solver(monkeypatch):
+def test_compiled_solver_steps_keep_to_the_memory_of_the_solver(monkeypatch, small):
     taken = []
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: lambda *a: taken.append(1) or function(*a)
@@ -524,7 +529,7 @@ def test_compiled_solver_steps_keep_to_the_memory_of_the_solver(monkeypatch):
     assert len(taken) == 24 + 2  # each an evaluation, none a step; two measured the memory
 
 
-def test_a_compiled_solve_that_becomes_infinite_says_why(monkeypatch):
+def test_a_compiled_solve_that_becomes_infinite_says_why(monkeypatch, small):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flow = small("cnf").with_solver(cnf.Solver("rk4", steps=3, compile=True))
     with torch.no_grad():
@@ -540,7 +545,7 @@ def test_a_compiled_solve_that_becomes_infinite_says_why(monkeypatch):
         (torch.bfloat16, {}, "of dtype torch.bfloat16 is too coarse"),
     ],
 )
-def test_a_compiled_solve_is_refused_as_a_plain_one(dtype, settings, why, monkeypatch):
+def test_a_compiled_solve_is_refused_as_a_plain_one(dtype, settings, why, monkeypatch, small):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     solver = cnf.Solver("rk4", steps=3, compile=True, **settings)
     flow = small("cnf").with_solver(solver).to(dtype)
@@ -548,7 +553,7 @@ def test_a_compiled_solve_is_refused_as_a_plain_one(dtype, settings, why, monkey
         flow.log_prob(batch().x.to(dtype))
 
 
-def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):
+def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch, small, trained):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     objective = cnf.MaximumLikelihood(solver=cnf.Solver("rk4", steps=3))
     one, other = small("cnf"), small("cnf")
@@ -558,7 +563,7 @@ def test_a_run_compiles_its_solves_and_ends_at_the_same_weights(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_solves_that_cannot_be_compiled_are_trained_as_they_are(monkeypatch):
+def test_solves_that_cannot_be_compiled_are_trained_as_they_are(monkeypatch, small, trained):
     def refuse(function, **_):
         raise RuntimeError("no compiler")
 

@@ -69,7 +69,7 @@ def by_share(shares: dict[str, list[Share]]) -> dict[str, list[str]]:
 def shortened(titles: list[str]) -> str:
     """The first few of these runs, and how many more there are."""
     more = f" and {len(titles) - 4} more" if len(titles) > 5 else ""
-    return ", ".join(titles[:4] if more else titles) + more
+    return " / ".join(titles[:4] if more else titles) + more
 
 
 @dataclass

@@ -11,6 +11,7 @@ from rich.console import Console
 from cnf.metrics.estimate import number
 from cnf.race import verdict
 from cnf.race.report import page_of
+from cnf.race.results import shortened
 from cnf.race.runs import Trained
 from cnf.race.tables import results_table
 from cnf.training import History
@@ -124,3 +125,12 @@ def test_ranking_puts_those_without_a_finite_score_last(race):
     results.of("realnvp")[1].scores["gap"] = math.inf
     assert results.ranking() == ["maf", "cnf", "realnvp"]
     assert results.failed() == ["cnf", "realnvp"]
+
+
+def test_many_runs_of_one_share_are_counted():
+    titles = [f"NSF, seed {seed}" for seed in range(6)]
+    assert shortened(titles[:2]) == "NSF, seed 0 / NSF, seed 1"
+    assert shortened(titles[:5]).count("/") == 4
+    assert shortened(titles) == (
+        "NSF, seed 0 / NSF, seed 1 / NSF, seed 2 / NSF, seed 3 and 2 more"
+    )

@@ -225,7 +225,7 @@ def raced_by_two(monkeypatch, in_this_process, tmp_path):
 
 
 UNEQUAL = (
-    "these differ: 2 runs at a time with 1 thread each: Planar, seed 0, Planar, seed 1; "
+    "these differ: 2 runs at a time with 1 thread each: Planar, seed 0 / Planar, seed 1; "
     r"1 run at a time with 2 threads: Planar, seed 2\. Resume with as many workers"
 )
 

@@ -22,8 +22,8 @@ from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
 import cnf
 from cnf.random import stream
-from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
+from cnf.training.learners import learner_for
 
 Step = Callable[[], object]
 SOLVERS = {"RK4 × 12": cnf.Solver("rk4", steps=12), "dopri5 at 1e-5": cnf.Solver()}

@@ -8,8 +8,8 @@ from steps import launches
 from tables import markdown, number
 
 import cnf
-from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
+from cnf.training.learners import learner_for
 
 SHAPE, BATCHES = (1, 28, 28), (64,)
 RK4 = cnf.Solver("rk4", steps=4)

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnf
-from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
+from cnf.training.learners import learner_for
 
 ROWS = (1_024, 65_536)
 ALL_ROWS = (256, 8_192, 262_144)  # of the first case

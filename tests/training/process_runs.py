@@ -19,8 +19,8 @@ from torch import nn
 import cnf
 from cnf.objectives import Objective
 from cnf.training import shards, validation
-from cnf.training.learners import learner_for
 from cnf.training.learner import launch_fabric
+from cnf.training.learners import learner_for
 
 RUNS = {
     "replicated": (

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ RUNS = {
     "sharded": (
         "mlp", "unet", "accumulated", "patient", "unaveraged", "resumed", "nan-in-one",
     ),
+    "timed": ("timed",),
 }  # fmt: skip
 LAUNCHERS = {"one": 1, "fabric": 2, "torchrun": 2}  # and the processes that they start
 
@@ -178,6 +180,28 @@ def replicated(out: str, devices: int) -> None:
         _say(f"{name} {history.steps} steps, {flow.log_prob(x).sum().item():.12f}")
 
 
+class SlowToBegin(cnf.FlowMatching):
+    """Flow matching that takes the second process half a second more to prepare."""
+
+    def begin(self, module: nn.Module, rows: Any, generator: torch.Generator) -> Objective:
+        time.sleep(0.5 * _rank())
+        return super().begin(module, rows, generator)
+
+
+def timed(out: str, devices: int) -> None:
+    """A run under a budget in seconds, of which every process has another clock."""
+    torch.manual_seed(7)
+    flow = cnf.models.build("cnf", dim=2, hidden=(8,)).double()
+    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    config = cnf.TrainConfig(
+        seconds=1.0, batch_size=16, device="cpu", devices=devices, folder=Path(out) / "timed",
+        strategy="ddp" if devices > 1 else "auto", progress=False, ema=None, validation_rows=6,
+    )  # fmt: skip
+    history = cnf.fit(flow, SlowToBegin(), rows, config)
+    total = sum(weight.sum().item() for weight in flow.parameters())
+    _say(f"timed {history.steps} steps, ticks {sum(history.ticks)}, {total:.14f}")
+
+
 class Tied(nn.Module):
     """A net whose blocks share a weight, or one of whose weights is taken out of a block."""
 
@@ -268,4 +292,5 @@ def _bytes_held(devices: int) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _BadInLast.processes = int(sys.argv[3])
-    {"replicated": replicated, "sharded": sharded}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    kinds = {"replicated": replicated, "sharded": sharded, "timed": timed}
+    kinds[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

@@ -43,6 +43,12 @@ def test_glow_resumed_by_two_processes_equals_uninterrupted_training(launched):
     assert torch.equal(weights(folder / "actnorm"), weights(folder / "resumed"))
 
 
+def test_processes_with_other_clocks_have_one_learning_rate_and_end_together(launched):
+    _, said = launched("timed", "fabric")
+    first, second = (line for line in said if line.startswith("timed"))
+    assert first == second
+
+
 def test_only_the_first_process_writes(launched):
     folder = launched("replicated", "fabric")[0] / "flow-matching"
     files = {p.name for p in folder.rglob("*") if p.is_file()}

@@ -42,9 +42,9 @@ def asked_to_end(asked: Callable[[], int]) -> Iterator[None]:
 
 @contextmanager
 def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[], int]]:
-    """Inside, a signal to end is seen between steps, a second one at once.
+    """Inside, the first signal is reported between steps; a second one raises `Interrupted`.
 
-    Yields what tells the number of the signal that came, 0 for none. Only the main thread can see
+    Yields a function that gives the number of the signal that came, 0 for none. Only the main thread can see
     signals. One that the process was started to ignore, as `nohup` does, stays ignored, and a
     program's own handler of SIGUSR1, by which SLURM tells that time runs out, stays in place.
 

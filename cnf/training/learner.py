@@ -91,11 +91,11 @@ class Learner:
         lr: Highest learning rate.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
         compiled: Whether steps are compiled or captured, as `TrainConfig.compile` says.
-        whole: Whether this process has all weights, and can save them without the others.
+        can_save_alone: Whether this process has all weights, and saves without the others.
     """
 
     compiled = False
-    whole = True
+    can_save_alone = True
 
     def __init__(
         self, module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric

@@ -349,7 +349,7 @@ class _Trainer:
             self.listeners.tell(record)
         except Exception as error:  # a full disk, a service, a callback: no step may be lost
             try:
-                if self.learner.whole:  # else the others would have to save as well
+                if self.learner.can_save_alone:  # else the others would have to save as well
                     self._save()
             except (CheckpointError, DivergedError) as unsaved:
                 error.add_note(f"Nor could the run be saved: {unsaved}")

@@ -35,7 +35,7 @@ class ShardedLearner(Learner):
         ValueError: The objective is not flow matching, or the field is one that cannot be sharded.
     """
 
-    whole = False
+    can_save_alone = False
 
     def __init__(
         self, module: nn.Module, objective: Objective, config: TrainConfig, fabric: Fabric

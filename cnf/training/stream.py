@@ -52,7 +52,7 @@ class Stream(ABC):
     def batches(
         self, step: int, shards: Shards, generators: Sequence[torch.Generator]
     ) -> list[Batch]:
-        """The batch of each shard of a step; rows of other processes may be any.
+        """The batch of each shard of a step, whose rows of other processes may be placeholders.
 
         Args:
             step: Its number.

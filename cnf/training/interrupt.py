@@ -44,9 +44,10 @@ def asked_to_end(asked: Callable[[], int]) -> Iterator[None]:
 def interruptible(then: Callable[[], Any] = lambda: None) -> Iterator[Callable[[], int]]:
     """Inside, the first signal is reported between steps; a second one raises `Interrupted`.
 
-    Yields a function that gives the number of the signal that came, 0 for none. Only the main thread can see
-    signals. One that the process was started to ignore, as `nohup` does, stays ignored, and a
-    program's own handler of SIGUSR1, by which SLURM tells that time runs out, stays in place.
+    Yields a function that gives the number of the signal that came, 0 for none. Only the main
+    thread can see signals. One that the process was started to ignore, as `nohup` does, stays
+    ignored, and a program's own handler of SIGUSR1, by which SLURM tells that time runs out, stays
+    in place.
 
     Args:
         then: Called when the first signal comes.

@@ -460,6 +460,7 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
     words = normalized(words, kinds, required(function) or kinds)
     words = _resumed(words) if name == "train" else words
     file = next((word[9:] for word in words if word.startswith("--config=")), None)
+    words = [*words, *_one_budget(words)] if file else words
     try:
         parsed = _parser().parse_args([name, *_former_defaults(file), *words])
     except ArgumentError as error:
@@ -473,6 +474,14 @@ def _options(name: str, words: list[str]) -> dict[str, Any]:
             own = {field.name: options.pop(field.name) for field in fields(settings)}
             options[argument] = settings(**own)
     return options
+
+
+def _one_budget(words: list[str]) -> list[str]:
+    """Flags for a budget that takes the place of the one in a configuration."""
+    given = {word[2:].split("=", 1)[0] for word in words}
+    if "seconds" in given and "steps" not in given:
+        return ["--steps=null", "--ticks=null"]
+    return ["--seconds=null"] if "steps" in given and "seconds" not in given else []
 
 
 def _former_defaults(config: str | None) -> list[str]:

@@ -1,5 +1,6 @@
 """The command line: every command on one run, repetition from config.yaml, and errors."""
 
+import csv
 import json
 import math
 import os
@@ -92,6 +93,28 @@ def test_run_with_a_budget_in_seconds_repeats_to_the_same_bytes_from_its_config(
     assert call("train", "--config", config, "--folder", tmp_path / "two")[0] == 0
     one, two = (tmp_path / name / "checkpoints" / "flow.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_in_seconds_goes_on_or_repeats_with_another_budget(call, tmp_path):
+    """The learning rate comes to zero at its end, and not before."""
+    assert call("train", *TRAIN, "--seconds", "0.3", "--folder", tmp_path / "one")[0] == 0
+    steps = int(metrics_of(tmp_path / "one")[-1]["step"])
+    more = ["--steps", 2 * steps]
+    with pytest.warns(UserWarning, match="a record of another number of steps") as told:
+        code, _, said = call("train", "--resume", tmp_path / "one", *more)
+    assert code == 0, said
+    assert not any("compile was" in str(warning.message) for warning in told)
+    rates = {int(row["step"]): float(row["lr"]) for row in metrics_of(tmp_path / "one")}
+    assert max(rate for step, rate in rates.items() if step > steps) > 0
+    config = tmp_path / "one" / "config.yaml"
+    more = ["--seconds", "0.3", "--folder", tmp_path / "two"]
+    code, _, said = call("train", "--config", config, *more)
+    assert code == 0, said
+
+
+def metrics_of(run):
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from cnf.training.stream import DistributionData, validation_draws
 TEST_POINTS = 10_000
 TEST_PICTURES = 1_000
 VALIDATION_POINTS = 4_000
-ENTRY = "entry.json"
+ENTRY, RACE = "entry.json", "race.json"  # of a run that has ended, and of one that has begun
 
 
 def compare(
@@ -115,6 +115,8 @@ def compare(
         if entry is not None:
             say(f"{title}: finished before")
     left = [run for run in runs if entries[run.title] is None]
+    for run in left:
+        _begin(run, made_of[run.name])
     warned = seconds is not None and _warn_of_shares(_expected_shares(left, entries))
     for run, outcome in _outcomes(left, train, folder, progress, say):
         try:
@@ -301,6 +303,32 @@ def _keep(run: Path, entry: Entry, race: dict[str, Any]) -> None:
     checkpoint.write_whole(run / ENTRY, text.encode())
 
 
+def _begin(run: Run, race: dict[str, Any]) -> None:
+    """Write in which race a run trains; one that was stopped goes on in no other.
+
+    Raises:
+        ValueError: It was begun in another race.
+    """
+    folder = run.config.folder
+    if folder is None:
+        return
+    if (folder / RACE).exists():
+        _expect_same(folder, json.loads((folder / RACE).read_text()), race)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(folder / RACE, json.dumps(race, indent=1).encode())
+
+
+def _expect_same(folder: Path, before: dict[str, Any], race: dict[str, Any]) -> None:
+    """Raise ValueError where a run's race was another."""
+    differs = [
+        "another contestant of this name" if key == "contestant"
+        else f"{key} was {before.get(key)!r}, is {race[key]!r}"
+        for key in race if before.get(key) != race[key]
+    ]  # fmt: skip
+    if differs:
+        raise ValueError(f"compare: {folder} ran in another race: {', '.join(differs)}")
+
+
 def _finished(run: Run, race: dict[str, Any], density: Any) -> Entry | None:
     """The entry of a run that was raced to its end; None if it was not, or is unreadable.
 
@@ -322,13 +350,7 @@ def _finished(run: Run, race: dict[str, Any], density: Any) -> Entry | None:
         found = Entry(**entry, curve=curve, few_steps=few, flow=flow, shares=shares)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
-    differs = [
-        "another contestant of this name" if key == "contestant"
-        else f"{key} was {before.get(key)!r}, is {race[key]!r}"
-        for key in race if before.get(key) != race[key]
-    ]  # fmt: skip
-    if differs:
-        raise ValueError(f"compare: {folder} ran in another race: {', '.join(differs)}")
+    _expect_same(folder, before, race)
     return found
 
 

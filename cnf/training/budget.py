@@ -4,9 +4,7 @@ import math
 from bisect import bisect_right
 from typing import Any
 
-from cnf.training.config import TrainConfig
-
-TICKS = 200  # a seconds budget moves on in so many ticks: its record is what makes it repeat
+from cnf.training.config import TICKS, TrainConfig
 
 
 class Budget:

@@ -1,6 +1,6 @@
 """What a training run is made of: every setting with its default and unit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from cnf.dynamics.divergence import DIVERGENCES
-from cnf.errors import expect_choice, expect_counts, expect_positive
+from cnf.errors import expect_choice, expect_counts, expect_positive, warn
 from cnf.registry import expect_options, options_of
 
 BATCH_SIZE = 1024
+TICKS = 200  # a seconds budget moves on in so many ticks: its record is what makes it repeat
 PICTURES = 64  # a batch of them
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = {
@@ -92,7 +93,7 @@ class TrainConfig:
             False does neither.
         progress: Show a progress bar.
         ticks: Steps at which each 1/200 of a seconds budget was used, as such a run records them;
-            with `steps` it repeats.
+            with its `steps` it repeats. With other steps they are left out, with a warning.
 
     Raises:
         ValueError: A setting is out of its range, or two contradict each other.
@@ -161,6 +162,11 @@ class TrainConfig:
             "TrainConfig", seconds=self.seconds, lr=self.lr, clip=self.clip,
             checkpoint_seconds=self.checkpoint_seconds,
         )  # fmt: skip
+        if self.patience is not None and not self.validations:
+            raise ValueError(
+                f"TrainConfig: patience={self.patience} counts validations, got validations=0; "
+                "drop patience, or validate"
+            )
         if self.validation_divergence is not None:
             _ = DIVERGENCES[self.validation_divergence]
         expect_choice("TrainConfig", "optimizer", self.optimizer, ("adam", "adamw"))
@@ -205,6 +211,13 @@ class TrainConfig:
             raise ValueError(
                 "TrainConfig: ticks repeat a run that had seconds; give them with steps"
             )
+        if self.ticks is not None and not _recorded_for(self.steps, self.ticks):
+            warn(
+                f"TrainConfig: the {len(self.ticks)} ticks are a record of another number of "
+                f"steps than steps={self.steps}: they are left out, and the learning rate follows "
+                "the steps"
+            )
+            self.ticks = None
         expect_choice("TrainConfig", "resume", self.resume, (True, False, "auto"))
         if self.resume and self.folder is None:
             raise ValueError(
@@ -213,6 +226,16 @@ class TrainConfig:
         if not isinstance(self.folder, str | PathLike | None):
             raise ValueError(f"TrainConfig: expected folder to be a path, got {self.folder!r}")
         self.folder = None if self.folder is None else Path(self.folder)
+
+
+def _recorded_for(steps: int | None, ticks: Sequence[int]) -> bool:
+    """Whether so many steps are what a run recorded the ticks in.
+
+    One that `patience` ended may have taken some steps after its last tick.
+    """
+    if steps is None or not ticks:
+        return False
+    return steps == ticks[-1] or (len(ticks) < TICKS and ticks[-1] < steps < 2 * ticks[-1])
 
 
 def as_config(config: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:

@@ -13,7 +13,7 @@ from torch import nn
 
 from cnf.data import load
 from cnf.dynamics import ode
-from cnf.errors import CheckpointError, DivergedError, SolverError, optional
+from cnf.errors import CheckpointError, DivergedError, SolverError, optional, warn
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
 from cnf.objectives.batch import Prepared
 from cnf.precision import tf32
@@ -455,6 +455,11 @@ def _rounding(
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """The context of a step, which says whether a CUDA device may compute in TF32."""
     allowed = TF32.get(config.precision or "")
+    if allowed and device != "cuda":
+        warn(
+            f"fit: precision='tf32' is that of products on a CUDA device, got {device!r}: it has "
+            "no effect there"
+        )
     if device != "cuda" or allowed is None:
         return contextlib.nullcontext
     return partial(tf32, allowed)

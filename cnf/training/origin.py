@@ -24,7 +24,9 @@ from cnf.training.config import TrainConfig
 FIXED = {"model", "options", "objective", "objective_options", "seed", "batch_size"}
 READING = {"data", "test", *(field.name for field in fields(Columns))}  # which rows they are
 BUDGETS = ("steps", "seconds", "ticks")  # a run in seconds is told as one in steps afterwards
-UNREPORTED = {"progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks"}
+UNREPORTED = {
+    "progress", "device", "devices", "strategy", "checkpoint_seconds", "ticks", "compile",
+}  # fmt: skip
 PACKAGES = ("torch", "torchdiffeq", "numpy", "lightning-fabric")
 WHOLE = 64_000_000  # bytes; of larger tensors the first and last rows are hashed
 ENDS = 1_000  # rows

@@ -318,6 +318,8 @@ def test_race_that_was_stopped_goes_on_without_those_who_finished(monkeypatch, t
     monkeypatch.setattr(runs, "train", stops)
     with pytest.raises(KeyboardInterrupt):
         race(["realnvp", "maf"], "moons", tmp_path)
+    with pytest.raises(ValueError, match="maf-seed-0 ran in another race: steps was 20, is 30"):
+        race(["maf"], "moons", tmp_path, resume=True, steps=30)  # which it began
     resumed = race(["realnvp", "maf"], "moons", tmp_path, resume=True)
     assert ran == ["realnvp", "maf", "maf"]
     assert resumed.contestants == ["realnvp", "maf"]

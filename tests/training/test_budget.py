@@ -83,3 +83,21 @@ def test_state_restores_step_seconds_ticks_and_fraction(config):
     assert (second.step, second.seconds, second.fraction) == (3, first.seconds, first.fraction)
     assert second.ticks == first.ticks
     assert spend(second, [0.4]) == spend(first, [0.4])
+
+
+@pytest.mark.parametrize("steps", [5, 60, 1_000])
+def test_ticks_of_another_number_of_steps_are_left_out_in_words(steps, config):
+    """The learning rate would stay at 0 beyond their end, and not come to 0 before it."""
+    ticks = [1 + k // 8 for k in range(TICKS)]  # of 25 steps
+    with pytest.warns(UserWarning, match="a record of another number of steps"):
+        settings = config(steps=steps, ticks=ticks)
+    budget = Budget(settings)
+    while not budget.done:
+        budget.spend(0.0)
+    assert budget.fraction == 1 and settings.ticks is None
+    assert config(steps=25, ticks=ticks).ticks == ticks
+
+
+def test_patience_without_validations_is_refused(config):
+    with pytest.raises(ValueError, match="patience=3 counts validations, got validations=0"):
+        config(patience=3, validations=0)

@@ -1,6 +1,7 @@
 """bf16-mixed: bfloat16 in fields and networks only."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -126,7 +127,10 @@ def test_steps_on_a_gpu_are_in_the_precision_asked_for(precision, inside):
     before = products()[1]
     with _rounding(config, "cuda")():
         assert products()[1] == (before if inside is None else inside)
-    with _rounding(config, "cpu")():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TF32, which a CPU has not
+        elsewhere = _rounding(config, "cpu")
+    with elsewhere():
         assert products()[1] == before
 
 
@@ -145,3 +149,8 @@ def test_float64_on_a_mac_is_refused_in_words_or_left_to_the_cpu(monkeypatch):
 def test_other_sharding_strategies_are_refused_in_words(strategy):
     with pytest.raises(ValueError, match=f"'ddp', or 'fsdp' to .* got '{strategy}'; against"):
         cnf.TrainConfig(strategy=strategy)
+
+
+def test_tf32_on_a_cpu_says_that_it_has_no_effect(small, config, points):
+    with pytest.warns(UserWarning, match="'tf32' is that of products on a CUDA device, got 'cpu'"):
+        cnf.fit(small(), cnf.FlowMatching(), points, config(precision="tf32"))

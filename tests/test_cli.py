@@ -112,6 +112,20 @@ def test_a_run_in_seconds_goes_on_or_repeats_with_another_budget(call, tmp_path)
     assert code == 0, said
 
 
+def test_a_run_of_a_file_made_in_python_goes_on_from_the_command_line(call, tmp_path):
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    np.savetxt(tmp_path / "x.csv", x.numpy(), delimiter=",", header="a,b", comments="")
+    data = cnf.data.load(str(tmp_path / "x.csv"))
+    flow = cnf.models.build("realnvp", dim=2, hidden=(8,), layers=2)
+    folder = tmp_path / "run"
+    settings = {"folder": folder, "device": "cpu", "progress": False, "batch_size": 32}
+    cnf.fit(flow, cnf.MaximumLikelihood(), data, cnf.TrainConfig(steps=4, **settings))
+    with pytest.warns(UserWarning, match="steps was 4, is 6$"):  # and nothing else
+        code, _, said = call("train", "--resume", folder, "--steps", 6)
+    assert code == 0, said
+    assert int(metrics_of(folder)[-1]["step"]) == 6
+
+
 def metrics_of(run):
     with (run / "metrics.csv").open() as file:
         return list(csv.DictReader(file))

@@ -358,3 +358,23 @@ def test_resampled_rows_keep_their_context_and_noise(generator):
     torch.testing.assert_close(drawn.x0, -drawn.x, rtol=0, atol=0)
     expected = (weight @ x[:, 0]) / weight.sum()  # stratified: off by one row's share
     assert abs(drawn.x.mean() - expected) < 1
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(3, 2), (torch.zeros(3, 2), None)])
+@pytest.mark.parametrize("objective", [cnf.FlowMatching(), cnf.MaximumLikelihood()])
+def test_rows_that_are_no_batch_are_refused_in_words(objective, batch):
+    flow = cnf.models.cnf(2, hidden=(8,))
+    with pytest.raises(
+        TypeError, match=r"expected a cnf\.Batch, .* write cnf\.Batch\(x, context\)"
+    ):
+        objective(flow, batch)
+
+
+def test_a_loss_that_is_a_tensor_is_refused_in_words():
+    class Mine(cnf.objectives.Objective):
+        def __call__(self, module, batch, generator=None):
+            return -module.log_prob(batch.x).mean()
+
+    flow, config = cnf.models.realnvp(2, hidden=(8,)), cnf.TrainConfig(steps=1, progress=False)
+    with pytest.raises(TypeError, match=r"Mine: expected a cnf\.Loss, got a Tensor; return cnf"):
+        cnf.fit(flow, Mine(), torch.randn(64, 2), config)

@@ -166,6 +166,8 @@ class Points:
         if is_large(self.x):
             kept = len(self.x) - count
             rest, aside = self.first(kept), self._each(lambda value: value[kept:])
+        elif not count:  # as `fit` takes the very same rows
+            rest, aside = copy.copy(self), self.first(0)
         else:
             order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(SPLIT))
             rest, aside = self.take(order[count:]), self.take(order[:count])

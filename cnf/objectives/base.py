@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Generator, Tensor, nn
 
@@ -10,6 +10,8 @@ from cnf.errors import expect_event
 from cnf.flow import Flow
 from cnf.objectives.batch import Batch, Prepared
 from cnf.registry import Registry
+
+P = TypeVar("P")
 
 
 class Loss(NamedTuple):
@@ -120,3 +122,28 @@ def expect_rows(who: str, flow: Flow, x: Tensor) -> None:
             f"{who}: expected one row for each x, shape {('N', *flow.event_shape)}, got "
             f"{tuple(x.shape)}; flatten what comes before"
         )
+
+
+def as_prepared(
+    objective: Objective, module: nn.Module, batch: Batch | P, generator: Generator | None
+) -> P:
+    """What an objective's `prepare` gives of a `Batch`; what it gave already, as it is.
+
+    Args:
+        objective: The objective.
+        module: What is trained.
+        batch: A `Batch`, or what `prepare` gave.
+        generator: Source of draws.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(batch, Batch):
+        rows: Any = objective.prepare(module, batch, generator)
+        return rows
+    if not hasattr(batch, "shared"):
+        raise TypeError(
+            f"{type(objective).__name__}: expected a cnf.Batch, or what prepare gave, got a "
+            f"{type(batch).__name__}; write cnf.Batch(x, context)"
+        )
+    return batch

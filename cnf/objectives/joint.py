@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from cnf.errors import expect_positive
 from cnf.flow import Flow
-from cnf.objectives.base import OBJECTIVES, Loss, Objective
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_prepared
 from cnf.objectives.batch import Batch, Prepared
 from cnf.objectives.likelihood import MaximumLikelihood
 from cnf.objectives.matching import FlowMatching
@@ -104,8 +104,7 @@ class Joint(Objective):
     def __call__(
         self, module: nn.Module, batch: Batch | JointRows, generator: Generator | None = None
     ) -> Loss:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         value, metrics = 0.0, {}
         for k, (term, rows) in enumerate(zip(self.terms, batch.terms, strict=True)):
             loss = term(module, rows, generator)
@@ -129,8 +128,7 @@ class Joint(Objective):
             batch: What `prepare` gave, or a `Batch`, which is prepared first.
             generator: Source of draws.
         """
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         parts = zip(self.weights, self.terms, batch.terms, strict=True)
         losses = [w * term.per_row(module, rows, generator) for w, term, rows in parts]
         return torch.stack(losses).sum(0)

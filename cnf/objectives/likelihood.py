@@ -15,7 +15,7 @@ from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive, warn
 from cnf.flow import Flow, require_odes
-from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
 from cnf.transforms.continuous import Continuous, Solve, odes_in, under_recipes
@@ -154,8 +154,7 @@ class MaximumLikelihood(Objective):
     def __call__(
         self, module: nn.Module, batch: Batch | LikelihoodRows, generator: Generator | None = None
     ) -> Loss:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         log_prob, costs = self._scores(module, batch, generator)
         value = nll = weighted_mean(-log_prob, batch.weight)
         penalties, logged = self._resolve(module).penalties, {}
@@ -169,8 +168,7 @@ class MaximumLikelihood(Objective):
     def per_row(
         self, module: nn.Module, batch: Batch | LikelihoodRows, generator: Generator | None = None
     ) -> Tensor:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         log_prob, costs = self._scores(module, batch, generator)
         each = zip(self._resolve(module).penalties, costs, strict=True)
         terms = [weight * found[name] for told, found in each for name, weight in told.items()]

@@ -27,7 +27,7 @@ from cnf.matching.couplings import (
 from cnf.matching.paths import PATHS, Linear, Path, PathSample, check_path
 from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
-from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, resampled, weighted_mean
 from cnf.random import draw
 
@@ -236,8 +236,7 @@ class FlowMatching(Objective):
     def __call__(
         self, module: nn.Module, batch: Batch | MatchedPairs, generator: Generator | None = None
     ) -> Loss:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         found = self._regressed(module, batch)
         value = _mean_square(*found[0], batch.weight)
         metrics = {"fm": value.detach()}
@@ -249,8 +248,7 @@ class FlowMatching(Objective):
     def per_row(
         self, module: nn.Module, batch: Batch | MatchedPairs, generator: Generator | None = None
     ) -> Tensor:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         return torch.stack([_squares(*both) for both in self._regressed(module, batch)]).sum(0)
 
     def _regressed(self, module: nn.Module, pairs: MatchedPairs) -> list[tuple[Tensor, Tensor]]:

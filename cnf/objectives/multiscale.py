@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from cnf.fields import VectorField
 from cnf.flow import Flow, require_odes
-from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, expect_rows
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
 from cnf.transforms.base import Compose, Transform, transforms_in
@@ -130,16 +130,14 @@ class MultiscaleMatching(Objective):
     def __call__(
         self, module: nn.Module, batch: Batch | ScalePairs, generator: Generator | None = None
     ) -> Loss:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         value = weighted_mean(self.per_row(module, batch), batch.weight)
         return Loss(value, {"fm": value.detach()})
 
     def per_row(
         self, module: nn.Module, batch: Batch | ScalePairs, generator: Generator | None = None
     ) -> Tensor:
-        if isinstance(batch, Batch):
-            batch = self.prepare(module, batch, generator)
+        batch = as_prepared(self, module, batch, generator)
         flow = as_flow("MultiscaleMatching", module)
         found = stretches(flow.transform, batch.x0, batch.x1)
         return torch.stack([

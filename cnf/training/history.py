@@ -101,7 +101,8 @@ class Listeners:
             if not callable(getattr(logger, "log_metrics", None)):
                 raise TypeError(
                     f"fit: expected loggers with log_metrics(metrics, step), got {logger!r}; a "
-                    "function goes into callbacks"
+                    "function goes into callbacks, and for TensorBoard a run's folder holds its "
+                    "events already, or take lightning_fabric.loggers.TensorBoardLogger(folder)"
                 )
         for callback in callbacks:
             if not callable(callback):

@@ -77,10 +77,18 @@ class _LossModule(nn.Module):
         self.autocast = autocast  # type of device
 
     def forward(self, rows: Prepared) -> Loss:
-        if self.autocast is None:
-            return self.objective(self.module, rows)
-        with torch.autocast(self.autocast, torch.bfloat16):
-            return self.objective(self.module, rows)
+        with (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.autocast, torch.bfloat16)
+        ):
+            loss = self.objective(self.module, rows)
+        if not isinstance(loss, Loss):
+            raise TypeError(
+                f"{type(self.objective).__name__}: expected a cnf.Loss, got a "
+                f"{type(loss).__name__}; return cnf.Loss(value, {{}})"
+            )
+        return loss
 
 
 class Learner:

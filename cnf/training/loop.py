@@ -181,6 +181,7 @@ class _Trainer:
             restore(self.config.folder, self._parts())
             self.recorded_at = self.budget.fraction  # of the budget as it is now
             self.validation.count_done(self.recorded_at)
+            self.bar.say(f"Going on from step {self.budget.step} in {self.config.folder}.")
         self.first_step = self.budget.step
         self.manifest.begin(self.budget)
         self._describe("running")

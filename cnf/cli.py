@@ -97,6 +97,7 @@ def train(
     print(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
     if history.reason == "interrupted":
         print(f"Interrupted; go on with: cnf train --resume {shlex.quote(str(config.folder))}")
+    if history.signal:
         raise SystemExit(128 + history.signal)
 
 

@@ -15,7 +15,7 @@ from cnf.training.config import TrainConfig
 from cnf.training.flat import FlatAdam
 from cnf.training.learner import Learner
 from cnf.training.program import Program
-from cnf.training.recorded import agrees
+from cnf.training.recorded import Conditions, agrees
 from cnf.transforms.continuous import compiled_solves
 
 # Measured on one core of an AMD EPYC with models of 200 to 2,500 operations, batches of 1,024.
@@ -46,6 +46,7 @@ class CompiledLearner(Learner):
             if self.config.compile is True or pays(self.config, program):
                 program.compile()
                 self._flat = self._flattened(program)
+                program.conditions = Conditions(self._loss, rows, draws_alike=True)
                 self._program, self.compiled = program, True
                 _remember(program)
         except Exception as error:  # of any kind: if it is the objective's own, a step raises it
@@ -61,6 +62,8 @@ class CompiledLearner(Learner):
     def _gradient(self, rows: Prepared, share: float = 1.0) -> tuple[Loss, Tensor]:
         program, self._flat_gradient = self._program, None
         if program is None or not program.conditions.hold(rows):
+            if self._flat is not None and not self._flat.in_place:
+                self._forget_flat("a weight was given another memory (param.data = …)")
             return super()._gradient(rows, share)
         plain = program.conditions.plain_loss_if_due(rows)
         loss, norm, gradient = program(rows)
@@ -75,17 +78,14 @@ class CompiledLearner(Learner):
             return self._flat.step(self._flat_gradient)
         super()._move()
         if self._flat is not None and not self._flat.in_step:
-            self._forget_flat()
+            self._forget_flat("some weights were frozen for some steps, which Adam counts")
 
-    def _forget_flat(self) -> None:
-        """Take plain steps from here on: some weights had no gradient, and are steps behind."""
+    def _forget_flat(self, why: str) -> None:
+        """Take plain steps from here on, as weights cannot be moved side by side any more."""
         assert self._flat is not None
         self._flat.release()
         self._program, self._flat, self.compiled = None, None, False
-        warn(
-            "fit: some weights were frozen for some steps, so that Adam has taken fewer of them "
-            "there; steps are not compiled from here on"
-        )
+        warn(f"fit: {why}; steps are not compiled from here on")
 
     def _average_weights(self, decay: float) -> None:
         if self._flat is None:

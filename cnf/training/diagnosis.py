@@ -26,6 +26,11 @@ def outside_of_base(flow: Flow, rows: Batch) -> str | None:
         count = int((flow.base.log_prob(z) == -torch.inf).sum())
     if not count:
         return None
+    if flow.base.support == "everywhere":
+        return (
+            f"{count} of {len(rows.x)} rows are mapped to z so far out that their log-density "
+            "overflows; check the data's scale, or standardize them (preprocess='standardize')"
+        )
     return (
         f"{count} of {len(rows.x)} rows are mapped to z outside of the base's support "
         f"({flow.base.support}), where their log-density is -inf; take a base without bounds, "

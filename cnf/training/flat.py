@@ -51,11 +51,20 @@ class FlatAdam:
             raise RuntimeError("Adam has taken more steps with some parameters than with others")
         self._first = _side_by_side([state["exp_avg"] for state in states])
         self._second = _side_by_side([state["exp_avg_sq"] for state in states])
+        self._memory = [part.data_ptr() for part in self._parts]
 
     @property
     def in_step(self) -> bool:
         """Whether all parameters have taken as many steps, as one operation for all assumes."""
         return bool((torch.stack(self._steps) == self._steps[0]).all())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether each parameter still is the view that it became."""
+        return all(
+            part.data_ptr() == before
+            for part, before in zip(self._parts, self._memory, strict=True)
+        )
 
     def step(self, gradient: Tensor) -> None:
         """Take a step.

@@ -31,7 +31,8 @@ class History:
         memory: Peak memory of training in MB: the GPU's, else the whole process's, NaN where the
             system does not tell.
         reason: Why it ended: "budget", "patience" or "interrupted".
-        signal: Number of the signal that interrupted it; 0 for none.
+        signal: Number of the signal that interrupted it, or came while it was saved at its end; 0
+            for none.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
         ticks: See `TrainConfig.ticks`.
     """

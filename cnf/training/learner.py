@@ -247,6 +247,26 @@ class Learner:
         self._keep_buffers()
         return loss
 
+    def expect_same_parts(self) -> None:
+        """Raise RuntimeError where a parameter or a buffer of the module was replaced."""
+        now = {*map(id, self.module.parameters()), *map(id, self.module.buffers())}
+        known = {*map(id, self._weights), *map(id, self._buffers)}
+        if now <= known:
+            return
+        parts = (*self.module.named_parameters(), *self.module.named_buffers())
+        name = next(name for name, part in parts if id(part) not in known)
+        raise RuntimeError(
+            f"fit: {name} of the module was replaced by another tensor, which neither the "
+            "optimizer nor the average knows; change it in place, as by "
+            f"{name.split('.')[-1]}.copy_(…) under torch.no_grad()"
+        )
+
+    def agree_on_buffers(self) -> None:
+        """Give all processes the first one's statistics of rows, of which each saw its own."""
+        if self.fabric.world_size > 1:
+            for buffer in self.ema_module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def _keep_buffers(self) -> None:
         _copy(self._buffers, self._kept_buffers)
 

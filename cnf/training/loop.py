@@ -32,7 +32,7 @@ from cnf.training.preprocessing import fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
 from cnf.training.shards import Shards, one_shard, shards_of
-from cnf.training.stream import CPU, DensityStream, as_stream
+from cnf.training.stream import CPU, DensityStream, IterableStream, as_stream
 from cnf.training.validation import Validation
 
 RECORDS = 200  # rows of metrics.csv over a budget
@@ -220,6 +220,8 @@ class _Trainer:
                 if late:
                     self._save()
             self._finish(loss)
+            if not history.signal:
+                history.signal = interrupted()  # which came since, and is for the caller
         return history
 
     def _begin(self) -> None:
@@ -250,13 +252,24 @@ class _Trainer:
         self.history.validating += time.perf_counter() - start
 
     def _warm_up(self) -> None:
-        """Compile, on the rows of the step to come; its draws are others."""
+        """Compile, on the rows of the step to come, with other draws.
+
+        Of batches that may vary in size it is the first of all, so that a resumed run compiles for
+        the same size.
+        """
         start = time.perf_counter()
         with self.bar.doing("compiling"):
-            shards, seed = self._shards(self.budget.step), self.config.seed
-            generators = [stream(seed, "warm-up", *place) for place in shards.ranges]
-            batches = self._batches(self.budget.step, shards, generators)
-            self.learner.warm_up(self.learner.prepare_shards(shards, batches, generators)[0])
+            seed = self.config.seed
+            if isinstance(self.stream, IterableStream):
+                assert self.stream.head is not None
+                batch = self.placed(self.stream.head)
+                rows, _ = self.learner.prepare(batch, stream(seed, "warm-up"))
+            else:
+                shards = self._shards(self.budget.step)
+                generators = [stream(seed, "warm-up", *place) for place in shards.ranges]
+                batches = self._batches(self.budget.step, shards, generators)
+                rows, _ = self.learner.prepare_shards(shards, batches, generators)
+            self.learner.warm_up(rows)
         self.history.compiling += time.perf_counter() - start
         self.history.compiled = self.learner.compiled or self.learner.compiles_dynamics
 
@@ -294,14 +307,19 @@ class _Trainer:
         return seconds
 
     def _agreed(self, signal: int, late: bool) -> tuple[int, bool]:
-        """The signal and the clock of process 0: all must leave, and save, after one step."""
-        own = signal, late
-        return self.fabric.broadcast(own) if self.fabric.world_size > 1 else own
+        """The signal of any process and the first one's clock: all leave, and save, together."""
+        if self.fabric.world_size == 1:
+            return signal, late
+        own = torch.tensor([signal, late and self.main], device=self.fabric.device)
+        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
+        number, due = own.tolist()
+        return number, bool(due)
 
     def _validate(self) -> float | None:
         if self.validation.held_out is None or not self.config.validations:
             return None
         start = time.perf_counter()
+        self.learner.agree_on_buffers()
         with self.bar.doing("validating"):
             score = self.validation.score(self.learner.ema_module, self.budget.fraction)
         self.history.validating += time.perf_counter() - start
@@ -332,6 +350,7 @@ class _Trainer:
         due = int(budget.fraction * RECORDS) > int(self.recorded_at * RECORDS)
         if not due and score is None and not budget.done:
             return
+        self.learner.expect_same_parts()
         self.recorded_at = budget.fraction
         record = {
             "step": budget.step, "seconds": round(budget.seconds, 4), "fraction": budget.fraction,
@@ -368,6 +387,7 @@ class _Trainer:
         if loss is not None:
             self.learner.refuse_divergence(loss, budget.step)
         validation.warn_of_worsening(history.records)
+        self.learner.agree_on_buffers()
         head = self.stream.head
         if head is not None and not validation.done and self.objective.solves:
             validation.compare_on_training_rows(self.learner.ema_module, self.placed(head))

@@ -21,7 +21,18 @@ FAR = 30.0  # spreads of the base: beyond, an untrained net sees nothing but tha
 
 @torch.no_grad()
 def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
-    """Fit to the first rows what is not fitted yet, of the data and of their context."""
+    """Fit to the first rows what is not fitted yet, of the data and of their context.
+
+    `fit` does so; a loop of one's own calls it before its first step, as preprocessing that is not
+    fitted leaves data as they are.
+
+    Args:
+        module: A flow, or another module, for which nothing is done.
+        head: Rows with their contexts, some thousand or all; None for none.
+
+    Raises:
+        ValueError: Rows are outside of what preprocessing maps, as a logit's interval.
+    """
     if head is None:
         return
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):

@@ -50,7 +50,7 @@ class Program:
     def __init__(
         self, loss: nn.Module, trained: Sequence[nn.Parameter], rows: Prepared, clip: float | None
     ) -> None:
-        self.conditions = Conditions(loss, rows)
+        self.conditions = Conditions(loss, rows, draws_alike=True)
         self._tensors = dict(loss.named_parameters()) | dict(loss.named_buffers())
         if any(value.stride() != value.clone().stride() for value in self._tensors.values()):
             raise RuntimeError("a parameter or a buffer of the module overlaps itself")

@@ -10,13 +10,21 @@ from cnf.errors import warn
 from cnf.objectives.batch import Prepared, tensors_of
 from cnf.random import preserved
 
-COMPARED = (10, 100)  # steps after which a record's loss is compared with the plain one
+COMPARED = (
+    10,
+    20,
+    40,
+    80,
+    160,
+    320,
+    640,
+)  # steps whose recorded loss is compared with a plain one
 EVERY = 1_000  # and every so many steps
 AGREEMENT = 1e-3, 1e-3  # of the two, relative and absolute
 
 
 class Conditions:
-    """Shapes of rows, modes and frozen weights: with others a record computes something else.
+    """Shapes of rows, modes, frozen weights and memory: with others a record is of another step.
 
     Numbers of Python's that the module computes with are conditions too, which cannot be seen;
     `agrees` finds that they have changed.
@@ -24,9 +32,11 @@ class Conditions:
     Args:
         loss: A module that gives the `Loss` of prepared rows.
         rows: Rows for which its step is recorded.
+        draws_alike: Whether the record draws as the module does, from torch's generators.
     """
 
-    def __init__(self, loss: nn.Module, rows: Prepared) -> None:
+    def __init__(self, loss: nn.Module, rows: Prepared, draws_alike: bool = False) -> None:
+        self._draws_alike = draws_alike
         self._loss, self._modules = loss, list(loss.modules())
         self._tensors = [*loss.parameters(), *loss.buffers()]
         self._recorded = self._with(rows)
@@ -43,14 +53,14 @@ class Conditions:
     def _with(self, rows: Prepared) -> tuple[Any, ...]:
         return (
             [(x.shape, x.dtype, x.requires_grad) for x in tensors_of(rows)],
-            [value.requires_grad for value in self._tensors],
+            [(value.requires_grad, value.data_ptr()) for value in self._tensors],
             [module.training for module in self._modules],
         )
 
     def plain_loss_if_due(self, rows: Prepared) -> Tensor | None:
         """The loss without the record, shape (), in steps that are compared; buffers stay.
 
-        None in others, and where the loss draws numbers, so that two of them differ.
+        None in others, and where the loss draws numbers that a record draws otherwise.
 
         Args:
             rows: The rows of the step to come.
@@ -59,8 +69,10 @@ class Conditions:
         if self._steps not in COMPARED and self._steps % EVERY:
             return None
         with preserved(self._tensors[0].device):  # the draws of the step to come stay its own
-            losses = [self._plain_loss(rows) for _ in range(2)]
-        return losses[0] if torch.equal(*losses) else None
+            loss = self._plain_loss(rows)
+            if self._draws_alike or torch.equal(loss, self._plain_loss(rows)):
+                return loss
+        return None
 
     def _plain_loss(self, rows: Prepared) -> Tensor:
         copies = {name: buffer.clone() for name, buffer in self._loss.named_buffers()}

@@ -76,6 +76,12 @@ class ShardedLearner(Learner):
             torch.distributed.broadcast(own, 0)  # statistics of rows are each process's own
         return given
 
+    def expect_same_parts(self) -> None:
+        """FSDP itself replaces parameters, by whole ones while a block computes."""
+
+    def agree_on_buffers(self) -> None:
+        """`ema_module` does."""
+
     def initialize(self, batch: Batch, generator: torch.Generator) -> None:
         """A flow that has a field has no `ActNorm`."""
 

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/toy-budgets")
 SCORES = ("gap", "gap_error", "nll", "w2", "steps", "train_seconds", "compile_seconds")
 MACHINE = ("processor", "threads", "torch", "revision")
+COLUMNS = ("data", "budget", "contestant", "seed", *SCORES, *MACHINE)
 BEGIN, END = "<!-- from here on by budgets.py -->\n", "<!-- by budgets.py up to here -->"
 PICTURE = "![Gap against seconds of training, a panel for each density](pictures/budgets.webp)"
 LEAST = 1e-3  # nats, about the standard error of a small gap: the picture ends there
@@ -140,7 +141,7 @@ def record(plan: Plan, rows: list[Row]) -> None:
     if not rows:
         return fill_readme(plan.folder / "README.md", [missing(plan, rows)])
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="nan")
     writer.writeheader()
     writer.writerows(rows)
     write_whole(plan.folder / "budgets.csv", text.getvalue().encode())
@@ -152,8 +153,13 @@ def fill_readme(page: Path, parts: list[str]) -> None:
     """Put paragraphs between the marks of a page, which is begun where there is none."""
     text = "".join(f"\n{part}\n" for part in parts) + "\n"
     before = page.read_text() if page.exists() else f"{BEGIN}{END}\n"
-    head, _, rest = before.partition(BEGIN)
-    page.write_text(f"{head}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+    head, begun, rest = before.partition(BEGIN)
+    _, ended, tail = rest.partition(END)
+    if not (begun and ended):
+        raise SystemExit(
+            f"{page} lacks the lines {BEGIN.strip()} and {END}, between which it is filled"
+        )
+    write_whole(page, f"{head}{BEGIN}{text}{END}{tail}".encode())
 
 
 def table(plan: Plan, rows: list[Row]) -> str:

@@ -198,10 +198,6 @@ SETTINGS = {
     "a number for a strategy": ({"strategy": 3}, ["strategy to be a name", "'ddp'", "got 3"]),
     "unknown device": ({"device": "cuda:0"}, ["device", "'cuda', 'mps'", "got 'cuda:0'"]),
     "resume without a folder": ({"resume": True}, ["resume", "folder"]),
-    "batch that processes cannot share": (
-        {"batch_size": 15, "devices": 2},
-        ["batch_size", "divisible", "15", "2"],
-    ),
 }
 
 

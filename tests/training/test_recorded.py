@@ -11,6 +11,7 @@ import cnf
 from cnf.training import checkpoint, compiled, recorded
 from cnf.training.capture import CapturedLearner
 from cnf.training.compiled import CompiledLearner, CompiledSolveLearner
+from cnf.training.diagnosis import outside_of_base
 from cnf.training.flat import FlatAdam
 from cnf.training.interrupt import Interrupted
 from cnf.training.learner import Learner, _LossModule, launch_fabric
@@ -179,7 +180,7 @@ def test_a_loss_that_draws_is_not_compared_and_its_draws_stay(monkeypatch):
     learner, rows = captured(monkeypatch, dropout=0.5)
     learner.module.train()
     learner._capture.conditions = recorded.Conditions(learner._loss, rows)
-    monkeypatch.setattr(recorded, "COMPARED", (1, 2, 3))
+    monkeypatch.setattr(recorded, "COMPARED", (1,))
     torch.manual_seed(3)
     first = learner.step(rows, 0.0).value
     monkeypatch.setattr(recorded, "COMPARED", ())
@@ -275,3 +276,122 @@ def test_metrics_of_joint_losses_are_those_of_all_rows():
     for name, value in whole.metrics.items():
         mean = sum(share * loss.metrics[name] for share, loss in losses) / 2
         torch.testing.assert_close(mean, value, rtol=1e-9, atol=0)
+
+
+def test_weights_that_get_another_memory_go_on_without_programs(uncompiled):
+    found = []
+    for kind in (Learner, CompiledLearner):
+        learner = learner_of(kind, compile=kind is CompiledLearner)
+        learner.warm_up(prepared(learner))
+        learner.step(prepared(learner), 1e-2)
+        with torch.no_grad():
+            for weight in learner.module.parameters():
+                weight.data = weight.detach().clone()
+        if kind is CompiledLearner:
+            with pytest.warns(UserWarning, match="given another memory"):
+                learner.step(prepared(learner), 1e-2)
+        else:
+            learner.step(prepared(learner), 1e-2)
+        found.append((learner.module.state_dict(), learner.ema_module.state_dict()))
+    for plain, program in zip(*found, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(program[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_program_that_draws_is_compared_too(uncompiled):
+    module = Scaled(dropout=0.5).train()
+    learner = learner_of(CompiledLearner, module, Shifted(), compile=True)
+    learner.warm_up(prepared(learner))
+    for _ in range(recorded.COMPARED[0] - 1):
+        learner.step(prepared(learner), 0.0)
+    assert learner.compiled  # after a comparison, or none
+    module.shift = 1.0
+    with pytest.warns(UserWarning, match="has probably changed"):
+        learner.step(prepared(learner), 0.0)
+
+
+class Replacing(nn.Module):
+    """A net that replaces a buffer, or a parameter, of its own."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.weight = what, nn.Parameter(torch.ones(2))
+        self.register_buffer("mean", torch.zeros(2))
+
+
+class Replaces(cnf.objectives.Objective):
+    def __call__(self, module, batch, generator=None):
+        if module.what == "buffer":
+            module.mean = 0.9 * module.mean + 0.1 * batch.x.mean(0)
+        loss = cnf.Loss(((batch.x - module.mean) * module.weight).square().mean(), {})
+        if module.what == "weight":
+            module.weight = nn.Parameter(module.weight.detach().clone())
+        return loss
+
+
+@pytest.mark.parametrize(("what", "name"), [("buffer", "mean"), ("weight", "weight")])
+def test_parts_that_are_replaced_are_refused_in_words(what, name, points, config):
+    with pytest.raises(RuntimeError, match=rf"{name} of the module was replaced .* {name}\.copy_"):
+        cnf.fit(Replacing(what), Replaces(), points, config(steps=3, validations=0))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: done.append("sync"))
+    replace = checkpoint.os.replace
+    monkeypatch.setattr(
+        checkpoint.os, "replace", lambda *paths: done.append("replace") or replace(*paths)
+    )
+    checkpoint.write_whole(tmp_path / "file", b"1")
+    assert done == ["sync", "replace"]
+
+
+def test_a_signal_while_the_end_is_saved_is_told(points, config, small, monkeypatch):
+    import signal
+
+    from cnf.training import loop
+
+    finish = loop._Trainer._finish
+
+    def interrupted(self, loss):
+        signal.raise_signal(signal.SIGTERM)
+        finish(self, loss)
+
+    monkeypatch.setattr(loop._Trainer, "_finish", interrupted)
+    history = cnf.fit(small("realnvp"), cnf.MaximumLikelihood(), points, config())
+    assert (history.reason, history.signal) == ("budget", signal.SIGTERM)
+
+
+def test_a_run_of_batches_of_several_sizes_resumes_bit_for_bit(
+    uncompiled, tmp_path, small, config
+):
+    """The size that is compiled is that of the first batch, wherever the run goes on."""
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    batches = [x[:16], x[16:32], x[32:]]
+
+    def trained(folder, steps, **settings):
+        flow = small("realnvp")
+        settings = {"compile": True, "folder": folder, "validations": 0, **settings}
+        cnf.fit(flow, cnf.MaximumLikelihood(), batches, config(steps=steps, **settings))
+        return flow
+
+    def stop(record):
+        if record["step"] == 5:
+            raise RuntimeError("stopped")
+
+    whole = trained(tmp_path / "whole", 9)
+    with pytest.raises(RuntimeError, match="stopped"):
+        cnf.fit(
+            small("realnvp"), cnf.MaximumLikelihood(), batches,
+            config(steps=9, compile=True, folder=tmp_path / "parts", validations=0),
+            callbacks=[stop],
+        )  # fmt: skip
+    parts = trained(tmp_path / "parts", 9, resume=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value)
+
+
+def test_an_infinite_loss_far_out_is_told_to_be_of_scale():
+    flow = cnf.models.realnvp(2, hidden=(8,), preprocess=None)
+    words = outside_of_base(flow, cnf.Batch(torch.full((4, 2), 1e25)))
+    assert "check the data's scale" in words and "take a base" not in words

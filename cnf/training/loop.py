@@ -259,16 +259,13 @@ class _Trainer:
         """
         start = time.perf_counter()
         with self.bar.doing("compiling"):
-            seed = self.config.seed
-            if isinstance(self.stream, IterableStream):
-                assert self.stream.head is not None
-                batch = self.placed(self.stream.head)
-                rows, _ = self.learner.prepare(batch, stream(seed, "warm-up"))
-            else:
-                shards = self._shards(self.budget.step)
-                generators = [stream(seed, "warm-up", *place) for place in shards.ranges]
-                batches = self._batches(self.budget.step, shards, generators)
-                rows, _ = self.learner.prepare_shards(shards, batches, generators)
+            shards, batches = self._shards(self.budget.step), None
+            if isinstance(self.stream, IterableStream) and self.stream.head is not None:
+                head = self.placed(self.stream.head)
+                shards, batches = one_shard(len(head.x)), [head]
+            generators = [stream(self.config.seed, "warm-up", *place) for place in shards.ranges]
+            batches = batches or self._batches(self.budget.step, shards, generators)
+            rows, _ = self.learner.prepare_shards(shards, batches, generators)
             self.learner.warm_up(rows)
         self.history.compiling += time.perf_counter() - start
         self.history.compiled = self.learner.compiled or self.learner.compiles_dynamics

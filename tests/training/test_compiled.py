@@ -309,6 +309,8 @@ def test_a_budget_in_steps_is_judged_by_itself_alone(monkeypatch, small):
         assert not pays(cnf.TrainConfig(steps=int(enough) - 1), program)
         assert pays(cnf.TrainConfig(seconds=60), program) == known
         assert pays(cnf.TrainConfig(seconds=costs / 0.375 + 1), program)
+    monkeypatch.setattr(compiled, "_known", lambda _: _Known(False))
+    assert not pays(cnf.TrainConfig(seconds=costs / 0.375 - 1), program)
 
 
 class _Known:

@@ -111,7 +111,17 @@ def products():
 @pytest.mark.parametrize(
     ("allowed", "inside"), [(True, ("high", True)), (False, ("highest", False))]
 )
-def test_tf32_is_set_inside_of_a_context_alone(allowed, inside):
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_set_inside_of_a_context_alone(allowed, inside, before):
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        _expect_inside_alone(allowed, inside)
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
+def _expect_inside_alone(allowed, inside):
     before = products()
     with pytest.raises(KeyError), tf32(allowed):
         assert products() == inside

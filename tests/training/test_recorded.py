@@ -395,3 +395,31 @@ def test_an_infinite_loss_far_out_is_told_to_be_of_scale():
     flow = cnf.models.realnvp(2, hidden=(8,), preprocess=None)
     words = outside_of_base(flow, cnf.Batch(torch.full((4, 2), 1e25)))
     assert "check the data's scale" in words and "take a base" not in words
+
+
+class Unused(nn.Module):
+    """A net with a weight that the loss does not use, before one that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.left_out = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+
+class UsesOne(cnf.objectives.Objective):
+    def __call__(self, module, batch, generator=None):
+        return cnf.Loss((batch.x * module.weight - 0.3).square().mean(), {})
+
+
+def test_weights_that_the_loss_does_not_use_stay_under_a_program(uncompiled):
+    found = []
+    for kind in (Learner, CompiledLearner):
+        learner = learner_of(kind, Unused(), UsesOne(), compile=kind is CompiledLearner)
+        learner.warm_up(prepared(learner))
+        for _ in range(3):
+            learner.step(prepared(learner), 1e-2)
+        found.append((learner.module.state_dict(), learner.ema_module.state_dict()))
+    for plain, program in zip(*found, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(program[name], value, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found[1][0]["left_out"], torch.ones(3, dtype=torch.float64))

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cnf.data import Images
-from cnf.errors import optional
+from cnf.data import Images, Points
+from cnf.errors import abbreviated, optional
 from cnf.metrics import Score
 from cnf.metrics.estimate import number
 from cnf.race import verdict
@@ -197,6 +197,19 @@ def _subtitle(results: Results) -> str:
     )
 
 
+def _about_data(results: Results) -> str:
+    """The density, or the file with the columns that are modeled and what they are given."""
+    data = results.density
+    if not isinstance(data, Points) or isinstance(data, Images):
+        return f"{results.data}, {data.dim} dimensions"
+    columns = f"{data.dim} dimensions"
+    if data.columns is not None:
+        columns = abbreviated(data.columns)
+    context = data.reading.context if data.reading is not None else None
+    given = f" given {abbreviated(context)}" if context else ""
+    return f"{data.source or results.data}: {columns}{given}; {len(data.x):,} rows"
+
+
 def _facts(results: Results) -> list[tuple[str, str]]:
     """How it was measured, as label and words."""
     settings, machine = dict(results.settings), dict(results.machine)
@@ -214,7 +227,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         " draws from the true density, the same for all" if known else " held-out points"
     )
     shown = {
-        "Data": f"{results.data}, {results.density.dim} dimensions",
+        "Data": _about_data(results),
         "Entropy of the data": f"{number(results.entropy)} nats"
         if results.entropy is not None
         else None,

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+import cnf
 from cnf.race import verdict
 from cnf.race.report import write_report
 
@@ -227,6 +228,17 @@ def test_own_points_are_judged_by_likelihood(tmp_path):
     assert "trajectories" not in page.ids and "animations" not in page.ids
     assert "first four of 5 dimensions" in page.text
     assert "standardized columns" in page.text
+
+
+def test_the_page_of_a_file_says_which_columns_were_raced(tmp_path):
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "mine.csv"
+    rows = [f"{a:.6f},{b:.6f},{'red' if c > 0 else 'blue'}" for a, b, c in x.tolist()]
+    file.write_text("\n".join(["age,income,kind", *rows]))
+    data = cnf.data.load(str(file), cnf.data.Columns(context=["kind"]))
+    results = quick_race(["realnvp"], data, w2_points=20)
+    page = Page(write_report(results, tmp_path).read_text())
+    assert f"{file}: age, income given kind; 300 rows" in page.text
 
 
 def test_pictures_lie_beside_the_page(page):

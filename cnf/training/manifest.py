@@ -69,6 +69,7 @@ class Manifest:
             "seed": config.seed,
             "rows": data if isinstance(data, str) else None,
             "parameters": self._parameters,
+            "learning_rate": learner.lr,  # that of the settings may be null, for the objective's
             "budget": {"steps": config.steps, "seconds": config.seconds},
             "steps": budget.step,
             "seconds": round(budget.seconds, 3),

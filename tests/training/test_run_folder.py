@@ -58,6 +58,7 @@ def test_manifest_names_versions_machine_seed_steps_and_time(run):
     assert manifest["seconds"] == pytest.approx(history.seconds, abs=1e-3)
     assert manifest["parameters"] == sum(p.numel() for p in run[0].parameters())
     assert manifest["skipped_steps"] == 0
+    assert manifest["learning_rate"] == cnf.FlowMatching().learning_rate(run[0])
 
 
 def test_metrics_file_equals_the_history(run):

@@ -35,6 +35,7 @@ from cnf.training.batches import in_memory
 from cnf.training.history import held_out_nll
 from cnf.training.origin import hash_of_rows
 from cnf.training.progress import status
+from cnf.training.processes import is_first
 from cnf.training.run import free_folder, read_config, read_manifest, read_scores
 
 # The objective of a model and its options; that of the others is maximum likelihood.
@@ -94,9 +95,11 @@ def train(
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
     if scores and flow.dequantization is not None:
         held_out += f"{-scores[-1] / bits_in_nats(flow):.4f} bits/dim, "
-    print(f"{history.steps} steps in {history.seconds:.1f} s, {held_out}kept in {config.folder}")
-    if history.reason == "interrupted":
-        print(f"Interrupted; go on with: cnf train --resume {shlex.quote(str(config.folder))}")
+    if is_first():
+        seconds = f"{history.seconds:.1f} s"
+        print(f"{history.steps} steps in {seconds}, {held_out}kept in {config.folder}")
+        if history.reason == "interrupted":
+            print(f"Interrupted; go on with: cnf train --resume {shlex.quote(str(config.folder))}")
     if history.signal:
         raise SystemExit(128 + history.signal)
 

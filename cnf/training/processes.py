@@ -39,6 +39,11 @@ def shared(work: Callable[[int], T], count: int, fabric: "Fabric | None" = None)
     return [parts[k % processes][k // processes] for k in range(count)]  # pyright: ignore
 
 
+def is_first() -> bool:
+    """Whether this process is the first of a run, or the only one: the one that tells."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
 def _sendable(error: Exception, rank: int) -> Exception:
     """The error, or its text where it cannot be pickled: the others would wait for it for ever."""
     try:

@@ -34,8 +34,8 @@ from cnf.training import TrainConfig, fit, load
 from cnf.training.batches import in_memory
 from cnf.training.history import held_out_nll
 from cnf.training.origin import hash_of_rows
-from cnf.training.progress import status
 from cnf.training.processes import is_first
+from cnf.training.progress import status
 from cnf.training.run import free_folder, read_config, read_manifest, read_scores
 
 # The objective of a model and its options; that of the others is maximum likelihood.

@@ -41,7 +41,8 @@ def shared(work: Callable[[int], T], count: int, fabric: "Fabric | None" = None)
 
 def is_first() -> bool:
     """Whether this process is the first of a run, or the only one: the one that tells."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    running = distributed.is_available() and distributed.is_initialized()
+    return not running or distributed.get_rank() == 0
 
 
 def _sendable(error: Exception, rank: int) -> Exception:

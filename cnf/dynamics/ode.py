@@ -96,7 +96,7 @@ def solve(
     """
     if step is not None and _may_step(step, dynamics, state, t0, solver):
         found = state
-        for t, h in fixed.steps_between(_stops(solver, t0, t1), state[0]):
+        for t, h in fixed.steps_between(solver.stops(t0, t1), state[0]):
             found = step.take(t, h, found)
         if all_finite(found):  # else solve_path explains
             assert solver.evaluations is not None
@@ -185,7 +185,7 @@ def _captured(
             f"{solver.method}, whose steps depend on the values; take a fixed-step solver: "
             'flow.with_solver(Solver("rk4", steps=16, gradient="backprop"))'
         )
-    stops = _stops(solver, times[0], times[-1])
+    stops = solver.stops(times[0], times[-1])
     stretches = [_times_with_stops(stops, t0, t1) for t0, t1 in pairwise(times)]
     remaining = iter(stretches)
     path = _solve_between(
@@ -311,17 +311,9 @@ def _last(path: State) -> State:
 
 def _knots(solver: Solver, t0: float, t1: float) -> list[float]:
     """Ends of the segments, which for a fixed-step method are also ends of its steps."""
-    stops = _stops(solver, t0, t1)
+    stops = solver.stops(t0, t1)
     count = min(solver.segments, len(stops) - 1)
     return [stops[k * (len(stops) - 1) // count] for k in range(count + 1)]
-
-
-def _stops(solver: Solver, t0: float, t1: float) -> list[float]:
-    """Ends of the steps of a fixed-step method, or of the segments of an adaptive one."""
-    if solver.grid is not None:
-        return [t0, *solver.grid_between(t0, t1), t1]
-    count = solver.steps or solver.segments
-    return [t0 + (t1 - t0) * k / count for k in range(count)] + [t1]
 
 
 def _tensor(times: Sequence[float], state: State) -> Tensor:
@@ -353,7 +345,7 @@ def _options(dynamics: InstrumentedDynamics, times: Sequence[float]) -> dict[str
             steps = max(1, round(abs(t1 - t0) / width))
             points = torch.linspace(t0, t1, steps + 1, dtype=t.dtype, device=t.device)
         else:
-            points = t.new_tensor(_stops(solver, t0, t1))
+            points = t.new_tensor(solver.stops(t0, t1))
         if len(t) > 2:
             # A point that differs from a time by rounding only would add a tiny step.
             apart = (points.unsqueeze(1) - t).abs().amin(1) > ENDS

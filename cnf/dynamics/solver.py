@@ -56,6 +56,11 @@ class Solver:
             integrands together); the solver's loop is not compiled.
         max_nfe: Largest number of evaluations of the dynamics in a solve, and again in its
             backward solve, before a `SolverError`.
+        discrete: Whether the steps of a fixed-step method are the model: log-densities are then
+            those of what the steps compute, exactly, at any number of steps. See
+            `cnf.dynamics.numerical`.
+        explicit: With `discrete`, the direction that takes the steps as they are: "sample" or
+            "density". The other one inverts each of them.
 
     Raises:
         ValueError: A method or gradient is unknown, a tolerance is not positive, or steps are
@@ -76,6 +81,8 @@ class Solver:
     segments: int = 8
     compile: bool = False
     max_nfe: int = 10_000
+    discrete: bool = False
+    explicit: str = "sample"
 
     def __post_init__(self) -> None:
         if self.method not in ADAPTIVE + FIXED:
@@ -101,6 +108,27 @@ class Solver:
             raise ValueError(
                 f"Solver: expected gradient to be 'adjoint' or 'auto' for scipy_solver, which has "
                 f"no graph to differentiate, got {self.gradient!r}"
+            )
+
+        expect_choice("Solver", "explicit", self.explicit, ("sample", "density"))
+        if self.discrete:
+            self._expect_steps()
+        elif self.explicit != "sample":
+            raise ValueError(
+                f"Solver: expected discrete=True with explicit={self.explicit!r}, as any other "
+                "solver takes its steps in both directions"
+            )
+
+    def _expect_steps(self) -> None:
+        if self.method not in STAGES:
+            raise ValueError(
+                f"Solver: expected one of {', '.join(STAGES)} where discrete=True, whose steps "
+                f"are maps, got {self.method}"
+            )
+        if self.gradient not in ("auto", "backprop"):
+            raise ValueError(
+                "Solver: expected gradient to be 'auto' or 'backprop' where discrete=True, got "
+                f"{self.gradient!r}"
             )
 
     def _set_grid(self) -> None:
@@ -154,6 +182,18 @@ class Solver:
         found = [t for t in self.grid or () if low < t < high]
         return found if t0 < t1 else found[::-1]
 
+    def stops(self, t0: float, t1: float) -> list[float]:
+        """Ends of the steps of a fixed-step method, or of the segments of an adaptive one.
+
+        Args:
+            t0: Start of the solve.
+            t1: End of the solve.
+        """
+        if self.grid is not None:
+            return [t0, *self.grid_between(t0, t1), t1]
+        count = self.steps or self.segments
+        return [t0 + (t1 - t0) * k / count for k in range(count)] + [t1]
+
     @classmethod
     def of(cls, spec: "Solver | Mapping[str, Any] | str | None") -> "Solver":
         """A solver from a solver, its arguments, a method or None.
@@ -173,7 +213,12 @@ class Solver:
         return cls(**arguments)
 
     def refined(self) -> "Solver":
-        """The solver with 1/100 of the tolerances, or twice the number of steps."""
+        """The solver with 1/100 of the tolerances, or twice the number of steps.
+
+        A discrete one is the model itself, and stays.
+        """
+        if self.discrete:
+            return self
         if self.grid is not None:
             middles = [0.5 * (a + b) for a, b in pairwise(self.grid)]
             return replace(self, grid=tuple(sorted((*self.grid, *middles))), steps=None)
@@ -190,5 +235,6 @@ class Solver:
     def __str__(self) -> str:
         if self.fixed:
             unequal = " on a grid" if self.grid else ""
-            return f"{self.method}, {self.steps} steps{unequal}"
+            exact = f", exact, explicit for {self.explicit}" if self.discrete else ""
+            return f"{self.method}, {self.steps} steps{unequal}{exact}"
         return f"{self.method}, rtol={self.rtol:g}, atol={self.atol:g}"

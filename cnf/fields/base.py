@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnf.errors import expect_choice, expect_shape
-from cnf.fields.trace import groups_of, trace_of_jacobian
+from cnf.fields.trace import groups_of, jacobian_times, trace_of_jacobian
 from cnf.printing import named, shaped
 from cnf.registry import Registry
 
@@ -102,7 +102,10 @@ class HasTangents(Protocol):
 def tangent_products(
     field: VectorField, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `with_tangents` gives of a field that has it.
+    """What `with_tangents` gives, of any field.
+
+    Of one that does not have it, by forward mode, or by D vector-Jacobian products where torch has
+    no forward mode for an operation of the field.
 
     Args:
         field: The field.
@@ -111,8 +114,10 @@ def tangent_products(
         context: Condition, shape (*batch, C), or None.
         tangents: Shape (n, *batch, *event).
     """
-    assert isinstance(field, HasTangents), f"{type(field).__name__} has no products of tangents"
-    return field.with_tangents(t, x, context, tangents)
+    if isinstance(field, HasTangents):
+        return field.with_tangents(t, x, context, tangents)
+    dims = len(field.event_shape)
+    return jacobian_times(lambda y: field(t, y, context), x, tangents, dims, field)
 
 
 def exact_divergence(

@@ -7,7 +7,7 @@ Source: Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,22 @@ class AffineLayer(NamedTuple):
         if self.scale is not None:
             return F.linear(h, self.weight) * self.scale + self.bias
         return F.linear(h, self.weight, self.bias)
+
+
+def along(layer: Any, tangents: Tensor) -> Tensor:
+    """The derivative of an affine layer in directions of its input h.
+
+    Args:
+        layer: An `AffineLayer` or a `PlainLinear`.
+        tangents: Directions, shape (n, *batch, in).
+
+    Returns:
+        Their images, shape (n, *batch, out).
+    """
+    if layer.weight.dim() > 2:
+        return (layer.weight @ tangents.unsqueeze(-1)).squeeze(-1)
+    images = F.linear(tangents, layer.weight)
+    return images if layer.scale is None else images * layer.scale
 
 
 class Modulation(nn.Module):

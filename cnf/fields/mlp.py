@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnf.errors import expect_choice
 from cnf.fields.base import FIELDS, VectorField
-from cnf.fields.concat import LAYERS
+from cnf.fields.concat import LAYERS, along
 from cnf.fields.trace import trace_of_chain
 from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
@@ -122,6 +122,31 @@ class MLPField(VectorField):
         if self.skip is None:
             return v, div
         return v + F.linear(x, self.skip), div + self.skip.trace()
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `cnf.fields.HasTangents`.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, D).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, D).
+        """
+        h, products = x, tangents
+        if self.waves is not None:
+            angle, turned = F.linear(x, self.waves), F.linear(tangents, self.waves)
+            h = _fourier_features(angle, x)
+            products = torch.cat([tangents, angle.cos() * turned, -angle.sin() * turned], -1)
+        *hidden, last = self._affine_layers(t, x, context)
+        for affine in hidden:
+            h, gate = self.activation.with_derivative(affine(h))
+            products = gate * along(affine, products)
+        v, products = last(h), along(last, products)
+        if self.skip is None:
+            return v, products
+        return v + F.linear(x, self.skip), products + F.linear(tangents, self.skip)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hidden {self.hidden}"

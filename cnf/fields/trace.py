@@ -113,6 +113,26 @@ def jacobian_columns(
     return value, columns.unflatten(-1, x.shape[x.dim() - event_dims :])
 
 
+def jacobian_times(
+    v: Velocity, x: Tensor, tangents: Tensor, event_dims: int, field: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The value v(x) and the products J τ of its Jacobian with tangents.
+
+    Args:
+        v: Map from (*batch, *event) to the same shape, with independent rows.
+        x: Points, shape (*batch, *event).
+        tangents: Shape (n, *batch, *event).
+        event_dims: Number of trailing axes that form the event.
+        field: The module that v calls.
+    """
+    if tangent_size(field, v, x, event_dims) is not None:
+        return _push(v, x, tangents)
+    value, rows = _pull(v, x, _basis(x, event_dims), lambda row, direction: row)
+    rows, flat = rows.flatten(-event_dims), tangents.flatten(-event_dims)
+    products = torch.einsum("i...j,n...j->n...i", rows, flat)
+    return value, products.reshape(tangents.shape)
+
+
 def _basis(x: Tensor, event_dims: int) -> Tensor:
     event = x.shape[x.dim() - event_dims :]
     return torch.eye(math.prod(event), dtype=x.dtype, device=x.device).reshape(-1, *event)

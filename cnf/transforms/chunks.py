@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from cnf.dynamics import numerical
 from cnf.transforms.base import Transform
 from cnf.transforms.continuous import is_continuous
 from cnf.transforms.recompute import Direction
@@ -33,7 +34,8 @@ def by_chunks(
     if transform.training and not transform.recomputable:  # uses statistics of the whole batch
         return direction(value, context)
     rows = rows_at_once(transform, value)
-    return _chunked(direction, value, context, transform.event_dims, rows)
+    with numerical.told():
+        return _chunked(direction, value, context, transform.event_dims, rows)
 
 
 _widest: WeakKeyDictionary[Transform, tuple[int, int]] = WeakKeyDictionary()

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cnf.dynamics import fixed, ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, probes_of
+from cnf.dynamics import fixed, numerical, ode
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, is_exact, probes_of
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
@@ -178,6 +178,8 @@ class Continuous(Transform):
             context = context.expand(*batch, -1).reshape(x.shape[0], self.context_dim)
         if probe is not None:
             probe = probe.reshape(-1, *x.shape)
+        if self.solver.discrete:
+            return self._by_steps(x, context, (start, stop), estimator, tuple(integrands), batch)
         channels = [] if estimator is None else [estimator.channels]
         shapes = [(x.shape[0], *shape) for shape in (*channels, *((),) * len(integrands))]
         state = (x, *(x.new_zeros(shape) for shape in shapes))
@@ -198,6 +200,58 @@ class Continuous(Transform):
         return Integral(
             state[0].reshape(value.shape), ladj.reshape(batch), integrals, nfe, estimates
         )
+
+    def _by_steps(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        ends: tuple[float, float],
+        divergence: Divergence | None,
+        integrands: tuple[Integrand, ...],
+        batch: Sequence[int],
+    ) -> Integral:
+        """`integrate` where the solver's steps are the model.
+
+        Args:
+            x: Starting points, shape (N, *event).
+            context: Condition, shape (N, C), or None.
+            ends: Where it starts and where it stops: 0 and 1 or 1 and 0.
+            divergence: The exact one, or None for no log-determinant.
+            integrands: As of `integrate`.
+            batch: The shape that N is of.
+        """
+        if set(ends) != {0.0, 1.0}:
+            raise ValueError(
+                f"Continuous: expected whole steps, got a solve that stops at {ends[1]}"
+            )
+        if divergence is not None and not is_exact(divergence):
+            raise ValueError(
+                f"Continuous: expected the exact log-determinant of {self.solver}, got "
+                f"{divergence}; estimates are for solvers with discrete=False"
+            )
+        plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
+        take = numerical.explicit if plain else numerical.implicit
+        with ode.record() as stats:
+            value, ladj, integrals = take(
+                self.steps(context), x, ladj=divergence is not None, integrands=integrands
+            )
+        return Integral(
+            value.reshape(*batch, *self.field.event_shape), ladj.reshape(batch),
+            tuple(each.reshape(batch) for each in integrals), stats.forward,
+        )  # fmt: skip
+
+    def steps(self, context: Tensor | None = None) -> list[numerical.NumericalStep]:
+        """The steps of a discrete solver, in the order in which they are explicit.
+
+        Args:
+            context: Condition, shape (N, C), or None.
+        """
+        ends = (0.0, 1.0) if self.solver.explicit == "sample" else (1.0, 0.0)
+        return [
+            numerical.NumericalStep(piece, context, self.solver.method, a, b - a)
+            for t0, t1, piece in self._stretches(*ends)
+            for a, b in pairwise(self._solver_on(t0, t1).stops(t0, t1))
+        ]
 
     def _solve(
         self,
@@ -242,6 +296,8 @@ class Continuous(Transform):
         """
         if not all(0 <= t <= 1 for t in times):
             raise ValueError(f"Continuous.trajectory: expected times in [0, 1], got {times}")
+        if self.solver.discrete:
+            return numerical.path(self.steps(context), value, times)
         # A time that is a knot up to rounding in float32 is moved to it, as no solve is so short.
         knots = self.field.knots[1:]
         times = [next((knot for knot in knots if abs(knot - t) < 1e-6), t) for t in times]
@@ -578,8 +634,8 @@ def is_continuous(transform: Transform) -> bool:
 
 
 def has_fixed_steps(transform: Transform) -> bool:
-    """Whether it contains an ODE that is solved without step-size control."""
-    return any(solver.fixed for solver in solvers_in(transform))
+    """Whether it contains an ODE that is solved without step-size control, with an error."""
+    return any(solver.fixed and not solver.discrete for solver in solvers_in(transform))
 
 
 def is_adaptive(transform: Transform) -> bool:

@@ -1,0 +1,289 @@
+r"""The numerical map: the steps of a one-step method as the model, with their log-determinant.
+
+Where an ODE is solved by few steps, the integral of the divergence is the log-determinant of no
+map that was computed. The steps have one: each is a map Φ(x) = x + h ψ(t, x), whose
+:math:`\log\det \partial\Phi/\partial x` follows from D tangents that the method carries through
+its stages together with x. One direction takes the steps as they are, the other inverts them.
+
+Source: Onken & Ruthotto (2020), https://arxiv.org/abs/2005.13420, for optimizing what is
+discretized; Behrmann et al. (2019), https://arxiv.org/abs/1811.00995, for steps that are inverted.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnf.dynamics import fixed
+from cnf.dynamics.monitor import State, count
+from cnf.dynamics.preimage import per_row, preimage
+from cnf.dynamics.regularizers import Integrand, Point
+from cnf.dynamics.solver import STAGES
+from cnf.errors import abbreviated, warn
+from cnf.fields.base import VectorField, tangent_products
+
+
+class Mapped(NamedTuple):
+    """What the steps make of points.
+
+    Attributes:
+        value: The points at the other end, shape (N, *event); NaN where a step was not inverted.
+        ladj: log|det| of the direction computed, shape (N,); NaN also where a step's determinant
+            is not positive, or where it was not asked for.
+        integrals: The integral of each integrand over increasing time, shape (N,).
+    """
+
+    value: Tensor
+    ladj: Tensor
+    integrals: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class NumericalStep:
+    """One step Φ(x) = x + h ψ(t, x) of a method in `fixed.TABLEAUX`.
+
+    Attributes:
+        field: The vector field.
+        context: Condition, shape (N, C), or None.
+        method: The method.
+        t: Where the step starts.
+        h: Its length, negative for a step towards the base.
+    """
+
+    field: VectorField
+    context: Tensor | None
+    method: str
+    t: float
+    h: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Φ(x), of x's shape (N, *event)."""
+        return self._taken((x,), self.t, self.h)[0]
+
+    def with_jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Φ(x) and the transposed Jacobian [n, j, i] = ∂Φ_i/∂x_j of each row, (N, D, D)."""
+        return self.with_integrals(x, ())[:2]
+
+    def with_integrals(
+        self, x: Tensor, integrands: Sequence[Integrand]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As `with_jacobian`, and the integral of each integrand over increasing time, (N,)."""
+        size = x[0].numel() if len(x) else math.prod(x.shape[1:])
+        basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+        zeros = [x.new_zeros(len(x)) for _ in integrands]
+        state = (x, basis.expand(size, *x.shape), *zeros)
+        value, columns, *integrals = self._taken(state, self.t, self.h, integrands)
+        sign = math.copysign(1.0, self.h)
+        return value, columns.flatten(2).movedim(1, 0), tuple(sign * each for each in integrals)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `preimage`, which begins with a step of the ODE the other way."""
+        with torch.no_grad():
+            start = self._taken((y,), self.t + self.h, -self.h)[0]
+        return preimage(self, y, start)
+
+    def of_rows(self, rows: Tensor) -> "NumericalStep":
+        """The step with the contexts of some rows, by their indices."""
+        return self if self.context is None else replace(self, context=self.context[rows])
+
+    def _taken(
+        self, state: State, t: float, h: float, integrands: Sequence[Integrand] = ()
+    ) -> State:
+        def rates(t: Tensor, state: State) -> State:
+            x = state[0]
+            if len(state) == 1:
+                return (self.field(t, x, self.context).to(x.dtype),)
+            v, products = tangent_products(self.field, t, x, self.context, state[1])
+            point = Point(self.field, t, x, self.context, v)
+            return v.to(x.dtype), products.to(x.dtype), *(each(point) for each in integrands)
+
+        if not fixed.transformed():
+            count(STAGES[self.method])
+        x = state[0]
+        return fixed.step(rates, state, x.new_full((), t), x.new_full((), h), self.method)
+
+
+def explicit(
+    steps: Sequence[NumericalStep], x: Tensor, *, ladj: bool, integrands: Sequence[Integrand] = ()
+) -> Mapped:
+    """Take the steps one after the other.
+
+    Args:
+        steps: The steps, in their order.
+        x: Points, shape (N, *event).
+        ladj: Whether the log-determinant is wanted.
+        integrands: As of `Continuous.integrate`.
+    """
+    if not (ladj or integrands):
+        for step in steps:
+            x = step(x)
+        return Mapped(x, x.new_full((len(x),), math.nan), ())
+    whole, totals, given, folds = (
+        x.new_zeros(len(x)),
+        [x.new_zeros(len(x))] * len(integrands),
+        x,
+        [],
+    )
+    for step in steps:
+        x, jacobian, parts = step.with_integrals(x, integrands)
+        each = log_det(jacobian)
+        whole, totals = whole + each, [a + b for a, b in zip(totals, parts, strict=True)]
+        folds.append(each.isnan())
+    _tell(steps, given, folds)
+    return Mapped(x, whole, tuple(totals))
+
+
+def implicit(
+    steps: Sequence[NumericalStep], y: Tensor, *, ladj: bool, integrands: Sequence[Integrand] = ()
+) -> Mapped:
+    """Invert the steps, the last one first.
+
+    Args:
+        steps: The steps, in the order in which `explicit` takes them.
+        y: Points, shape (N, *event).
+        ladj: Whether the log-determinant is wanted.
+        integrands: As of `Continuous.integrate`.
+    """
+    whole, totals, given, folds = (
+        y.new_zeros(len(y)),
+        [y.new_zeros(len(y))] * len(integrands),
+        y,
+        [],
+    )
+    lost = torch.zeros_like(whole, dtype=torch.bool)
+    for step in reversed(steps):
+        y, folded = step.inverse(y)
+        lost = lost | folded
+        if ladj or integrands:
+            _, jacobian, parts = step.with_integrals(y, integrands)
+            each = log_det(jacobian)
+            whole, totals = whole - each, [a + b for a, b in zip(totals, parts, strict=True)]
+            folded = folded | each.isnan()
+        folds.append(folded)
+    _tell(steps, given, folds[::-1])
+    whole = whole.masked_fill(lost, math.nan) if ladj else whole.new_full((len(y),), math.nan)
+    return Mapped(y.masked_fill(per_row(lost, y), math.nan), whole, tuple(totals))
+
+
+def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) -> Tensor:
+    """The points at several times, shape (times, N, *event).
+
+    Between the ends of a step they are those of a shorter step from its start.
+
+    Args:
+        steps: The steps, in the order in which `explicit` takes them.
+        value: Points at times[0], shape (N, *event).
+        times: Monotone times, of which the first is where the steps start or end.
+
+    Raises:
+        ValueError: The first time is another one.
+    """
+    start, stop = steps[0].t, steps[-1].t + steps[-1].h
+    if times[0] not in (start, stop):
+        raise ValueError(
+            f"Continuous.trajectory: expected times from {start} or {stop} on, where the steps of "
+            f"a solver with discrete=True start and end, got {times[0]}"
+        )
+    points = [value]
+    if times[0] == start:
+        for step in steps:
+            points.append(step(points[-1]))
+    else:
+        for step in reversed(steps):
+            points.insert(0, implicit([step], points[0], ladj=False).value)
+
+    def at(time: float) -> Tensor:
+        passed = [k for k, step in enumerate(steps) if (time - step.t) * step.h >= 0]
+        if time == stop:
+            return points[-1]
+        step = steps[passed[-1]]
+        return replace(step, h=time - step.t)(points[passed[-1]])
+
+    return torch.stack([at(time) for time in times])
+
+
+def log_det(jacobian: Tensor) -> Tensor:
+    """The log-determinant of matrices, (N, D, D) → (N,); NaN, without gradient, where det ≤ 0."""
+    if jacobian.shape[-1] <= 2:  # ten times as fast as a factorization of many small matrices
+        det = jacobian[:, 0, 0]
+        if jacobian.shape[-1] == 2:
+            det = det * jacobian[:, 1, 1] - jacobian[:, 0, 1] * jacobian[:, 1, 0]
+        positive = det > 0
+        return torch.where(positive, torch.where(positive, det, 1.0).log(), math.nan)
+    sign, found = torch.linalg.slogdet(jacobian)
+    return torch.where(sign > 0, found, math.nan)
+
+
+class Folds:
+    """Which rows have no density, and at which step, as `watched` collects it."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[tuple[int, float], ...], list[Tensor]] = {}
+
+    def add(self, steps: Sequence[NumericalStep], folded: Tensor) -> None:
+        """Record the rows of a chunk.
+
+        Args:
+            steps: The steps, in the order in which they are explicit.
+            folded: Whether a row has no density for a step, shape (steps, N).
+        """
+        places = tuple((id(step.field), step.t) for step in steps)
+        self._found.setdefault(places, []).append(folded)
+
+    def told(self) -> str | None:
+        """What is to be said of them; None if there are none. Waits for the device."""
+        for places, chunks in self._found.items():
+            folded = torch.cat(chunks, 1)
+            rows = folded.any(0).nonzero().flatten().tolist()
+            if rows:
+                steps = [k for k, found in enumerate(folded.any(1).tolist()) if found]
+                which = ", ".join(f"{k + 1} (from t = {places[k][1]:.3g})" for k in steps)
+                return (
+                    f"{len(rows)} of {folded.shape[1]} rows ({abbreviated(rows)}) have NaN as "
+                    f"density or as value: there the solver's step {which} of {len(places)} is "
+                    "not one to one, or was not inverted; take more steps, or train by likelihood "
+                    "with this solver"
+                )
+        return None
+
+
+_folds: ContextVar[Folds | None] = ContextVar("folds", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[Folds]:
+    """Inside, rows without a density are collected, and not warned of."""
+    token = _folds.set(Folds())
+    try:
+        found = _folds.get()
+        assert found is not None
+        yield found
+    finally:
+        _folds.reset(token)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Inside, rows without a density are collected, and warned of at its end, all at once."""
+    if fixed.captured() or _folds.get() is not None:
+        yield
+        return
+    with watched() as found:
+        yield
+    if text := found.told():
+        warn(f"Flow: {text}")
+
+
+def _tell(steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor]) -> None:
+    """Record, or warn of, rows that folded though what was given is finite."""
+    if fixed.captured():
+        return
+    with told():
+        found = _folds.get()
+        assert found is not None
+        found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1))

@@ -1,0 +1,178 @@
+"""Preimages under a map near the identity, by iteration, with the gradient of the solution."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NEWTON = 64  # largest D for which Newton's method is taken
+ITERATIONS = 50  # at most
+HISTORY = 5  # earlier iterates that Anderson's method combines
+
+
+class SmoothMap(Protocol):
+    """A map Φ of points, shape (N, *event), of which each row depends on that row alone."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def with_jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Φ(x) and the transposed Jacobian [n, j, i] = ∂Φ_i/∂x_j of each row, (N, D, D)."""
+        ...
+
+    def of_rows(self, rows: Tensor) -> "SmoothMap":
+        """The map of some rows, by their indices."""
+        ...
+
+
+class Found(NamedTuple):
+    """Where an iteration ended.
+
+    Attributes:
+        x: The iterate with the least error, shape (N, *event).
+        error: The largest component of y - Φ(x), in units of 1 + the largest of y, shape (N,).
+        jacobian: That of Φ at x, as of `SmoothMap`; None where none was needed.
+    """
+
+    x: Tensor
+    error: Tensor
+    jacobian: Tensor | None
+
+
+def preimage(function: SmoothMap, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The x with Φ(x) = y, shape (N, *event), and whether none was found, shape (N,).
+
+    By Newton's method up to `NEWTON` dimensions, by Anderson's above. Where none was found, x is
+    the best iterate. It is differentiable, once, in y and in all that Φ depends on.
+
+    Args:
+        function: Φ.
+        y: Points, shape (N, *event).
+        start: Where the iteration begins, of y's shape.
+    """
+    with torch.no_grad():
+        newton = y.flatten(1).shape[1] <= NEWTON
+        x, error, jacobian = (_newton if newton else _anderson)(function, y, start)
+        missed = ~(error <= torch.finfo(y.dtype).eps ** 0.75)
+    if not torch.is_grad_enabled():
+        return x, missed
+    left = y - function(x)
+    if not left.requires_grad:
+        return x, missed
+    if jacobian is not None:  # by the derivative of a further iteration
+        return x + _solved(jacobian, left), missed
+    return _ImplicitGradient.apply(x, left, function), missed  # pyright: ignore
+
+
+def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:
+    """Newton's method, which shortens the next step of a row whose error would have grown."""
+    eps = torch.finfo(y.dtype).eps
+    value, jacobian = function.with_jacobian(x)
+    left = y - value
+    error, length = _error(left, y), y.new_ones(len(y))
+    settled = torch.zeros_like(error, dtype=torch.bool)
+    for _ in range(ITERATIONS):
+        rows = ((error > 4 * eps) & ~settled).nonzero().squeeze(-1)
+        if not len(rows):
+            break
+        trial = x[rows] + per_row(length[rows], y) * _solved(jacobian[rows], left[rows])
+        value, slopes = function.of_rows(rows).with_jacobian(trial)
+        misses = y[rows] - value
+        errors = _error(misses, y[rows])
+        better = errors < error[rows]
+        length[rows] = torch.where(better, (2 * length[rows]).clamp(max=1), length[rows] / 4)
+        settled[rows] = ~better & (error[rows] <= eps**0.75)  # what is left is rounding
+        own = rows[better]
+        x = x.index_copy(0, own, trial[better])
+        left = left.index_copy(0, own, misses[better])
+        error = error.index_copy(0, own, errors[better])
+        jacobian = jacobian.index_copy(0, own, slopes[better])
+    return Found(x, error, jacobian)
+
+
+def _anderson(function: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Found:
+    """The fixed point of x → x + y - Φ(x), by Anderson's method in each row.
+
+    Source: Walker & Ni (2011), https://doi.org/10.1137/10078356X.
+    """
+    enough = 4 * torch.finfo(y.dtype).eps
+    best, least = x, y.new_full((len(y),), math.inf)
+    points: list[Tensor] = []
+    moves: list[Tensor] = []
+    for _ in range(ITERATIONS):
+        move = y - function(x)
+        error = _error(move, y)
+        better = error < least
+        best, least = torch.where(per_row(better, y), x, best), torch.where(better, error, least)
+        if not (least > enough).any():
+            break
+        points, moves = [*points[-HISTORY:], x], [*moves[-HISTORY:], move]
+        x = _mixed(points, moves)
+    return Found(best, least, None)
+
+
+def _mixed(points: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+    """The next iterate: a step from that combination of the last points whose move is least."""
+    x, move = points[-1], moves[-1]
+    if len(points) == 1:
+        return x + move
+    shifts, changes = (  # (N, D, m)
+        torch.stack([(b - a).flatten(1) for a, b in pairwise(values)], -1)
+        for values in (points, moves)
+    )
+    gram = changes.mT @ changes
+    ridge = torch.finfo(x.dtype).eps * gram.diagonal(dim1=1, dim2=2)
+    tiny = torch.finfo(x.dtype).tiny
+    weights, _ = torch.linalg.solve_ex(
+        gram + torch.diag_embed(ridge + tiny), changes.mT @ move.flatten(1).unsqueeze(-1)
+    )
+    return x + move - ((shifts + changes) @ weights).reshape(x.shape)
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    """x, whose derivative in y - Φ(x) is the inverse Jacobian, by fixed points of products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = ctx.function(x)
+
+        def pulled(g: Tensor) -> Tensor:
+            return torch.autograd.grad(value, x, g, retain_graph=True)[0]
+
+        return None, _anderson(pulled, cotangent, cotangent).x, None
+
+
+def _solved(jacobian: Tensor, right: Tensor) -> Tensor:
+    """The δ of which the Jacobian makes `right`, shape (N, *event)."""
+    flat = right.flatten(1)
+    if flat.shape[1] == 1:
+        return right / jacobian.reshape(right.shape)
+    if flat.shape[1] == 2:  # ten times as fast as a solver of many small systems
+        (a, c), (b, d) = (column.unbind(-1) for column in jacobian.unbind(1))
+        u, v = flat.unbind(-1)
+        found = torch.stack([d * u - b * v, a * v - c * u], -1) / (a * d - b * c).unsqueeze(-1)
+    else:
+        found = torch.linalg.solve_ex(jacobian.mT, flat.unsqueeze(-1))[0]
+    return found.reshape(right.shape)
+
+
+def _error(left: Tensor, y: Tensor) -> Tensor:
+    return left.flatten(1).abs().amax(1) / (1 + y.flatten(1).abs().amax(1))
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """Values of each row, in a shape that broadcasts over the event of `like`."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))

@@ -623,6 +623,41 @@ class _Recorded(Transform):
         return replace(divergence, probe=own.reshape(len(probe), *value.shape))
 
 
+def entering(transform: Transform, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    """The points that each ODE of `odes_in(transform)` is given on the way from data to base.
+
+    Args:
+        transform: Any nest of transforms.
+        x: Data, shape (*batch, *event).
+        context: Condition, shape (*batch, C), or None.
+    """
+    seen: dict[int, Tensor] = {}
+    numbers = iter(range(len(odes_in(transform))))
+    _with_odes(transform, lambda ode: _Seen(ode, next(numbers), seen)).inverse(x, context)
+    return [seen[number] for number in sorted(seen)]
+
+
+class _Seen(Transform):
+    """A `Continuous` within `entering`.
+
+    Args:
+        ode: The `Continuous`.
+        index: Its place among the ODEs.
+        seen: Where what it is given is kept, by the index.
+    """
+
+    def __init__(self, ode: Continuous, index: int, seen: dict[int, Tensor]) -> None:
+        super().__init__(ode.event_dims, ode.context_dim)
+        self.ode, self.index, self.seen = ode, index, seen
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.ode(z, context)
+
+    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.seen[self.index] = x
+        return self.ode.inverse(x, context)
+
+
 def _summed(parts: Tensor, dims: int) -> Tensor:
     """The sum over all axes after the first `dims`."""
     return parts.flatten(dims).sum(-1) if parts.dim() > dims else parts

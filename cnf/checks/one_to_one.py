@@ -1,0 +1,76 @@
+"""The check that the steps of a solver, where they are the model, map points one to one."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cnf.checks.case import Case, NotApplicable, Outcome
+from cnf.dynamics import numerical
+from cnf.dynamics.numerical import NumericalStep
+from cnf.dynamics.preimage import preimage
+from cnf.transforms.continuous import entering, odes_in
+
+POINTS = 512  # on the side of the data and on that of the base, at each width
+WIDTHS = {"data and base samples": 1.0, "twice as far out": 2.0, "four times as far out": 4.0}
+STARTS = 3  # of the search for a second preimage
+APART = 1e-3  # of the points' spread, beyond which two preimages are two
+
+REMEDY = (
+    "there a step of the solver is not one to one, so that log_prob is NaN, or the density of one "
+    "preimage of several; take more steps, or train by likelihood with this solver"
+)
+
+
+def one_to_one(case: Case) -> list[Outcome]:
+    """No step of a discrete solver folds, on data, on base samples and beyond."""
+    if not any(part.solver.discrete for part in odes_in(case.flow.transform)):
+        raise NotApplicable("no solver's steps are the model")
+    return [_outcome(case, where, width) for where, width in WIDTHS.items()]
+
+
+def _outcome(case: Case, where: str, width: float) -> Outcome:
+    folded = [found for points in _sides(case, width) for found in points]
+    bad, count = int(torch.cat(folded).sum()), sum(map(len, folded))
+    words = f"{bad} of {count} points fold" if bad else f"no fold found on {count} points"
+    return Outcome(bad, 0, f"{words}, {where}", REMEDY)
+
+
+def _sides(case: Case, width: float) -> Iterator[list[Tensor]]:
+    """Which points fold in each ODE, of those around data and of those around base samples."""
+    flow = case.double
+    x, _, context = case.rows(flow)
+    rows = torch.randint(len(x), (POINTS,), generator=case.generator).to(x.device)
+    context = None if context is None else context[rows]
+    y, z = flow.inside(x[rows])[0], flow.base.sample((POINTS,), case.generator).to(flow.dtype)
+    with numerical.watched():
+        data = entering(flow.transform, y, context)
+        base = [end for end in entering(flow.transform, flow.transform(z, context)[0], context)]
+        for points in (data, base):
+            yield [
+                _folds(part.steps(context), _around(own, width, case.generator), case.generator)
+                for part, own in zip(odes_in(flow.transform), points, strict=True)
+                if part.solver.discrete
+            ]
+
+
+def _around(points: Tensor, width: float, generator: torch.Generator) -> Tensor:
+    """The points, moved a little, and so many times as far from their mean."""
+    center, spread = points.mean(0), points.std(0)
+    noise = torch.randn(points.shape, generator=generator, dtype=points.dtype)
+    return center + width * (points - center) + 0.3 * (width - 1) * spread * noise.to(points)
+
+
+def _folds(steps: list[NumericalStep], x: Tensor, generator: torch.Generator) -> Tensor:
+    """Whether some step is not one to one at a point, or another point has the same image."""
+    folded = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for step in steps:
+        image, jacobian = step.with_jacobian(x)
+        folded |= numerical.log_det(jacobian).isnan() & x.flatten(1).isfinite().all(1)
+        for _ in range(STARTS):
+            start = x[torch.randperm(len(x), generator=generator).to(x.device)]
+            other, missed = preimage(step, image, start)
+            apart = (other - x).flatten(1).norm(dim=1) > APART * x.std()
+            folded |= apart & ~missed
+        x = image
+    return folded

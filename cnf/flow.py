@@ -465,10 +465,23 @@ class Flow(nn.Module):
             )
         solver = Solver.of(solver)
         flow = self.with_transform(reconfigured(self.transform, solver=solver))
-        if self.spec is not None:  # a saved flow keeps the solver
-            options = {**self.spec["options"], "solver": asdict(solver)}
-            flow.spec = {**self.spec, "options": options}
+        flow.spec = self._spec_with(solver)
         return flow
+
+    def keep_solver(self, solver: Solver) -> None:
+        """Solve every ODE of this flow by another solver from now on; a saved flow keeps it.
+
+        Args:
+            solver: The solver.
+        """
+        for ode in odes_in(self.transform):
+            ode.solver, ode.recipe = solver, replace(ode.recipe, solver=None)
+        self.spec = self._spec_with(solver)
+
+    def _spec_with(self, solver: Solver) -> dict[str, Any] | None:
+        if self.spec is None:
+            return None
+        return {**self.spec, "options": {**self.spec["options"], "solver": asdict(solver)}}
 
     def with_transform(self, transform: Transform) -> "Flow":
         """The same base, preprocessing and mode with another transform.

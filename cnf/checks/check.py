@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 from cnf.checks import behavior, log_density
 from cnf.checks.case import Case, NotApplicable, Outcome, reference
 from cnf.checks.gradients import gradients
-from cnf.checks.one_to_one import one_to_one
 from cnf.checks.one_probe import OneProbe
+from cnf.checks.one_to_one import one_to_one
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.dynamics.divergence import AFFORDABLE, exact_directions, is_exact

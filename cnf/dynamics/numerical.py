@@ -209,14 +209,22 @@ def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) 
 
 def log_det(jacobian: Tensor) -> Tensor:
     """The log-determinant of matrices, (N, D, D) → (N,); NaN, without gradient, where det ≤ 0."""
-    if jacobian.shape[-1] <= 2:  # ten times as fast as a factorization of many small matrices
-        det = jacobian[:, 0, 0]
-        if jacobian.shape[-1] == 2:
-            det = det * jacobian[:, 1, 1] - jacobian[:, 0, 1] * jacobian[:, 1, 0]
-        positive = det > 0
-        return torch.where(positive, torch.where(positive, det, 1.0).log(), math.nan)
+    if jacobian.shape[-1] <= 2:
+        found = det(jacobian)
+        positive = found > 0
+        return torch.where(positive, torch.where(positive, found, 1.0).log(), math.nan)
     sign, found = torch.linalg.slogdet(jacobian)
     return torch.where(sign > 0, found, math.nan)
+
+
+def det(jacobian: Tensor) -> Tensor:
+    """The determinant of matrices, (N, D, D) → (N,)."""
+    if jacobian.shape[-1] > 2:
+        return torch.linalg.det(jacobian)
+    found = jacobian[:, 0, 0]  # ten times as fast as a factorization of many small matrices
+    if jacobian.shape[-1] == 2:
+        found = found * jacobian[:, 1, 1] - jacobian[:, 0, 1] * jacobian[:, 1, 0]
+    return found
 
 
 class Folds:

@@ -44,6 +44,14 @@ class Objective(ABC):
     capturable = False
     lr = 2e-3
 
+    def settle(self, module: nn.Module) -> nn.Module:
+        """The module, in which what belongs to the objective for good is changed before training.
+
+        Args:
+            module: What is trained.
+        """
+        return module
+
     def begin(
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "Objective":

@@ -10,11 +10,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from cnf.dynamics import numerical
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, number_of_probes
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive, warn
 from cnf.flow import Flow, require_odes
+from cnf.objectives.barrier import WEIGHT, barrier, discrete_in
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
@@ -33,6 +35,8 @@ class LikelihoodRows(RowTensors):
             part of the variables takes the first entries.
         stop: How far from its end each ODE's solve stops, the same in each row, shape (N,), or
             (N, ODEs) where there are several.
+        around: Where a barrier holds the steps of discrete solvers, shape (N, 2, *event), see
+            `cnf.objectives.barrier`.
     """
 
     x: Tensor
@@ -40,6 +44,7 @@ class LikelihoodRows(RowTensors):
     weight: Tensor | None = None
     probe: Tensor | None = None
     stop: Tensor | None = None
+    around: Tensor | None = None
 
 
 class _Likelihood(NamedTuple):
@@ -64,6 +69,11 @@ class MaximumLikelihood(Objective):
     What is None is as the flow's own `Recipe` says: `ffjord` trains with one Hutchinson probe,
     `rnode` and `otflow` with their penalties. In a flow of several ODEs, such as a multi-scale
     one, each follows its own recipe and has its own probes and end time; penalties are summed.
+
+    Under a solver with discrete=True the likelihood is that of the steps. A barrier then holds
+    each step one to one around the data and beyond ("barrier" among the metrics), and rows without
+    a density are left out and counted ("folded", their share). `fit` gives the flow such a solver
+    for good, as the weights are made for its steps.
 
     Args:
         divergence: "exact", or an estimator such as "hutchinson" or `Hutchinson(probes=2)`.
@@ -133,9 +143,13 @@ class MaximumLikelihood(Objective):
         penalties = [r.penalties if self.penalties is None else self.penalties for r in recipes]
         if self.penalties or self.steer:
             require_odes("MaximumLikelihood(penalties=…, steer=…)", flow)
-        divergences = [self.divergence or r.divergence for r in recipes] or ["exact"]
+        trained = self.as_trained(flow)
+        divergences = [
+            self.divergence or ("exact" if ode.solver.discrete else recipe.divergence)
+            for ode, recipe in zip(odes_in(trained.transform), recipes, strict=True)
+        ] or [self.divergence or "exact"]
         built = tuple(DIVERGENCES.build(each) for each in divergences)
-        return _Likelihood(self.as_trained(flow), built, tuple(penalties))
+        return _Likelihood(trained, built, tuple(penalties))
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None
@@ -149,15 +163,25 @@ class MaximumLikelihood(Objective):
             stop = self.steer * draw(torch.rand, shape, generator, like=batch.x)
             stop = stop.expand(len(batch.x), *shape)
         probe = torch.cat(probes).movedim(0, 1) if probes else None
-        return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop)
+        around = None
+        if discrete_in(flow):
+            around = draw(
+                torch.randn, (len(batch.x), 2, *flow.event_shape), generator, like=batch.x
+            )
+        return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop, around)
 
     def __call__(
         self, module: nn.Module, batch: Batch | LikelihoodRows, generator: Generator | None = None
     ) -> Loss:
         batch = as_prepared(self, module, batch, generator)
-        log_prob, costs = self._scores(module, batch, generator)
-        value = nll = weighted_mean(-log_prob, batch.weight)
-        penalties, logged = self._resolve(module).penalties, {}
+        flow, _, penalties = self._resolve(module)
+        with numerical.watched():  # rows without a density are counted here, not warned of
+            log_prob, costs = self._scores(module, batch, generator)
+            if batch.around is None:
+                value = nll = weighted_mean(-log_prob, batch.weight)
+                logged = {}
+            else:
+                value, nll, logged = _held(flow, batch, batch.around, log_prob)
         for weights, integrals in zip(penalties, costs, strict=True):
             for name, weight in weights.items():
                 cost = weighted_mean(integrals[name], batch.weight)
@@ -199,11 +223,30 @@ class MaximumLikelihood(Objective):
             return flow
         return flow.with_transform(under_recipes(flow.transform))
 
+    def settle(self, module: nn.Module) -> nn.Module:
+        """Give the flow the discrete solver of the loss for good."""
+        if isinstance(self.solver, Solver) and self.solver.discrete and isinstance(module, Flow):
+            module.keep_solver(self.solver)
+        return module
+
     def learning_rate(self, module: nn.Module) -> float:
         """The lowest learning rate of the model's recipes, or this objective's."""
         flow = as_flow("MaximumLikelihood", module)
         rates = [ode.recipe.lr for ode in odes_in(flow.transform) if ode.recipe.lr]
         return min(rates, default=self.lr)
+
+
+def _held(
+    flow: Flow, rows: LikelihoodRows, around: Tensor, log_prob: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss of rows that have a density with the barrier, their NLL, and what is logged."""
+    has_density = ~log_prob.isnan()
+    weight = has_density.to(log_prob)
+    weight = weight if rows.weight is None else weight * rows.weight
+    nll = weighted_mean(-torch.where(has_density, log_prob, 0.0), weight)
+    held = barrier(flow, rows.x, rows.context, around)
+    folded = 1 - has_density.to(log_prob).mean()
+    return nll + WEIGHT * held, nll, {"barrier": held.detach(), "folded": folded}
 
 
 def _solves(

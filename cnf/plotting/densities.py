@@ -118,7 +118,8 @@ def density_at(flow_or_density: Any, points: Tensor) -> Tensor:
     if isinstance(flow_or_density, Flow):
         flow = flow_or_density
         like = next(iter(flow.parameters()), points)
-        flow = flow.with_solver(PICTURE_SOLVER) if isinstance(flow.transform, Continuous) else flow
+        if isinstance(flow.transform, Continuous) and not flow.transform.solver.discrete:
+            flow = flow.with_solver(PICTURE_SOLVER)
         log_prob = log_prob_chunked(flow, points.to(like.device, flow.data_dtype))
     else:
         log_prob = log_prob_chunked(flow_or_density, points)

@@ -21,7 +21,7 @@ from cnf.objectives import Batch
 from cnf.race.results import race_metrics
 from cnf.random import preserved, reseed, stream
 from cnf.training.diagnosis import warn_of_few_steps
-from cnf.transforms.continuous import is_continuous
+from cnf.transforms.continuous import has_discrete_steps, is_continuous
 
 TIGHT = Solver("dopri5", rtol=1e-6, atol=1e-6)  # solver error far below the gaps
 FEWEST = 10  # points whose distances mean something
@@ -114,7 +114,9 @@ class Judge:
             seed: Of the samples.
         """
         test, target = (_placed(points, flow) for points in (self.test, self.target))
-        exact = flow.with_solver(TIGHT) if is_continuous(flow.transform) else flow
+        exact = flow
+        if is_continuous(flow.transform) and not has_discrete_steps(flow.transform):
+            exact = flow.with_solver(TIGHT)
         divergence = self.divergence(flow)
         if divergence is not None and self.draws > 1:
             raise ValueError(

@@ -94,6 +94,8 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
     for solver in solvers_in(objective.as_trained(module).transform):
         if not solver.fixed:
             return f"the method {solver.method}, which reads its errors"
+        if solver.discrete and solver.explicit == "sample":
+            return f"{solver}, whose steps are inverted by iteration"
         if solver.compile or solver.gradient not in ("auto", "backprop"):
             return f"{solver}, which is compiled or whose gradient is not backprop"
     return None

@@ -673,6 +673,11 @@ def has_fixed_steps(transform: Transform) -> bool:
     return any(solver.fixed and not solver.discrete for solver in solvers_in(transform))
 
 
+def has_discrete_steps(transform: Transform) -> bool:
+    """Whether it contains an ODE whose solver's steps are the model."""
+    return any(solver.discrete for solver in solvers_in(transform))
+
+
 def is_adaptive(transform: Transform) -> bool:
     """Whether it contains an ODE with step-size control, whose steps all rows share."""
     return any(not solver.fixed for solver in solvers_in(transform))

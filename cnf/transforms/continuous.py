@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cnf.dynamics import fixed, numerical, ode
 from cnf.dynamics.divergence import DIVERGENCES, Divergence, is_exact, probes_of
+from cnf.dynamics.monitor import Stats
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
@@ -231,7 +232,8 @@ class Continuous(Transform):
             )
         plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
         take = numerical.explicit if plain else numerical.implicit
-        with ode.record() as stats:
+        # torch.compile cannot trace what counts the evaluations.
+        with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:
             value, ladj, integrals = take(
                 self.steps(context), x, ladj=divergence is not None, integrands=integrands
             )

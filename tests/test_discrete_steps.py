@@ -1,0 +1,135 @@
+"""Flows whose solver's steps are the model: training them, checking them, scoring them."""
+
+import pytest
+import torch
+from torch import nn
+
+import cnf
+from cnf.dynamics import Solver
+from cnf.fields import Adapter
+from cnf.flow import Flow
+from cnf.objectives import barrier
+from cnf.race.judge import Judge
+from cnf.transforms import Continuous
+
+EULER = Solver("euler", steps=1, discrete=True)
+
+
+class Wave(nn.Module):
+    """v(x) = -a sin x, whose Euler step of length 1 folds where a cos x > 1."""
+
+    def __init__(self, size=3.0):
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(size, dtype=torch.float64))
+
+    def forward(self, t, x):
+        return -self.size * torch.sin(x)
+
+
+class Bump(nn.Module):
+    """v(x) = -a (x - 5) exp(-(x - 5)²), whose Euler step folds at 5, where there are no data."""
+
+    def forward(self, t, x):
+        y = x - 5
+        return -3 * y * torch.exp(-y.square())
+
+
+def flow_of(net, solver=EULER, dim=1):
+    return Flow(None, Continuous(Adapter(net, dim), solver), event_shape=(dim,)).double()
+
+
+def data(n=64):
+    return torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
+    flow = flow_of(Wave(), Solver("euler", steps=1, discrete=True, explicit="density"))
+    objective, x = cnf.MaximumLikelihood(), data()
+    rows = objective.prepare(flow, cnf.Batch(x), torch.Generator().manual_seed(1))
+    loss = objective(flow, rows)
+    z = x + 3 * torch.sin(x)  # the explicit step goes from t = 1 to t = 0
+    det = 1 + 3 * torch.cos(x[:, 0])
+    has = det > 0
+    normal = torch.distributions.Normal(0.0, 1.0)
+    nll = -(normal.log_prob(z[:, 0]) + det.abs().log())[has].mean()
+    torch.testing.assert_close(loss.metrics["nll"], nll)
+    torch.testing.assert_close(loss.metrics["folded"], 1 - has.double().mean())
+    assert 0 < loss.metrics["folded"] < 0.9
+    near, wide = rows.around[:: barrier.EVERY].unbind(1)
+    points = torch.cat([x[:: barrier.EVERY] + barrier.NEAR * near, barrier.WIDE * wide])
+    held = (barrier.LEAST - 1 - 3 * torch.cos(points)).relu().mean()
+    torch.testing.assert_close(loss.metrics["barrier"], held)
+    torch.testing.assert_close(loss.value, nll + barrier.WEIGHT * held)
+    loss.value.backward()
+    assert flow.field.net.size.grad.isfinite()
+
+
+@pytest.mark.parametrize("explicit", ["sample", "density"])
+def test_training_unfolds_the_steps(explicit):
+    flow = flow_of(Wave(1.5))
+    solver = Solver("euler", steps=1, discrete=True, explicit=explicit)
+    config = cnf.TrainConfig(
+        steps=60, batch_size=32, lr=0.05, ema=0.9, progress=False, validations=0, device="cpu"
+    )
+    with torch.no_grad():
+        before = Continuous(flow.field, solver).steps()
+    cnf.fit(flow, cnf.MaximumLikelihood(solver=solver), data(256), config)
+    assert flow.transform.solver == solver and len(before) == 1
+    assert cnf.check(flow, data())["one to one"].passed
+    assert flow.log_prob(data()).isfinite().all()
+
+
+def test_a_flow_trained_so_is_saved_with_its_solver(tmp_path):
+    flow = cnf.models.cnf(2, hidden=(8,))
+    solver = Solver("midpoint", steps=2, discrete=True, explicit="density")
+    settings = {"steps": 3, "batch_size": 16, "progress": False, "device": "cpu"}
+    toy = cnf.data.toy("moons")
+    config = cnf.TrainConfig(folder=tmp_path / "run", validation_rows=50, **settings)
+    history = cnf.fit(flow, cnf.MaximumLikelihood(solver=solver), toy, config)
+    assert history.records[-1]["barrier"] >= 0
+    loaded = cnf.load(tmp_path / "run")
+    assert loaded.transform.solver == solver
+    x = toy.sample(20)
+    torch.testing.assert_close(loaded.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("explicit", ["sample", "density"])
+def test_a_fold_far_from_the_data_is_found(explicit):
+    flow = flow_of(Bump(), Solver("euler", steps=1, discrete=True, explicit=explicit))
+    sign = 1 if explicit == "sample" else -1
+    if sign < 0:  # the step goes backwards, so that the field's sign is the other
+        flow = flow_of(Reversed(Bump()), flow.transform.solver)
+    report = cnf.check(flow, data())
+    assert report["one to one"].passed is False
+    assert "points fold" in report["one to one"].message
+    assert "not run, since one to one failed" in report["mass"].message
+
+
+class Reversed(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x):
+        return -self.net(t, x)
+
+
+def test_a_flow_that_does_not_fold_says_on_how_many_points_it_was_asked():
+    report = cnf.check(flow_of(Wave(0.3)), data())
+    assert report["one to one"].passed
+    assert "no fold found on 1024 points" in report["one to one"].message
+    assert report["solver"].passed is None
+    assert all(finding.passed is not False for finding in report.findings), str(report)
+
+
+def test_the_judge_scores_the_steps_and_not_the_ode():
+    toy = cnf.data.toy("moons")
+    test, reference = (toy.sample(300, torch.Generator().manual_seed(k)) for k in (0, 1))
+    flow = cnf.models.cnf(2, hidden=(16,)).eval()
+    coarse = flow.with_solver(Solver("euler", steps=1, discrete=True, explicit="density"))
+    judge = Judge(test, reference, toy, w2_points=50)
+    gap = judge.scores(coarse)["gap"]
+    with torch.no_grad():
+        own = (toy.log_prob(test) - coarse.log_prob(test)).mean().item()
+        ode = (toy.log_prob(test) - flow.log_prob(test)).mean().item()
+    assert gap == pytest.approx(own, abs=1e-5) and abs(own - ode) > 1e-3

@@ -69,7 +69,7 @@ def _folds(steps: list[NumericalStep], x: Tensor, generator: torch.Generator) ->
         folded |= numerical.log_det(jacobian).isnan() & x.flatten(1).isfinite().all(1)
         for _ in range(STARTS):
             start = x[torch.randperm(len(x), generator=generator).to(x.device)]
-            other, missed = preimage(step, image, start)
+            other, missed, _ = preimage(step, image, start)
             apart = (other - x).flatten(1).norm(dim=1) > APART * x.std()
             folded |= apart & ~missed
         x = image

@@ -10,7 +10,7 @@ discretized; Behrmann et al. (2019), https://arxiv.org/abs/1811.00995, for steps
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -43,6 +43,38 @@ class Mapped(NamedTuple):
     integrals: tuple[Tensor, ...]
 
 
+def take(
+    method: str,
+    integrands: tuple[Integrand, ...],
+    field: VectorField,
+    context: Tensor | None,
+    t: Tensor,
+    h: Tensor,
+    state: State,
+) -> State:
+    """A step of points alone, or of points, tangents, shape (n, N, *event), and integrals.
+
+    Args:
+        method: One of `fixed.TABLEAUX`.
+        integrands: As of `Continuous.integrate`.
+        field: The vector field.
+        context: Condition, shape (N, C), or None.
+        t: Where the step starts, shape ().
+        h: Its length, shape ().
+        state: What is taken along.
+    """
+
+    def rates(t: Tensor, state: State) -> State:
+        x = state[0]
+        if len(state) == 1:
+            return (field(t, x, context).to(x.dtype),)
+        v, products = tangent_products(field, t, x, context, state[1])
+        point = Point(field, t, x, context, v)
+        return v.to(x.dtype), products.to(x.dtype), *(each(point) for each in integrands)
+
+    return fixed.step(rates, state, t, h, method)
+
+
 @dataclass(frozen=True)
 class NumericalStep:
     """One step Φ(x) = x + h ψ(t, x) of a method in `fixed.TABLEAUX`.
@@ -53,6 +85,7 @@ class NumericalStep:
         method: The method.
         t: Where the step starts.
         h: Its length, negative for a step towards the base.
+        run: What takes it: `take`, or that compiled.
     """
 
     field: VectorField
@@ -60,6 +93,7 @@ class NumericalStep:
     method: str
     t: float
     h: float
+    run: Callable[..., State] = take
 
     def __call__(self, x: Tensor) -> Tensor:
         """Φ(x), of x's shape (N, *event)."""
@@ -73,7 +107,7 @@ class NumericalStep:
         self, x: Tensor, integrands: Sequence[Integrand]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As `with_jacobian`, and the integral of each integrand over increasing time, (N,)."""
-        size = x[0].numel() if len(x) else math.prod(x.shape[1:])
+        size = math.prod(x.shape[1:])
         basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
         zeros = [x.new_zeros(len(x)) for _ in integrands]
         state = (x, basis.expand(size, *x.shape), *zeros)
@@ -82,10 +116,16 @@ class NumericalStep:
         return value, columns.flatten(2).movedim(1, 0), tuple(sign * each for each in integrals)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `preimage`, which begins with a step of the ODE the other way."""
+        """The x with Φ(x) = y, and whether none was found that is not folded, shape (N,).
+
+        See `preimage`, which begins with a step of the ODE the other way. It takes steps of ever
+        fewer rows, for each number of which another would be compiled.
+        """
+        plain = replace(self, run=take)
         with torch.no_grad():
-            start = self._taken((y,), self.t + self.h, -self.h)[0]
-        return preimage(self, y, start)
+            start = plain._taken((y,), self.t + self.h, -self.h)[0]
+        x, missed, jacobian = preimage(plain, y, start)
+        return x, missed if jacobian is None else missed | ~(det(jacobian) > 0)
 
     def of_rows(self, rows: Tensor) -> "NumericalStep":
         """The step with the contexts of some rows, by their indices."""
@@ -94,18 +134,12 @@ class NumericalStep:
     def _taken(
         self, state: State, t: float, h: float, integrands: Sequence[Integrand] = ()
     ) -> State:
-        def rates(t: Tensor, state: State) -> State:
-            x = state[0]
-            if len(state) == 1:
-                return (self.field(t, x, self.context).to(x.dtype),)
-            v, products = tangent_products(self.field, t, x, self.context, state[1])
-            point = Point(self.field, t, x, self.context, v)
-            return v.to(x.dtype), products.to(x.dtype), *(each(point) for each in integrands)
-
         if not fixed.transformed():
             count(STAGES[self.method])
-        x = state[0]
-        return fixed.step(rates, state, x.new_full((), t), x.new_full((), h), self.method)
+        start, length = state[0].new_full((), t), state[0].new_full((), h)
+        return self.run(
+            self.method, tuple(integrands), self.field, self.context, start, length, state
+        )
 
 
 def explicit(
@@ -123,12 +157,8 @@ def explicit(
         for step in steps:
             x = step(x)
         return Mapped(x, x.new_full((len(x),), math.nan), ())
-    whole, totals, given, folds = (
-        x.new_zeros(len(x)),
-        [x.new_zeros(len(x))] * len(integrands),
-        x,
-        [],
-    )
+    given, folds = x, []
+    whole, *totals = [x.new_zeros(len(x)) for _ in range(1 + len(integrands))]
     for step in steps:
         x, jacobian, parts = step.with_integrals(x, integrands)
         each = log_det(jacobian)
@@ -149,12 +179,8 @@ def implicit(
         ladj: Whether the log-determinant is wanted.
         integrands: As of `Continuous.integrate`.
     """
-    whole, totals, given, folds = (
-        y.new_zeros(len(y)),
-        [y.new_zeros(len(y))] * len(integrands),
-        y,
-        [],
-    )
+    given, folds = y, []
+    whole, *totals = [y.new_zeros(len(y)) for _ in range(1 + len(integrands))]
     lost = torch.zeros_like(whole, dtype=torch.bool)
     for step in reversed(steps):
         y, folded = step.inverse(y)

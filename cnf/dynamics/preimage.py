@@ -42,11 +42,14 @@ class Found(NamedTuple):
     jacobian: Tensor | None
 
 
-def preimage(function: SmoothMap, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The x with Φ(x) = y, shape (N, *event), and whether none was found, shape (N,).
+def preimage(
+    function: SmoothMap, y: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The x with Φ(x) = y, shape (N, *event), whether none was found, (N,), and Φ's Jacobian.
 
-    By Newton's method up to `NEWTON` dimensions, by Anderson's above. Where none was found, x is
-    the best iterate. It is differentiable, once, in y and in all that Φ depends on.
+    By Newton's method up to `NEWTON` dimensions, by Anderson's above, which needs no Jacobian.
+    Where none was found, x is the best iterate. x is differentiable, once, in y and in all that Φ
+    depends on.
 
     Args:
         function: Φ.
@@ -57,14 +60,12 @@ def preimage(function: SmoothMap, y: Tensor, start: Tensor) -> tuple[Tensor, Ten
         newton = y.flatten(1).shape[1] <= NEWTON
         x, error, jacobian = (_newton if newton else _anderson)(function, y, start)
         missed = ~(error <= torch.finfo(y.dtype).eps ** 0.75)
-    if not torch.is_grad_enabled():
-        return x, missed
-    left = y - function(x)
-    if not left.requires_grad:
-        return x, missed
+    left = y - function(x) if torch.is_grad_enabled() else y
+    if not torch.is_grad_enabled() or not left.requires_grad:
+        return x, missed, jacobian
     if jacobian is not None:  # by the derivative of a further iteration
-        return x + _solved(jacobian, left), missed
-    return _ImplicitGradient.apply(x, left, function), missed  # pyright: ignore
+        return x + _solved(jacobian, left), missed, jacobian
+    return _ImplicitGradient.apply(x, left, function), missed, None  # pyright: ignore
 
 
 def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:

@@ -249,8 +249,11 @@ class Continuous(Transform):
             context: Condition, shape (N, C), or None.
         """
         ends = (0.0, 1.0) if self.solver.explicit == "sample" else (1.0, 0.0)
+        run = numerical.take
+        if not fixed.captured() and (self.solver.compile or _compiling.get()):
+            run = partial(_compiled, numerical.take)
         return [
-            numerical.NumericalStep(piece, context, self.solver.method, a, b - a)
+            numerical.NumericalStep(piece, context, self.solver.method, a, b - a, run)
             for t0, t1, piece in self._stretches(*ends)
             for a, b in pairwise(self._solver_on(t0, t1).stops(t0, t1))
         ]

@@ -18,6 +18,7 @@ from cnf.distributions import Base, FromTorch, as_base, expect_volume, flow_dist
 from cnf.dynamics.divergence import (
     DIVERGENCES,
     Divergence,
+    innermost,
     is_exact,
     probes_of,
     seconds_of_exact,
@@ -581,7 +582,8 @@ class Flow(nn.Module):
         for part in transforms_in(transform):
             if not isinstance(part, Continuous) or not is_exact(part.divergence) or not rows:
                 continue
-            field = traced_field(part.field)
+            # The determinant of a step takes all tangents, whatever the trace would.
+            field = innermost(part.field) if part.solver.discrete else traced_field(part.field)
             if field is None or math.prod(field.event_shape) < MANY:
                 continue
             if part.field not in _SECONDS:
@@ -695,11 +697,17 @@ def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
     known = solver.evaluations
     count = f"{known} evaluations" if known else f"its evaluations, often {FEW} to 200"
     total = each * (known or FEW) / 60
-    return (
-        f"Flow.log_prob: the exact divergence of {type(field).__name__} takes "
+    what = "log-determinant of steps" if solver.discrete else "divergence"
+    told = (
+        f"Flow.log_prob: the exact {what} of {type(field).__name__} takes "
         f"{math.prod(field.event_shape)} tangents of each of {rows} rows, {each:.3g} s for an "
         f"evaluation: {'' if known else 'at least '}{total:.3g} minutes for {count} by "
-        f"{solver.method}. For an estimate at the price of a few, give the "
+        f"{solver.method}. "
+    )
+    if solver.discrete:
+        return told + "There is no estimate of it; score fewer rows, or take fewer steps"
+    return told + (
+        "For an estimate at the price of a few, give the "
         "call divergence=Hutchinson(probes=8), as in log_prob(x, divergence=…); "
         "Solver('rk4', steps=8) takes 32"
     )

@@ -313,7 +313,7 @@ def traced_field(field: VectorField) -> VectorField | None:
     Args:
         field: The field, possibly wrapped.
     """
-    inner = _innermost(field)
+    inner = innermost(field)
     return None if isinstance(inner, HasDivergence) else inner
 
 
@@ -333,7 +333,12 @@ def seconds_of_exact(field: VectorField, rows: int) -> float:
     return seconds_of_trace(lambda y: field(t, y, context), x, dims, field)
 
 
-def _innermost(field: VectorField) -> VectorField:
+def innermost(field: VectorField) -> VectorField:
+    """The field that others wrap, of the first block.
+
+    Args:
+        field: A field, possibly wrapped.
+    """
     field = field.block(0)
     while isinstance(field, Wrapper):
         field = field.field.block(0)
@@ -356,7 +361,7 @@ def explain(field: VectorField, rows: int = 256) -> str:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    outer, field = field.block(0), _innermost(field)
+    outer, field = field.block(0), innermost(field)
     like = next(field.parameters())
     x = torch.zeros(rows, *field.event_shape, dtype=like.dtype, device=like.device)
     context = x.new_zeros(rows, field.context_dim) if field.context_dim else None

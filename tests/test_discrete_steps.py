@@ -126,7 +126,7 @@ def test_the_judge_scores_the_steps_and_not_the_ode():
     toy = cnf.data.toy("moons")
     test, reference = (toy.sample(300, torch.Generator().manual_seed(k)) for k in (0, 1))
     flow = cnf.models.cnf(2, hidden=(16,)).eval()
-    coarse = flow.with_solver(Solver("euler", steps=1, discrete=True, explicit="density"))
+    coarse = flow.with_solver(Solver("midpoint", steps=2, discrete=True, explicit="density"))
     judge = Judge(test, reference, toy, w2_points=50)
     gap = judge.scores(coarse)["gap"]
     with torch.no_grad():

@@ -190,12 +190,13 @@ def _of_context(flow: Flow, row: Tensor) -> str:
 def _findings(case: Case) -> list[Finding]:
     findings: list[Finding] = []
     for name in CHECKS:
-        failed = [each.name for each in findings if each.name in FIRST and each.passed is False]
-        if failed and findings[-1].measured is None or not failed:
-            findings.append(_run(name, case))
-        else:
-            reason = f"not run, since {failed[0]} failed"
+        failed = [each for each in findings if each.name in FIRST and each.passed is False]
+        measured = [each.name for each in failed if each.measured is not None]
+        if measured:
+            reason = f"not run, since {measured[0]} failed"
             findings.append(Finding(name, None, None, None, reason))
+        else:
+            findings.append(_run(name, case))
     return findings
 
 

@@ -147,7 +147,7 @@ class MaximumLikelihood(Objective):
         divergences = [
             self.divergence or ("exact" if ode.solver.discrete else recipe.divergence)
             for ode, recipe in zip(odes_in(trained.transform), recipes, strict=True)
-        ] or [self.divergence or "exact"]
+        ] or ["exact"]
         built = tuple(DIVERGENCES.build(each) for each in divergences)
         return _Likelihood(trained, built, tuple(penalties))
 

@@ -57,8 +57,7 @@ class Solver:
         max_nfe: Largest number of evaluations of the dynamics in a solve, and again in its
             backward solve, before a `SolverError`.
         discrete: Whether the steps of a fixed-step method are the model: log-densities are then
-            those of what the steps compute, exactly, at any number of steps. See
-            `cnf.dynamics.numerical`.
+            those of what the steps compute, exactly, at any number of steps.
         explicit: With `discrete`, the direction that takes the steps as they are: "sample" or
             "density". The other one inverts each of them.
 

@@ -35,8 +35,8 @@ class LikelihoodRows(RowTensors):
             part of the variables takes the first entries.
         stop: How far from its end each ODE's solve stops, the same in each row, shape (N,), or
             (N, ODEs) where there are several.
-        around: Where a barrier holds the steps of discrete solvers, shape (N, 2, *event), see
-            `cnf.objectives.barrier`.
+        around: Standard normal numbers, from which the points follow at which a barrier holds the
+            steps of discrete solvers one to one, shape (N, 2, *event).
     """
 
     x: Tensor

@@ -105,6 +105,22 @@ def test_a_fold_far_from_the_data_is_found(explicit):
     assert "not run, since one to one failed" in report["mass"].message
 
 
+class Far(nn.Module):
+    """Carries the base, where its Euler step folds, to data that are far from there."""
+
+    def forward(self, t, x):
+        return 30 - 3 * x * torch.exp(-x.square())
+
+
+@pytest.mark.parametrize("explicit", ["sample", "density"])
+def test_a_fold_is_looked_for_where_the_steps_begin(explicit):
+    """Of a solver that is explicit for samples that is at the base, and the data are far away."""
+    net = Far() if explicit == "sample" else Reversed(Far())
+    flow = flow_of(net, Solver("euler", steps=1, discrete=True, explicit=explicit))
+    x = 30 + data() if explicit == "sample" else data()
+    assert cnf.check(flow, x)["one to one"].passed is False
+
+
 class Reversed(nn.Module):
     def __init__(self, net):
         super().__init__()

@@ -9,7 +9,7 @@ from cnf.checks.case import Case, NotApplicable, Outcome
 from cnf.dynamics import numerical
 from cnf.dynamics.numerical import NumericalStep
 from cnf.dynamics.preimage import preimage
-from cnf.transforms.continuous import entering, odes_in
+from cnf.transforms.continuous import Continuous, ends_of_odes, odes_in
 
 POINTS = 512  # on the side of the data and on that of the base, at each width
 WIDTHS = {"data and base samples": 1.0, "twice as far out": 2.0, "four times as far out": 4.0}
@@ -44,14 +44,32 @@ def _sides(case: Case, width: float) -> Iterator[list[Tensor]]:
     context = None if context is None else context[rows]
     y, z = flow.inside(x[rows])[0], flow.base.sample((POINTS,), case.generator).to(flow.dtype)
     with numerical.watched():
-        data = entering(flow.transform, y, context)
-        base = [end for end in entering(flow.transform, flow.transform(z, context)[0], context)]
-        for points in (data, base):
+        for points in (y, flow.transform(z, context)[0]):
+            ends = ends_of_odes(flow.transform, points, context)
             yield [
-                _folds(part.steps(context), _around(own, width, case.generator), case.generator)
-                for part, own in zip(odes_in(flow.transform), points, strict=True)
+                _folded(part, own, context, width, case.generator)
+                for part, own in zip(odes_in(flow.transform), ends, strict=True)
                 if part.solver.discrete
             ]
+
+
+def _folded(
+    ode: Continuous,
+    ends: tuple[Tensor, Tensor],
+    context: Tensor | None,
+    width: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Which points fold, of those around the end where the steps are explicit, shape (N,)."""
+    at_data, at_base = ends
+    start = at_base if ode.solver.explicit == "sample" else at_data
+    found = start.flatten(1).isfinite().all(1)  # others were lost on the way there
+    if context is not None:
+        context = context[found] if ode.context_dim else None
+    folded = ~found
+    points = _around(start[found], width, generator)
+    folded[found] = _folds(ode.steps(context), points, generator)
+    return folded
 
 
 def _around(points: Tensor, width: float, generator: torch.Generator) -> Tensor:

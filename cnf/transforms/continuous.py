@@ -628,30 +628,34 @@ class _Recorded(Transform):
         return replace(divergence, probe=own.reshape(len(probe), *value.shape))
 
 
-def entering(transform: Transform, x: Tensor, context: Tensor | None) -> list[Tensor]:
-    """The points that each ODE of `odes_in(transform)` is given on the way from data to base.
+def ends_of_odes(
+    transform: Transform, x: Tensor, context: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Where data are at t = 1 and at t = 0 of each ODE of `odes_in(transform)`.
 
     Args:
         transform: Any nest of transforms.
         x: Data, shape (*batch, *event).
         context: Condition, shape (*batch, C), or None.
     """
-    seen: dict[int, Tensor] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     numbers = iter(range(len(odes_in(transform))))
     _with_odes(transform, lambda ode: _Seen(ode, next(numbers), seen)).inverse(x, context)
     return [seen[number] for number in sorted(seen)]
 
 
 class _Seen(Transform):
-    """A `Continuous` within `entering`.
+    """A `Continuous` within `ends_of_odes`.
 
     Args:
         ode: The `Continuous`.
         index: Its place among the ODEs.
-        seen: Where what it is given is kept, by the index.
+        seen: Where both ends are kept, by the index.
     """
 
-    def __init__(self, ode: Continuous, index: int, seen: dict[int, Tensor]) -> None:
+    def __init__(
+        self, ode: Continuous, index: int, seen: dict[int, tuple[Tensor, Tensor]]
+    ) -> None:
         super().__init__(ode.event_dims, ode.context_dim)
         self.ode, self.index, self.seen = ode, index, seen
 
@@ -659,8 +663,9 @@ class _Seen(Transform):
         return self.ode(z, context)
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.seen[self.index] = x
-        return self.ode.inverse(x, context)
+        z, ladj = self.ode.inverse(x, context)
+        self.seen[self.index] = x, z
+        return z, ladj
 
 
 def _summed(parts: Tensor, dims: int) -> Tensor:

@@ -64,6 +64,27 @@ def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
     assert flow.field.net.size.grad.isfinite()
 
 
+def test_losses_of_rows_have_the_loss_as_their_mean():
+    flow = flow_of(Wave(0.9), Solver("euler", steps=1, discrete=True, explicit="density"))
+    objective = cnf.MaximumLikelihood()
+    rows = objective.prepare(flow, cnf.Batch(data()), torch.Generator().manual_seed(1))
+    loss = objective(flow, rows)
+    assert loss.metrics["folded"] == 0 and loss.metrics["barrier"] > 0
+    torch.testing.assert_close(objective.per_row(flow, rows).mean(), loss.value)
+
+
+def test_a_joint_loss_gives_the_flow_the_solver_of_its_likelihood():
+    solver = Solver("euler", steps=2, discrete=True, explicit="density")
+    likelihood = cnf.MaximumLikelihood(solver=solver)
+    joint = cnf.objectives.Joint(terms=(cnf.FlowMatching(), likelihood))
+    flow = cnf.models.cnf(2, hidden=(8,))
+    config = cnf.TrainConfig(
+        steps=2, batch_size=16, progress=False, validation_rows=20, device="cpu"
+    )
+    cnf.fit(flow, joint, cnf.data.toy("moons"), config)
+    assert flow.transform.solver == solver
+
+
 @pytest.mark.parametrize("explicit", ["sample", "density"])
 def test_training_unfolds_the_steps(explicit):
     flow = flow_of(Wave(1.5))

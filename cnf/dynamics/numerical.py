@@ -302,7 +302,7 @@ def watched() -> Iterator[Folds]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def warning_of_folds() -> Iterator[None]:
     """Inside, rows without a density are collected, and warned of at its end, all at once."""
     if fixed.captured() or _folds.get() is not None:
         yield
@@ -317,7 +317,7 @@ def _tell(steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor]
     """Record, or warn of, rows that folded though what was given is finite."""
     if fixed.captured():
         return
-    with told():
+    with warning_of_folds():
         found = _folds.get()
         assert found is not None
         found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1))

@@ -88,6 +88,12 @@ class Joint(Objective):
         found = (term.as_trained(flow) for term in self.terms)
         return next((under for under in found if under is not flow), flow)
 
+    def settle(self, module: nn.Module) -> nn.Module:
+        """The module as each term settles it."""
+        for term in self.terms:
+            module = term.settle(module)
+        return module
+
     def learning_rate(self, module: nn.Module) -> float:
         """The lowest of the terms' learning rates."""
         return min(term.learning_rate(module) for term in self.terms)

@@ -194,7 +194,11 @@ class MaximumLikelihood(Objective):
     ) -> Tensor:
         batch = as_prepared(self, module, batch, generator)
         log_prob, costs = self._scores(module, batch, generator)
-        each = zip(self._resolve(module).penalties, costs, strict=True)
+        flow, _, penalties = self._resolve(module)
+        if batch.around is not None:  # a row without a density has NaN
+            held = barrier(flow, batch.x, batch.context, batch.around)
+            log_prob = log_prob - WEIGHT * held
+        each = zip(penalties, costs, strict=True)
         terms = [weight * found[name] for told, found in each for name, weight in told.items()]
         return sum(terms, -log_prob)
 

@@ -33,6 +33,7 @@ from cnf.training.history import held_out_nll
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
 from cnf.training.stream import DistributionData, validation_draws
+from cnf.transforms.continuous import has_discrete_steps
 
 TEST_POINTS = 10_000
 TEST_PICTURES = 1_000
@@ -111,12 +112,7 @@ def compare(
     made_of = {name: {**race, "contestant": one.made_of} for name, one in fitting.items()}
     runs = _planned(fitting, titles, seeds, replace(base, folder=folder), workers)
     entries = {run.title: _finished(run, made_of[run.name], density) for run in runs}
-    for title, entry in entries.items():
-        if entry is not None:
-            say(f"{title}: finished before")
-    left = [run for run in runs if entries[run.title] is None]
-    for run in left:
-        _begin(run, made_of[run.name])
+    left = _begun(runs, entries, made_of, say)
     warned = seconds is not None and _warn_of_shares(_expected_shares(left, entries))
     for run, outcome in _outcomes(left, train, folder, progress, say):
         try:
@@ -129,8 +125,7 @@ def compare(
         if run.config.folder:
             _keep(run.config.folder, entry, made_of[run.name])
     ranked = _ranked(entries, failed)
-    settings |= _workers_and_threads(ranked)
-    settings |= {"seeds": seeds, "evaluation_solver": str(TIGHT), "failed": failed}
+    settings |= {**_workers_and_threads(ranked), "seeds": seeds, "failed": failed}
     results = _results(density, judge, ranked, settings)
     if seconds is not None and not warned:  # a cluster's threads were not known before
         _warn_of_shares(results.shares())
@@ -260,6 +255,10 @@ def _folder(folder: str | Path | None, resume: bool) -> Path | None:
 def _results(
     density: Any, judge: Judge, entries: list[Entry], settings: dict[str, Any]
 ) -> Results:
+    solver = str(TIGHT)
+    if any(has_discrete_steps(entry.flow.transform) for entry in entries):
+        solver += "; of solvers whose steps are the model, these"
+    settings = {**settings, "evaluation_solver": solver}
     return Results(
         density.name, density, entries, judge.floor, density.entropy, settings, environment()
     )
@@ -301,6 +300,23 @@ def _keep(run: Path, entry: Entry, race: dict[str, Any]) -> None:
     kept = {name: value for name, value in vars(entry).items() if name != "flow"}
     text = json.dumps({"race": race, "entry": kept}, indent=1)
     checkpoint.write_whole(run / ENTRY, text.encode())
+
+
+def _begun(
+    runs: list[Run],
+    entries: dict[str, Entry | None],
+    made_of: dict[str, dict[str, Any]],
+    say: Say,
+) -> list[Run]:
+    """The runs that have no entry yet, which begin; of the others it is said that they ended."""
+    left = []
+    for run in runs:
+        if entries[run.title] is not None:
+            say(f"{run.title}: finished before")
+        else:
+            _begin(run, made_of[run.name])
+            left.append(run)
+    return left
 
 
 def _begin(run: Run, race: dict[str, Any]) -> None:

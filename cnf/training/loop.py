@@ -153,7 +153,7 @@ class _Trainer:
             own = self.main and not isinstance(self.stream, DensityStream)
             check_columns(module, self.stream.head, self.placed, data, own)
             fit_preprocessing(module, self.stream.head)
-        objective.settle(module)
+        self.module = module = objective.settle(module)
         self.learner = learner_for(module, objective, config, self.fabric)
         self.origin = Origin(
             configuration(module, objective, data, config),

@@ -34,7 +34,7 @@ def by_chunks(
     if transform.training and not transform.recomputable:  # uses statistics of the whole batch
         return direction(value, context)
     rows = rows_at_once(transform, value)
-    with numerical.told():
+    with numerical.warning_of_folds():
         return _chunked(direction, value, context, transform.event_dims, rows)
 
 

@@ -56,8 +56,10 @@ def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
     torch.testing.assert_close(loss.metrics["folded"], 1 - has.double().mean())
     assert 0 < loss.metrics["folded"] < 0.9
     near, wide = rows.around[:: barrier.EVERY].unbind(1)
-    points = torch.cat([x[:: barrier.EVERY] + barrier.NEAR * near, barrier.WIDE * wide])
-    held = (barrier.LEAST - 1 - 3 * torch.cos(points)).relu().mean()
+    assert barrier.WIDE == (1.0, 6.0)
+    reach = 6.0 ** torch.linspace(0, 1, len(wide), dtype=torch.float64)[:, None]
+    points = torch.cat([x[:: barrier.EVERY] + barrier.NEAR * near, reach * wide])
+    held = (1 - (1 + 3 * torch.cos(points)) / barrier.LEAST).relu().mean()
     torch.testing.assert_close(loss.metrics["barrier"], held)
     torch.testing.assert_close(loss.value, nll + barrier.WEIGHT * held)
     loss.value.backward()
@@ -65,12 +67,22 @@ def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
 
 
 def test_losses_of_rows_have_the_loss_as_their_mean():
-    flow = flow_of(Wave(0.9), Solver("euler", steps=1, discrete=True, explicit="density"))
+    flow = flow_of(Wave(0.97), Solver("euler", steps=1, discrete=True, explicit="density"))
     objective = cnf.MaximumLikelihood()
-    rows = objective.prepare(flow, cnf.Batch(data()), torch.Generator().manual_seed(1))
+    x = 3.1 + data()  # where the step all but folds
+    rows = objective.prepare(flow, cnf.Batch(x), torch.Generator().manual_seed(1))
     loss = objective(flow, rows)
     assert loss.metrics["folded"] == 0 and loss.metrics["barrier"] > 0
     torch.testing.assert_close(objective.per_row(flow, rows).mean(), loss.value)
+
+
+def test_steps_have_a_rate_and_a_norm_of_their_own():
+    flow = cnf.models.cnf(2, hidden=(8,))
+    steps = cnf.MaximumLikelihood(solver=Solver("euler", steps=2, discrete=True))
+    plain = cnf.MaximumLikelihood()
+    joint = cnf.objectives.Joint(terms=(cnf.FlowMatching(), steps))
+    assert [o.learning_rate(flow) for o in (plain, steps, joint)] == [2e-3, 5e-3, 5e-3]
+    assert [o.largest_gradient(flow) for o in (plain, steps, joint)] == [10.0, 1.0, 1.0]
 
 
 def test_a_joint_loss_gives_the_flow_the_solver_of_its_likelihood():

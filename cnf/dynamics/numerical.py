@@ -118,18 +118,17 @@ class NumericalStep:
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The x with Φ(x) = y, and whether none was found that is not folded, shape (N,).
 
-        See `preimage`, which begins with a step of the ODE the other way. It takes steps of ever
-        fewer rows, for each number of which another would be compiled.
+        See `preimage`, which begins with a step of the ODE the other way.
         """
-        plain = replace(self, run=take)
         with torch.no_grad():
-            start = plain._taken((y,), self.t + self.h, -self.h)[0]
-        x, missed, jacobian = preimage(plain, y, start)
+            start = self._taken((y,), self.t + self.h, -self.h)[0]
+        x, missed, jacobian = preimage(self, y, start)
         return x, missed if jacobian is None else missed | ~(det(jacobian) > 0)
 
     def of_rows(self, rows: Tensor) -> "NumericalStep":
-        """The step with the contexts of some rows, by their indices."""
-        return self if self.context is None else replace(self, context=self.context[rows])
+        """The step of some rows, by their indices; for each number another would be compiled."""
+        context = None if self.context is None else self.context[rows]
+        return replace(self, context=context, run=take)
 
     def _taken(
         self, state: State, t: float, h: float, integrands: Sequence[Integrand] = ()
@@ -251,6 +250,24 @@ def det(jacobian: Tensor) -> Tensor:
     if jacobian.shape[-1] == 2:
         found = found * jacobian[:, 1, 1] - jacobian[:, 0, 1] * jacobian[:, 1, 0]
     return found
+
+
+def least_stretch(jacobian: Tensor) -> Tensor:
+    """The smallest singular value of matrices, (N, D, D) → (N,), with the sign of the determinant.
+
+    It passes through 0 where a map folds.
+    """
+    if jacobian.shape[-1] == 1:
+        return jacobian[:, 0, 0]
+    if jacobian.shape[-1] == 2:  # of a rotation with scaling and a reflection with scaling
+        (a, b), (c, d) = (row.unbind(-1) for row in jacobian.unbind(1))
+        turned, mirrored = torch.stack([a + d, b - c]), torch.stack([a - d, b + c])
+        return 0.5 * (turned.norm(dim=0) - mirrored.norm(dim=0))
+    with torch.no_grad():
+        right = torch.linalg.eigh(jacobian.mT @ jacobian)[1][..., :1]
+        left = torch.nn.functional.normalize(jacobian @ right, dim=1)
+        left = left * torch.linalg.slogdet(jacobian)[0].reshape(-1, 1, 1)
+    return (left.mT @ jacobian @ right).reshape(-1)
 
 
 class Folds:

@@ -11,6 +11,10 @@ from torch.autograd.function import once_differentiable
 
 NEWTON = 64  # largest D for which Newton's method is taken
 ITERATIONS = 50  # at most
+SMALL = 1024  # rows of which all are taken along, as fewer are not faster
+FEW = 3  # dimensions up to which tangents are so cheap that each step computes a Jacobian
+QUICK = 0.1  # part of the error that a step leaves, up to which it keeps the Jacobian
+SHORTEST = 1 / 256  # part of Newton's step, below which a row is given up, as at a fold
 HISTORY = 5  # earlier iterates that Anderson's method combines
 
 
@@ -49,7 +53,7 @@ def preimage(
 
     By Newton's method up to `NEWTON` dimensions, by Anderson's above, which needs no Jacobian.
     Where none was found, x is the best iterate. x is differentiable, once, in y and in all that Φ
-    depends on.
+    depends on. Without gradients, the Jacobian may be one that was evaluated near x.
 
     Args:
         function: Φ.
@@ -64,34 +68,59 @@ def preimage(
     if not torch.is_grad_enabled() or not left.requires_grad:
         return x, missed, jacobian
     if jacobian is not None:  # by the derivative of a further iteration
+        with torch.no_grad():
+            _, jacobian = function.with_jacobian(x)
         return x + _solved(jacobian, left), missed, jacobian
     return _ImplicitGradient.apply(x, left, function), missed, None  # pyright: ignore
 
 
 def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:
-    """Newton's method, which shortens the next step of a row whose error would have grown."""
-    eps = torch.finfo(y.dtype).eps
+    """Newton's method in each row, with shorter steps where the error would grow.
+
+    In more than `FEW` dimensions a row keeps its Jacobian as long as each step leaves at most
+    `QUICK` of its error: near a solution an evaluation then costs no tangents.
+    """
+    eps, few = torch.finfo(y.dtype).eps, y.flatten(1).shape[1] <= FEW
+    x = x.clone()
     value, jacobian = function.with_jacobian(x)
     left = y - value
     error, length = _error(left, y), y.new_ones(len(y))
     settled = torch.zeros_like(error, dtype=torch.bool)
+    fresh = ~settled  # whether the Jacobian is that at x
     for _ in range(ITERATIONS):
-        rows = ((error > 4 * eps) & ~settled).nonzero().squeeze(-1)
+        rows, among = _rows_of((error > 4 * eps) & ~settled, function)
         if not len(rows):
             break
         trial = x[rows] + per_row(length[rows], y) * _solved(jacobian[rows], left[rows])
-        value, slopes = function.of_rows(rows).with_jacobian(trial)
+        value, slopes = among.with_jacobian(trial) if few else (among(trial), jacobian[rows])
         misses = y[rows] - value
         errors = _error(misses, y[rows])
-        better = errors < error[rows]
-        length[rows] = torch.where(better, (2 * length[rows]).clamp(max=1), length[rows] / 4)
-        settled[rows] = ~better & (error[rows] <= eps**0.75)  # what is left is rounding
-        own = rows[better]
-        x = x.index_copy(0, own, trial[better])
-        left = left.index_copy(0, own, misses[better])
-        error = error.index_copy(0, own, errors[better])
-        jacobian = jacobian.index_copy(0, own, slopes[better])
+        better, quick = errors < error[rows], errors <= QUICK * error[rows]
+        shorter = torch.where(fresh[rows], length[rows] / 4, 1.0)
+        length[rows] = torch.where(better, (2 * length[rows]).clamp(max=1), shorter)
+        x[rows] = torch.where(per_row(better, y), trial, x[rows])
+        left[rows] = torch.where(per_row(better, y), misses, left[rows])
+        jacobian[rows] = torch.where(better[:, None, None], slopes, jacobian[rows])
+        error[rows] = torch.where(better, errors, error[rows])
+        rounding, stuck = error[rows] <= eps**0.75, length[rows] < SHORTEST
+        settled[rows] = ~quick & (rounding | stuck)
+        fresh[rows] &= ~better | few
+        slow = torch.zeros_like(settled).index_fill(0, rows[~quick], True)
+        stale, among = _rows_of(slow & ~fresh & ~settled & (error > 4 * eps), function)
+        if len(stale):
+            jacobian[stale], fresh[stale] = among.with_jacobian(x[stale])[1], True
     return Found(x, error, jacobian)
+
+
+def _rows_of(wanted: Tensor, function: SmoothMap) -> tuple[Tensor, SmoothMap]:
+    """The rows that are wanted, and the map of them; all rows where most are wanted, or all few.
+
+    A map of all rows may be compiled, which one of any other number of rows is not.
+    """
+    rows = wanted.nonzero().squeeze(-1)
+    if not len(rows) or 2 * len(rows) <= len(wanted) > SMALL:
+        return rows, function.of_rows(rows)
+    return torch.arange(len(wanted), device=wanted.device), function
 
 
 def _anderson(function: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Found:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics import numerical
+from cnf.dynamics.preimage import per_row
 from cnf.flow import Flow
 from cnf.transforms.continuous import Continuous, odes_in
 
-WEIGHT = 10.0  # nats for a determinant that is 1 too small
-LEAST = 0.25  # determinant of a step, below which it costs
-EVERY = 4  # one of so many rows is held, as folds have an extent
-NEAR, WIDE = 0.3, 1.5  # scales, of the noise around data and of that around the origin
+WEIGHT = 20.0  # nats for a step that is about to fold
+LEAST = 0.05  # factor by which a step may shorten a direction, below which it costs
+EVERY = 8  # one of so many rows is held, as folds have an extent
+NEAR = 0.3  # scale of the noise around data
+WIDE = (1.0, 6.0)  # scales of the noise around the origin, from one row to the other
 
 
 def discrete_in(flow: Flow) -> list[Continuous]:
@@ -25,7 +27,9 @@ def discrete_in(flow: Flow) -> list[Continuous]:
 
 
 def barrier(flow: Flow, x: Tensor, context: Tensor | None, noise: Tensor) -> Tensor:
-    """Mean over points of Σ max(0, `LEAST` - det) over the steps of every discrete ODE, shape ().
+    """Mean over points of Σ max(0, 1 - σ/`LEAST`) over the steps of every discrete ODE, shape ().
+
+    σ is the smallest singular value of a step's Jacobian, with the sign of its determinant.
 
     The points are around the data, or base samples, where the steps begin, and further out.
 
@@ -50,7 +54,7 @@ def _cost(ode: Continuous, points: Tensor, context: Tensor | None) -> Tensor:
     cost = points.new_zeros(len(points))
     for step in ode.steps(context):
         points, jacobian = step.with_jacobian(points)
-        cost = cost + (LEAST - numerical.det(jacobian)).relu()
+        cost = cost + (1 - numerical.least_stretch(jacobian) / LEAST).relu()
     return cost.mean()
 
 
@@ -59,6 +63,8 @@ def _places(flow: Flow, ode: Continuous, x: Tensor, noise: Tensor) -> Tensor:
     size = math.prod(ode.field.event_shape)
     own = noise.flatten(2)[..., :size].reshape(len(noise), 2, *ode.field.event_shape)
     near, wide = own.unbind(1)
+    reach = WIDE[0] * (WIDE[1] / WIDE[0]) ** torch.linspace(0, 1, len(wide)).to(wide)
+    wide = per_row(reach, wide) * wide
     if ode.solver.explicit == "density" and ode is flow.transform and not flow.dequantization:
         near = flow.inside(x)[0] + NEAR * near
-    return torch.cat([near, WIDE * wide])
+    return torch.cat([near, wide])

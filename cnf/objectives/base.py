@@ -36,6 +36,7 @@ class Objective(ABC):
         capturable: Whether each step computes the same of its rows and the weights alone, so that
             a GPU may replay it: no number is read, no counter kept, nothing drawn by Python.
         lr: Learning rate of Adam where neither the run nor the model has one.
+        clip: Largest norm of the gradient where the run has none.
     """
 
     needs_data = False
@@ -43,6 +44,7 @@ class Objective(ABC):
     rowwise = False
     capturable = False
     lr = 2e-3
+    clip = 10.0
 
     def settle(self, module: nn.Module) -> nn.Module:
         """The module, in which what belongs to the objective for good is changed before training.
@@ -110,6 +112,10 @@ class Objective(ABC):
     def learning_rate(self, module: nn.Module) -> float:
         """Adam's learning rate, where none is given."""
         return self.lr
+
+    def largest_gradient(self, module: nn.Module) -> float:
+        """The norm to which a gradient is clipped, where none is given."""
+        return self.clip
 
 
 OBJECTIVES = Registry("objective", Objective)

@@ -98,6 +98,10 @@ class Joint(Objective):
         """The lowest of the terms' learning rates."""
         return min(term.learning_rate(module) for term in self.terms)
 
+    def largest_gradient(self, module: nn.Module) -> float:
+        """The lowest of the terms' norms."""
+        return min(term.largest_gradient(module) for term in self.terms)
+
     def begin(self, module: nn.Module, rows: Any, generator: Generator) -> "Joint":
         return replace(self, terms=tuple(t.begin(module, rows, generator) for t in self.terms))
 

@@ -22,6 +22,8 @@ from cnf.objectives.batch import Batch, RowTensors, weighted_mean
 from cnf.random import draw
 from cnf.transforms.continuous import Continuous, Solve, odes_in, under_recipes
 
+DISCRETE_LR, DISCRETE_CLIP = 5e-3, 1.0  # where a solver's steps are the model
+
 
 @dataclass
 class LikelihoodRows(RowTensors):
@@ -234,10 +236,18 @@ class MaximumLikelihood(Objective):
         return module
 
     def learning_rate(self, module: nn.Module) -> float:
-        """The lowest learning rate of the model's recipes, or this objective's."""
+        """The lowest learning rate of the model's recipes, or this objective's.
+
+        Steps of a solver that are the model bear a higher one than an ODE that they approximate.
+        """
         flow = as_flow("MaximumLikelihood", module)
         rates = [ode.recipe.lr for ode in odes_in(flow.transform) if ode.recipe.lr]
-        return min(rates, default=self.lr)
+        default = DISCRETE_LR if discrete_in(self.as_trained(flow)) else self.lr
+        return min(rates, default=default)
+
+    def largest_gradient(self, module: nn.Module) -> float:
+        flow = self.as_trained(as_flow("MaximumLikelihood", module))
+        return DISCRETE_CLIP if discrete_in(flow) else self.clip
 
 
 def _held(

@@ -42,7 +42,7 @@ class CompiledLearner(Learner):
 
     def warm_up(self, rows: Prepared) -> None:
         try:
-            program = Program(self._loss, self.parameters, rows, self.config.clip)
+            program = Program(self._loss, self.parameters, rows, self.clip)
             if self.config.compile is True or pays(self.config, program):
                 program.compile()
                 self._flat = self._flattened(program)

@@ -50,12 +50,13 @@ class TrainConfig:
             the numbers are those of the whole batch, but for adaptive solvers and batch
             normalization, which see the rows of a part.
         lr: Highest learning rate; null for the objective's own, 6e-3 for flow matching and 2e-3
-            for likelihood, or the model's (otflow's likelihood: 0.1).
+            for likelihood (5e-3 for that of a discrete solver), or the model's (otflow's: 0.1).
         optimizer: "adam" or "adamw".
         weight_decay: Weight decay of the optimizer.
         schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".
         warmup: Part of the budget in which the learning rate rises.
-        clip: Largest norm of the gradient; null for no clipping.
+        clip: Largest norm of the gradient; "auto" for the objective's own, 10, or 1 for the
+            likelihood of a discrete solver; null for no clipping.
         ema: Decay of the moving average of the weights; null for none. What is validated and kept
             is the average.
         seed: Of every draw; what step k draws depends on the seed and k alone.
@@ -108,7 +109,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.02
-    clip: float | None = 10.0
+    clip: float | Literal["auto"] | None = "auto"
     ema: float | None = 0.999
     seed: int = 0
     validations: int = 10
@@ -147,7 +148,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: expected seed < 2^64, got {self.seed}")
         for name in _REAL:
             value = getattr(self, name)
-            setattr(self, name, None if value is None else _real(name, value))
+            if value is not None and (name, value) != ("clip", "auto"):
+                setattr(self, name, _real(name, value))
         if self.steps is None and self.seconds is None:
             self.seconds = 60.0
 
@@ -159,7 +161,8 @@ class TrainConfig:
                 f"got steps={self.steps}, seconds={self.seconds}"
             )
         expect_positive(
-            "TrainConfig", seconds=self.seconds, lr=self.lr, clip=self.clip,
+            "TrainConfig", seconds=self.seconds, lr=self.lr,
+            clip=None if isinstance(self.clip, str) else self.clip,
             checkpoint_seconds=self.checkpoint_seconds,
         )  # fmt: skip
         if self.patience is not None and not self.validations:

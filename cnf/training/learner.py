@@ -97,6 +97,7 @@ class Learner:
     Attributes:
         module: The module in training.
         lr: Highest learning rate.
+        clip: Largest norm of the gradient; None for no clipping.
         skipped: Steps left out because their loss or gradient was NaN or infinite.
         compiled: Whether steps are compiled or captured, as `TrainConfig.compile` says.
         can_save_alone: Whether this process has all weights, and saves without the others.
@@ -111,6 +112,8 @@ class Learner:
         self.config, self.fabric, self.module = config, fabric, module
         self.objective = objective
         self.lr = config.lr or objective.learning_rate(module)
+        own = isinstance(config.clip, str)
+        self.clip = objective.largest_gradient(module) if own else config.clip
         autocast = fabric.device.type if config.precision == "bf16-mixed" else None
         self._loss = _LossModule(module, objective, autocast)
         self._fabric_loss: Any = self._set_up()
@@ -278,7 +281,7 @@ class Learner:
         """The loss, and the norm of its gradient, which is left, clipped, in the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._with_gradient(rows, share)
-        return loss, nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        return loss, nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
 
     def _with_gradient(self, rows: Prepared, share: float = 1.0) -> Loss:
         """The loss, its gradient added up in the parameters over the parts of the rows."""

@@ -340,3 +340,23 @@ def test_a_saved_flow_keeps_its_map(tmp_path):
     assert loaded.transform.solver == solver
     x = toy("moons").sample(10)
     torch.testing.assert_close(loaded.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 7])
+def test_least_stretch_is_the_smallest_singular_value_with_the_sign_of_the_determinant(
+    dim, generator
+):
+    jacobian = torch.randn(9, dim, dim, generator=generator, dtype=torch.float64)
+    jacobian.requires_grad_()
+    expected = torch.linalg.svdvals(jacobian)[:, -1] * torch.linalg.det(jacobian).sign()
+    found = numerical.least_stretch(jacobian)
+    assert (expected < 0).any() and (expected > 0).any()
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(each.sum(), jacobian)[0] for each in (found, expected)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_least_stretch_of_the_identity_has_a_gradient():
+    jacobian = torch.eye(2).unsqueeze(0).requires_grad_()
+    (slope,) = torch.autograd.grad(numerical.least_stretch(jacobian).sum(), jacobian)
+    assert slope.isfinite().all()

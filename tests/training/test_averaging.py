@@ -241,7 +241,7 @@ def test_nineteen_nan_gradients_in_a_row_raise_no_error(config, points, broken):
     assert cnf.fit(torch.nn.Linear(2, 2), broken(bad), points, settings).skipped == 38
 
 
-def test_gradient_is_clipped_to_the_norm_given(config, points, square):
+def test_gradient_is_clipped_to_the_norm_given(config, points, square, monkeypatch):
     def first_step(clip):
         net = torch.nn.Linear(2, 2, bias=False).double()
         torch.nn.init.eye_(net.weight)
@@ -250,6 +250,8 @@ def test_gradient_is_clipped_to_the_norm_given(config, points, square):
         return (net.weight - torch.eye(2)).norm()
 
     assert first_step(1e-18) < first_step(None) / 10
+    monkeypatch.setattr(type(square), "clip", 1e-18)
+    assert first_step("auto") == first_step(1e-18) < first_step(10.0)
 
 
 class Flat(Objective):

@@ -1,7 +1,7 @@
 """Exact densities of few steps: gap, mass and sliced W2 over steps, methods and trainings.
 
-`python experiments/few_steps/run.py` runs what config.yaml says and is not in results.csv yet, then
-writes table.md. A flow that flow matching trained is scored under every solver; one that
+`python experiments/few_steps/run.py` runs what config.yaml says and is not in results.csv yet,
+then writes table.md. A flow that flow matching trained is scored under every solver; one that
 likelihood trained belongs to its solver.
 """
 
@@ -206,7 +206,8 @@ def main() -> None:
 
 def _key(case: Case) -> tuple:
     first = (case.toy, case.seed, case.training)
-    return first if case.training == "matching" else (*first, case.method, case.steps, case.explicit)
+    solver = (case.method, case.steps, case.explicit)
+    return first if case.training == "matching" else first + solver
 
 
 if __name__ == "__main__":

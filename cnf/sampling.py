@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnf.dynamics import numerical
 from cnf.dynamics.solver import Solver
 from cnf.errors import call_without_edits, expect_counts, expect_positive
 from cnf.fields import Guided, WithScore, score
@@ -102,6 +103,56 @@ def learned_grid(
         few = few.trajectory(z, (0.0, 1.0), context)[-1]
         return (few - exact).flatten(1).norm(dim=1).mean().item()
 
+    return _searched(error, steps)
+
+
+@torch.no_grad()
+def likeliest_grid(
+    flow: Flow,
+    x: Tensor,
+    steps: int,
+    method: str = "rk4",
+    explicit: str = "density",
+    context: Tensor | None = None,
+) -> Grid:
+    """Optimize a grid such that data are likely under the exact density of its steps.
+
+    It maximizes the mean log-density of `Solver(method, grid=…, discrete=True, explicit=…)`, by
+    pattern search from equal steps; a grid whose steps fold at fewer of the data is always better.
+    It computes on the order of 100 densities of all data.
+
+    Source: Hooke & Jeeves (1961), https://doi.org/10.1145/321062.321069.
+
+    Args:
+        flow: A continuous flow.
+        x: Data, shape (N, *event).
+        steps: Number of steps.
+        method: A one-step method, such as "rk4" or "midpoint".
+        explicit: The direction that takes the steps as they are, see `Solver`.
+        context: Condition, shape (C,) or (N, C).
+
+    Returns:
+        The steps + 1 times, increasing from 0 to 1.
+
+    Raises:
+        TypeError: The flow is not continuous.
+        ValueError: The number is not a whole one of at least 1.
+    """
+    require_field("likeliest_grid", flow)
+    expect_counts("likeliest_grid", steps=steps)
+
+    def error(grid: Sequence[float]) -> tuple[int, float]:
+        few = flow.with_solver(Solver(method, grid=tuple(grid), discrete=True, explicit=explicit))
+        with numerical.watched():
+            log_prob = few.log_prob(x, context)
+        has_density = log_prob[~log_prob.isnan()]
+        return len(log_prob) - len(has_density), -has_density.mean().item()
+
+    return _searched(error, steps)
+
+
+def _searched(error: Callable[[Sequence[float]], Any], steps: int) -> Grid:
+    """The grid of least error that pattern search finds from equal steps."""
     grid = [k / steps for k in range(steps + 1)]
     least, reach = error(grid), 0.5 / steps
     while steps > 1 and reach > 0.02 / steps:

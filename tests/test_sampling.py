@@ -17,7 +17,7 @@ from cnf.fields import (
     WithScore,
     converted,
 )
-from cnf.sampling import edm_grid, guided, learned_grid, sde
+from cnf.sampling import edm_grid, guided, learned_grid, likeliest_grid, sde
 from cnf.transforms import Continuous, Standardize
 
 F64 = torch.float64
@@ -153,6 +153,37 @@ def test_learned_time_is_the_analytical_optimum():
     """Two Euler steps of 5t⁴ with the stop s come to (1 - s)·5s⁴, nearest to 1 at s = 0.8."""
     grid = learned_grid(late_flow(), 2, points=4)
     assert grid[0] == 0 and grid[2] == 1 and grid[1] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(("explicit", "stop"), [("sample", 0.8), ("density", 0.2**0.25)])
+def test_likeliest_time_is_the_analytical_optimum(explicit, stop):
+    """Data at 1, where two Euler steps of 5t⁴ come to (1 - s)·5s⁴ or, from 1 down, to more."""
+    x = torch.tensor([[0.5, 1.5], [1.5, 0.5]], dtype=torch.float64)
+    grid = likeliest_grid(late_flow(), x, 2, "euler", explicit)
+    assert grid[0] == 0 and grid[2] == 1 and grid[1] == pytest.approx(stop, abs=0.01)
+
+
+def test_likeliest_grid_folds_at_fewer_rows_first():
+    """Two Euler steps of -2.5 x/(1 + t)² do not fold if they part between 0.312 and 0.4."""
+
+    class Shrinking(VectorField):
+        def forward(self, t, x, context=None):
+            return -2.5 * x / (1 + t) ** 2
+
+    flow = Flow(None, Continuous(Shrinking((1,))), event_shape=(1,)).double()
+    x = 0.2 * torch.ones(3, 1, dtype=torch.float64)
+    grid = likeliest_grid(flow, x, 2, "euler", "sample")
+    few = flow.with_solver(Solver("euler", grid=grid, discrete=True))
+    assert 0.312 < grid[1] < 0.4 and few.log_prob(x).isfinite().all()
+    with pytest.warns(UserWarning, match="3 of 3 rows"):
+        flow.with_solver(Solver("euler", steps=2, discrete=True)).log_prob(x)
+
+
+def test_likeliest_grid_refuses_what_has_no_steps():
+    with pytest.raises(TypeError, match="likeliest_grid: expected a flow whose transform"):
+        likeliest_grid(cnf.models.build("realnvp", dim=2), torch.zeros(3, 2), 2)
+    with pytest.raises(ValueError, match="likeliest_grid: expected steps"):
+        likeliest_grid(late_flow(), torch.zeros(3, 2), 0)
 
 
 def test_learned_grid_is_better_for_a_field_that_moves_at_one_end():

@@ -23,7 +23,7 @@ from cnf.dynamics import fixed
 from cnf.dynamics.monitor import State, count
 from cnf.dynamics.preimage import per_row, preimage
 from cnf.dynamics.regularizers import Integrand, Point
-from cnf.dynamics.solver import STAGES
+from cnf.dynamics.solver import FLOW_MAP, MAPS
 from cnf.errors import abbreviated, warn
 from cnf.fields.base import VectorField, tangent_products
 
@@ -77,10 +77,10 @@ def take(
 
 @dataclass(frozen=True)
 class NumericalStep:
-    """One step Φ(x) = x + h ψ(t, x) of a method in `fixed.TABLEAUX`.
+    """One step Φ(x) = x + h ψ(t, x) of a method in `cnf.dynamics.solver.MAPS`.
 
     Attributes:
-        field: The vector field.
+        field: The vector field; of a flow map, the average velocity until t + h.
         context: Condition, shape (N, C), or None.
         method: The method.
         t: Where the step starts.
@@ -97,7 +97,7 @@ class NumericalStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Φ(x), of x's shape (N, *event)."""
-        return self._taken((x,), self.t, self.h)[0]
+        return self._taken((x,))[0]
 
     def with_jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Φ(x) and the transposed Jacobian [n, j, i] = ∂Φ_i/∂x_j of each row, (N, D, D)."""
@@ -111,7 +111,7 @@ class NumericalStep:
         basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
         zeros = [x.new_zeros(len(x)) for _ in integrands]
         state = (x, basis.expand(size, *x.shape), *zeros)
-        value, columns, *integrals = self._taken(state, self.t, self.h, integrands)
+        value, columns, *integrals = self._taken(state, integrands)
         sign = math.copysign(1.0, self.h)
         return value, columns.flatten(2).movedim(1, 0), tuple(sign * each for each in integrals)
 
@@ -121,24 +121,26 @@ class NumericalStep:
         See `preimage`, which begins with a step of the ODE the other way.
         """
         with torch.no_grad():
-            start = self._taken((y,), self.t + self.h, -self.h)[0]
+            start = self.between(self.t + self.h, self.t)(y)
         x, missed, jacobian = preimage(self, y, start)
         return x, missed if jacobian is None else missed | ~(det(jacobian) > 0)
+
+    def between(self, start: float, stop: float) -> "NumericalStep":
+        """The step of the same method from one time to another."""
+        field = self.field.until(stop) if self.method == FLOW_MAP else self.field
+        return replace(self, field=field, t=start, h=stop - start)
 
     def of_rows(self, rows: Tensor) -> "NumericalStep":
         """The step of some rows, by their indices; for each number another would be compiled."""
         context = None if self.context is None else self.context[rows]
         return replace(self, context=context, run=take)
 
-    def _taken(
-        self, state: State, t: float, h: float, integrands: Sequence[Integrand] = ()
-    ) -> State:
+    def _taken(self, state: State, integrands: Sequence[Integrand] = ()) -> State:
         if not fixed.transformed():
-            count(STAGES[self.method])
-        start, length = state[0].new_full((), t), state[0].new_full((), h)
-        return self.run(
-            self.method, tuple(integrands), self.field, self.context, start, length, state
-        )
+            count(MAPS[self.method])
+        t, h = state[0].new_full((), self.t), state[0].new_full((), self.h)
+        method = "euler" if self.method == FLOW_MAP else self.method
+        return self.run(method, tuple(integrands), self.field, self.context, t, h, state)
 
 
 def explicit(
@@ -227,7 +229,7 @@ def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) 
         if time == stop:
             return points[-1]
         step = steps[passed[-1]]
-        return replace(step, h=time - step.t)(points[passed[-1]])
+        return step.between(step.t, time)(points[passed[-1]])
 
     return torch.stack([at(time) for time in times])
 

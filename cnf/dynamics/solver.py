@@ -12,7 +12,9 @@ from cnf.registry import expect_options, options_of
 ADAPTIVE = ("adaptive_heun", "bosh3", "dopri5", "dopri8", "fehlberg2", "scipy_solver")
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evaluations per step
 MULTISTEP = ("explicit_adams", "implicit_adams")
-FIXED = (*STAGES, *MULTISTEP)
+FLOW_MAP = "flow-map"
+MAPS = {**STAGES, FLOW_MAP: 1}  # those whose steps are maps
+FIXED = (*STAGES, *MULTISTEP, FLOW_MAP)
 ENDS = 1e-6  # distance in time from an end of the interval that rounding in float32 may lose
 GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
@@ -27,7 +29,8 @@ class Solver:
     Args:
         method: A method of torchdiffeq: adaptive (dopri5, dopri8, bosh3, adaptive_heun, fehlberg2;
             scipy_solver, SciPy's LSODA for stiff fields, on the CPU) or fixed-step (euler,
-            midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams).
+            midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams). "flow-map" takes the
+            steps of a `cnf.fields.FlowMap`, which are always the model, as with `discrete`.
         rtol: Relative tolerance of the adaptive methods.
         atol: Absolute tolerance of the adaptive methods.
         steps: Number of equal steps of a fixed-step method over the whole interval; required for
@@ -84,6 +87,8 @@ class Solver:
     explicit: str = "sample"
 
     def __post_init__(self) -> None:
+        if self.method == FLOW_MAP:
+            object.__setattr__(self, "discrete", True)
         if self.method not in ADAPTIVE + FIXED:
             raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
         if self.grid is not None:
@@ -119,9 +124,9 @@ class Solver:
             )
 
     def _expect_steps(self) -> None:
-        if self.method not in STAGES:
+        if self.method not in MAPS:
             raise ValueError(
-                f"Solver: expected one of {', '.join(STAGES)} where discrete=True, whose steps "
+                f"Solver: expected one of {', '.join(MAPS)} where discrete=True, whose steps "
                 f"are maps, got {self.method}"
             )
         if self.gradient not in ("auto", "backprop"):
@@ -138,9 +143,9 @@ class Solver:
                 f"Solver: expected grid to be times ascending from 0 to 1, got {self.grid!r}"
             ) from None
         rises = all(a < b for a, b in pairwise(grid))
-        if self.method not in STAGES or len(grid) < 2 or not rises or grid[0] or grid[-1] != 1:
+        if self.method not in MAPS or len(grid) < 2 or not rises or grid[0] or grid[-1] != 1:
             raise ValueError(
-                f"Solver: expected a grid ascending from 0 to 1 and one of {', '.join(STAGES)}, "
+                f"Solver: expected a grid ascending from 0 to 1 and one of {', '.join(MAPS)}, "
                 f"got {grid} and {self.method}"
             )
         if min(b - a for a, b in pairwise(grid)) <= 2 * ENDS:
@@ -166,9 +171,9 @@ class Solver:
     @property
     def evaluations(self) -> int | None:
         """Number of evaluations of a solve, if it is known beforehand."""
-        if self.steps is None or self.method not in STAGES:
+        if self.steps is None or self.method not in MAPS:
             return None
-        return self.steps * STAGES[self.method]
+        return self.steps * MAPS[self.method]
 
     def grid_between(self, t0: float, t1: float) -> list[float]:
         """The grid's times strictly inside (t0, t1), in the order of the solve.

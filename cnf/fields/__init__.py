@@ -12,6 +12,7 @@ from cnf.fields.concat import LAYERS
 from cnf.fields.conv import ConvField
 from cnf.fields.diffusers import DiffusersField
 from cnf.fields.divisive import DivisiveField
+from cnf.fields.flow_map import FlowMap
 from cnf.fields.guidance import Guided, NullContext
 from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
@@ -28,6 +29,7 @@ __all__ = [
     "DiffusersField",
     "DivisiveField",
     "EndTime",
+    "FlowMap",
     "Guided",
     "HasDivergence",
     "HasTangents",

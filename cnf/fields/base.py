@@ -43,6 +43,21 @@ class VectorField(nn.Module, ABC):
         """The field between knots k and k + 1, both ends included."""
         return self
 
+    def until(self, stop: float | Tensor) -> "VectorField":
+        """The average velocity from t until `stop`, as a field; only a `FlowMap` has it.
+
+        Args:
+            stop: A time, or one for each row, shape (*batch,).
+
+        Raises:
+            TypeError: The field has no average velocities.
+        """
+        raise TypeError(
+            f"{type(self).__name__}: expected a field of average velocities, a "
+            "cnf.fields.FlowMap, as of cnf.models.cnf(…, flow_map=True); other fields take a "
+            "solver such as Solver('midpoint', steps=4)"
+        )
+
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at (t, x).

@@ -4,6 +4,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Wrapper(VectorField):
         super().__init__(field.event_shape, field.context_dim)
         self.field = field
         self.optional_context = field.optional_context
-        self._blocks: dict[int, Wrapper] = {}
+        self._copies: dict[Any, Wrapper] = {}
 
     def extra_repr(self) -> str:
         return repr(self.field)
@@ -36,18 +37,28 @@ class Wrapper(VectorField):
         return self.field.knots
 
     def block(self, k: int) -> VectorField:
-        """The same wrapper, with the same weights, of the k-th block of the wrapped field.
-
-        It is created once for each k, as compiled code is cached for the field it belongs to.
-        """
+        """The same wrapper, with the same weights, of the k-th block of the wrapped field."""
         inner = self.field.block(k)
-        if inner is self.field:
-            return self
+        return self if inner is self.field else self._around(inner, ("block", k))
+
+    def until(self, stop: float | Tensor) -> VectorField:
+        """The same wrapper, with the same weights, of the wrapped field's average velocity."""
+        inner = self.field.until(stop)
+        return self._around(inner, None if isinstance(stop, Tensor) else ("until", stop))
+
+    def _around(self, inner: VectorField, name: Any) -> VectorField:
+        """A copy that wraps another field, made once for each name unless that is None.
+
+        Compiled code is cached for the field that it belongs to.
+        """
         parts = {**self._modules, "field": inner}
-        if k not in self._blocks or self._blocks[k]._modules != parts:
-            self._blocks[k] = block = copy.copy(self)
-            block._modules, block._blocks = parts, {}
-        return self._blocks[k]
+        found = self._copies.get(name)
+        if found is None or found._modules != parts:
+            found = copy.copy(self)
+            found._modules, found._copies = parts, {}
+            if name is not None:
+                self._copies[name] = found
+        return found
 
 
 class Retimed(Wrapper):
@@ -63,6 +74,9 @@ class Retimed(Wrapper):
 
     def block(self, k: int) -> VectorField:
         return self
+
+    def until(self, stop: float | Tensor) -> VectorField:
+        return VectorField.until(self, stop)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         rate, local = self._clock(t)

@@ -8,6 +8,7 @@ from cnf.errors import expect_counts, expect_not_negative, expect_positive
 from cnf.fields import (
     ConvField,
     EndTime,
+    FlowMap,
     MLPField,
     NullContext,
     Piecewise,
@@ -38,6 +39,7 @@ def cnf(
     dequantization: Dequantize = None,
     shape: Sequence[int] | None = None,
     null_context: bool = False,
+    flow_map: bool = False,
 ) -> Flow:
     """Continuous normalizing flow: a time-conditioned MLP with its exact closed-form trace.
 
@@ -62,25 +64,34 @@ def cnf(
             instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
+        flow_map: Whether the field also gives average velocities, for `MeanFlow` and `Shortcut`,
+            and the default solver takes 4 steps of them, whose density is exact. See `FlowMap`.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
-        ValueError: Not exactly one of dim and shape is given, a size is below 1, or a name is
-            unknown.
+        ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
+            unknown, or a flow map has several layers.
     """
+    if flow_map and layers > 1:
+        raise ValueError(f"cnf: expected one layer of a flow map, got layers={layers}")
+    conditions = context + flow_map  # one for the length of a step
 
     def block() -> VectorField:
         if shape is not None:
-            return ConvField(shape, hidden, context, activation, frequencies)
+            return ConvField(shape, hidden, conditions, activation, frequencies)
         assert dim is not None
         waves = (32 if dim <= 4 else 0) if fourier is None else fourier
-        return MLPField(dim, hidden, context, activation, frequencies, fourier=waves)
+        return MLPField(dim, hidden, conditions, activation, frequencies, fourier=waves)
 
     field = Preconditioned(_blocks(block, layers))
-    recipe = Recipe(solver=Solver() if solver is None else None)
-    solver = Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6})
+    if flow_map:
+        field, default, recipe = FlowMap(field), {"method": "flow-map", "steps": 4}, Recipe()
+    else:
+        default = {"rtol": 1e-6, "atol": 1e-6}
+        recipe = Recipe(solver=Solver() if solver is None else None)
+    solver = Solver.of(solver or default)
     return _continuous(
         field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
     )

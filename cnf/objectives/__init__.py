@@ -2,6 +2,13 @@
 
 from cnf.objectives.base import OBJECTIVES, Loss, Objective
 from cnf.objectives.batch import Batch
+from cnf.objectives.flow_map import (
+    FlowMapObjective,
+    MeanFlow,
+    SelfDistillation,
+    Shortcut,
+    TimedPairs,
+)
 from cnf.objectives.joint import Joint
 from cnf.objectives.likelihood import LikelihoodRows, MaximumLikelihood
 from cnf.objectives.matching import FlowMatching, MatchedPairs
@@ -10,13 +17,18 @@ from cnf.objectives.multiscale import MultiscaleMatching, ScalePairs
 __all__ = [
     "OBJECTIVES",
     "Batch",
+    "FlowMapObjective",
     "FlowMatching",
     "Joint",
     "LikelihoodRows",
     "Loss",
     "MatchedPairs",
     "MaximumLikelihood",
+    "MeanFlow",
     "MultiscaleMatching",
     "Objective",
     "ScalePairs",
+    "SelfDistillation",
+    "Shortcut",
+    "TimedPairs",
 ]

@@ -252,8 +252,9 @@ class Continuous(Transform):
         run = numerical.take
         if not fixed.captured() and (self.solver.compile or _compiling.get()):
             run = partial(_compiled, numerical.take)
+        method = self.solver.method
         return [
-            numerical.NumericalStep(piece, context, self.solver.method, a, b - a, run)
+            numerical.NumericalStep(piece, context, method, a, b - a, run).between(a, b)
             for t0, t1, piece in self._stretches(*ends)
             for a, b in pairwise(self._solver_on(t0, t1).stops(t0, t1))
         ]

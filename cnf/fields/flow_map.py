@@ -1,0 +1,95 @@
+"""Flow maps: fields of average velocities, which take a step of any length in one evaluation."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from cnf.fields.base import VectorField, exact_divergence, tangent_products
+from cnf.fields.wrappers import Wrapper
+
+
+class FlowMap(Wrapper):
+    r"""The average velocity u(t, s, x) of an ODE's solution: x_s = x_t + (s - t) u(t, s, x_t).
+
+    As a field it is the velocity u(t, t, x), which any ODE solver integrates.
+    `Solver("flow-map", steps=K)` takes K steps of the map, of one evaluation each, in either
+    direction of time. `MeanFlow` and `Shortcut` train it.
+
+    Source: Boffi et al. (2024), https://arxiv.org/abs/2406.07507; Geng et al. (2025),
+    https://arxiv.org/abs/2505.13447.
+
+    >>> from cnf.fields import MLPField
+    >>> field = FlowMap(MLPField(dim=2, context_dim=1))
+    >>> start, x = torch.tensor(0.0), torch.randn(5, 2)
+    >>> (x + field.until(1.0)(start, x)).shape
+    torch.Size([5, 2])
+
+    Args:
+        field: A field that takes s - t as the last column of its context.
+
+    Raises:
+        ValueError: The field takes no context.
+    """
+
+    def __init__(self, field: VectorField) -> None:
+        super().__init__(field)
+        if not field.context_dim:
+            raise ValueError(
+                f"FlowMap: expected a field that takes the length of a step as the last column of "
+                f"its context, got {field}; build it with context_dim=1"
+            )
+        self.context_dim = field.context_dim - 1
+        self.optional_context = False
+        self._stop: float | Tensor | None = None
+
+    def until(self, stop: float | Tensor) -> VectorField:
+        """The average velocity from t until `stop`, as a field.
+
+        Args:
+            stop: A time, or one for each row, shape (*batch,).
+        """
+        name = None if isinstance(stop, Tensor) else stop
+        found = self._copies.get(name)
+        if found is None:
+            found = copy.copy(self)
+            found._stop, found._copies = stop, self._copies if name is not None else {}
+            if name is not None:
+                self._copies[name] = found
+        return found
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.field(t, x, self._with_length(t, x, context))
+
+    def with_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity and exact divergence, the field's own where it has one.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+        """
+        return exact_divergence(self.field, t, x, self._with_length(t, x, context))
+
+    def with_tangents(
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `cnf.fields.HasTangents`, which this is if the wrapped field is.
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+            tangents: Shape (n, *batch, *event).
+        """
+        return tangent_products(self.field, t, x, self._with_length(t, x, context), tangents)
+
+    def _with_length(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """The context and s - t, shape (*batch, C + 1)."""
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        t = t.to(x.dtype)
+        length = torch.zeros_like(t) if self._stop is None else self._stop - t
+        length = length.expand(batch).unsqueeze(-1)
+        return length if context is None else torch.cat([context.expand(*batch, -1), length], -1)

@@ -1,0 +1,232 @@
+"""Flow maps: average velocities trained from pairs, for samples in one to four evaluations."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from cnf.dynamics.preimage import per_row
+from cnf.errors import expect_not_negative
+from cnf.fields import VectorField
+from cnf.flow import require_field
+from cnf.matching.paths import PathSample
+from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared
+from cnf.objectives.batch import Batch, weighted_mean
+from cnf.objectives.matching import FlowMatching, MatchedPairs
+from cnf.random import draw
+
+FLOOR = 1e-3  # of the error, in the weights of rows
+
+
+@dataclass
+class TimedPairs(MatchedPairs):
+    """Pairs, as of flow matching, and the times until which their average velocity is regressed.
+
+    Attributes:
+        s: Times on either side of t, or t itself, shape (N,).
+    """
+
+    s: Tensor | None = None
+
+
+class FlowMapObjective(Objective):
+    """E w‖u(t, s, xt) - target‖² over pairs (x0, x1) and times t and s in [0, 1], in any order.
+
+    Where s = t the target is the velocity of the pair, as in flow matching. Elsewhere it is made
+    of the map itself, without its gradient: how, the subclasses say.
+
+    Attributes:
+        coupling: As of `FlowMatching`.
+        instant: Part of the rows where s = t.
+        power: Rows have the weight 1 / (error + 0.001)^power, held constant, so that large errors
+            count less.
+    """
+
+    needs_data = True
+    capturable = True
+    lr = 6e-3
+    clip = 1.0
+
+    coupling: Any
+    instant: float
+    power: float
+    _matching: ClassVar[FlowMatching]
+
+    def __post_init__(self) -> None:
+        who = type(self).__name__
+        if not 0 < self.instant < 1:
+            raise ValueError(f"{who}: expected 0 < instant < 1, got {self.instant}")
+        expect_not_negative(who, power=self.power)
+        object.__setattr__(self, "_matching", FlowMatching(coupling=self.coupling))
+
+    @property
+    def rowwise(self) -> bool:
+        """As flow matching with the same coupling."""
+        return self._matching.rowwise
+
+    def begin(
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
+    ) -> "FlowMapObjective":
+        """This objective, its coupling fitted to the data if it is one that can be."""
+        self._field(module).until(1.0)
+        begun = copy(self)
+        object.__setattr__(begun, "_matching", self._matching.begin(module, rows, generator))
+        return begun
+
+    def prepare(
+        self, module: nn.Module, batch: Batch, generator: Generator | None = None
+    ) -> TimedPairs:
+        pairs = self._matching.prepare(module, batch, generator)
+        t = pairs.t
+        s, instant = (draw(torch.rand, t.shape, generator, like=t) for _ in range(2))
+        return TimedPairs(**vars(pairs), s=torch.where(instant < self.instant, t, s))
+
+    def __call__(
+        self, module: nn.Module, batch: Batch | TimedPairs, generator: Generator | None = None
+    ) -> Loss:
+        rows = as_prepared(self, module, batch, generator)
+        errors = self._errors(module, rows)
+        value = weighted_mean(errors * self._weights(errors), rows.weight)
+        assert rows.s is not None
+        instant = (rows.s == rows.t).to(errors)
+        weight = instant if rows.weight is None else instant * rows.weight
+        fm = weighted_mean(errors.detach(), weight)
+        return Loss(value, {"fm": fm, "map": weighted_mean(errors.detach(), rows.weight)})
+
+    def per_row(
+        self, module: nn.Module, batch: Batch | TimedPairs, generator: Generator | None = None
+    ) -> Tensor:
+        errors = self._errors(module, as_prepared(self, module, batch, generator))
+        return errors * self._weights(errors)
+
+    def _weights(self, errors: Tensor) -> Tensor:
+        return (errors.detach() + FLOOR) ** -self.power
+
+    def _errors(self, module: nn.Module, rows: TimedPairs) -> Tensor:
+        """The squared error of each row, shape (N,)."""
+        assert rows.s is not None
+        field = self._field(module)
+        path = self._matching._resolve(module).path
+        sample = path.sample(rows.x0, rows.x1, rows.t, rows.noise)
+        with torch.no_grad():
+            target = self._target(field, sample, rows.s, rows.context)
+        found = field.until(rows.s)(sample.t, sample.xt, rows.context)
+        return (found - target).square().flatten(1).sum(1)
+
+    @abstractmethod
+    def _target(
+        self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """What u(t, s, xt) is regressed on, of xt's shape."""
+
+    def _field(self, module: nn.Module) -> VectorField:
+        who = type(self).__name__
+        return require_field(who, as_flow(who, module), "train it with MaximumLikelihood()").field
+
+    def parameters(self, module: nn.Module) -> Iterator[nn.Parameter]:
+        """The field's parameters; the base stays as it is."""
+        return self._field(module).parameters()
+
+
+@OBJECTIVES.register("mean-flow")
+@dataclass(frozen=True)
+class MeanFlow(FlowMapObjective):
+    r"""Average velocities by their derivative along the path: :math:`u = v + (s - t)\,du/dt`.
+
+    The derivative is one product in forward mode.
+    Source: Geng et al. (2025), Mean Flows, https://arxiv.org/abs/2505.13447.
+
+    Args:
+        coupling: As of `FlowMatching`.
+        instant: Part of the rows where s = t, in (0, 1).
+        power: Rows have the weight 1 / (error + 0.001)^power, held constant; 0 for none.
+
+    Raises:
+        ValueError: A number is out of its range, or the coupling is not known.
+    """
+
+    coupling: Any = "independent"
+    instant: float = 0.5
+    power: float = 0.0
+
+    def _target(
+        self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
+    ) -> Tensor:
+        t, xt, ut = sample
+        until = field.until(s)
+        _, slope = torch.func.jvp(
+            lambda t, x: until(t, x, context), (t, xt), (torch.ones_like(t), ut)
+        )
+        return ut + per_row(s - t, xt) * slope
+
+
+@OBJECTIVES.register("shortcut")
+@dataclass(frozen=True)
+class Shortcut(FlowMapObjective):
+    """Average velocities by those of two halves: a step is as far as two of half its length.
+
+    Source: Frans et al. (2025), https://arxiv.org/abs/2410.12557; the semigroup property of flow
+    maps, Boffi et al. (2025), https://arxiv.org/abs/2505.18825.
+
+    Args:
+        coupling: As of `FlowMatching`.
+        instant: Part of the rows where s = t, in (0, 1).
+        power: Rows have the weight 1 / (error + 0.001)^power, held constant; 0 for none.
+
+    Raises:
+        ValueError: A number is out of its range, or the coupling is not known.
+    """
+
+    coupling: Any = "independent"
+    instant: float = 0.5
+    power: float = 0.0
+
+    def _target(
+        self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
+    ) -> Tensor:
+        t, xt, ut = sample
+        middle = 0.5 * (t + s)
+        first = field.until(middle)(t, xt, context)
+        between = xt + per_row(middle - t, xt) * first
+        second = field.until(s)(middle, between, context)
+        return torch.where(per_row(s == t, xt), ut, 0.5 * (first + second))
+
+
+@OBJECTIVES.register("self-distillation")
+@dataclass(frozen=True)
+class SelfDistillation(FlowMapObjective):
+    r"""Average velocities by where they lead: the end of a step moves with the velocity there.
+
+    For the end x_s = x_t + (s - t) u that is :math:`u = v(s, x_s) - (s - t)\,du/ds`. The
+    derivative is one product in forward mode. As the target does not vary with the pair, it
+    learns in fewer steps than `MeanFlow`.
+    Source: Boffi et al. (2024), https://arxiv.org/abs/2406.07507, the Lagrangian loss; Boffi et
+    al. (2025), https://arxiv.org/abs/2505.18825.
+
+    Args:
+        coupling: As of `FlowMatching`.
+        instant: Part of the rows where s = t, in (0, 1).
+        power: Rows have the weight 1 / (error + 0.001)^power, held constant; 0 for none.
+
+    Raises:
+        ValueError: A number is out of its range, or the coupling is not known.
+    """
+
+    coupling: Any = "independent"
+    instant: float = 0.5
+    power: float = 0.0
+
+    def _target(
+        self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
+    ) -> Tensor:
+        t, xt, ut = sample
+        average, slope = torch.func.jvp(
+            lambda s: field.until(s)(t, xt, context), (s,), (torch.ones_like(s),)
+        )
+        length = per_row(s - t, xt)
+        velocity = field(s, xt + length * average, context)
+        return torch.where(length == 0, ut, velocity - length * slope)

@@ -261,4 +261,4 @@ def _default_diffusion(head: bool, path: Path, t: Tensor, noise: float) -> Tenso
     return (2 * noise * torch.as_tensor(sigma)).sqrt()
 
 
-__all__ = ["Grid", "Solver", "edm_grid", "guided", "learned_grid", "sde"]
+__all__ = ["Grid", "Solver", "edm_grid", "guided", "learned_grid", "likeliest_grid", "sde"]

@@ -92,7 +92,7 @@ def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:
         if not len(rows):
             break
         trial = x[rows] + per_row(length[rows], y) * _solved(jacobian[rows], left[rows])
-        value, slopes = among.with_jacobian(trial) if few else (among(trial), jacobian[rows])
+        value, slopes = among.with_jacobian(trial) if few else (among(trial), jacobian)
         misses = y[rows] - value
         errors = _error(misses, y[rows])
         better, quick = errors < error[rows], errors <= QUICK * error[rows]
@@ -100,7 +100,8 @@ def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:
         length[rows] = torch.where(better, (2 * length[rows]).clamp(max=1), shorter)
         x[rows] = torch.where(per_row(better, y), trial, x[rows])
         left[rows] = torch.where(per_row(better, y), misses, left[rows])
-        jacobian[rows] = torch.where(better[:, None, None], slopes, jacobian[rows])
+        if few:
+            jacobian[rows] = torch.where(better[:, None, None], slopes, jacobian[rows])
         error[rows] = torch.where(better, errors, error[rows])
         rounding, stuck = error[rows] <= eps**0.75, length[rows] < SHORTEST
         settled[rows] = ~quick & (rounding | stuck)

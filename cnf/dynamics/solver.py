@@ -14,7 +14,7 @@ STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # evalua
 MULTISTEP = ("explicit_adams", "implicit_adams")
 FLOW_MAP = "flow-map"
 MAPS = {**STAGES, FLOW_MAP: 1}  # those whose steps are maps
-FIXED = (*STAGES, *MULTISTEP, FLOW_MAP)
+FIXED = (*STAGES, *MULTISTEP)
 ENDS = 1e-6  # distance in time from an end of the interval that rounding in float32 may lose
 GRADIENTS = ("auto", "adjoint", "backprop", "checkpoint")
 
@@ -89,8 +89,9 @@ class Solver:
     def __post_init__(self) -> None:
         if self.method == FLOW_MAP:
             object.__setattr__(self, "discrete", True)
-        if self.method not in ADAPTIVE + FIXED:
-            raise UnknownNameError("Solver method", self.method, ADAPTIVE + FIXED)
+        known = (*ADAPTIVE, *FIXED, FLOW_MAP)
+        if self.method not in known:
+            raise UnknownNameError("Solver method", self.method, known)
         if self.grid is not None:
             self._set_grid()
         expect_choice("Solver", "gradient", self.gradient, GRADIENTS)
@@ -161,7 +162,7 @@ class Solver:
     @property
     def fixed(self) -> bool:
         """Whether the number of steps is fixed."""
-        return self.method in FIXED
+        return self.method in (*FIXED, FLOW_MAP)
 
     @property
     def has_error_control(self) -> bool:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from cnf.dynamics import record
-from cnf.dynamics.solver import Solver
+from cnf.dynamics.solver import FLOW_MAP, Solver
 from cnf.flow import Flow, evaluating
 from cnf.metrics.distances import sliced
 from cnf.random import stream
-from cnf.transforms.continuous import is_continuous
+from cnf.transforms.continuous import is_continuous, solvers_in
 
 STEPS = (1, 2, 4, 8, 16, 32)
 Curve = list[tuple[int, float]]  # (evaluations, distance), the flow's own solver last
@@ -23,7 +23,7 @@ def nfe_curve(
     target: Tensor,
     *,
     steps: Sequence[int] = STEPS,
-    method: str = "euler",
+    method: str | None = None,
     context: Tensor | None = None,
     distance: Callable[[Tensor], float] | None = None,
     seed: int = 0,
@@ -34,12 +34,16 @@ def nfe_curve(
         flow: A flow; of a discrete one the curve has one point, at 0 evaluations.
         target: True samples, shape (N, *event); as many are drawn.
         steps: Steps of `method`.
-        method: A one-step method, such as "euler" or "heun2".
+        method: A one-step method, such as "heun2"; if None, "flow-map" of a flow whose own solver
+            takes steps of a flow map, and "euler" of others.
         context: Condition of each sample, shape (N, C).
         distance: Of samples (N, *event) from the target; sliced W2 over 200 directions if None.
         seed: Of the base samples, the same for each point.
     """
     distance = distance or partial(sliced, target.cpu())
+    if method is None:
+        maps = any(solver.method == FLOW_MAP for solver in solvers_in(flow.transform))
+        method = FLOW_MAP if maps else "euler"
     flows = [
         flow.with_solver(Solver(method, steps=n)) for n in steps if is_continuous(flow.transform)
     ]

@@ -13,7 +13,7 @@ from cnf.dynamics.preimage import per_row
 from cnf.errors import expect_not_negative
 from cnf.fields import VectorField
 from cnf.flow import require_field
-from cnf.matching.paths import PathSample
+from cnf.matching.paths import Linear, PathSample
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared
 from cnf.objectives.batch import Batch, weighted_mean
 from cnf.objectives.matching import FlowMatching, MatchedPairs
@@ -27,6 +27,12 @@ class TimedPairs(MatchedPairs):
     """Pairs, as of flow matching, and the times until which their average velocity is regressed.
 
     Attributes:
+        x0: Base samples, shape (N, *event).
+        x1: Data as the transform gives them, inside preprocessing, shape (N, *event).
+        t: Times, shape (N,).
+        context: Condition as the field takes it, inside preprocessing, shape (N, C).
+        weight: Weight of each pair, shape (N,).
+        noise: Of a noisy path; None here.
         s: Times on either side of t, or t itself, shape (N,).
     """
 
@@ -36,8 +42,9 @@ class TimedPairs(MatchedPairs):
 class FlowMapObjective(Objective):
     """E w‖u(t, s, xt) - target‖² over pairs (x0, x1) and times t and s in [0, 1], in any order.
 
-    Where s = t the target is the velocity of the pair, as in flow matching. Elsewhere it is made
-    of the map itself, without its gradient: how, the subclasses say.
+    Points xt are on the straight paths between the pairs. Where s = t the target is the velocity
+    of the pair, as in flow matching. Elsewhere it is made of the map itself, without its gradient:
+    how, the subclasses say.
 
     Attributes:
         coupling: As of `FlowMatching`.
@@ -110,8 +117,7 @@ class FlowMapObjective(Objective):
         """The squared error of each row, shape (N,)."""
         assert rows.s is not None
         field = self._field(module)
-        path = self._matching._resolve(module).path
-        sample = path.sample(rows.x0, rows.x1, rows.t, rows.noise)
+        sample = Linear().sample(rows.x0, rows.x1, rows.t)
         with torch.no_grad():
             target = self._target(field, sample, rows.s, rows.context)
         found = field.until(rows.s)(sample.t, sample.xt, rows.context)
@@ -158,9 +164,9 @@ class MeanFlow(FlowMapObjective):
     ) -> Tensor:
         t, xt, ut = sample
         until = field.until(s)
-        _, slope = torch.func.jvp(
+        slope = torch.func.jvp(
             lambda t, x: until(t, x, context), (t, xt), (torch.ones_like(t), ut)
-        )
+        )[1]
         return ut + per_row(s - t, xt) * slope
 
 
@@ -224,7 +230,7 @@ class SelfDistillation(FlowMapObjective):
         self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
     ) -> Tensor:
         t, xt, ut = sample
-        average, slope = torch.func.jvp(
+        average, slope, *_ = torch.func.jvp(
             lambda s: field.until(s)(t, xt, context), (s,), (torch.ones_like(s),)
         )
         length = per_row(s - t, xt)

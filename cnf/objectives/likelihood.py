@@ -242,12 +242,17 @@ class MaximumLikelihood(Objective):
         """
         flow = as_flow("MaximumLikelihood", module)
         rates = [ode.recipe.lr for ode in odes_in(flow.transform) if ode.recipe.lr]
-        default = DISCRETE_LR if discrete_in(self.as_trained(flow)) else self.lr
-        return min(rates, default=default)
+        return min(rates, default=DISCRETE_LR if self._trains_steps(flow) else self.lr)
 
     def largest_gradient(self, module: nn.Module) -> float:
-        flow = self.as_trained(as_flow("MaximumLikelihood", module))
-        return DISCRETE_CLIP if discrete_in(flow) else self.clip
+        flow = as_flow("MaximumLikelihood", module)
+        return DISCRETE_CLIP if self._trains_steps(flow) else self.clip
+
+    def _trains_steps(self, flow: Flow) -> bool:
+        """Whether a solver's steps are the model."""
+        own = None if self.solver is None else Solver.of(self.solver)
+        odes = odes_in(flow.transform)
+        return any((own or ode.recipe.solver or ode.solver).discrete for ode in odes)
 
 
 def _held(

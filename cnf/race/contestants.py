@@ -6,7 +6,13 @@ from typing import Any
 
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow
-from cnf.objectives import OBJECTIVES, FlowMatching, MaximumLikelihood, Objective
+from cnf.objectives import (
+    OBJECTIVES,
+    FlowMatching,
+    MaximumLikelihood,
+    Objective,
+    SelfDistillation,
+)
 from cnf.registry import Registry, spec
 from cnf.training.origin import hash_of_weights, objective_name
 
@@ -120,6 +126,9 @@ AS_THEY_ARE = {"preprocess": None}  # the papers' toys need no standardizing; on
 # fewer steps likelihood learns to exploit the solver's error instead of the data.
 LIKELIHOOD = MaximumLikelihood(solver=Solver("rk4", steps=12, gradient="backprop"))
 LIKELIHOOD_SETTINGS = {"batch_size": 256, "lr": 3e-3, "ema": 0.99, "clip": 1.0}
+ONE_STEP = MaximumLikelihood(
+    solver=Solver("rk4", steps=1, discrete=True, explicit="density")
+)  # four evaluations for an exact density
 MATCHING = FlowMatching(times="skewed")
 
 for _name, _contestant in {
@@ -136,6 +145,15 @@ for _name, _contestant in {
             Stage(MATCHING, 0.75),
             Stage(LIKELIHOOD, 0.25, {**LIKELIHOOD_SETTINGS, "lr": 1e-3}),
         ),
+    ),
+    "cnf-one-step": Contestant(
+        "CNF, likelihood of one RK4 step", "cnf", (Stage(ONE_STEP, settings={"batch_size": 256}),)
+    ),
+    "flow-map": Contestant(
+        "Flow map, self-distilled",
+        "cnf",
+        (Stage(SelfDistillation(), settings={"batch_size": 256}),),
+        {"flow_map": True},
     ),
     "ffjord": Contestant(
         "FFJORD, as published",

@@ -112,8 +112,8 @@ class Learner:
         self.config, self.fabric, self.module = config, fabric, module
         self.objective = objective
         self.lr = config.lr or objective.learning_rate(module)
-        own = isinstance(config.clip, str)
-        self.clip = objective.largest_gradient(module) if own else config.clip
+        given = config.clip
+        self.clip = objective.largest_gradient(module) if isinstance(given, str) else given
         autocast = fabric.device.type if config.precision == "bf16-mixed" else None
         self._loss = _LossModule(module, objective, autocast)
         self._fabric_loss: Any = self._set_up()

@@ -46,8 +46,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = (self.toy, self.seed, self.training, self.method, self.steps, self.explicit)
-        return "-".join(str(part) for part in parts if part != "")
+        first = f"{self.toy}-{self.seed}-{self.training}"
+        return f"{first}-{self.method}-{self.steps}-{self.explicit}" if self.method else first
 
 
 def cases(config: dict) -> Iterator[Case]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cnf import Flow, Solver
+from cnf import Flow, Solver, models
 from cnf.fields import VectorField
 from cnf.metrics import nfe_curve, nfe_table
 from cnf.race.judge import Judge
@@ -96,3 +96,18 @@ def test_the_table_has_a_column_for_each_number_of_evaluations():
         "| before | 2.000 | 0.500 | 0.125 (80) |",
         "| after | 0.200 | 0.100 | 0.100 (60) |",
     ]
+
+
+def test_a_flow_map_takes_steps_of_its_own():
+    flow = models.cnf(2, hidden=(8,), flow_map=True).double()
+    target, seen = torch.zeros(9, 2, dtype=F64), []
+
+    def spread(drawn):
+        seen.append(drawn)
+        return 0.0
+
+    curve = nfe_curve(flow, target, steps=(2,), distance=spread)
+    assert [nfe for nfe, _ in curve] == [2, 4]
+    two = flow.with_solver(Solver("flow-map", steps=2))
+    z = flow.base.sample((9,), stream(0, "samples in few steps"))
+    torch.testing.assert_close(seen[0], two.decode(z), rtol=0, atol=0)

@@ -128,7 +128,7 @@ ARGUMENTS = {
     "a name for a flow": (("realnvp", "flow-matching", X), ["got 'realnvp'; build one"]),
     "no objective": (
         (None, None, X),
-        ["^fit: expected objective to be one of maximum-", "got None"],
+        ["^fit: expected objective to be one of .*maximum-likelihood", "got None"],
     ),
     "data before the objective": ((None, X, "moons"), ["expected objective", "got a Tensor"]),
     "another class": ((None, dict, X), ["objective", "got <class 'dict'>"]),

@@ -66,6 +66,27 @@ def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
     assert flow.field.net.size.grad.isfinite()
 
 
+class Stretched(nn.Module):
+    """v(x) = (a x, b x), whose backward Euler step of length 1 is diag(1 - a, 1 - b)."""
+
+    def __init__(self, *rates):
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor(rates, dtype=torch.float64))
+
+    def forward(self, t, x):
+        return self.rates * x
+
+
+def test_the_barrier_is_of_the_direction_that_is_shortened_most():
+    """Factors 0.01 and 5 have a determinant of 0.05, which alone would cost nothing."""
+    flow = flow_of(
+        Stretched(0.99, -4.0), Solver("euler", steps=1, discrete=True, explicit="density"), dim=2
+    )
+    x = torch.zeros(16, 2, dtype=torch.float64)
+    held = barrier.barrier(flow, x, None, torch.ones(16, 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(held, torch.tensor(1 - 0.01 / barrier.LEAST).double())
+
+
 def test_losses_of_rows_have_the_loss_as_their_mean():
     flow = flow_of(Wave(0.97), Solver("euler", steps=1, discrete=True, explicit="density"))
     objective = cnf.MaximumLikelihood()

@@ -266,7 +266,11 @@ def least_stretch(jacobian: Tensor) -> Tensor:
         turned, mirrored = torch.stack([a + d, b - c]), torch.stack([a - d, b + c])
         return 0.5 * (turned.norm(dim=0) - mirrored.norm(dim=0))
     with torch.no_grad():
-        right = torch.linalg.eigh(jacobian.mT @ jacobian)[1][..., :1]
+        gram = jacobian.mT @ jacobian
+        finite = gram.flatten(1).isfinite().all(1).reshape(-1, 1, 1)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        # eigh raises an error for all matrices where one is not finite, whose result is NaN below
+        right = torch.linalg.eigh(torch.where(finite, gram, eye))[1][..., :1]
         left = torch.nn.functional.normalize(jacobian @ right, dim=1)
         left = left * torch.linalg.slogdet(jacobian)[0].reshape(-1, 1, 1)
     return (left.mT @ jacobian @ right).reshape(-1)

@@ -1,5 +1,7 @@
 """Which learner takes the steps: a plain, captured (GPU), compiled (CPU) or sharded one."""
 
+import math
+
 from lightning_fabric import Fabric
 from torch import nn
 
@@ -10,7 +12,7 @@ from cnf.training.compiled import CompiledLearner, CompiledSolveLearner
 from cnf.training.config import SHARDED, TrainConfig
 from cnf.training.learner import Learner
 from cnf.training.sharded import ShardedLearner
-from cnf.transforms.continuous import odes_in, solvers_in
+from cnf.transforms.continuous import odes_in
 
 # Below these no model's compilation pays, so that none is recorded to find out.
 LEAST_STEPS, LEAST_SECONDS = 2_000, 20.0
@@ -91,11 +93,14 @@ def why_not_captured(module: nn.Module, objective: Objective, fabric: Fabric) ->
         return why
     if not objective.solves or not isinstance(module, Flow):
         return None
-    for solver in solvers_in(objective.as_trained(module).transform):
+    for ode in odes_in(objective.as_trained(module).transform):
+        solver = ode.solver
         if not solver.fixed:
             return f"the method {solver.method}, which reads its errors"
         if solver.discrete and solver.explicit == "sample":
             return f"{solver}, whose steps are inverted by iteration"
+        if solver.discrete and math.prod(ode.field.event_shape) > 2:
+            return f"{solver}, whose determinants the host factorizes"
         if solver.compile or solver.gradient not in ("auto", "backprop"):
             return f"{solver}, which is compiled or whose gradient is not backprop"
     return None

@@ -356,7 +356,44 @@ def test_least_stretch_is_the_smallest_singular_value_with_the_sign_of_the_deter
     torch.testing.assert_close(*slopes)
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_least_stretch_of_a_matrix_that_is_not_finite_leaves_the_others(dim, value):
+    jacobian = torch.eye(dim).repeat(3, 1, 1)
+    jacobian[1, 0, 0] = value
+    found = numerical.least_stretch(jacobian)
+    assert not found[1].isfinite() and found[0] == found[2] == 1
+
+
 def test_least_stretch_of_the_identity_has_a_gradient():
     jacobian = torch.eye(2).unsqueeze(0).requires_grad_()
     (slope,) = torch.autograd.grad(numerical.least_stretch(jacobian).sum(), jacobian)
     assert slope.isfinite().all()
+
+
+class Cubic:
+    """x + x³ in each direction, which counts its Jacobians."""
+
+    def __init__(self):
+        self.jacobians = 0
+
+    def __call__(self, x):
+        return x + x**3
+
+    def with_jacobian(self, x):
+        self.jacobians += 1
+        return self(x), torch.diag_embed(1 + 3 * x**2)
+
+    def of_rows(self, rows):
+        return self
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize(("start", "most"), [(1.01, 2), (30.0, 30)])
+def test_newton_keeps_a_jacobian_near_the_solution_and_renews_it_far_away(dim, start, most):
+    """From 30 the first Jacobian, 2,701, would take thousands of steps to reach 1."""
+    cubic, x = Cubic(), torch.ones(3, dim, dtype=F64)
+    found, missed, _ = preimage.preimage(cubic, cubic(x), start * x)
+    torch.testing.assert_close(found, x)
+    assert not missed.any()
+    assert dim <= preimage.FEW or cubic.jacobians <= most

@@ -1,6 +1,7 @@
 """Steps that a device takes alone: what they do to the weights, and their capture as a graph."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -114,6 +115,14 @@ HINDRANCES = {
         "dopri5, which reads its errors",
     ),
     "a term's": (Joint((cnf.FlowMatching(), cnf.MaximumLikelihood(solver=ADAPTIVE))), "dopri5"),
+    "steps to be inverted": (
+        cnf.MaximumLikelihood(solver=replace(RK4, discrete=True)),
+        "whose steps are inverted by iteration",
+    ),
+    "steps of two dimensions": (
+        cnf.MaximumLikelihood(solver=replace(RK4, discrete=True, explicit="density")),
+        None,
+    ),
     "memory to be saved": (
         cnf.MaximumLikelihood(solver=ADJOINT),
         "whose gradient is not backprop",

@@ -1,7 +1,5 @@
 """Flow maps: fields of average velocities, which take a step of any length in one evaluation."""
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ class FlowMap(Wrapper):
 
     As a field it is the velocity u(t, t, x), which any ODE solver integrates.
     `Solver("flow-map", steps=K)` takes K steps of the map, of one evaluation each, in either
-    direction of time. `MeanFlow` and `Shortcut` train it.
+    direction of time. `SelfDistillation`, `MeanFlow` and `Shortcut` train it.
 
     Source: Boffi et al. (2024), https://arxiv.org/abs/2406.07507; Geng et al. (2025),
     https://arxiv.org/abs/2505.13447.
@@ -49,13 +47,8 @@ class FlowMap(Wrapper):
         Args:
             stop: A time, or one for each row, shape (*batch,).
         """
-        name = None if isinstance(stop, Tensor) else stop
-        found = self._copies.get(name)
-        if found is None:
-            found = copy.copy(self)
-            found._stop, found._copies = stop, self._copies if name is not None else {}
-            if name is not None:
-                self._copies[name] = found
+        found = self._around(self.field, None if isinstance(stop, Tensor) else ("until", stop))
+        found._stop = stop
         return found
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -89,7 +82,6 @@ class FlowMap(Wrapper):
     def _with_length(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         """The context and s - t, shape (*batch, C + 1)."""
         batch = x.shape[: x.dim() - len(self.event_shape)]
-        t = t.to(x.dtype)
         length = torch.zeros_like(t) if self._stop is None else self._stop - t
-        length = length.expand(batch).unsqueeze(-1)
+        length = length.to(x.dtype).expand(batch).unsqueeze(-1)
         return length if context is None else torch.cat([context.expand(*batch, -1), length], -1)

@@ -4,7 +4,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Wrapper(VectorField):
         super().__init__(field.event_shape, field.context_dim)
         self.field = field
         self.optional_context = field.optional_context
-        self._copies: dict[Any, Wrapper] = {}
+        self._copies: dict[Any, Self] = {}
 
     def extra_repr(self) -> str:
         return repr(self.field)
@@ -46,7 +46,7 @@ class Wrapper(VectorField):
         inner = self.field.until(stop)
         return self._around(inner, None if isinstance(stop, Tensor) else ("until", stop))
 
-    def _around(self, inner: VectorField, name: Any) -> VectorField:
+    def _around(self, inner: VectorField, name: Any) -> Self:
         """A copy that wraps another field, made once for each name unless that is None.
 
         Compiled code is cached for the field that it belongs to.

@@ -64,8 +64,9 @@ def cnf(
             instance, for whole numbers such as pixels; None for real numbers.
         shape: Shape (C, H, W) of images, instead of dim, for a convolutional field.
         null_context: Whether a learned vector replaces a missing context, as guidance requires.
-        flow_map: Whether the field also gives average velocities, for `MeanFlow` and `Shortcut`,
-            and the default solver takes 4 steps of them, whose density is exact. See `FlowMap`.
+        flow_map: Whether the field also gives average velocities, which `SelfDistillation`,
+            `MeanFlow` or `Shortcut` trains, and the default solver takes 4 steps of them, whose
+            density is exact. See `FlowMap`.
 
     Returns:
         A `Flow` whose `field` is the vector field.

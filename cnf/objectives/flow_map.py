@@ -39,6 +39,7 @@ class TimedPairs(MatchedPairs):
     s: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class FlowMapObjective(Objective):
     """E w‖u(t, s, xt) - target‖² over pairs (x0, x1) and times t and s in [0, 1], in any order.
 
@@ -46,11 +47,14 @@ class FlowMapObjective(Objective):
     of the pair, as in flow matching. Elsewhere it is made of the map itself, without its gradient:
     how, the subclasses say.
 
-    Attributes:
+    Args:
         coupling: As of `FlowMatching`.
-        instant: Part of the rows where s = t.
+        instant: Part of the rows where s = t, in (0, 1).
         power: Rows have the weight 1 / (error + 0.001)^power, held constant, so that large errors
-            count less.
+            count less; 0 for none.
+
+    Raises:
+        ValueError: A number is out of its range, or the coupling is not known.
     """
 
     needs_data = True
@@ -58,9 +62,9 @@ class FlowMapObjective(Objective):
     lr = 6e-3
     clip = 1.0
 
-    coupling: Any
-    instant: float
-    power: float
+    coupling: Any = "independent"
+    instant: float = 0.5
+    power: float = 0.0
     _matching: ClassVar[FlowMatching]
 
     def __post_init__(self) -> None:
@@ -155,10 +159,6 @@ class MeanFlow(FlowMapObjective):
         ValueError: A number is out of its range, or the coupling is not known.
     """
 
-    coupling: Any = "independent"
-    instant: float = 0.5
-    power: float = 0.0
-
     def _target(
         self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
     ) -> Tensor:
@@ -186,10 +186,6 @@ class Shortcut(FlowMapObjective):
     Raises:
         ValueError: A number is out of its range, or the coupling is not known.
     """
-
-    coupling: Any = "independent"
-    instant: float = 0.5
-    power: float = 0.0
 
     def _target(
         self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None
@@ -221,10 +217,6 @@ class SelfDistillation(FlowMapObjective):
     Raises:
         ValueError: A number is out of its range, or the coupling is not known.
     """
-
-    coupling: Any = "independent"
-    instant: float = 0.5
-    power: float = 0.0
 
     def _target(
         self, field: VectorField, sample: PathSample, s: Tensor, context: Tensor | None

@@ -112,7 +112,7 @@ def likeliest_grid(
     x: Tensor,
     steps: int,
     method: str = "rk4",
-    explicit: str = "density",
+    explicit: str = "sample",
     context: Tensor | None = None,
 ) -> Grid:
     """Optimize a grid such that data are likely under the exact density of its steps.
@@ -128,7 +128,8 @@ def likeliest_grid(
         x: Data, shape (N, *event).
         steps: Number of steps.
         method: A one-step method, such as "rk4" or "midpoint".
-        explicit: The direction that takes the steps as they are, see `Solver`.
+        explicit: The direction that takes the steps as they are, see `Solver`; with "density" a
+            grid takes some ten times less to score.
         context: Condition, shape (C,) or (N, C).
 
     Returns:

@@ -214,7 +214,7 @@ class Judge:
         return ((x.double() - self.center) / self.scale).flatten(1)
 
     def few_steps(self, flow: Flow, seed: int = 0) -> Curve:
-        """(Evaluations of the field, sliced W2): Euler steps, then the flow's own solver."""
+        """(Evaluations of the field, sliced W2): few steps, then the flow's own solver."""
         points = _placed(self.target, flow)
         if self.pictures:
             points = points.take(torch.arange(len(points.x), device=flow.device)[:PICTURES])

@@ -17,11 +17,11 @@ from cnf.plotting.style import color_of
 from cnf.race.runs import Share
 
 DECIDING = ("gap", "nll")  # one of them ranks, and all of them come first
-FEW = 4  # Euler steps at which the quality of samples in few steps is judged
+FEW = 4  # steps at which the quality of samples in few steps is judged
 # What is shown beside what METRICS measures.
 TRAINING = (
     Score(
-        "few_steps", "Sliced W2, few", f"With {FEW} Euler steps, or one pass",
+        "few_steps", "Sliced W2, few", f"With {FEW} steps of Euler or of a flow map, or one pass",
         note=f"{FEW} steps", contest="samples in few steps",
     ),
     Score("steps", "Steps", "Optimizer steps", note="count", lower=None, terminal="steps"),
@@ -82,8 +82,8 @@ class Entry:
         seed: The seed.
         scores: Key of a metric → number; NaN where it does not apply.
         curve: (seconds of training, gap or held-out NLL in nats), as training went on.
-        few_steps: (evaluations of the field, sliced W2 of samples), from one Euler step to the
-            flow's own solver.
+        few_steps: (evaluations of the field, sliced W2 of samples), from one step, of Euler's
+            method or of a flow map, to the flow's own solver.
         flow: The trained flow.
         log_prob: log q at the test points, which are the same for all; empty where these have
             weights.
@@ -105,7 +105,7 @@ class Entry:
         """A score, measured or derived from others; NaN where there is none.
 
         Args:
-            key: A key of `scores`; "few_steps", the sliced W2 in 4 Euler steps (in its one pass,
+            key: A key of `scores`; "few_steps", the sliced W2 in 4 steps (in its one pass,
                 for a flow that solves no ODE); or "steps_per_second".
         """
         if key == "few_steps":

@@ -55,8 +55,8 @@ class TrainConfig:
         weight_decay: Weight decay of the optimizer.
         schedule: Learning rate after the warm-up: "cosine" (to zero) or "constant".
         warmup: Part of the budget in which the learning rate rises.
-        clip: Largest norm of the gradient; "auto" for the objective's own, 10, or 1 for the
-            likelihood of a discrete solver; null for no clipping.
+        clip: Largest norm of the gradient; "auto" for the objective's own, 10, or 1 for flow maps
+            and the likelihood of a discrete solver; null for no clipping.
         ema: Decay of the moving average of the weights; null for none. What is validated and kept
             is the average.
         seed: Of every draw; what step k draws depends on the seed and k alone.

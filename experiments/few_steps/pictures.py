@@ -28,7 +28,7 @@ class Claimed:
         return log_prob_chunked(self.flow, x.float())
 
 
-def draw(toy: str, row: dict[str, str]) -> None:
+def draw(toy: str) -> None:
     matched = cnf.load(FLOWS / f"{toy}-0-matching")
     halves = {"method": "midpoint", "steps": 2}
     trained = {
@@ -44,7 +44,7 @@ def draw(toy: str, row: dict[str, str]) -> None:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Flow: .* rows")  # folds far out are blank
-        figure = plot_densities(cnf.data.toy(toy), flows, row)
+        figure = plot_densities(cnf.data.toy(toy), flows)
     path = HERE / "pictures" / f"{toy}.webp"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -54,7 +54,7 @@ def draw(toy: str, row: dict[str, str]) -> None:
 def main() -> None:
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     for toy in config["toys"]:
-        draw(toy, {})
+        draw(toy)
 
 
 if __name__ == "__main__":

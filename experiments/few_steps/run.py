@@ -10,7 +10,7 @@ import multiprocessing
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,16 @@ class Case:
     steps: int = 0
     explicit: str = ""
 
+    @classmethod
+    def of(cls, row: dict[str, str]) -> "Case":
+        """The flow that a row of results.csv scores."""
+        case = cls(row["toy"], int(row["seed"]), row["training"])
+        if case.training == "matching":
+            return case
+        return replace(
+            case, method=row["method"], steps=int(row["steps"]), explicit=row["explicit"]
+        )
+
     @property
     def name(self) -> str:
         first = f"{self.toy}-{self.seed}-{self.training}"
@@ -64,16 +74,16 @@ def run(case: Case, config: dict) -> list[dict]:
     torch.set_num_threads(1)
     torch.manual_seed(case.seed)
     flow, toy = cnf.models.cnf(2), cnf.data.toy(case.toy)
-    seconds, steps = {"likelihood": 0, "matching": config["seconds"]}, 0
-    matching = cnf.FlowMatching(coupling=config["coupling"])
-    first = seconds.get(case.training, config["matching_seconds"])
+    whole, steps = config["seconds"], 0
+    first = {"matching": whole, "both": config["matching_seconds"], "likelihood": 0}[case.training]
     if first:
+        matching = cnf.FlowMatching(coupling=config["coupling"])
         steps += cnf.fit(flow, matching, toy, settings(case, config, first)).steps
     solvers = [cnf.Solver(**each, discrete=True) for each in config["solvers"]]
     directions = DIRECTIONS
     if case.training != "matching":
         solvers, directions = [_solver(case)], (case.explicit,)
-        rest = settings(case, config, config["seconds"] - first)
+        rest = settings(case, config, whole - first)
         steps += cnf.fit(flow, cnf.MaximumLikelihood(solver=solvers[0]), toy, rest).steps
     FLOWS.mkdir(parents=True, exist_ok=True)
     cnf.save(flow, FLOWS / case.name)
@@ -82,7 +92,7 @@ def run(case: Case, config: dict) -> list[dict]:
             "toy": case.toy, "seed": case.seed, "training": case.training, "method": each.method,
             "steps": each.steps, "explicit": explicit, "evaluations": each.evaluations,
             **scores(flow, each.method, each.steps, explicit, case, config),
-            "optimizer_steps": steps, "seconds": config["seconds"],
+            "optimizer_steps": steps, "seconds": whole,
             "revision": environment()["revision"],
         }
         for each in solvers
@@ -184,12 +194,8 @@ def _cell(rows: list[dict]) -> str:
 def main() -> None:
     config = yaml.safe_load((HERE / "config.yaml").read_text())
     rows = list(csv.DictReader(PATH.open())) if PATH.exists() else []
-    done = {(r["toy"], int(r["seed"]), r["training"]) for r in rows if r["training"] == "matching"}
-    done |= {
-        (r["toy"], int(r["seed"]), r["training"], r["method"], int(r["steps"]), r["explicit"])
-        for r in rows
-    }
-    todo = [case for case in cases(config) if _key(case) not in done]
+    done = {Case.of(row) for row in rows}
+    todo = [case for case in cases(config) if case not in done]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config["processes"], mp_context=spawn) as pool:
         for future in as_completed(pool.submit(run, case, config) for case in todo):
@@ -202,12 +208,6 @@ def main() -> None:
     text = table(config, [{k: str(v) for k, v in row.items()} for row in rows])
     (HERE / "table.md").write_text(text + "\n")
     print(text)
-
-
-def _key(case: Case) -> tuple:
-    first = (case.toy, case.seed, case.training)
-    solver = (case.method, case.steps, case.explicit)
-    return first if case.training == "matching" else first + solver
 
 
 if __name__ == "__main__":

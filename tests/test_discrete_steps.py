@@ -203,3 +203,24 @@ def test_the_judge_scores_the_steps_and_not_the_ode():
         own = (toy.log_prob(test) - coarse.log_prob(test)).mean().item()
         ode = (toy.log_prob(test) - flow.log_prob(test)).mean().item()
     assert gap == pytest.approx(own, abs=1e-5) and abs(own - ode) > 1e-3
+
+
+class Turned(nn.Module):
+    """v = 3 x + 0 a, whose backward Euler step of length 1 is -2 x: it folds everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.still = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, t, x):
+        return 3 * x + 0 * self.still
+
+
+def test_held_out_rows_without_a_density_are_told_and_end_no_run():
+    flow = flow_of(Turned(), Solver("euler", steps=1, discrete=True, explicit="density"))
+    config = cnf.TrainConfig(steps=2, batch_size=16, validations=1, progress=False, device="cpu")
+    with pytest.warns(UserWarning) as told:
+        history = cnf.fit(flow, cnf.MaximumLikelihood(), data(), config)
+    assert any("held-out NLL is NaN, as steps of the solver fold" in str(w.message) for w in told)
+    assert torch.tensor(history.records[-1]["val_nll"]).isnan()
+    assert history.records[-1]["folded"] == 1

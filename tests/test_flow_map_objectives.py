@@ -106,3 +106,11 @@ def test_a_flow_map_is_trained_by_the_likelihood_of_its_steps():
     config = cnf.TrainConfig(steps=2, progress=False, validations=0, device="cpu")
     cnf.fit(flow, cnf.MaximumLikelihood(solver=solver), points(64).float(), config)
     assert flow.transform.solver == solver and flow.log_prob(points().float()).isfinite().all()
+
+
+def test_held_out_rows_of_a_map_are_scored_by_its_loss():
+    """Its steps may fold while it learns, so that its NLL would be NaN."""
+    flow = cnf.models.cnf(2, hidden=(8,), flow_map=True)
+    config = cnf.TrainConfig(steps=4, validations=2, progress=False, device="cpu")
+    records = cnf.fit(flow, SelfDistillation(), points(100).float(), config).records
+    assert "val_loss" in records[-1] and "val_nll" not in records[-1]

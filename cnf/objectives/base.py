@@ -35,6 +35,8 @@ class Objective(ABC):
             else each process prepares the whole batch.
         capturable: Whether each step computes the same of its rows and the weights alone, so that
             a GPU may replay it: no number is read, no counter kept, nothing drawn by Python.
+        scores_density: Whether held-out rows are scored by their NLL where a flow has a density,
+            and not by the loss.
         lr: Learning rate of Adam where neither the run nor the model has one.
         clip: Largest norm of the gradient where the run has none.
     """
@@ -43,6 +45,7 @@ class Objective(ABC):
     solves = False
     rowwise = False
     capturable = False
+    scores_density = True
     lr = 2e-3
     clip = 10.0
 

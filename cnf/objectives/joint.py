@@ -94,6 +94,11 @@ class Joint(Objective):
             module = term.settle(module)
         return module
 
+    @property
+    def scores_density(self) -> bool:
+        """If each term does."""
+        return all(term.scores_density for term in self.terms)
+
     def learning_rate(self, module: nn.Module) -> float:
         """The lowest of the terms' learning rates."""
         return min(term.learning_rate(module) for term in self.terms)

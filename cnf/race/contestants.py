@@ -6,13 +6,7 @@ from typing import Any
 
 from cnf.dynamics.solver import Solver
 from cnf.flow import Flow
-from cnf.objectives import (
-    OBJECTIVES,
-    FlowMatching,
-    MaximumLikelihood,
-    Objective,
-    SelfDistillation,
-)
+from cnf.objectives import OBJECTIVES, FlowMatching, MaximumLikelihood, Objective
 from cnf.registry import Registry, spec
 from cnf.training.origin import hash_of_weights, objective_name
 
@@ -148,12 +142,6 @@ for _name, _contestant in {
     ),
     "cnf-one-step": Contestant(
         "CNF, likelihood of one RK4 step", "cnf", (Stage(ONE_STEP, settings={"batch_size": 256}),)
-    ),
-    "flow-map": Contestant(
-        "Flow map, self-distilled",
-        "cnf",
-        (Stage(SelfDistillation(), settings={"batch_size": 256}),),
-        {"flow_map": True},
     ),
     "ffjord": Contestant(
         "FFJORD, as published",

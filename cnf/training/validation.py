@@ -25,7 +25,7 @@ from cnf.training.config import BATCH_SIZE, TrainConfig
 from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
 from cnf.training.history import held_out_nll
 from cnf.training.processes import by_first, shared
-from cnf.transforms.continuous import odes_in
+from cnf.transforms.continuous import has_discrete_steps, odes_in
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -64,7 +64,7 @@ class Validation:
         self.fabric = fabric
         self.done = self.stale = 0
         self.name = "val_loss"
-        self.warned = self.warned_of_base = False
+        self.warned = self.warned_of_base = self.may_fold = False
         self.best, self.best_weights = float("inf"), None
 
     def due(self, fraction: float) -> bool:
@@ -105,7 +105,9 @@ class Validation:
 
     def _scored(self, module: nn.Module) -> tuple[str, float]:
         """What the score is called, and the score."""
-        if isinstance(module, Flow) and module.base.has_density:
+        by_density = self.objective.scores_density
+        if by_density and isinstance(module, Flow) and module.base.has_density:
+            self.may_fold = has_discrete_steps(module.transform)
             return self._nll(module)
         return "val_loss", self._loss(module)
 
@@ -123,13 +125,19 @@ class Validation:
         That is an earlier one, or the NLL of the first step's rows.
 
         Raises:
-            DivergedError: It is NaN.
+            DivergedError: It is NaN, and not for steps of a discrete solver that fold.
         """
         found = ((int(record["step"]), held_out_nll(record)) for record in records)
         scores = {step: score for step, score in found if score is not None}
         if not scores or self.best_weights is not None:
             return
         last = next(reversed(scores.values()))
+        if math.isnan(last) and self.may_fold:
+            warn(
+                "fit: the held-out NLL is NaN, as steps of the solver fold at some held-out rows, "
+                "which have no density; train longer, or take more steps"
+            )
+            return
         if math.isnan(last):
             raise DivergedError(
                 "fit: training diverged: the held-out NLL is NaN; lower lr, or clip harder"

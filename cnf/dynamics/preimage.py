@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NEWTON = 64  # largest D for which Newton's method is taken
-ITERATIONS = 50  # at most
+ITERATIONS = {"newton": 200, "anderson": 50}  # at most; rows that take many are few
 SMALL = 1024  # rows of which all are taken along, as fewer are not faster
 FEW = 3  # dimensions up to which tangents are so cheap that each step computes a Jacobian
 QUICK = 0.1  # part of the error that a step leaves, up to which it keeps the Jacobian
-SHORTEST = 1 / 256  # part of Newton's step, below which a row is given up, as at a fold
+SHORTEST = 2**-12  # part of Newton's step, below which a row is given up, as at a fold
 HISTORY = 5  # earlier iterates that Anderson's method combines
 
 
@@ -87,7 +87,7 @@ def _newton(function: SmoothMap, y: Tensor, x: Tensor) -> Found:
     error, length = _error(left, y), y.new_ones(len(y))
     settled = torch.zeros_like(error, dtype=torch.bool)
     fresh = ~settled  # whether the Jacobian is that at x
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS["newton"]):
         rows, among = _rows_of((error > 4 * eps) & ~settled, function)
         if not len(rows):
             break
@@ -133,7 +133,7 @@ def _anderson(function: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Fou
     best, least = x, y.new_full((len(y),), math.inf)
     points: list[Tensor] = []
     moves: list[Tensor] = []
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS["anderson"]):
         move = y - function(x)
         error = _error(move, y)
         better = error < least

@@ -397,3 +397,27 @@ def test_newton_keeps_a_jacobian_near_the_solution_and_renews_it_far_away(dim, s
     torch.testing.assert_close(found, x)
     assert not missed.any()
     assert dim <= preimage.FEW or cubic.jacobians <= most
+
+
+class Twisted:
+    """x - 0.5 sin x in each direction, turned by an angle that grows with the distance."""
+
+    def __call__(self, x):
+        wave = x - 0.5 * torch.sin(x)
+        angle = 0.03 * wave.square().sum(1)
+        cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+        return cos * wave + sin * torch.stack([-wave[:, 1], wave[:, 0]], 1)
+
+    def with_jacobian(self, x):
+        return self(x), jacobians(self, x).mT
+
+    def of_rows(self, rows):
+        return self
+
+
+@pytest.mark.parametrize("x", [(2.4, -9.3), (-4.1, 6.2), (5.9, 3.3), (-0.2, 9.3), (-9.1, -1.8)])
+def test_newton_finds_what_takes_more_than_fifty_short_steps(x):
+    twisted, x = Twisted(), torch.tensor([x], dtype=F64)
+    found, missed, _ = preimage.preimage(twisted, twisted(x), twisted(x))
+    assert not missed.any()
+    torch.testing.assert_close(found, x)

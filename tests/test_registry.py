@@ -113,7 +113,7 @@ def test_options_of_couplings_are_bound_and_errors_propose_close_names():
 
 def test_registry_prints_its_names():
     assert repr(cnf.dynamics.DIVERGENCES) == (
-        "divergences: exact, auto, hutchinson, hutch++, learned"
+        "divergences: exact, auto, hutchinson, learned, hutch++"
     )
 
 

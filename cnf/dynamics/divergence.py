@@ -263,10 +263,11 @@ class Learned(Divergence):
 
     The steps of `Solver("flow-map", steps=K)` are taken in the direction that is asked for, none
     is inverted, and a step of length h adds h times the average to the log-determinant: K
-    evaluations of map and head, and no tangents. Nothing bounds the error of a head, and more
-    steps need not lower it, so that such log-densities may claim more than the truth: compare a
-    few rows with `Exact`, which stays the default. Other solvers, but for discrete ones, integrate
-    the head's divergence at one time.
+    evaluations of map and head, and no tangents. The head learns the divergence along the ODE's
+    paths, so that the density is the ODE's, not that of the few steps, and nothing bounds its
+    error: it may claim more than the truth, and more steps need not help. Compare a few rows with
+    `Exact`, which stays the default. Other solvers, but for discrete ones, integrate the head's
+    divergence at one time.
 
     Source: Ai et al. (2026), F2D2, https://arxiv.org/abs/2512.02636.
     """

@@ -57,8 +57,9 @@ class FlowMapObjective(Objective):
     how, the subclasses say.
 
     The head of a map that has one is regressed on ∇·v(r, x_r) at times r drawn from t to s, of
-    which the average divergence is the mean. Two midpoint steps of the velocity lead to x_r, the
-    divergence is Hutchinson's estimate by one probe, and neither has a gradient.
+    which the average divergence is the mean, with both divided by the number of entries. Two
+    midpoint steps of the velocity lead to x_r, the divergence is Hutchinson's estimate by one
+    probe, and neither has a gradient.
 
     Args:
         coupling: As of `FlowMatching`.
@@ -153,7 +154,8 @@ class FlowMapObjective(Objective):
         with torch.no_grad():
             divergence = _divergence(field, sample, rows)
         found = until.average_divergence(sample.t, sample.xt, context)
-        return {**errors, "divergence": (found - divergence).square()}
+        size = sample.xt[0].numel()  # of its mean entry: a sum's would rule the clipped gradient
+        return {**errors, "divergence": ((found - divergence) / size).square()}
 
     @abstractmethod
     def _target(

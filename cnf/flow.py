@@ -26,7 +26,7 @@ from cnf.dynamics.divergence import (
 )
 from cnf.dynamics.fixed import captured, transformed
 from cnf.dynamics.regularizers import Integrand
-from cnf.dynamics.solver import Solver
+from cnf.dynamics.solver import FLOW_MAP, Solver
 from cnf.errors import (
     expect_context,
     expect_event,
@@ -704,6 +704,11 @@ def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
         f"evaluation: {'' if known else 'at least '}{total:.3g} minutes for {count} by "
         f"{solver.method}. "
     )
+    if solver.method == FLOW_MAP:
+        return told + (
+            "The head of a flow map that has one estimates it: log_prob(x, divergence='learned'); "
+            "else score fewer rows, or take fewer steps"
+        )
     if solver.discrete:
         return told + "There is no estimate of it; score fewer rows, or take fewer steps"
     return told + (

@@ -112,7 +112,9 @@ def test_options_of_couplings_are_bound_and_errors_propose_close_names():
 
 
 def test_registry_prints_its_names():
-    assert repr(cnf.dynamics.DIVERGENCES) == "divergences: exact, auto, hutchinson, hutch++"
+    assert repr(cnf.dynamics.DIVERGENCES) == (
+        "divergences: exact, auto, hutchinson, learned, hutch++"
+    )
 
 
 def test_model_registered_from_any_callable_has_its_specification():

@@ -1,6 +1,6 @@
 """Dynamics: solving ODEs, divergences along them, quantities integrated with them."""
 
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, explain
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Exact, Hutchinson, Learned, explain
 from cnf.dynamics.monitor import record
 from cnf.dynamics.ode import solve
 from cnf.dynamics.regularizers import REGULARIZERS
@@ -12,6 +12,7 @@ __all__ = [
     "Divergence",
     "Exact",
     "Hutchinson",
+    "Learned",
     "Solver",
     "explain",
     "record",

@@ -256,6 +256,38 @@ class Hutchinson(Divergence):
         return Rates(v, estimates.movedim(0, -1), None if sketched else products)
 
 
+@DIVERGENCES.register("learned")
+@dataclass(frozen=True)
+class Learned(Divergence):
+    r"""The average divergence that the head of a `FlowMap` has learned: an estimate, and biased.
+
+    The steps of `Solver("flow-map", steps=K)` are taken in the direction that is asked for, none
+    is inverted, and a step of length h adds h times the average to the log-determinant: K
+    evaluations of map and head, and no tangents. The head learns the divergence along the ODE's
+    paths, so that the density is the ODE's, not that of the few steps, and nothing bounds its
+    error: it may claim more than the truth, and more steps need not help. Compare a few rows with
+    `Exact`, which stays the default. Other solvers, but for discrete ones, integrate the head's
+    divergence at one time.
+
+    Source: Ai et al. (2026), F2D2, https://arxiv.org/abs/2512.02636.
+    """
+
+    channels = ()
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> None:
+        return None
+
+    def rates(
+        self,
+        field: VectorField,
+        t: Tensor,
+        x: Tensor,
+        context: Tensor | None,
+        probe: Tensor | None,
+    ) -> Rates:
+        return Rates(field(t, x, context), field.average_divergence(t, x, context))
+
+
 def is_exact(divergence: str | Divergence | None) -> bool:
     """Whether it is the exact divergence, by name or as an instance."""
     return divergence is not None and isinstance(DIVERGENCES.build(divergence), Exact)

@@ -58,6 +58,23 @@ class VectorField(nn.Module, ABC):
             "solver such as Solver('midpoint', steps=4)"
         )
 
+    def average_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The learned average divergence of a `FlowMap` with a head, shape (*batch,).
+
+        Args:
+            t: Time, shape () or (*batch,).
+            x: Points, shape (*batch, *event).
+            context: Condition, shape (*batch, C), or None.
+
+        Raises:
+            TypeError: The field has none.
+        """
+        raise TypeError(
+            f"divergence='learned': expected a cnf.fields.FlowMap with a head, as of "
+            f"cnf.models.cnf(…, flow_map=True, divergence_head=True), got a "
+            f"{type(self).__name__} without one; take divergence='exact'"
+        )
+
     @abstractmethod
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at (t, x).

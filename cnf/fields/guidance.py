@@ -61,6 +61,9 @@ class NullContext(Wrapper):
         """
         return tangent_products(self.field, t, x, self.filled(context), tangents)
 
+    def average_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.field.average_divergence(t, x, self.filled(context))
+
     def filled(self, context: Tensor | None) -> Tensor:
         """The context, with missing values replaced by those of the learned vector."""
         return self.null if context is None else torch.where(context.isnan(), self.null, context)

@@ -8,7 +8,13 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.dynamics import ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Hutchinson, number_of_probes
+from cnf.dynamics.divergence import (
+    DIVERGENCES,
+    Divergence,
+    Hutchinson,
+    Learned,
+    number_of_probes,
+)
 from cnf.errors import optional
 from cnf.flow import Flow, evaluating
 from cnf.training.diagnosis import warn_of_difference
@@ -21,7 +27,8 @@ class LogProb(NamedTuple):
     Attributes:
         value: log p(x), shape (*batch,).
         trace_error: Half-width of the confidence interval that the spread over probes gives, shape
-            (*batch,); zeros where the divergence is exact, None where one probe shows no spread.
+            (*batch,); zeros where the divergence is exact, None where one probe shows no spread,
+            or where the divergence is learned, whose error is not known.
         solver_error: |difference| to a solve in float64 with 1/100 of the tolerances (twice the
             steps, for a fixed-step method), with the same probes, shape (*batch,).
         nfe: Evaluations of the field for `value`.
@@ -84,7 +91,9 @@ def log_prob_with_error(
     # Minus infinity, of a row at infinity or outside of the support, is exact.
     solver_error = torch.where(value == reference, 0.0, (reference - value).abs())
     solver_error = solver_error.to(value.dtype)
-    return LogProb(value, _half_width(value, estimates, confidence), solver_error, nfe)
+    learned = isinstance(divergence, Learned)
+    trace_error = None if learned else _half_width(value, estimates, confidence)
+    return LogProb(value, trace_error, solver_error, nfe)
 
 
 def _fixed(

@@ -40,6 +40,7 @@ def cnf(
     shape: Sequence[int] | None = None,
     null_context: bool = False,
     flow_map: bool = False,
+    divergence_head: bool = False,
 ) -> Flow:
     """Continuous normalizing flow: a time-conditioned MLP with its exact closed-form trace.
 
@@ -67,16 +68,20 @@ def cnf(
         flow_map: Whether the field also gives average velocities, which `SelfDistillation`,
             `MeanFlow` or `Shortcut` trains, and the default solver takes 4 steps of them, whose
             density is exact. See `FlowMap`.
+        divergence_head: Whether a flow map has a second network for its average divergence, by
+            which `log_prob(x, divergence="learned")` estimates the density without tangents.
 
     Returns:
         A `Flow` whose `field` is the vector field.
 
     Raises:
         ValueError: Not exactly one of dim and shape is given, a size is below 1, a name is
-            unknown, or a flow map has several layers.
+            unknown, a flow map has several layers, or a head is asked for without a flow map.
     """
     if flow_map and layers > 1:
         raise ValueError(f"cnf: expected one layer of a flow map, got layers={layers}")
+    if divergence_head and not flow_map:
+        raise ValueError("cnf: expected flow_map=True where divergence_head=True, got False")
     conditions = context + flow_map  # one for the length of a step
 
     def block() -> VectorField:
@@ -88,7 +93,8 @@ def cnf(
 
     field = Preconditioned(_blocks(block, layers))
     if flow_map:
-        field, default, recipe = FlowMap(field), {"method": "flow-map", "steps": 4}, Recipe()
+        field = FlowMap(field, block() if divergence_head else None)
+        default, recipe = {"method": "flow-map", "steps": 4}, Recipe()
     else:
         default = {"rtol": 1e-6, "atol": 1e-6}
         recipe = Recipe(solver=Solver() if solver is None else None)

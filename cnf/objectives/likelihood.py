@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from cnf.dynamics import numerical
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, number_of_probes
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Learned, number_of_probes
 from cnf.dynamics.regularizers import REGULARIZERS
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_positive, warn
@@ -87,7 +87,8 @@ class MaximumLikelihood(Objective):
             https://arxiv.org/abs/2006.10711.
 
     Raises:
-        ValueError: A name is not known, a penalty is not above 0, or steer is not in [0, 1).
+        ValueError: A name is not known, the divergence is learned, a penalty is not above 0, or
+            steer is not in [0, 1).
     """
 
     needs_data = True
@@ -101,6 +102,12 @@ class MaximumLikelihood(Objective):
     def __post_init__(self) -> None:
         if self.divergence is not None:
             divergence = DIVERGENCES.build(self.divergence, "MaximumLikelihood")
+            if isinstance(divergence, Learned):
+                raise ValueError(
+                    "MaximumLikelihood: expected an exact or unbiased divergence, got 'learned', "
+                    "which would raise what its head claims and not the density; train the head "
+                    "by SelfDistillation()"
+                )
             if isinstance(self.divergence, Mapping):  # from a config file
                 object.__setattr__(self, "divergence", divergence)
         if self.solver is not None:

@@ -14,6 +14,7 @@ from cnf.dynamics.divergence import (
     DIVERGENCES,
     Divergence,
     Hutchinson,
+    Learned,
     exact_directions,
     number_of_probes,
 )
@@ -164,6 +165,8 @@ class Validation:
         if isinstance(divergence, Hutchinson):
             probes = number_of_probes(divergence)
             name += f" (Hutchinson, {probes} probe{'s' * (probes > 1)})"
+        elif isinstance(divergence, Learned):
+            name += " (learned)"
 
         def total(rows: Batch, place: int) -> float:
             own, noise = (

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics import fixed, numerical, ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, is_exact, probes_of
+from cnf.dynamics.divergence import DIVERGENCES, Divergence, Learned, is_exact, probes_of
 from cnf.dynamics.monitor import Stats
 from cnf.dynamics.regularizers import Integrand, Point
-from cnf.dynamics.solver import STAGES, Solver
+from cnf.dynamics.solver import FLOW_MAP, STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
 from cnf.fields.base import VectorField
 from cnf.precision import with_current_autocast
@@ -186,7 +186,7 @@ class Continuous(Transform):
         state = (x, *(x.new_zeros(shape) for shape in shapes))
         settings = (estimator, tuple(integrands), probe)
         rates, step = partial(_rates, *settings), None
-        if not fixed.captured() and (self.solver.compile or _compiling.get()):
+        if self._compiles():
             rates = partial(_compiled, _rates, *settings)
             if self.solver.method in STAGES and not torch.is_autocast_enabled(x.device.type):
                 step = partial(_compiled, _step, self.solver.method, *settings)
@@ -217,7 +217,8 @@ class Continuous(Transform):
             x: Starting points, shape (N, *event).
             context: Condition, shape (N, C), or None.
             ends: Where it starts and where it stops: 0 and 1 or 1 and 0.
-            divergence: The exact one, or None for no log-determinant.
+            divergence: The exact one, the learned one of a flow map, or None for no
+                log-determinant.
             integrands: As of `integrate`.
             batch: The shape that N is of.
         """
@@ -225,32 +226,70 @@ class Continuous(Transform):
             raise ValueError(
                 f"Continuous: expected whole steps, got a solve that stops at {ends[1]}"
             )
+        learned = isinstance(divergence, Learned)
         if divergence is not None and not is_exact(divergence):
-            raise ValueError(
-                f"Continuous: expected the exact log-determinant of {self.solver}, got "
-                f"{divergence}; estimates are for solvers with discrete=False"
-            )
+            if not learned or self.solver.method != FLOW_MAP:
+                raise ValueError(
+                    f"Continuous: expected the exact log-determinant of {self.solver}, got "
+                    f"{divergence}; estimates are for solvers with discrete=False, and 'learned' "
+                    "is for flow maps"
+                )
         plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
         take = numerical.explicit if plain else numerical.implicit
         # torch.compile cannot trace what counts the evaluations.
         with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:
-            value, ladj, integrals = take(
-                self.steps(context), x, ladj=divergence is not None, integrands=integrands
-            )
+            if learned:
+                value, ladj, integrals = self._estimated(x, context, ends, divergence, integrands)
+            else:
+                value, ladj, integrals = take(
+                    self.steps(context), x, ladj=divergence is not None, integrands=integrands
+                )
         return Integral(
             value.reshape(*batch, *self.field.event_shape), ladj.reshape(batch),
             tuple(each.reshape(batch) for each in integrals), stats.forward,
         )  # fmt: skip
 
-    def steps(self, context: Tensor | None = None) -> list[numerical.NumericalStep]:
-        """The steps of a discrete solver, in the order in which they are explicit.
+    def _estimated(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        ends: tuple[float, float],
+        divergence: Learned,
+        integrands: tuple[Integrand, ...],
+    ) -> numerical.Mapped:
+        """The steps of a flow map in either direction, with the log-determinant that it learned.
+
+        Args:
+            x: Starting points, shape (N, *event).
+            context: Condition, shape (N, C), or None.
+            ends: 0 and 1 or 1 and 0.
+            divergence: The learned one.
+            integrands: As of `integrate`.
+        """
+        take = partial(_compiled, _step) if self._compiles() else _step
+        state = (x, *(x.new_zeros(len(x)) for _ in range(1 + len(integrands))))
+        for step in self.steps(context, ends):
+            if not fixed.transformed():
+                numerical.count(1)
+            t, h = x.new_full((), step.t), x.new_full((), step.h)
+            state = take("euler", divergence, integrands, None, step.field, context, t, h, state)
+        value, ladj, *integrals = state
+        sign = ends[1] - ends[0]
+        return numerical.Mapped(value, ladj, tuple(sign * each for each in integrals))
+
+    def steps(
+        self, context: Tensor | None = None, ends: tuple[float, float] | None = None
+    ) -> list[numerical.NumericalStep]:
+        """The steps of a discrete solver, in their order.
 
         Args:
             context: Condition, shape (N, C), or None.
+            ends: Where they start and where they stop; as they are explicit if None.
         """
-        ends = (0.0, 1.0) if self.solver.explicit == "sample" else (1.0, 0.0)
+        if ends is None:
+            ends = (0.0, 1.0) if self.solver.explicit == "sample" else (1.0, 0.0)
         run = numerical.take
-        if not fixed.captured() and (self.solver.compile or _compiling.get()):
+        if self._compiles():
             run = partial(_compiled, numerical.take)
         method = self.solver.method
         return [
@@ -332,6 +371,9 @@ class Continuous(Transform):
             if a < high and b > low
         ]
         return found if start < stop else [(b, a, piece) for a, b, piece in reversed(found)]
+
+    def _compiles(self) -> bool:
+        return not fixed.captured() and (self.solver.compile or _compiling.get())
 
     def _solver_on(self, t0: float, t1: float) -> Solver:
         """The solver with its share of the steps, which are given for [0, 1], from t0 to t1."""

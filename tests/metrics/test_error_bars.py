@@ -88,6 +88,12 @@ def test_one_probe_shows_no_spread_and_two_do(batch, small_flow, generator):
     assert two.trace_error.shape == batch and (two.trace_error >= 0).all()
 
 
+def test_the_error_of_a_learned_divergence_is_not_known():
+    flow = cnf.models.cnf(2, hidden=(8,), flow_map=True, divergence_head=True)
+    told = log_prob_with_error(flow, torch.zeros(3, 2), divergence="learned")
+    assert told.trace_error is None and (told.solver_error < 1e-4).all()
+
+
 def test_trace_error_is_students_interval_of_the_estimates(small_flow, x, generator):
     from scipy.stats import t as student
 

@@ -88,10 +88,11 @@ def test_a_record_of_flow_matching_is_its_loss_and_gradient(path, coupling, smal
     assert_is_the_gradient(*program_of(small("cnf"), objective))
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("name", ["mean-flow", "self-distillation", "shortcut"])
-def test_a_record_of_a_flow_map_is_its_loss_and_gradient(name):
+def test_a_record_of_a_flow_map_is_its_loss_and_gradient(name, head):
     torch.manual_seed(0)
-    flow = cnf.models.cnf(2, hidden=(8, 8), flow_map=True).double()
+    flow = cnf.models.cnf(2, hidden=(8, 8), flow_map=True, divergence_head=head).double()
     assert_is_the_gradient(*program_of(flow, cnf.objectives.OBJECTIVES[name]()))
 
 

@@ -4,7 +4,8 @@
 two ways, by the ODE's likelihood ("ode") and by that of four steps ("steps"), as large.yaml says.
 Each is scored on the same test rows under several solvers. Trainings that large.csv has are left
 out; `python experiments/few_steps/large.py mlp-ode` runs one of them, after "mlp-matching".
-Weights and log-densities are kept in runs, for paired differences.
+Without a name it at last computes paired differences, for which log-densities are kept in runs,
+and writes large.md.
 """
 
 import csv
@@ -73,16 +74,18 @@ def trained(
         clock.append((record["step"], time.process_time()))
         print(name, training, {k: round(v, 4) for k, v in record.items()}, flush=True)
 
-    steps = cnf.fit(flow, objective, z, config, callbacks=[tick]).steps
+    history = cnf.fit(flow, objective, z, config, callbacks=[tick])
+    if history.reason == "interrupted":
+        raise SystemExit(f"{name}-{training}: interrupted after {history.steps} steps")
     (first, began), (last, ended) = clock[0], clock[-1]
     cnf.save(flow, FLOWS / f"{name}-{training}.safetensors")
-    return flow, steps, steps * (ended - began) / (last - first)
+    return flow, history.steps, history.steps * (ended - began) / (last - first)
 
 
 def scores(
     flow: cnf.Flow, name: str, training: str, solver: cnf.Solver, test: Part
 ) -> dict[str, Any]:
-    """Mean log-density, what the trace claims, and paired differences to ODEs at 1e-6.
+    """Mean log-density, and the one that the trace claims.
 
     Rows without a density are counted and left out; "lost" are samples that are not finite.
     """
@@ -93,35 +96,57 @@ def scores(
     if solver.discrete:
         trace = flow.with_solver(cnf.Solver(solver.method, steps=solver.steps))
         claimed = log_prob_chunked(trace, x) + test.ladj
-    torch.save(log_prob, FLOWS / f"{name}-{training}, {solver}.pt")
+    torch.save(log_prob, kept(name, training, str(solver)))
     has, lost = log_prob.isfinite(), ~drawn.isfinite().all(1)
     mean = Estimate.of(log_prob[has])
-    found = {
+    return {
         "flow": name, "training": training, "solver": str(solver),
         "evaluations": solver.evaluations, "rows": len(x), "folded": int((~has).sum()),
         "nats": f"{mean.value:.3f}", "error": f"{mean.error:.3f}",
         "claimed": f"{claimed[has].mean():.3f}", "lost": int(lost.sum()),
     }  # fmt: skip
+
+
+def kept(name: str, training: str, solver: str) -> Path:
+    """The file of the log-densities of the test rows."""
+    return FLOWS / f"{name}-{training}, {solver}.pt"
+
+
+def paired(row: dict[str, str]) -> dict[str, str]:
+    """The row with its mean differences to ODEs at 1e-6, over rows that have both densities."""
+    found = torch.load(kept(row["flow"], row["training"], row["solver"]))
     for other in ("ode", "matching"):
-        kept = FLOWS / f"{name}-{other}, {ACCURATE}.pt"
-        if kept.exists():
-            difference = Estimate.of((log_prob - torch.load(kept))[has])
-            found[f"over_{other}"] = f"{difference.value:.4f}"
-            found[f"over_{other}_error"] = f"{difference.error:.4f}"
-    return found
+        difference = found - torch.load(kept(row["flow"], other, str(ACCURATE)))
+        value, error = Estimate.of(difference[difference.isfinite()])
+        row |= {f"over_{other}": f"{value:.4f}", f"over_{other}_error": f"{error:.4f}"}
+    return row
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    config, revision = yaml.safe_load((HERE / "large.yaml").read_text()), environment()["revision"]
-    rows = list(csv.DictReader(PATH.open())) if PATH.exists() else []
-    done = {(row["flow"], row["training"]) for row in rows}
-    chosen = [(name, training) for name in config["flows"] for training in TRAININGS]
-    if sys.argv[1:]:
-        chosen = [each for each in chosen if "-".join(each) in sys.argv[1:]]
-    FLOWS.mkdir(parents=True, exist_ok=True)
+def table(rows: list[dict[str, str]]) -> str:
+    lines = [
+        "| field | training | scored under | nats | claimed | over matching's ODE "
+        "| over ode's ODE | folded | core s |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        differences = [
+            f"{float(row[f'over_{other}']):+.3f} ± {float(row[f'over_{other}_error']):.3f}"
+            for other in ("matching", "ode")
+        ]
+        share = int(row["folded"]) / int(row["rows"])
+        cells = [
+            row["flow"], row["training"], row["solver"], row["nats"], row["claimed"], *differences,
+            f"{share:.1%}", row["core_seconds"],
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def run(todo: list[tuple[str, str]], config: dict[str, Any]) -> None:
+    revision = environment()["revision"]
     train, test = data(config)
-    for name, training in (each for each in chosen if each not in done):
+    FLOWS.mkdir(parents=True, exist_ok=True)
+    for name, training in todo:
         settings = config["flows"][name][training]
         flow, steps, seconds = trained(name, training, train.z, settings, config["seed"])
         about = {
@@ -132,12 +157,34 @@ def main() -> None:
             scores(flow, name, training, cnf.Solver(**each), test) | about
             for each in config["scored"]
         ]
-        begun = PATH.exists()
-        with PATH.open("a", newline="") as file:  # one short write: processes do not mix
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if not begun:
-                writer.writeheader()
-            writer.writerows(found)
+        write(found, "a" if PATH.exists() else "w")
+
+
+def write(rows: list[dict[str, Any]], mode: str) -> None:
+    with PATH.open(mode, newline="") as file:  # one short write: processes do not mix
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if mode == "w":
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config, names = yaml.safe_load((HERE / "large.yaml").read_text()), sys.argv[1:]
+    rows = list(csv.DictReader(PATH.open())) if PATH.exists() else []
+    done = {(row["flow"], row["training"]) for row in rows}
+    todo = [
+        (name, training)
+        for name in config["flows"]
+        for training in TRAININGS
+        if (name, training) not in done and (not names or f"{name}-{training}" in names)
+    ]
+    if todo:
+        run(todo, config)
+    if not names:
+        rows = [paired(row) for row in csv.DictReader(PATH.open())]
+        write(rows, "w")
+        (HERE / "large.md").write_text(table(rows))
 
 
 if __name__ == "__main__":

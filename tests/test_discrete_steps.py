@@ -192,6 +192,13 @@ def test_a_flow_that_does_not_fold_says_on_how_many_points_it_was_asked():
     assert all(finding.passed is not False for finding in report.findings), str(report)
 
 
+def test_many_dimensions_are_asked_on_fewer_points():
+    x = torch.randn(70, 32, generator=torch.Generator().manual_seed(0))
+    report = cnf.check(flow_of(Wave(0.3), dim=32), x)
+    assert report["one to one"].passed
+    assert "no fold found on 256 points" in report["one to one"].message
+
+
 def test_the_judge_scores_the_steps_and_not_the_ode():
     toy = cnf.data.toy("moons")
     test, reference = (toy.sample(300, torch.Generator().manual_seed(k)) for k in (0, 1))

@@ -92,13 +92,14 @@ def score(
     """
     density = cnf.data.toy(toy)
     x = density.sample(config["points"], stream(seed, "points"))
-    plain = {"method": method} if times is None else {"method": method, "grid": times}
-    steps = {} if times is None else {"discrete": True, "explicit": "density"}
-    exact = flow.with_solver(cnf.Solver(**plain, **steps))
+    plain = cnf.Solver(method, grid=times)
+    exact = flow.with_solver(plain)
+    if times is not None:
+        exact = flow.with_solver(cnf.Solver(method, grid=times, discrete=True, explicit="density"))
     with numerical.watched():
         gaps = density.log_prob(x) - log_prob_chunked(exact, x)
         whole = None if times is None else mass(exact, x, side=200)
-    w2, floor = sliced(flow.with_solver(cnf.Solver(**plain)), density, config, seed)
+    w2, floor = sliced(flow.with_solver(plain), density, config, seed)
     gap = Estimate.of(gaps[~gaps.isnan()])
     return {
         "method": method, "steps": "" if times is None else len(times) - 1, "grid": grid,

@@ -252,9 +252,7 @@ def _cells(x1: Tensor, count: int) -> tuple[Cells, Tensor]:
     y = (x1.double() if x1.shape[1] <= TREE_DIMS[1] else x1) - center
     some = y[_evenly_spaced(n, count, y.device)]
     nearest = _exact_assignment(some, -0.5 * some.square().sum(1))(y)
-    cell = nearest.unique(return_inverse=True)[
-        1
-    ]  # without those that equal another, and are empty
+    _, cell = nearest.unique(return_inverse=True)  # equal centers leave cells without a row
     sizes = torch.bincount(cell)
     means = torch.zeros_like(y[: len(sizes)]).index_add_(0, cell, y) / sizes[:, None]
     return Cells(cell.argsort(stable=True), sizes.cumsum(0) - sizes, sizes), means + center

@@ -323,7 +323,7 @@ class FittedCoupling:
         self, flow: Flow, x0: Tensor, context: Tensor | None, generator: Generator | None
     ) -> tuple[Tensor, Tensor | None]:
         """The x1 that belongs to each x0, of those with its context, and that context."""
-        j = self.plan(x0, self.x1, context).j
+        j = self.plan(x0, self.x1, context, generator).j
         dequantized = flow.dequantization is not None  # anew each time
         x1 = flow.inside(self.x[j], generator)[0] if dequantized else self.x1[j]
         return x1, None if self.context is None else self.context[j]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import chi2, ks_2samp, norm
 
 import cnf
 from cnf.matching import COUPLINGS, SemiDiscrete, semidiscrete
@@ -229,6 +229,71 @@ def test_unfitted_coupling_is_minibatch_ot(generator):
     assert torch.equal(COUPLINGS.build("semidiscrete")(x0, x1, context).j, expected)
 
 
+def test_rows_of_a_cell_are_drawn_equally_often_and_all_rows_by_the_law_of_the_data():
+    toy = cnf.data.toy("pinwheel")
+    rows, fresh = toy.sample(20_000, seeded()), toy.sample(100_000, seeded(2))
+    plan = SemiDiscrete(cells=200).fit(rows, normal(2), generator=seeded())
+    cells, _ = plan.groups[0]
+    assert len(cells.sizes) == 200 and torch.equal(cells.rows.sort().values, torch.arange(20_000))
+    j = plan(normal(2)(400_000, seeded(1)), rows, None, seeded(3)).j
+    counts = torch.bincount(j, minlength=20_000)[cells.rows].double()
+    share = torch.stack([part.mean() for part in counts.split(cells.sizes.tolist())]) / 20
+    assert (share - 1).square().mean().sqrt() < 0.08  # masses are proportional to sizes
+    assert cells.sizes.double().std() > 30  # which differ: equal masses would not do
+    expected = 20 * share.repeat_interleave(cells.sizes)
+    statistic = ((counts - expected).square() / expected).sum()
+    low, high = chi2(20_000 - 200).ppf([1e-4, 1 - 1e-4])
+    assert low < statistic < high
+    for direction in torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]):
+        assert ks_2samp(rows[j] @ direction, fresh @ direction).statistic < 0.015
+
+
+def test_cost_of_cells_is_near_that_of_the_exact_plan_and_falls_with_their_number():
+    toy = cnf.data.toy("8gaussians-r5")
+    x1, x0 = toy.sample(2_000, seeded()), normal(2)(100_000, seeded(1))
+    costs = []
+    for cells in (20, 400):
+        plan = SemiDiscrete(cells=cells).fit(x1, normal(2), generator=seeded())
+        j = plan(x0, x1, None, seeded(3)).j
+        costs.append((x0 - x1[j]).square().sum(1).mean().item())
+    exact = [wasserstein2(normal(2)(2_000, seeded(k)), x1) ** 2 for k in (2, 3, 4)]
+    assert costs[1] == pytest.approx(sum(exact) / 3, rel=0.02)
+    assert costs[0] > 1.02 * costs[1]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6])
+def test_cells_of_each_label_have_its_rows_alone(dim, generator):
+    label = torch.arange(600) % 3
+    x1 = torch.randn(600, dim, generator=generator) + label[:, None]
+    context = torch.nn.functional.one_hot(label).float()
+    plan = SemiDiscrete(steps=100, cells=20).fit(x1, normal(dim), context, seeded())
+    assert [len(cells.sizes) for cells, _ in plan.groups] == [20 if dim > 1 else 200] * 3
+    wanted = torch.randint(3, (60_000,), generator=generator)
+    draws = normal(dim)(60_000, seeded(1))
+    j = plan(draws, x1, torch.nn.functional.one_hot(wanted).float(), seeded(3)).j
+    assert torch.equal(label[j], wanted)
+    share = torch.bincount(j, minlength=600) / 100
+    assert share.min() > 0 and (share - 1).square().mean().sqrt() < 0.25  # noise: 0.1
+
+
+def test_pairs_of_cells_follow_the_generator_and_those_of_single_rows_need_none(generator):
+    x1, x0 = torch.randn(300, 2, generator=generator), normal(2)(1_000, seeded(1))
+    several = SemiDiscrete(20, cells=30).fit(x1, normal(2), generator=seeded())
+    first, again, other = (several(x0, x1, None, seeded(k)).j for k in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    drawn = seeded(3)
+    SemiDiscrete(20, cells=300).fit(x1, normal(2), generator=seeded())(x0, x1, None, drawn)
+    assert torch.equal(drawn.get_state(), seeded(3).get_state())
+
+
+def test_equal_rows_make_fewer_cells(generator):
+    x1 = torch.randn(5, 2, generator=generator).repeat(20, 1)
+    plan = SemiDiscrete(steps=20, cells=50).fit(x1, normal(2), generator=seeded())
+    assert plan.groups[0][0].sizes.tolist() == [20] * 5
+    counts = torch.bincount(plan(normal(2)(20_000, seeded(1)), x1, None, seeded()).j)
+    assert len(counts) == 100 and counts.min() > 0
+
+
 def test_no_rows_and_contexts_of_another_length_are_refused():
     with pytest.raises(ValueError, match="semidiscrete: expected one row of x1 or more, got 0"):
         SemiDiscrete().fit(torch.empty(0, 2), normal(2))
@@ -239,5 +304,9 @@ def test_no_rows_and_contexts_of_another_length_are_refused():
 def test_numbers_below_one_are_refused():
     with pytest.raises(ValueError, match="SemiDiscrete: expected steps > 0"):
         SemiDiscrete(steps=0)
-    with pytest.raises(ValueError, match="semidiscrete: unknown option 'row'; known: steps, rows"):
+    with pytest.raises(ValueError, match="SemiDiscrete: expected cells > 0"):
+        SemiDiscrete(cells=0)
+    with pytest.raises(
+        ValueError, match="semidiscrete: unknown option 'row'; known: steps, rows, cells"
+    ):
         cnf.FlowMatching(coupling={"name": "semidiscrete", "row": 3})

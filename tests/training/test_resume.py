@@ -84,6 +84,12 @@ def test_resuming_is_exact_for_every_setting(objective, settings, run, acting_da
     run(*data, lambda fit: fit(), tmp_path / "run", objective=objective, **settings)
 
 
+def test_resumed_run_draws_the_same_rows_of_cells(run, acting_data, tmp_path):
+    coupling = {"name": "semidiscrete", "steps": 5, "cells": 10}
+    data, objective = acting_data("rows", press_ctrl_c), cnf.FlowMatching(coupling=coupling)
+    run(*data, lambda fit: fit(), tmp_path / "run", objective=objective)
+
+
 def test_resume_with_tensors_continues_with_the_same_rows(config, points, square, tmp_path):
     net = torch.nn.Linear(2, 2)
     cnf.fit(net, square, points, config(steps=12))

@@ -120,6 +120,10 @@ CASES = {
         lambda: flow(context=2, null_context=True), {"context": CONTEXT},
     ),
     "a fitted coupling": (lambda: FlowMatching(coupling=SEMIDISCRETE), ROWS, flow, {}),
+    "a coupling of cells": (
+        lambda: FlowMatching(coupling=SEMIDISCRETE | {"cells": 10}), ROWS,
+        lambda: flow(context=2), {"context": CONTEXT},
+    ),
     "both": (Joint, ROWS, flow, {"weight": WEIGHT}),
     "scales": (MultiscaleMatching, PICTURES, pictures, {}),
 }  # fmt: skip

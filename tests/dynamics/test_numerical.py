@@ -1,5 +1,6 @@
 """The numerical map, and the log-determinant that belongs to it, against autograd."""
 
+import math
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from cnf.dynamics import Solver, numerical, preimage
 from cnf.dynamics.solver import STAGES
 from cnf.fields import Adapter, MLPField, Piecewise
 from cnf.flow import Flow
+from cnf.metrics import c2st
 from cnf.models import build
 from cnf.transforms import Continuous
 
@@ -184,6 +186,23 @@ def test_density_integrates_to_one_and_is_that_of_the_samples(explicit, generato
         chi = ((counts - expected)[busy] ** 2 / expected[busy]).sum()
         spread = (2 * busy.sum()) ** 0.5
         assert (chi - busy.sum()).abs() < 4 * spread
+
+
+@pytest.mark.parametrize("explicit", EXPLICIT)
+def test_samples_weighted_by_their_density_follow_another_law(explicit, generator):
+    """A classifier tells them from draws of N(0, I) by chance alone, and unweighted ones well."""
+    pytest.importorskip("sklearn")
+    flow = Flow(None, Continuous(field_of("mlp", 2, generator)), event_shape=(2,)).double()
+    coarse = flow.with_solver(Solver("midpoint", steps=2, discrete=True, explicit=explicit))
+    with torch.no_grad():
+        x, log_q = coarse.sample_and_log_prob(20_000, generator=generator)
+    target = torch.randn(2_000, 2, generator=generator, dtype=F64)
+    log_p = -0.5 * x.square().sum(1) - math.log(2 * math.pi)
+    weight = (log_p - log_q).exp()
+    assert weight.mean().item() == pytest.approx(1, abs=0.05)
+    drawn = x[weight.multinomial(2_000, replacement=True, generator=generator)]
+    assert c2st(drawn, target) < 0.54
+    assert c2st(x[:2_000], target) > 0.56
 
 
 def test_error_to_the_ode_falls_at_the_order_of_the_method(generator):

@@ -56,8 +56,8 @@ def test_loss_is_that_of_rows_with_a_density_and_the_barrier():
     torch.testing.assert_close(loss.metrics["folded"], 1 - has.double().mean())
     assert 0 < loss.metrics["folded"] < 0.9
     near, wide = rows.around[:: barrier.EVERY].unbind(1)
-    assert barrier.WIDE == (1.0, 6.0)
-    reach = 6.0 ** torch.linspace(0, 1, len(wide), dtype=torch.float64)[:, None]
+    assert barrier.WIDE == (1.0, 12.0)
+    reach = 12.0 ** torch.linspace(0, 1, len(wide), dtype=torch.float64)[:, None]
     points = torch.cat([x[:: barrier.EVERY] + barrier.NEAR * near, reach * wide])
     held = (1 - (1 + 3 * torch.cos(points)) / barrier.LEAST).relu().mean()
     torch.testing.assert_close(loss.metrics["barrier"], held)

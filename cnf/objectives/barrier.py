@@ -16,9 +16,9 @@ from cnf.transforms.continuous import Continuous, odes_in
 
 WEIGHT = 20.0  # nats for a step that is about to fold
 LEAST = 0.05  # factor by which a step may shorten a direction, below which it costs
-EVERY = 8  # one of so many rows is held, as folds have an extent
+EVERY = 4  # one of so many rows is held, as folds have an extent
 NEAR = 0.3  # scale of the noise around data
-WIDE = (1.0, 6.0)  # scales of the noise around the origin, from one row to the other
+WIDE = (1.0, 12.0)  # scales of the noise around the origin, from one row to the other
 
 
 def discrete_in(flow: Flow) -> list[Continuous]:

@@ -6,6 +6,7 @@ likelihood trained belongs to its solver.
 """
 
 import csv
+import math
 import multiprocessing
 import statistics
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ DIRECTIONS = ("sample", "density")
 
 @dataclass(frozen=True)
 class Case:
-    """One flow to be trained: by flow matching, likelihood, or one after the other."""
+    """One flow to be trained: by flow matching, likelihood, both in turn, or as a flow map."""
 
     toy: str
     seed: int
@@ -48,7 +49,7 @@ class Case:
     def of(cls, row: dict[str, str]) -> "Case":
         """The flow that a row of results.csv scores."""
         case = cls(row["toy"], int(row["seed"]), row["training"])
-        if case.training == "matching":
+        if case.training in ("matching", "flow map"):
             return case
         return replace(
             case, method=row["method"], steps=int(row["steps"]), explicit=row["explicit"]
@@ -64,6 +65,7 @@ def cases(config: dict) -> Iterator[Case]:
     for seed in config["seeds"]:
         for toy in config["toys"]:
             yield Case(toy, seed, "matching")
+            yield Case(toy, seed, "flow map")
             for solver in config["trained"]:
                 for explicit in DIRECTIONS:
                     yield Case(toy, seed, "both", **solver, explicit=explicit)
@@ -73,31 +75,41 @@ def cases(config: dict) -> Iterator[Case]:
 def run(case: Case, config: dict) -> list[dict]:
     torch.set_num_threads(1)
     torch.manual_seed(case.seed)
-    flow, toy = cnf.models.cnf(2), cnf.data.toy(case.toy)
-    whole, steps = config["seconds"], 0
+    flow, steps = trained(case, config)
+    FLOWS.mkdir(parents=True, exist_ok=True)
+    cnf.save(flow, FLOWS / case.name.replace(" ", "-"))
+    solvers = {"matching": config["solvers"], "flow map": config["maps"]}.get(case.training)
+    directions = DIRECTIONS if solvers else (case.explicit,)
+    return [
+        {
+            "toy": case.toy, "seed": case.seed, "training": case.training,
+            "method": each["method"], "steps": each["steps"], "explicit": explicit,
+            "evaluations": cnf.Solver(**each).evaluations,
+            **scores(flow, each["method"], each["steps"], explicit, case, config),
+            "optimizer_steps": steps, "seconds": config["seconds"],
+            "revision": environment()["revision"],
+        }
+        for each in solvers or [{"method": case.method, "steps": case.steps}]
+        for explicit in directions
+    ]  # fmt: skip
+
+
+def trained(case: Case, config: dict) -> tuple[cnf.Flow, int]:
+    """The flow of a case, and how many steps its training took."""
+    toy, whole, steps = cnf.data.toy(case.toy), config["seconds"], 0
+    if case.training == "flow map":
+        flow = cnf.models.cnf(2, flow_map=True, divergence_head=True)
+        distillation = cnf.objectives.SelfDistillation(coupling=config["coupling"])
+        return flow, cnf.fit(flow, distillation, toy, settings(case, config, whole)).steps
+    flow = cnf.models.cnf(2)
     first = {"matching": whole, "both": config["matching_seconds"], "likelihood": 0}[case.training]
     if first:
         matching = cnf.FlowMatching(coupling=config["coupling"])
         steps += cnf.fit(flow, matching, toy, settings(case, config, first)).steps
-    solvers = [cnf.Solver(**each, discrete=True) for each in config["solvers"]]
-    directions = DIRECTIONS
     if case.training != "matching":
-        solvers, directions = [_solver(case)], (case.explicit,)
-        rest = settings(case, config, whole - first)
-        steps += cnf.fit(flow, cnf.MaximumLikelihood(solver=solvers[0]), toy, rest).steps
-    FLOWS.mkdir(parents=True, exist_ok=True)
-    cnf.save(flow, FLOWS / case.name)
-    return [
-        {
-            "toy": case.toy, "seed": case.seed, "training": case.training, "method": each.method,
-            "steps": each.steps, "explicit": explicit, "evaluations": each.evaluations,
-            **scores(flow, each.method, each.steps, explicit, case, config),
-            "optimizer_steps": steps, "seconds": whole,
-            "revision": environment()["revision"],
-        }
-        for each in solvers
-        for explicit in directions
-    ]  # fmt: skip
+        likelihood = cnf.MaximumLikelihood(solver=_solver(case))
+        steps += cnf.fit(flow, likelihood, toy, settings(case, config, whole - first)).steps
+    return flow, steps
 
 
 def _solver(case: Case) -> cnf.Solver:
@@ -114,7 +126,7 @@ def settings(case: Case, config: dict, seconds: float) -> cnf.TrainConfig:
 def scores(
     flow: cnf.Flow, method: str, steps: int, explicit: str, case: Case, config: dict
 ) -> dict:
-    """The gap of the steps and the one that the integral of the trace claims, and the mass."""
+    """The gap of the steps, the one that is claimed without their determinant, and the mass."""
     toy = cnf.data.toy(case.toy)
     exact = flow.with_solver(cnf.Solver(method, steps=steps, discrete=True, explicit=explicit))
     x = toy.sample(config["points"], stream(case.seed, "points"))
@@ -122,8 +134,10 @@ def scores(
         gaps = toy.log_prob(x) - log_prob_chunked(exact, x)
         whole = mass(exact, x)
         distances = sliced(exact, toy, config, case.seed)
-    trace = flow.with_solver(cnf.Solver(method, steps=steps))
-    claimed = (toy.log_prob(x) - log_prob_chunked(trace, x)).mean()
+    plain = flow.with_solver(cnf.Solver(method, steps=steps))
+    divergence = "learned" if case.training == "flow map" else None
+    with torch.no_grad():  # by the integral of the trace, or of what a flow map's head has learned
+        claimed = (toy.log_prob(x) - plain.eval().log_prob(x, divergence=divergence)).mean()
     folded = gaps.isnan()
     gap = Estimate.of(gaps[~folded])
     return {
@@ -151,6 +165,8 @@ def sliced(flow: cnf.Flow, toy: cnf.data.Toy, config: dict, seed: int) -> tuple[
         with torch.no_grad():
             drawn = flow.sample(config["points"], generator=generator)
         drawn = drawn[drawn.isfinite().all(1)]
+        if not len(drawn):
+            return math.nan, math.nan
         found.append([cnf.metrics.sliced_wasserstein2(each, true, 200) for each in (drawn, other)])
     ours, floors = zip(*found, strict=True)
     return statistics.fmean(ours), statistics.fmean(floors)

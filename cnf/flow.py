@@ -705,10 +705,10 @@ def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
         f"{solver.method}. "
     )
     if solver.method == FLOW_MAP:
-        return told + (
-            "The head of a flow map that has one estimates it: log_prob(x, divergence='learned'); "
-            "else score fewer rows, or take fewer steps"
-        )
+        estimate = "The head of the flow map estimates it: log_prob(x, divergence='learned')"
+        without = "A flow map with divergence_head=True would have learned an estimate of it"
+        estimate = estimate if field.learns_divergence else without
+        return f"{told}{estimate}; else score fewer rows, or take fewer steps"
     if solver.discrete:
         return told + "There is no estimate of it; score fewer rows, or take fewer steps"
     return told + (

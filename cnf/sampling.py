@@ -122,8 +122,7 @@ def likeliest_grid(
     It computes on the order of 100 densities of all data.
 
     With explicit="density" steps that fold count mass more than once, and the grid may gain by
-    more of that. Take `learned_grid` for a flow that flow matching trained, unless `cnf.check`
-    finds that its steps are one to one.
+    more of that: ask `cnf.check` whether the steps of the grid that was found are one to one.
 
     Source: Hooke & Jeeves (1961), https://doi.org/10.1145/321062.321069.
 

@@ -6,7 +6,7 @@ import math
 import torch
 
 from cnf.checks.case import NATS, Case, NotApplicable, Outcome, in_mode, reference
-from cnf.dynamics.divergence import DIVERGENCES, Hutchinson
+from cnf.dynamics.divergence import DIVERGENCES, Hutchinson, Learned
 from cnf.errors import abbreviated
 from cnf.transforms.continuous import Continuous
 
@@ -17,11 +17,11 @@ _NOISE = 1e-5  # relative; more than what non-deterministic sums on a GPU leave 
 def determinism(case: Case) -> list[Outcome]:
     """The right-hand side is a function of (t, x), and log_prob of x: nothing is drawn anew."""
     divergences = [DIVERGENCES.build(part.divergence or "exact") for part in case.continuous]
-    if any(isinstance(divergence, Hutchinson) for divergence in divergences):
-        words = "log_prob is an estimate (Hutchinson) without being asked for one"
+    if estimates := [each for each in divergences if isinstance(each, Hutchinson | Learned)]:
+        words = f"log_prob is an estimate ({type(estimates[0]).__name__}) without being asked for"
         remedy = (
             "build Continuous with divergence='exact' and ask for the estimate where it is wanted:"
-            " log_prob(x, divergence=Hutchinson(probes=8))"
+            " log_prob(x, divergence=…)"
         )
         return [Outcome(math.inf, 0.0, words, remedy)]
     outcomes = [_right_hand_side(case, part, mode) for part in case.continuous for mode in MODES]

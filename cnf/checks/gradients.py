@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from cnf.checks.case import Case, NotApplicable, Outcome, in_mode
+from cnf.fields import FlowMap
 from cnf.flow import Flow
 
 # Of a parameter's own size: the first for what an adaptive solver leaves, the last for a wild map.
@@ -29,12 +30,20 @@ def gradients(case: Case) -> list[Outcome]:
 def _differentiable(flow: Flow, case: Case) -> tuple[Leaves, Callable[[], Tensor]]:
     """What is to have a gradient, by name, and the mean log_prob as a function of it."""
     x, _, context = case.rows(flow, 8)
-    leaves: Leaves = {name: p for name, p in flow.named_parameters() if p.requires_grad}
+    unasked = {id(p) for head in _heads(flow) for p in head.parameters()}
+    leaves: Leaves = {
+        name: p for name, p in flow.named_parameters() if p.requires_grad and id(p) not in unasked
+    }
     if context is not None:
         leaves["the context"] = context = context.clone().requires_grad_()
     if not leaves:
         raise NotApplicable("nothing is trained here, and there is no context")
     return leaves, lambda: flow.log_prob(x, context).mean()
+
+
+def _heads(flow: Flow) -> list[nn.Module]:
+    """Those of flow maps, which an estimate of the density uses, and log_prob does not."""
+    return [part.head for part in flow.modules() if isinstance(part, FlowMap) and part.head]
 
 
 def _gradients(leaves: Leaves, value: Callable[[], Tensor]) -> Gradients:

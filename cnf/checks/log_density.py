@@ -15,6 +15,7 @@ from cnf.transforms.base import Compose, Transform
 from cnf.transforms.continuous import Continuous
 
 JACOBIAN_LIMIT = 256  # columns; above, the full Jacobian is out of reach
+ROWS, COLUMNS = 6, 128  # rows whose Jacobians are computed, and columns of all, beyond 2 rows
 
 
 def mass(case: Case) -> Outcome:
@@ -106,8 +107,8 @@ def log_determinant(case: Case) -> list[Outcome]:
     if any(isinstance(part.divergence, OneProbe) for part in case.continuous):
         raise NotApplicable("the trace is estimated here; check the model at a smaller size")
     outcomes = []
-    for flow in (case.exact, case.double) if case.continuous else (case.exact,):
-        x, z, context = case.rows(flow, 6)
+    for flow in dict.fromkeys([case.exact, case.double] if case.continuous else [case.exact]):
+        x, z, context = case.rows(flow, max(2, min(ROWS, COLUMNS // size)))
         whole = _whole(flow)
         for way, function, value in (("encode", whole.inverse, x), ("decode", whole, z)):
             ladj, true = _ladj_and_truth(function, value, context)

@@ -12,9 +12,9 @@ from cnf.dynamics.numerical import NumericalStep
 from cnf.dynamics.preimage import preimage
 from cnf.transforms.continuous import Continuous, ends_of_odes, odes_in
 
-POINTS = 512  # at most, on the side of the data and on that of the base, at each width
-FEWEST = 64  # of them, in many dimensions
-TANGENTS = 4_096  # of all of them, beyond which there are fewer: each point takes one a dimension
+MOST_POINTS = 512  # on the side of the data and on that of the base, at each width
+FEWEST_POINTS = 64  # there, in many dimensions
+COLUMNS = 4_096  # of the Jacobians of all points, beyond which there are fewer points
 WIDTHS = {"data and base samples": 1.0, "twice as far out": 2.0, "four times as far out": 4.0}
 STARTS = 3  # of the search for a second preimage
 APART = 1e-3  # of the points' spread, beyond which two preimages are two
@@ -43,7 +43,7 @@ def _sides(case: Case, width: float) -> Iterator[list[Tensor]]:
     """Which points fold in each ODE, of those around data and of those around base samples."""
     flow = case.double
     x, _, context = case.rows(flow)
-    count = max(FEWEST, min(POINTS, TANGENTS // math.prod(flow.event_shape)))
+    count = max(FEWEST_POINTS, min(MOST_POINTS, COLUMNS // math.prod(flow.event_shape)))
     rows = torch.randint(len(x), (count,), generator=case.generator).to(x.device)
     context = None if context is None else context[rows]
     y, z = flow.inside(x[rows])[0], flow.base.sample((count,), case.generator).to(flow.dtype)

@@ -1,4 +1,4 @@
-"""Divergence of a vector field along a solve: exact, or estimated by random probes."""
+"""Divergence of a vector field along a solve: exact, estimated by random probes, or learned."""
 
 import math
 from abc import ABC, abstractmethod
@@ -259,14 +259,15 @@ class Hutchinson(Divergence):
 @DIVERGENCES.register("learned")
 @dataclass(frozen=True)
 class Learned(Divergence):
-    r"""The average divergence that the head of a `FlowMap` has learned: an estimate, and biased.
+    """The average divergence that the head of a `FlowMap` has learned: an estimate, and biased.
 
     The steps of `Solver("flow-map", steps=K)` are taken in the direction that is asked for, none
     is inverted, and a step of length h adds h times the average to the log-determinant: K
     evaluations of map and head, and no tangents. The head learns the divergence along the ODE's
     paths, so that the density is the ODE's, not that of the few steps, and nothing bounds its
-    error: it may claim more than the truth, and more steps need not help. Compare a few rows with
-    `Exact`, which stays the default. Other solvers, but for discrete ones, integrate the head's
+    error: it may claim more than the truth, and more steps need not help. A head that was trained
+    before the map was trained further no longer fits it. Compare a few rows with `Exact`, which
+    stays the default. Other solvers, but for discrete ones, integrate the head's
     divergence at one time.
 
     Source: Ai et al. (2026), F2D2, https://arxiv.org/abs/2512.02636.

@@ -222,8 +222,10 @@ class Solver:
 
         A discrete one is the model itself, and stays.
         """
-        if self.discrete:
-            return self
+        return self if self.discrete else self.finer()
+
+    def finer(self) -> "Solver":
+        """As `refined`, also of a discrete solver, which then is another model."""
         if self.grid is not None:
             middles = [0.5 * (a + b) for a, b in pairwise(self.grid)]
             return replace(self, grid=tuple(sorted((*self.grid, *middles))), steps=None)

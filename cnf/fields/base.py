@@ -58,6 +58,11 @@ class VectorField(nn.Module, ABC):
             "solver such as Solver('midpoint', steps=4)"
         )
 
+    @property
+    def learns_divergence(self) -> bool:
+        """Whether `average_divergence` has an answer."""
+        return False
+
     def average_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The learned average divergence of a `FlowMap` with a head, shape (*batch,).
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cnf.fields.base import VectorField, exact_divergence, tangent_products
-from cnf.fields.wrappers import Wrapper, wrapped
+from cnf.fields.wrappers import Wrapper
 
 
 class FlowMap(Wrapper):
@@ -97,6 +97,10 @@ class FlowMap(Wrapper):
         """
         return tangent_products(self.field, t, x, self._with_length(t, x, context), tangents)
 
+    @property
+    def learns_divergence(self) -> bool:
+        return self.head is not None
+
     def average_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The head's average divergence along the path from x at t until `stop`, (*batch,).
 
@@ -122,8 +126,3 @@ class FlowMap(Wrapper):
         length = torch.zeros_like(t) if self._stop is None else self._stop - t
         length = length.to(x.dtype).expand(batch).unsqueeze(-1)
         return length if context is None else torch.cat([context.expand(*batch, -1), length], -1)
-
-
-def learns_divergence(field: VectorField) -> bool:
-    """Whether the field is a flow map with a head, possibly wrapped."""
-    return any(isinstance(part, FlowMap) and part.head is not None for part in wrapped(field))

@@ -61,6 +61,10 @@ class NullContext(Wrapper):
         """
         return tangent_products(self.field, t, x, self.filled(context), tangents)
 
+    @property
+    def learns_divergence(self) -> bool:
+        return self.field.learns_divergence
+
     def average_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.field.average_divergence(t, x, self.filled(context))
 

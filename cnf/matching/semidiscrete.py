@@ -16,7 +16,8 @@ Draw = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) → bas
 Assignment = Callable[[Tensor], Tensor]  # points (n, D) → the cell that each is assigned to, (n,)
 
 EXACT_ROWS = (512, 2_000)  # rows of the exact problem that initializes the ascent, least and most
-QUANTILES = 2**20  # base samples whose quantiles are taken in one dimension
+QUANTILES = 2**20  # base samples whose quantiles are taken in one dimension, at least
+QUANTILES_OF_ROW = 64  # of them for each row
 SAMPLES = (2**12, 2**15)  # base samples per step of the ascent, least and most
 TREE_DIMS = (3, 4)  # most dimensions in which a tree is faster: for rows, and for cell centers
 CANDIDATES = (5, 6, 8, 16, 32)  # cells compared, the first for which `AGREEMENT` is reached
@@ -39,7 +40,7 @@ class SemiDiscrete:
     More rows than `cells` are divided into so many cells of near rows. A base sample is then
     assigned to a cell, by its mean and number of rows, and paired with one of its rows, drawn with
     equal probabilities: the best plan among those that draw within the cells. So training sees
-    many rows after a fit to few cells.
+    many rows after a fit to few cells. In one dimension each row is a cell of its own.
 
     `cnf.fit` calls `fit` with the training data. Before that, a batch is paired as by
     minibatch-ot, or conditional-ot with a context. From a density, `rows` points are drawn and
@@ -90,7 +91,7 @@ class SemiDiscrete:
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> "Plan":
-        """Fit the coupling of a base and a data set, in about 5 s for 5,000 cells in 2-D.
+        """Fit the coupling of a base and a data set, in seconds for 5,000 cells in 2-D.
 
         Args:
             x1: Data, shape (M, *event).
@@ -116,7 +117,8 @@ class SemiDiscrete:
             """The cells of some of the rows, and the assignment of base samples to these."""
             flat = x1[rows].detach().flatten(1)
             if flat.shape[1] == 1:
-                assign = _assignment_1d(flat[:, 0], draw(QUANTILES, generator).flatten())
+                count = max(QUANTILES, QUANTILES_OF_ROW * len(flat))
+                assign = _assignment_1d(flat[:, 0], draw(count, generator).flatten())
                 return _single(rows), assign
             cells, centers = _cells(flat, self.cells)
             shares = cells.sizes * (len(centers) / len(rows))
@@ -242,8 +244,9 @@ def _cells(x1: Tensor, count: int) -> tuple[Cells, Tensor]:
     """Divide rows x1, shape (N, D), into at most `count` cells, and give the means of these.
 
     The rows of a cell have the same nearest one among `count` of them. The mean squared distance
-    from x0 to a row that is drawn from a cell is that to the cell's mean and a constant, so that
-    a plan that is optimal for the means is optimal.
+    from x0 to a row that is drawn from a cell is that to the cell's mean plus the variance within
+    the cell. As the masses of the cells are given, the variances add a constant to the cost of a
+    plan, and the one that is optimal for the means is optimal.
     """
     n = len(x1)
     if n <= count:

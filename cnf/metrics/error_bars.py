@@ -1,6 +1,7 @@
 """log p(x) with error bars: what the trace's estimate and the ODE's solver leave uncertain."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from cnf.dynamics.divergence import (
     Learned,
     number_of_probes,
 )
+from cnf.dynamics.solver import Solver
 from cnf.errors import optional
 from cnf.flow import Flow, evaluating
 from cnf.training.diagnosis import warn_of_difference
@@ -30,7 +32,8 @@ class LogProb(NamedTuple):
             (*batch,); zeros where the divergence is exact, None where one probe shows no spread,
             or where the divergence is learned, whose error is not known.
         solver_error: |difference| to a solve in float64 with 1/100 of the tolerances (twice the
-            steps, for a fixed-step method), with the same probes, shape (*batch,).
+            steps, for a fixed-step method or a learned divergence), with the same probes, shape
+            (*batch,).
         nfe: Evaluations of the field for `value`.
     """
 
@@ -52,7 +55,8 @@ def log_prob_with_error(
 ) -> LogProb:
     """The log-density of any flow, without gradients, with the errors of estimate and solver.
 
-    It warns where a fixed-step solver's mean is off by more than `fit` allows, 0.05 nats.
+    It warns where the mean of a fixed-step solver, or of a learned divergence in few steps, is off
+    by more than `fit` allows, 0.05 nats.
 
     >>> import cnf
     >>> flow = cnf.models.build("cnf", dim=2, hidden=(16, 16))
@@ -80,18 +84,19 @@ def log_prob_with_error(
     with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
+    learned = isinstance(divergence, Learned)
+    finer = _reference(flow, Solver.finer if learned else Solver.refined)
     reference, _ = _scored(
-        _reference(flow), x.double(), None if context is None else context.double(),
+        finer, x.double(), None if context is None else context.double(),
         divergence if divergence is None else _doubled(divergence), seed,
     )  # fmt: skip
     told = value.isfinite()
-    if has_fixed_steps(flow.transform) and told.any():
+    if (learned or has_fixed_steps(flow.transform)) and told.any():
         now, then = (-found[told].double().mean().item() for found in (value, reference))
         warn_of_difference("log_prob_with_error", flow, now, then, f"{told.sum()} rows")
     # Minus infinity, of a row at infinity or outside of the support, is exact.
     solver_error = torch.where(value == reference, 0.0, (reference - value).abs())
     solver_error = solver_error.to(value.dtype)
-    learned = isinstance(divergence, Learned)
     trace_error = None if learned else _half_width(value, estimates, confidence)
     return LogProb(value, trace_error, solver_error, nfe)
 
@@ -128,12 +133,12 @@ def _scored(
     return value, solved.estimates
 
 
-def _reference(flow: Flow) -> Flow:
+def _reference(flow: Flow, refined: Callable[[Solver], Solver]) -> Flow:
     """The flow in float64, every solver refined, also of a base or a dequantization."""
     flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):
-            part.solver = part.solver.refined()
+            part.solver = refined(part.solver)
     return flow
 
 

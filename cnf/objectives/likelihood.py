@@ -87,8 +87,8 @@ class MaximumLikelihood(Objective):
             https://arxiv.org/abs/2006.10711.
 
     Raises:
-        ValueError: A name is not known, the divergence is learned, a penalty is not above 0, or
-            steer is not in [0, 1).
+        ValueError: A name is not known, a penalty is not above 0, or steer is not in [0, 1);
+            in training, the divergence is learned.
     """
 
     needs_data = True
@@ -102,12 +102,6 @@ class MaximumLikelihood(Objective):
     def __post_init__(self) -> None:
         if self.divergence is not None:
             divergence = DIVERGENCES.build(self.divergence, "MaximumLikelihood")
-            if isinstance(divergence, Learned):
-                raise ValueError(
-                    "MaximumLikelihood: expected an exact or unbiased divergence, got 'learned', "
-                    "which would raise what its head claims and not the density; train the head "
-                    "by SelfDistillation()"
-                )
             if isinstance(self.divergence, Mapping):  # from a config file
                 object.__setattr__(self, "divergence", divergence)
         if self.solver is not None:
@@ -140,6 +134,11 @@ class MaximumLikelihood(Objective):
             )
         begun = copy(self)
         object.__setattr__(begun, "_begun", (flow, self._resolve(flow)))
+        if any(ode.field.learns_divergence for ode in odes_in(flow.transform)):
+            warn(
+                "fit: likelihood trains the flow map and not its divergence head, which will no "
+                "longer fit: log_prob(x, divergence='learned') then scores the map as it was"
+            )
         return begun
 
     def _resolve(self, module: nn.Module) -> _Likelihood:
@@ -158,6 +157,12 @@ class MaximumLikelihood(Objective):
             for ode, recipe in zip(odes_in(trained.transform), recipes, strict=True)
         ] or ["exact"]
         built = tuple(DIVERGENCES.build(each) for each in divergences)
+        if any(isinstance(each, Learned) for each in built):
+            raise ValueError(
+                "MaximumLikelihood: expected an exact or unbiased divergence, got 'learned', "
+                "which would raise what its head claims and not the density; train the head "
+                "by SelfDistillation()"
+            )
         return _Likelihood(trained, built, tuple(penalties))
 
     def prepare(

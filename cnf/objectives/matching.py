@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from cnf.errors import call_without_edits, expect_choice
-from cnf.fields import VectorField
+from cnf.errors import call_without_edits, expect_choice, warn
+from cnf.fields import FlowMap, VectorField
 from cnf.fields.predicts import Predicts, WithScore, path_of
 from cnf.fields.wrappers import wrapped
 from cnf.flow import Flow, require_field
@@ -137,6 +137,12 @@ class FlowMatching(Objective):
             begun = replace(self, coupling=fitted)
         resolved = self._resolve(flow)
         check_path(resolved.path, flow.device)
+        if any(isinstance(part, FlowMap) for part in wrapped(resolved.field)):
+            warn(
+                "fit: flow matching trains a flow map's velocity at one time, and neither its "
+                "steps nor its head: sample with Solver('dopri5'), or train it by "
+                "SelfDistillation()"
+            )
         object.__setattr__(begun, "_begun", resolved)
         return begun
 

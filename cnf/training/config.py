@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from cnf.dynamics.divergence import DIVERGENCES
+from cnf.dynamics.divergence import DIVERGENCES, Learned
 from cnf.errors import expect_choice, expect_counts, expect_positive, warn
 from cnf.registry import expect_options, options_of
 
@@ -171,7 +171,11 @@ class TrainConfig:
                 "drop patience, or validate"
             )
         if self.validation_divergence is not None:
-            _ = DIVERGENCES[self.validation_divergence]
+            if isinstance(DIVERGENCES.build(self.validation_divergence), Learned):
+                raise ValueError(
+                    "TrainConfig: expected validation_divergence to be exact or unbiased, got "
+                    "'learned', by which the score could rise with the error of the head"
+                )
         expect_choice("TrainConfig", "optimizer", self.optimizer, ("adam", "adamw"))
         expect_choice("TrainConfig", "schedule", self.schedule, ("cosine", "constant"))
         for name, value in (("warmup", self.warmup), ("ema", self.ema)):

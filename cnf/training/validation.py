@@ -14,7 +14,6 @@ from cnf.dynamics.divergence import (
     DIVERGENCES,
     Divergence,
     Hutchinson,
-    Learned,
     exact_directions,
     number_of_probes,
 )
@@ -165,8 +164,6 @@ class Validation:
         if isinstance(divergence, Hutchinson):
             probes = number_of_probes(divergence)
             name += f" (Hutchinson, {probes} probe{'s' * (probes > 1)})"
-        elif isinstance(divergence, Learned):
-            name += " (learned)"
 
         def total(rows: Batch, place: int) -> float:
             own, noise = (

@@ -37,8 +37,8 @@ class Integral(NamedTuple):
         integrals: The integral of each integrand over increasing time, shape (*batch,), whichever
             direction is solved.
         nfe: Number of evaluations of the field.
-        estimates: The estimate of `ladj` by each probe, shape (probes, *batch); None if it is
-            exact.
+        estimates: The estimate of `ladj` by each probe, shape (probes, *batch); None without
+            probes.
     """
 
     value: Tensor
@@ -226,24 +226,23 @@ class Continuous(Transform):
             raise ValueError(
                 f"Continuous: expected whole steps, got a solve that stops at {ends[1]}"
             )
-        learned = isinstance(divergence, Learned)
-        if divergence is not None and not is_exact(divergence):
-            if not learned or self.solver.method != FLOW_MAP:
-                raise ValueError(
-                    f"Continuous: expected the exact log-determinant of {self.solver}, got "
-                    f"{divergence}; estimates are for solvers with discrete=False, and 'learned' "
-                    "is for flow maps"
-                )
-        plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
-        take = numerical.explicit if plain else numerical.implicit
+        if isinstance(divergence, Learned) and self.solver.method == FLOW_MAP:
+            run = partial(self._estimated, x, context, ends, divergence, integrands)
+        elif divergence is None or is_exact(divergence):
+            plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
+            run = partial(
+                numerical.explicit if plain else numerical.implicit,
+                self.steps(context), x, ladj=divergence is not None, integrands=integrands,
+            )  # fmt: skip
+        else:
+            raise ValueError(
+                f"Continuous: expected the exact log-determinant of {self.solver}, got "
+                f"{divergence}; estimates are for solvers with discrete=False, and 'learned' is "
+                "for flow maps"
+            )
         # torch.compile cannot trace what counts the evaluations.
         with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:
-            if learned:
-                value, ladj, integrals = self._estimated(x, context, ends, divergence, integrands)
-            else:
-                value, ladj, integrals = take(
-                    self.steps(context), x, ladj=divergence is not None, integrands=integrands
-                )
+            value, ladj, integrals = run()
         return Integral(
             value.reshape(*batch, *self.field.event_shape), ladj.reshape(batch),
             tuple(each.reshape(batch) for each in integrals), stats.forward,
@@ -270,7 +269,7 @@ class Continuous(Transform):
         state = (x, *(x.new_zeros(len(x)) for _ in range(1 + len(integrands))))
         for step in self.steps(context, ends):
             if not fixed.transformed():
-                numerical.count(1)
+                ode.count(1)
             t, h = x.new_full((), step.t), x.new_full((), step.h)
             state = take("euler", divergence, integrands, None, step.field, context, t, h, state)
         value, ladj, *integrals = state

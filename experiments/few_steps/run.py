@@ -57,7 +57,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        first = f"{self.toy}-{self.seed}-{self.training}"
+        first = f"{self.toy}-{self.seed}-{self.training.replace(' ', '-')}"
         return f"{first}-{self.method}-{self.steps}-{self.explicit}" if self.method else first
 
 
@@ -77,7 +77,7 @@ def run(case: Case, config: dict) -> list[dict]:
     torch.manual_seed(case.seed)
     flow, steps = trained(case, config)
     FLOWS.mkdir(parents=True, exist_ok=True)
-    cnf.save(flow, FLOWS / case.name.replace(" ", "-"))
+    cnf.save(flow, FLOWS / case.name)
     solvers = {"matching": config["solvers"], "flow map": config["maps"]}.get(case.training)
     directions = DIRECTIONS if solvers else (case.explicit,)
     return [

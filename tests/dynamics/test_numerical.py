@@ -440,3 +440,16 @@ def test_newton_finds_what_takes_more_than_fifty_short_steps(x):
     found, missed, _ = preimage.preimage(twisted, twisted(x), twisted(x))
     assert not missed.any()
     torch.testing.assert_close(found, x)
+
+
+def test_a_gradient_that_is_not_found_is_nan_in_its_row_only():
+    """That of a map whose eigenvalues are 1 to 1,000 is no fixed point that iteration reaches."""
+    factors = torch.stack([torch.ones(100), torch.linspace(1, 1000, 100)]).double()
+
+    def stretched(x):
+        return factors * x
+
+    y = torch.ones(2, 100, dtype=F64, requires_grad=True)
+    x = (y / factors).detach()
+    preimage._ImplicitGradient.apply(x, y - stretched(x), stretched).sum().backward()
+    assert torch.equal(y.grad[0], torch.ones(100, dtype=F64)) and y.grad[1].isnan().all()

@@ -140,6 +140,23 @@ def test_compiled_steps_give_the_same_estimate(monkeypatch):
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+ONE_STEP = cnf.TrainConfig(steps=1, batch_size=16, validations=0, progress=False)
+
+
+def test_training_that_leaves_the_head_behind_is_told():
+    with pytest.warns(UserWarning, match="not its divergence head, which will no longer fit"):
+        cnf.fit(small_flow(), cnf.MaximumLikelihood(), data(64), ONE_STEP)
+    with pytest.warns(UserWarning, match="neither its steps nor its head"):
+        cnf.fit(small_flow(), cnf.FlowMatching(), data(64), ONE_STEP)
+
+
+def test_check_asks_no_gradient_of_the_head_and_tells_an_estimate_that_was_not_asked_for():
+    flow = small_flow()
+    assert cnf.check(flow, n=16)["gradients"].passed
+    flow.transform.divergence = "learned"
+    assert "an estimate (Learned)" in str(cnf.check(flow, n=16)["determinism"])
+
+
 def test_what_has_no_head_is_refused_in_words():
     x = data(3)
     for flow in (small_flow(divergence_head=False), cnf.models.cnf(2, hidden=(8,)).double()):
@@ -158,7 +175,7 @@ def test_what_has_no_head_is_refused_in_words():
     with pytest.raises(ValueError, match="flow_map=True where divergence_head=True"):
         cnf.models.cnf(2, divergence_head=True)
     with pytest.raises(ValueError, match=r"MaximumLikelihood.*train the head"):
-        cnf.MaximumLikelihood("learned")
+        cnf.fit(small_flow(), cnf.MaximumLikelihood("learned"), data(64), ONE_STEP)
 
 
 def test_the_head_is_regressed_on_the_divergence_along_the_path():
@@ -215,8 +232,8 @@ def test_the_head_leaves_the_gradient_of_the_velocity_as_it_is(objective):
         gradients.append(torch.autograd.grad(losses[-1].value, own))
     torch.testing.assert_close(*gradients)
     told, bare = (loss.metrics for loss in losses)
-    assert told.keys() - bare.keys() == {"divergence"} and told["divergence"] > 0
-    torch.testing.assert_close(losses[0].value, bare["map"] + told["divergence"])
+    assert told.keys() - bare.keys() == {"divergence_error"} and told["divergence_error"] > 0
+    torch.testing.assert_close(losses[0].value, bare["map"] + told["divergence_error"])
 
 
 def test_the_gradient_of_the_head_is_that_of_finite_differences():

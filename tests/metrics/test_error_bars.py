@@ -88,10 +88,17 @@ def test_one_probe_shows_no_spread_and_two_do(batch, small_flow, generator):
     assert two.trace_error.shape == batch and (two.trace_error >= 0).all()
 
 
-def test_the_error_of_a_learned_divergence_is_not_known():
-    flow = cnf.models.cnf(2, hidden=(8,), flow_map=True, divergence_head=True)
-    told = log_prob_with_error(flow, torch.zeros(3, 2), divergence="learned")
-    assert told.trace_error is None and (told.solver_error < 1e-4).all()
+def test_a_learned_divergence_is_compared_with_that_in_twice_the_steps(generator):
+    flow = cnf.models.cnf(2, hidden=(8,), flow_map=True, divergence_head=True).double()
+    with torch.no_grad():
+        for weight in flow.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator, dtype=F64))
+    x = torch.randn(5, 2, generator=generator, dtype=F64)
+    with pytest.warns(UserWarning, match="by twice the steps"):
+        told = log_prob_with_error(flow, x, divergence="learned")
+    eight = flow.with_solver(Solver("flow-map", steps=8)).log_prob(x, divergence="learned")
+    assert told.trace_error is None
+    torch.testing.assert_close(told.solver_error, (eight - told.value).abs())
 
 
 def test_trace_error_is_students_interval_of_the_estimates(small_flow, x, generator):

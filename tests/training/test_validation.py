@@ -94,14 +94,14 @@ def test_pictures_are_scored_by_the_estimator_that_trains_them_and_the_name_tell
     assert asked == ("val_nll", pytest.approx(exact, rel=1e-6))
     assert named_score(flow, MaximumLikelihood("exact"))[0] == "val_nll"
     assert named_score(picture_flow((1, 12, 12)))[0] == "val_nll (Hutchinson, 1 probe)"
-    head = cnf.models.cnf(2, hidden=(8,), flow_map=True, divergence_head=True)
-    assert named_score(head, validation_divergence="learned")[0] == "val_nll (learned)"
     small = picture_flow((1, 8, 8), divergence="hutchinson")
     assert named_score(small)[0] == "val_nll"
     beyond = picture_flow((3, 20, 20), divergence="hutchinson")  # too large for an exact one
     assert named_score(beyond)[0] == "val_nll (Hutchinson, 1 probe)"
     with pytest.raises(ValueError, match="unknown divergence 'exakt'"):
         TrainConfig(validation_divergence="exakt")
+    with pytest.raises(ValueError, match="expected validation_divergence to be exact or unbiased"):
+        TrainConfig(validation_divergence="learned")
 
 
 def test_an_estimated_score_is_a_held_out_nll_like_any_other():

@@ -9,6 +9,7 @@ import csv
 import math
 import multiprocessing
 import statistics
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -97,14 +98,15 @@ def run(case: Case, config: dict) -> list[dict]:
 def trained(case: Case, config: dict) -> tuple[cnf.Flow, int]:
     """The flow of a case, and how many steps its training took."""
     toy, whole, steps = cnf.data.toy(case.toy), config["seconds"], 0
+    coupling = config["couplings"].get(case.training)
     if case.training == "flow map":
         flow = cnf.models.cnf(2, flow_map=True, divergence_head=True)
-        distillation = cnf.objectives.SelfDistillation(coupling=config["coupling"])
+        distillation = cnf.objectives.SelfDistillation(coupling=coupling)
         return flow, cnf.fit(flow, distillation, toy, settings(case, config, whole)).steps
     flow = cnf.models.cnf(2)
     first = {"matching": whole, "both": config["matching_seconds"], "likelihood": 0}[case.training]
     if first:
-        matching = cnf.FlowMatching(coupling=config["coupling"])
+        matching = cnf.FlowMatching(coupling=coupling)
         steps += cnf.fit(flow, matching, toy, settings(case, config, first)).steps
     if case.training != "matching":
         likelihood = cnf.MaximumLikelihood(solver=_solver(case))
@@ -214,9 +216,13 @@ def main() -> None:
     todo = [case for case in cases(config) if case not in done]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config["processes"], mp_context=spawn) as pool:
-        for future in as_completed(pool.submit(run, case, config) for case in todo):
+        futures = {pool.submit(run, case, config): case for case in todo}
+        for future in as_completed(futures):
+            if error := future.exception():  # the others go on; run it again for those that failed
+                traceback.print_exception(error)
+                continue
             rows += future.result()
-            print(rows[-1], flush=True)
+            print(f"{futures[future].name}: gap {rows[-1]['gap']}", flush=True)
             with PATH.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writeheader()

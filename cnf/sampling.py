@@ -144,6 +144,8 @@ def likeliest_grid(
     """
     require_field("likeliest_grid", flow)
     expect_counts("likeliest_grid", steps=steps)
+    if not len(x):
+        raise ValueError("likeliest_grid: expected one row of x or more, got 0")
 
     def error(grid: Sequence[float]) -> tuple[int, float]:
         few = flow.with_solver(Solver(method, grid=tuple(grid), discrete=True, explicit=explicit))

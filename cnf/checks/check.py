@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from cnf.checks import behavior, log_density
+from cnf.checks import behavior, log_density, one_to_one
 from cnf.checks.case import Case, NotApplicable, Outcome, reference
 from cnf.checks.gradients import gradients
 from cnf.checks.one_probe import OneProbe
-from cnf.checks.one_to_one import one_to_one
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
 from cnf.dynamics.divergence import AFFORDABLE, exact_directions, is_exact
@@ -27,7 +26,8 @@ __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
 # What a flow is asked, in this order: nothing else can be measured where a first one fails.
 CHECKS: dict[str, Callable[[Case], Outcome | list[Outcome]]] = {
     "determinism": behavior.determinism,  # the same x gives the same log_prob
-    "one to one": one_to_one,  # steps that are the model do not fold
+    "one to one": one_to_one.near,  # steps that are the model do not fold
+    "one to one far out": one_to_one.far,  # nor where few points are
     "finite": behavior.finite,  # no NaN or infinity
     "dtype": behavior.dtype,  # float64 in, float64 out
     "mass": log_density.mass,  # ∫p = 1

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from cnf.dynamics.fixed import transformed
 
 NEWTON = 64  # largest D for which Newton's method is taken
 NEWTON_ITERATIONS = 200  # at most; of a trained flow's rows 1 % take more than 40
@@ -53,8 +54,9 @@ def preimage(
     """The x with Φ(x) = y, shape (N, *event), whether none was found, (N,), and Φ's Jacobian.
 
     By Newton's method up to `NEWTON` dimensions, by Anderson's above, which needs no Jacobian.
-    Where none was found, x is the best iterate. x is differentiable, once, in y and in all that Φ
-    depends on. Without gradients, the Jacobian may be one that was evaluated near x.
+    Where none was found, x is the best iterate, without a gradient. x is differentiable once in y
+    and in all that Φ depends on, and again in forward mode. Without gradients, the Jacobian may be
+    one that was evaluated near x.
 
     Args:
         function: Φ.
@@ -71,7 +73,11 @@ def preimage(
     if jacobian is not None:  # by the derivative of a further iteration
         with torch.no_grad():
             _, jacobian = function.with_jacobian(x)
-        return x + _solved(jacobian, left), missed, jacobian
+            lost = missed | ~_solved(jacobian, torch.ones_like(y)).flatten(1).isfinite().all(1)
+            eye = torch.eye(jacobian.shape[-1], dtype=y.dtype, device=y.device)
+            regular = torch.where(lost[:, None, None], eye, jacobian)
+        found = x + _solved(regular, torch.where(per_row(lost, y), 0.0, left))
+        return (found if transformed() else _Once.apply(found)), missed, jacobian
     return _ImplicitGradient.apply(x, left, function), missed, None  # pyright: ignore
 
 
@@ -164,6 +170,28 @@ def _mixed(points: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
     return x + move - ((shifts + changes) @ weights).reshape(x.shape)
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # in a backward pass: it is to have a graph
+        raise RuntimeError(
+            "Continuous: the direction that inverts the steps of a discrete solver is "
+            "differentiable once, and create_graph=True asks for more; take the other explicit=…, "
+            "or torch.func.hessian, in up to 64 dimensions"
+        )
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        _refuse_second_derivatives()
+        return cotangent
+
+
 class _ImplicitGradient(torch.autograd.Function):
     """x, whose derivative in y - Φ(x) is the inverse Jacobian, by fixed points of products.
 
@@ -177,8 +205,8 @@ class _ImplicitGradient(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor, None]:
+        _refuse_second_derivatives()
         (x,) = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -39,7 +39,8 @@ class Solver:
             for Adams methods.
         gradient: "backprop" differentiates the operations of the solver. It is the fastest, gives
             the exact gradient of the numerical solution, for the steps that were taken, and
-            derivatives of any order; its memory grows with the number of evaluations.
+            derivatives of any order (one where discrete steps are inverted); its memory grows with
+            the number of evaluations.
             "checkpoint" does so for one segment at a time: it stores the graph of a single segment
             and makes every evaluation twice; an adaptive method restarts in each segment.
             "adjoint" solves the adjoint ODE backwards: its memory does not depend on the number of

@@ -103,7 +103,7 @@ class FlowMapObjective(Objective):
         """This objective, its coupling fitted to the data if it is one that can be."""
         self._field(module).until(1.0)
         begun = copy(self)
-        object.__setattr__(begun, "_matching", self._matching.begin(module, rows, generator))
+        object.__setattr__(begun, "_matching", self._matching.fitted(module, rows, generator))
         return begun
 
     def prepare(

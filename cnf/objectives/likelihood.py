@@ -152,6 +152,8 @@ class MaximumLikelihood(Objective):
         if self.penalties or self.steer:
             require_odes("MaximumLikelihood(penalties=…, steer=…)", flow)
         trained = self.as_trained(flow)
+        if discrete_in(trained):
+            self._expect_whole_and_exact()
         divergences = [
             self.divergence or ("exact" if ode.solver.discrete else recipe.divergence)
             for ode, recipe in zip(odes_in(trained.transform), recipes, strict=True)
@@ -164,6 +166,19 @@ class MaximumLikelihood(Objective):
                 "by SelfDistillation()"
             )
         return _Likelihood(trained, built, tuple(penalties))
+
+    def _expect_whole_and_exact(self) -> None:
+        """Raise unless steps that are the model can be trained with these settings."""
+        if self.steer:
+            raise ValueError(
+                "MaximumLikelihood: expected steer=0 where a solver's steps are the model, whose "
+                f"ends are fixed, got steer={self.steer}"
+            )
+        if self.divergence is not None and number_of_probes(DIVERGENCES.build(self.divergence)):
+            raise ValueError(
+                "MaximumLikelihood: expected divergence='exact' where a solver's steps are the "
+                f"model, got {type(DIVERGENCES.build(self.divergence)).__name__}"
+            )
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None

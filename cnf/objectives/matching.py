@@ -125,6 +125,25 @@ class FlowMatching(Objective):
         self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
     ) -> "FlowMatching":
         """This objective, its coupling fitted to the data if it is one that can be."""
+        field = self._resolve(module).field
+        if any(isinstance(part, FlowMap) for part in wrapped(field)):
+            warn(
+                "fit: flow matching trains a flow map's velocity at one time, and neither its "
+                "steps nor its head: sample with Solver('dopri5'), or train it by "
+                "SelfDistillation()"
+            )
+        return self.fitted(module, rows, generator)
+
+    def fitted(
+        self, module: nn.Module, rows: Callable[[int], Batch | None], generator: Generator
+    ) -> "FlowMatching":
+        """As `begin`, for whatever trains on the same pairs.
+
+        Args:
+            module: As of `begin`.
+            rows: As of `begin`.
+            generator: As of `begin`.
+        """
         flow, coupling, begun = as_flow("FlowMatching", module), self._built[0], copy(self)
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
         if data is not None and data.x0 is None:
@@ -137,12 +156,6 @@ class FlowMatching(Objective):
             begun = replace(self, coupling=fitted)
         resolved = self._resolve(flow)
         check_path(resolved.path, flow.device)
-        if any(isinstance(part, FlowMap) for part in wrapped(resolved.field)):
-            warn(
-                "fit: flow matching trains a flow map's velocity at one time, and neither its "
-                "steps nor its head: sample with Solver('dopri5'), or train it by "
-                "SelfDistillation()"
-            )
         object.__setattr__(begun, "_begun", resolved)
         return begun
 

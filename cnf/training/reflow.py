@@ -49,7 +49,13 @@ def pairs(flow: Flow, n: int, context: Any = None, seed: int = 0) -> Batch:
         rows = None if context is None else context[first : first + count]
         starts.append(flow.base.sample((count,), generator))
         ends.append(flow.decode(starts[-1], rows))
-    return Batch(torch.cat(ends), context, x0=torch.cat(starts))
+    x, x0 = torch.cat(ends), torch.cat(starts)
+    if lost := int((~x.flatten(1).isfinite().all(1)).sum()):
+        raise ValueError(
+            f"pairs: expected the flow's solver to take every base sample to a point, got NaN for "
+            f"{lost} of {n}; take one that does, such as flow.with_solver(Solver('dopri5'))"
+        )
+    return Batch(x, context, x0=x0)
 
 
 def reflow(

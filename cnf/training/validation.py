@@ -14,6 +14,7 @@ from cnf.dynamics.divergence import (
     DIVERGENCES,
     Divergence,
     Hutchinson,
+    Learned,
     exact_directions,
     number_of_probes,
 )
@@ -187,7 +188,9 @@ class Validation:
             given = DIVERGENCES.build(self.config.validation_divergence)
             return given if odes else None
         if all(exact_directions(ode.field) <= AFFORDABLE for ode in odes):
-            return None
+            own = [DIVERGENCES.build(ode.divergence or "exact") for ode in odes]
+            learned = any(isinstance(each, Learned) for each in own)
+            return DIVERGENCES.build("exact") if learned else None
         told = getattr(self.objective, "divergence", None)
         training = [told] if told is not None else [ode.recipe.divergence for ode in odes]
         built = [DIVERGENCES.build(each) for each in training]

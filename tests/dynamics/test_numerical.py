@@ -453,3 +453,75 @@ def test_a_gradient_that_is_not_found_is_nan_in_its_row_only():
     x = (y / factors).detach()
     preimage._ImplicitGradient.apply(x, y - stretched(x), stretched).sum().backward()
     assert torch.equal(y.grad[0], torch.ones(100, dtype=F64)) and y.grad[1].isnan().all()
+
+
+@pytest.mark.parametrize("dim", [2, 70])
+def test_a_second_derivative_of_what_is_inverted_is_refused(dim, generator):
+    solver = Solver("rk4", steps=1, discrete=True)
+    flow = Flow(None, Continuous(MLPField(dim, (8,)), solver), event_shape=(dim,)).double()
+    x = torch.randn(2, dim, generator=generator, dtype=F64, requires_grad=True)
+    value = flow.transform.inverse(x)[0].sum()
+    with pytest.raises(RuntimeError, match=r"differentiable once.*torch\.func\.hessian"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_forward_mode_differentiates_the_inverse_again(generator):
+    """The Hessian of log q of inverted steps, by differences of its gradient."""
+    solver = Solver("midpoint", steps=2, discrete=True)
+    flow = Flow(None, Continuous(field_of("mlp", 2, generator), solver), event_shape=(2,))
+    x = torch.randn(2, generator=generator, dtype=F64)
+    found = torch.func.hessian(flow.double().log_prob)(x)
+
+    def slope(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(flow.log_prob(x), x)[0]
+
+    shifts = 1e-5 * torch.eye(2, dtype=F64)
+    expected = torch.stack([(slope(x + s) - slope(x - s)) / 2e-5 for s in shifts])
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Square(Cubic):
+    """x², which has no preimage of -1."""
+
+    def __call__(self, x):
+        return x**2
+
+    def with_jacobian(self, x):
+        return self(x), torch.diag_embed(2 * x)
+
+
+def test_a_row_that_is_not_found_leaves_the_others_gradients_alone():
+    y, start = torch.tensor([[[-1.0], [4.0]], [[0.0], [1.0]]], dtype=F64)  # a Jacobian of 0 first
+    scale = torch.ones((), dtype=F64, requires_grad=True)
+    found, missed, _ = preimage.preimage(Square(), scale * y, start)
+    assert missed.tolist() == [True, False]
+    assert found.isfinite().all()  # as what is computed of it has gradients, too
+    (slope,) = torch.autograd.grad(found[~missed].sum(), scale)
+    torch.testing.assert_close(slope, torch.ones((), dtype=F64))  # d√(4s)/ds at 1
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_a_row_in_a_large_batch_keeps_its_context(dim, generator):
+    """Where few rows are left, Newton's method goes on with these alone, and their contexts."""
+    field = MLPField(dim, (16,), context_dim=2).double()
+    x, context = (torch.randn(3000, n, generator=generator, dtype=F64) for n in (dim, 2))
+    step = numerical.NumericalStep(field, context, "rk4", 0.0, 1.0)
+    with torch.no_grad():
+        for weight in field.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator, dtype=F64))
+        y, start = step(x), x.clone()
+        start[2900:] += 0.1
+        found, missed, _ = preimage.preimage(step, y, start)
+    assert not missed.any()
+    torch.testing.assert_close(found, x)
+
+
+def test_the_gradient_takes_the_jacobian_at_the_solution(generator):
+    """In five dimensions Newton's method ends with one of an earlier iterate."""
+    cubic, y = Cubic(), torch.rand(3, 5, generator=generator, dtype=F64) + 0.5
+    y.requires_grad_()
+    found, _, _ = preimage.preimage(cubic, y, y.detach())
+    (slope,) = torch.autograd.grad(found.sum(), y)
+    torch.testing.assert_close(slope, 1 / (1 + 3 * found.detach() ** 2), rtol=1e-9, atol=0)

@@ -150,6 +150,12 @@ def test_training_that_leaves_the_head_behind_is_told():
         cnf.fit(small_flow(), cnf.FlowMatching(), data(64), ONE_STEP)
 
 
+@pytest.mark.parametrize("objective", [MeanFlow, SelfDistillation, Shortcut])
+def test_what_trains_the_steps_and_the_head_warns_of_nothing(objective):
+    coupling = {"name": "semidiscrete", "rows": 64}
+    cnf.fit(small_flow(), objective(coupling=coupling), data(64), ONE_STEP)  # warnings are errors
+
+
 def test_check_asks_no_gradient_of_the_head_and_tells_an_estimate_that_was_not_asked_for():
     flow = small_flow()
     assert cnf.check(flow, n=16)["gradients"].passed

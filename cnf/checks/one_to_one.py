@@ -19,29 +19,33 @@ FAR = {"twice as far out": 2.0, "four times as far out": 4.0}
 STARTS = 3  # of the search for a second preimage
 APART = 1e-3  # of the points' spread, beyond which two preimages are two
 
-REMEDY = (
+NEAR_REMEDY = (
     "there a step of the solver is not one to one, so that log_prob is NaN, or the density of one "
     "preimage of several; take more steps, or train by likelihood with this solver"
+)
+FAR_REMEDY = (
+    "there a step of the solver is not one to one; where no sample comes this matters little: "
+    "look at mass, and train by likelihood with this solver for longer"
 )
 
 
 def near(case: Case) -> Outcome:
     """No step of a discrete solver folds on data and on base samples."""
-    return _outcome(case, "data and base samples", 1.0)
+    return _outcome(case, "data and base samples", 1.0, NEAR_REMEDY)
 
 
 def far(case: Case) -> list[Outcome]:
     """Nor does one around them."""
-    return [_outcome(case, where, width) for where, width in FAR.items()]
+    return [_outcome(case, where, width, FAR_REMEDY) for where, width in FAR.items()]
 
 
-def _outcome(case: Case, where: str, width: float) -> Outcome:
+def _outcome(case: Case, where: str, width: float, remedy: str) -> Outcome:
     if not any(part.solver.discrete for part in odes_in(case.flow.transform)):
         raise NotApplicable("no solver's steps are the model")
     folded = [found for points in _sides(case, width) for found in points]
     bad, count = int(torch.cat(folded).sum()), sum(map(len, folded))
     words = f"{bad} of {count} points fold" if bad else f"no fold found on {count} points"
-    return Outcome(bad, 0, f"{words}, {where}", REMEDY)
+    return Outcome(bad, 0, f"{words}, {where}", remedy)
 
 
 def _sides(case: Case, width: float) -> Iterator[list[Tensor]]:

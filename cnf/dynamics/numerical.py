@@ -303,8 +303,8 @@ class Folds:
                 return (
                     f"{len(rows)} of {folded.shape[1]} rows ({abbreviated(rows)}) have NaN as "
                     f"density or as value: there the solver's step {which} of {len(places)} is "
-                    "not one to one, or was not inverted; take more steps (of a flow map that was "
-                    "trained longer), or train by likelihood with this solver"
+                    "not one to one, or was not inverted; take more steps, train a flow map for "
+                    "longer, or train by likelihood with this solver"
                 )
         return None
 

@@ -55,7 +55,7 @@ def preimage(
 
     By Newton's method up to `NEWTON` dimensions, by Anderson's above, which needs no Jacobian.
     Where none was found, x is the best iterate, without a gradient. x is differentiable once in y
-    and in all that Φ depends on, and again in forward mode. Without gradients, the Jacobian may be
+    and in all that Φ depends on, and twice under `torch.func`. Without gradients, the Jacobian may be
     one that was evaluated near x.
 
     Args:
@@ -77,7 +77,10 @@ def preimage(
             eye = torch.eye(jacobian.shape[-1], dtype=y.dtype, device=y.device)
             regular = torch.where(lost[:, None, None], eye, jacobian)
         found = x + _solved(regular, torch.where(per_row(lost, y), 0.0, left))
-        return (found if transformed() else _Once.apply(found)), missed, jacobian
+        if not transformed():
+            return _Once.apply(found), missed, jacobian
+        left = torch.where(per_row(lost, y), 0.0, y - function(found))
+        return found + _solved(regular, left), missed, jacobian  # the second derivative, too
     return _ImplicitGradient.apply(x, left, function), missed, None  # pyright: ignore
 
 

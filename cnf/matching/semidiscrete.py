@@ -91,7 +91,7 @@ class SemiDiscrete:
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> "Plan":
-        """Fit the coupling of a base and a data set, in seconds for 5,000 cells in 2-D.
+        """Fit the coupling of a base and a data set, in about 20 s for 200,000 rows in 2-D.
 
         Args:
             x1: Data, shape (M, *event).

@@ -174,10 +174,11 @@ class MaximumLikelihood(Objective):
                 "MaximumLikelihood: expected steer=0 where a solver's steps are the model, whose "
                 f"ends are fixed, got steer={self.steer}"
             )
-        if self.divergence is not None and number_of_probes(DIVERGENCES.build(self.divergence)):
+        divergence = DIVERGENCES.build(self.divergence or "exact")
+        if number_of_probes(divergence):
             raise ValueError(
                 "MaximumLikelihood: expected divergence='exact' where a solver's steps are the "
-                f"model, got {type(DIVERGENCES.build(self.divergence)).__name__}"
+                f"model, got {type(divergence).__name__}"
             )
 
     def prepare(

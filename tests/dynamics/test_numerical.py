@@ -465,18 +465,20 @@ def test_a_second_derivative_of_what_is_inverted_is_refused(dim, generator):
         torch.autograd.grad(value, x, create_graph=True)
 
 
-def test_forward_mode_differentiates_the_inverse_again(generator):
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("outer", [torch.func.jacfwd, torch.func.jacrev])
+def test_torch_func_differentiates_the_inverse_twice(outer, dim, generator):
     """The Hessian of log q of inverted steps, by differences of its gradient."""
     solver = Solver("midpoint", steps=2, discrete=True)
-    flow = Flow(None, Continuous(field_of("mlp", 2, generator), solver), event_shape=(2,))
-    x = torch.randn(2, generator=generator, dtype=F64)
-    found = torch.func.hessian(flow.double().log_prob)(x)
+    flow = Flow(None, Continuous(field_of("mlp", dim, generator), solver), event_shape=(dim,))
+    x = torch.randn(dim, generator=generator, dtype=F64)
+    found = outer(torch.func.jacrev(flow.double().log_prob))(x)
 
     def slope(x):
         x = x.requires_grad_()
         return torch.autograd.grad(flow.log_prob(x), x)[0]
 
-    shifts = 1e-5 * torch.eye(2, dtype=F64)
+    shifts = 1e-5 * torch.eye(dim, dtype=F64)
     expected = torch.stack([(slope(x + s) - slope(x - s)) / 2e-5 for s in shifts])
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -55,8 +55,8 @@ def preimage(
 
     By Newton's method up to `NEWTON` dimensions, by Anderson's above, which needs no Jacobian.
     Where none was found, x is the best iterate, without a gradient. x is differentiable once in y
-    and in all that Φ depends on, and twice under `torch.func`. Without gradients, the Jacobian may be
-    one that was evaluated near x.
+    and in all that Φ depends on, and twice under `torch.func`. Without gradients, the Jacobian may
+    be one that was evaluated near x.
 
     Args:
         function: Φ.

@@ -709,13 +709,11 @@ def _cost(field: VectorField, solver: Solver, rows: int, each: float) -> str:
         without = "A flow map with divergence_head=True would have learned an estimate of it"
         estimate = estimate if field.learns_divergence else without
         return f"{told}{estimate}; else score fewer rows, or take fewer steps"
-    if solver.discrete:
-        return told + "There is no estimate of it; score fewer rows, or take fewer steps"
-    return told + (
+    told += (
         "For an estimate at the price of a few, give the "
-        "call divergence=Hutchinson(probes=8), as in log_prob(x, divergence=…); "
-        "Solver('rk4', steps=8) takes 32"
+        "call divergence=Hutchinson(probes=8), as in log_prob(x, divergence=…)"
     )
+    return told if solver.discrete else f"{told}; Solver('rk4', steps=8) takes 32"
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -87,6 +87,22 @@ def test_the_barrier_is_of_the_direction_that_is_shortened_most():
     torch.testing.assert_close(held, torch.tensor(1 - 0.01 / barrier.LEAST).double())
 
 
+def test_the_barrier_takes_each_point_with_the_context_of_its_row():
+    class Shift(nn.Module):
+        """v(x) = -a x with a the context, whose Euler step folds where a > 1."""
+
+        def forward(self, t, x, context):
+            return -context * x
+
+    field = Adapter(Shift(), 1, context_dim=1)
+    flow = Flow(None, Continuous(field, EULER), event_shape=(1,)).double()
+    context = torch.ones(16, 1, dtype=torch.float64) * 3  # a step shortens x by -2
+    context[:: barrier.EVERY] = 0.0
+    noise = torch.randn(16, 2, 1, dtype=torch.float64)
+    assert barrier.barrier(flow, data(16), context, noise) == 0.0
+    assert barrier.barrier(flow, data(16), context.roll(1, 0), noise) > 1.0
+
+
 def test_losses_of_rows_have_the_loss_as_their_mean():
     flow = flow_of(Wave(0.97), Solver("euler", steps=1, discrete=True, explicit="density"))
     objective = cnf.MaximumLikelihood()

@@ -173,6 +173,10 @@ class Hutchinson(Divergence):
     which is unbiased for any Q, and exact if the span contains the whole row space. There is no
     gradient through Q.
 
+    Where a solver's steps are the model (discrete=True) the probes estimate the power series of
+    each step's log-determinant, without a bias, too, see `cnf.dynamics.power_series`; there is no
+    sketch.
+
     Source: Meyer et al. (2021), https://arxiv.org/abs/2010.09649.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Mapped(NamedTuple):
 
     Attributes:
         value: The points at the other end, shape (N, *event); NaN where a step was not inverted.
-        ladj: log|det| of the direction computed, shape (N,); NaN also where a step's determinant
-            is not positive, or where it was not asked for.
+        ladj: log|det| of the direction computed, shape (N,), or (N, n) with n estimates; NaN also
+            where a step's determinant is not positive, or where it was not asked for.
         integrals: The integral of each integrand over increasing time, shape (N,).
     """
 
@@ -109,11 +109,17 @@ class NumericalStep:
         """As `with_jacobian`, and the integral of each integrand over increasing time, (N,)."""
         size = math.prod(x.shape[1:])
         basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+        value, columns, integrals = self.with_tangents(x, basis.expand(size, *x.shape), integrands)
+        return value, columns.flatten(2).movedim(1, 0), integrals
+
+    def with_tangents(
+        self, x: Tensor, tangents: Tensor, integrands: Sequence[Integrand]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Φ(x), ∂Φ of each tangent, both of shape (n, N, *event), and integrals, (N,)."""
         zeros = [x.new_zeros(len(x)) for _ in integrands]
-        state = (x, basis.expand(size, *x.shape), *zeros)
-        value, columns, *integrals = self._taken(state, integrands)
+        value, products, *integrals = self._taken((x, tangents, *zeros), integrands)
         sign = math.copysign(1.0, self.h)
-        return value, columns.flatten(2).movedim(1, 0), tuple(sign * each for each in integrals)
+        return value, products, tuple(sign * each for each in integrals)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The x with Φ(x) = y, and whether none was found that is not folded, shape (N,).
@@ -143,58 +149,118 @@ class NumericalStep:
         return self.run(method, tuple(integrands), self.field, self.context, t, h, state)
 
 
+class LogDeterminant(Protocol):
+    """A method to compute log|det ∂Φ| of a step.
+
+    Attributes:
+        lost: What is said of a step in whose rows it is NaN.
+    """
+
+    @property
+    def lost(self) -> str: ...
+
+    def __call__(
+        self, step: NumericalStep, x: Tensor, integrands: Sequence[Integrand]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Φ(x), log|det ∂Φ|, shape (N,) or (N, n) with n estimates, and integrals, (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactLogDeterminant:
+    """By D tangents; NaN where the determinant is not positive."""
+
+    lost = (
+        "is not one to one, or was not inverted; take more steps, train a flow map for longer, or "
+        "train by likelihood with this solver"
+    )
+
+    def __call__(
+        self, step: NumericalStep, x: Tensor, integrands: Sequence[Integrand]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        value, jacobian, integrals = step.with_integrals(x, integrands)
+        return value, log_det(jacobian), integrals
+
+
+EXACT = ExactLogDeterminant()
+
+
 def explicit(
-    steps: Sequence[NumericalStep], x: Tensor, *, ladj: bool, integrands: Sequence[Integrand] = ()
+    steps: Sequence[NumericalStep],
+    x: Tensor,
+    *,
+    ladj: LogDeterminant | None,
+    integrands: Sequence[Integrand] = (),
 ) -> Mapped:
     """Take the steps one after the other.
 
     Args:
         steps: The steps, in their order.
         x: Points, shape (N, *event).
-        ladj: Whether the log-determinant is wanted.
+        ladj: How the log-determinant is computed; None where it is not wanted.
         integrands: As of `Continuous.integrate`.
     """
     if not (ladj or integrands):
         for step in steps:
             x = step(x)
         return Mapped(x, x.new_full((len(x),), math.nan), ())
-    given, folds = x, []
-    whole, *totals = [x.new_zeros(len(x)) for _ in range(1 + len(integrands))]
+    given, found, folds = x, [], []
+    by = ladj or EXACT
     for step in steps:
-        x, jacobian, parts = step.with_integrals(x, integrands)
-        each = log_det(jacobian)
-        whole, totals = whole + each, [a + b for a, b in zip(totals, parts, strict=True)]
-        folds.append(each.isnan())
-    _tell(steps, given, folds)
-    return Mapped(x, whole, tuple(totals))
+        x, each, parts = by(step, x, integrands)
+        found.append((each, parts))
+        folds.append(_lost(each))
+    _tell(steps, given, folds, by.lost)
+    return Mapped(x, *_sums(found))
 
 
 def implicit(
-    steps: Sequence[NumericalStep], y: Tensor, *, ladj: bool, integrands: Sequence[Integrand] = ()
+    steps: Sequence[NumericalStep],
+    y: Tensor,
+    *,
+    ladj: LogDeterminant | None,
+    integrands: Sequence[Integrand] = (),
 ) -> Mapped:
     """Invert the steps, the last one first.
 
     Args:
         steps: The steps, in the order in which `explicit` takes them.
         y: Points, shape (N, *event).
-        ladj: Whether the log-determinant is wanted.
+        ladj: How the log-determinant is computed; None where it is not wanted.
         integrands: As of `Continuous.integrate`.
     """
-    given, folds = y, []
-    whole, *totals = [y.new_zeros(len(y)) for _ in range(1 + len(integrands))]
-    lost = torch.zeros_like(whole, dtype=torch.bool)
+    given, found, folds = y, [], []
+    by = ladj or EXACT
+    lost = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for step in reversed(steps):
         y, folded = step.inverse(y)
         lost = lost | folded
         if ladj or integrands:
-            _, jacobian, parts = step.with_integrals(y, integrands)
-            each = log_det(jacobian)
-            whole, totals = whole - each, [a + b for a, b in zip(totals, parts, strict=True)]
-            folded = folded | each.isnan()
+            _, each, parts = by(step, y, integrands)
+            found.append((each, parts))
+            folded = folded | _lost(each)
         folds.append(folded)
-    _tell(steps, given, folds[::-1])
-    whole = whole.masked_fill(lost, math.nan) if ladj else whole.new_full((len(y),), math.nan)
-    return Mapped(y.masked_fill(per_row(lost, y), math.nan), whole, tuple(totals))
+    _tell(steps, given, folds[::-1], by.lost)
+    y = y.masked_fill(per_row(lost, y), math.nan)
+    if not found:
+        return Mapped(y, y.new_full((len(y),), math.nan), ())
+    whole, totals = _sums(found)
+    return Mapped(y, (-whole).masked_fill(per_row(lost, whole), math.nan), totals)
+
+
+def _sums(found: Sequence[Sequence[Any]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The log-determinants and the integrals of all steps, added."""
+    logs, integrals = zip(*found, strict=True)
+    return _sum(logs), tuple(_sum(parts) for parts in zip(*integrals, strict=True))
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], start=parts[0])
+
+
+def _lost(ladj: Tensor) -> Tensor:
+    """Rows in which a log-determinant, or an estimate of it, is NaN, shape (N,)."""
+    return ladj.isnan() if ladj.dim() == 1 else ladj.isnan().any(1)
 
 
 def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) -> Tensor:
@@ -222,7 +288,7 @@ def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) 
             points.append(step(points[-1]))
     else:
         for step in reversed(steps):
-            points.insert(0, implicit([step], points[0], ladj=False).value)
+            points.insert(0, implicit([step], points[0], ladj=None).value)
 
     def at(time: float) -> Tensor:
         passed = [k for k, step in enumerate(steps) if (time - step.t) * step.h >= 0]
@@ -280,21 +346,22 @@ class Folds:
     """Which rows have no density, and at which step, as `watched` collects it."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[tuple[int, float], ...], list[Tensor]] = {}
+        self._found: dict[tuple[str, tuple[tuple[int, float], ...]], list[Tensor]] = {}
 
-    def add(self, steps: Sequence[NumericalStep], folded: Tensor) -> None:
+    def add(self, steps: Sequence[NumericalStep], folded: Tensor, lost: str) -> None:
         """Record the rows of a chunk.
 
         Args:
             steps: The steps, in the order in which they are explicit.
             folded: Whether a row has no density for a step, shape (steps, N).
+            lost: What such a step is, as of `LogDeterminant`.
         """
         places = tuple((id(step.field), step.t) for step in steps)
-        self._found.setdefault(places, []).append(folded)
+        self._found.setdefault((lost, places), []).append(folded)
 
     def told(self) -> str | None:
         """What is to be said of them; None if there are none. Waits for the device."""
-        for places, chunks in self._found.items():
+        for (lost, places), chunks in self._found.items():
             folded = torch.cat(chunks, 1)
             rows = folded.any(0).nonzero().flatten().tolist()
             if rows:
@@ -302,9 +369,7 @@ class Folds:
                 which = ", ".join(f"{k + 1} (from t = {places[k][1]:.3g})" for k in steps)
                 return (
                     f"{len(rows)} of {folded.shape[1]} rows ({abbreviated(rows)}) have NaN as "
-                    f"density or as value: there the solver's step {which} of {len(places)} is "
-                    "not one to one, or was not inverted; take more steps, train a flow map for "
-                    "longer, or train by likelihood with this solver"
+                    f"density or as value: there the solver's step {which} of {len(places)} {lost}"
                 )
         return None
 
@@ -336,11 +401,13 @@ def warning_of_folds() -> Iterator[None]:
         warn(f"Flow: {text}")
 
 
-def _tell(steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor]) -> None:
+def _tell(
+    steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor], lost: str
+) -> None:
     """Record, or warn of, rows that folded though what was given is finite."""
     if fixed.captured():
         return
     with warning_of_folds():
         found = _folds.get()
         assert found is not None
-        found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1))
+        found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1), lost)

@@ -20,7 +20,13 @@ from cnf.dynamics.solver import Solver
 from cnf.errors import optional, warn
 from cnf.flow import Flow, evaluating
 from cnf.training.diagnosis import NATS, warn_of_difference
-from cnf.transforms.continuous import Continuous, has_fixed_steps, is_continuous, odes_in
+from cnf.transforms.continuous import (
+    Continuous,
+    has_discrete_steps,
+    has_fixed_steps,
+    is_continuous,
+    odes_in,
+)
 
 
 class LogProb(NamedTuple):
@@ -80,7 +86,8 @@ def log_prob_with_error(
             f"log_prob_with_error: expected confidence between 0 and 1, got {confidence}"
         )
     divergence = _fixed(flow, x, divergence, generator)
-    seed = int(torch.randint(2**62, (), generator=generator).item()) if flow.dequantization else 0
+    random = flow.dequantization or has_discrete_steps(flow.transform)
+    seed = int(torch.randint(2**62, (), generator=generator).item()) if random else 0
     with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
@@ -133,8 +140,11 @@ def _scored(
     generator = torch.Generator(x.device).manual_seed(seed)
     if divergence is None or not number_of_probes(divergence):
         return flow.log_prob(x, context, divergence=divergence, generator=generator), None
+    assert isinstance(divergence, Hutchinson)
+    # A power series draws how many terms it takes, as many in the reference.
+    terms = torch.Generator(x.device).manual_seed(seed)
     value, solved = flow.log_prob_and_integral(
-        x, context, divergence=divergence, generator=generator
+        x, context, divergence=replace(divergence, generator=terms), generator=generator
     )
     return value, solved.estimates
 

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from cnf.dynamics import fixed, numerical, ode
-from cnf.dynamics.divergence import DIVERGENCES, Divergence, Learned, is_exact, probes_of
+from cnf.dynamics.divergence import (
+    DIVERGENCES,
+    Divergence,
+    Hutchinson,
+    Learned,
+    is_exact,
+    probes_of,
+)
 from cnf.dynamics.monitor import Stats
+from cnf.dynamics.power_series import PowerSeries
 from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import FLOW_MAP, STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
@@ -178,8 +186,10 @@ class Continuous(Transform):
         if context is not None:
             context = context.expand(*batch, -1).reshape(x.shape[0], self.context_dim)
         if probe is not None:
-            probe = probe.reshape(-1, *x.shape)
+            probe = probe.reshape(len(probe), *x.shape)
         if self.solver.discrete:
+            if isinstance(estimator, Hutchinson):
+                estimator = replace(estimator, probe=probe)
             return self._by_steps(x, context, (start, stop), estimator, tuple(integrands), batch)
         channels = [] if estimator is None else [estimator.channels]
         shapes = [(x.shape[0], *shape) for shape in (*channels, *((),) * len(integrands))]
@@ -191,16 +201,27 @@ class Continuous(Transform):
             if self.solver.method in STAGES and not torch.is_autocast_enabled(x.device.type):
                 step = partial(_compiled, _step, self.solver.method, *settings)
         state, nfe = self._solve(rates, step, tuple(integrands), state, start, stop, context)
-        ladj, estimates = x.new_full(x.shape[:1], float("nan")), None
-        if estimator is not None:
-            ladj = state[1]
-            if ladj.dim() > 1:
-                ladj, estimates = ladj.mean(-1), ladj.T.reshape(ladj.shape[1], *batch)
+        ladj = x.new_full(x.shape[:1], float("nan")) if estimator is None else state[1]
         sign = 1.0 if start < stop else -1.0
-        integrals = tuple(sign * part.reshape(batch) for part in state[1 + len(channels) :])
+        integrals = [sign * part for part in state[1 + len(channels) :]]
+        return self._integral(state[0], ladj, integrals, nfe, batch)
+
+    def _integral(
+        self,
+        value: Tensor,
+        ladj: Tensor,
+        integrals: Sequence[Tensor],
+        nfe: int,
+        batch: Sequence[int],
+    ) -> Integral:
+        """What was solved for N rows; `ladj` may have an estimate of each probe."""
+        estimates = None
+        if ladj.dim() > 1:
+            ladj, estimates = ladj.mean(-1), ladj.T.reshape(ladj.shape[1], *batch)
         return Integral(
-            state[0].reshape(value.shape), ladj.reshape(batch), integrals, nfe, estimates
-        )
+            value.reshape(*batch, *self.field.event_shape), ladj.reshape(batch),
+            tuple(each.reshape(batch) for each in integrals), nfe, estimates,
+        )  # fmt: skip
 
     def _by_steps(
         self,
@@ -217,8 +238,8 @@ class Continuous(Transform):
             x: Starting points, shape (N, *event).
             context: Condition, shape (N, C), or None.
             ends: Where it starts and where it stops: 0 and 1 or 1 and 0.
-            divergence: The exact one, the learned one of a flow map, or None for no
-                log-determinant.
+            divergence: The exact one, Hutchinson's with probes of shape (n, N, *event), the
+                learned one of a flow map, or None for no log-determinant.
             integrands: As of `integrate`.
             batch: The shape that N is of.
         """
@@ -228,25 +249,31 @@ class Continuous(Transform):
             )
         if isinstance(divergence, Learned) and self.solver.method == FLOW_MAP:
             run = partial(self._estimated, x, context, ends, divergence, integrands)
-        elif divergence is None or is_exact(divergence):
+        else:
             plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
             run = partial(
-                numerical.explicit if plain else numerical.implicit,
-                self.steps(context), x, ladj=divergence is not None, integrands=integrands,
+                numerical.explicit if plain else numerical.implicit, self.steps(context), x,
+                ladj=self._log_determinant(divergence), integrands=integrands,
             )  # fmt: skip
-        else:
-            raise ValueError(
-                f"Continuous: expected the exact log-determinant of {self.solver}, got "
-                f"{divergence}; estimates are for solvers with discrete=False, and 'learned' is "
-                "for flow maps"
-            )
         # torch.compile cannot trace what counts the evaluations.
         with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:
             value, ladj, integrals = run()
-        return Integral(
-            value.reshape(*batch, *self.field.event_shape), ladj.reshape(batch),
-            tuple(each.reshape(batch) for each in integrals), stats.forward,
-        )  # fmt: skip
+        return self._integral(value, ladj, integrals, stats.forward, batch)
+
+    def _log_determinant(self, divergence: Divergence | None) -> numerical.LogDeterminant | None:
+        """How that of the solver's steps is computed, by probes that are given."""
+        if divergence is None:
+            return None
+        if is_exact(divergence):
+            return numerical.EXACT
+        if isinstance(divergence, Hutchinson) and not divergence.sketch:
+            assert divergence.probe is not None
+            return PowerSeries(divergence.probe, divergence.generator)
+        raise ValueError(
+            f"Continuous: expected 'exact' or 'hutchinson' for the log-determinant of "
+            f"{self.solver}, got {divergence}; others are for solvers with discrete=False, and "
+            "'learned' is for flow maps"
+        )
 
     def _estimated(
         self,

@@ -33,7 +33,7 @@ def draw(toy: str) -> None:
     halves = {"method": "midpoint", "steps": 2}
     trained = {
         f"Likelihood, RK4 × {steps}": cnf.load(FLOWS / f"{toy}-0-likelihood-rk4-{steps}-density")
-        for steps in (1, 2)
+        for steps in (1, 2, 4)
     }
     flows = {
         "Midpoint × 2, claimed": Claimed(matched.with_solver(cnf.Solver(**halves))),

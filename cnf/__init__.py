@@ -24,7 +24,7 @@ from cnf import (
 from cnf.dynamics import Exact, Hutchinson, Solver
 from cnf.errors import CheckpointError, DivergedError, SolverError
 from cnf.flow import Flow
-from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood
+from cnf.objectives import Batch, FlowMatching, Loss, MaximumLikelihood, ReverseKL
 
 if TYPE_CHECKING:  # at run time they are imported when they are first used, see `__getattr__`
     from cnf import checks, metrics, plotting, race, training
@@ -54,6 +54,7 @@ __all__ = [
     "Hutchinson",
     "Loss",
     "MaximumLikelihood",
+    "ReverseKL",
     "Solver",
     "SolverError",
     "TrainConfig",

@@ -383,11 +383,10 @@ class Flow(nn.Module):
             generator: Source of the draw; torch's default generator if None.
         """
         z, context = self.draw_base(sample_shape, context, generator, "Flow.sample_and_log_prob")
-        if self.dequantization is not None:
-            raise TypeError(
-                "Flow.sample_and_log_prob: a dequantized flow has no density of its samples; "
-                "call sample, then log_prob for the bound"
-            )
+        self._expect_density_of_samples("Flow.sample_and_log_prob")
+        return self._decoded_and_log_prob(z, context)
+
+    def _decoded_and_log_prob(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         rows, z, context = self._start(z, context)
         y, ladj = by_chunks(self.transform, self.transform, z, context)
         x, outer = self.outside(y)
@@ -412,6 +411,26 @@ class Flow(nn.Module):
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
         return self._decoded(z, self._context_of("Flow.decode", z, context))
+
+    def decode_and_log_prob(
+        self, z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `decode`, with the log-density of the data, shape (*batch,), from one solve.
+
+        Args:
+            z: Base samples, shape (*batch, *event).
+            context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+        """
+        self._expect_density_of_samples("Flow.decode_and_log_prob")
+        context = self._context_of("Flow.decode_and_log_prob", z, context)
+        return self._decoded_and_log_prob(z, context)
+
+    def _expect_density_of_samples(self, who: str) -> None:
+        if self.dequantization is not None:
+            raise TypeError(
+                f"{who}: a dequantized flow has no density of its samples; call sample, then "
+                "log_prob for the bound"
+            )
 
     def trajectory(
         self, z: Tensor, times: Tensor | Sequence[float], context: Tensor | None = None

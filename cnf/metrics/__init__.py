@@ -11,6 +11,7 @@ from cnf.metrics.distances import (
 )
 from cnf.metrics.error_bars import LogProb, log_prob_with_error
 from cnf.metrics.estimate import Estimate
+from cnf.metrics.evidence import LogEvidence, log_evidence
 from cnf.metrics.flows import (
     gap,
     log_prob_chunked,
@@ -28,6 +29,7 @@ __all__ = [
     "METRICS",
     "Estimate",
     "Evaluations",
+    "LogEvidence",
     "LogProb",
     "Metric",
     "Score",
@@ -36,6 +38,7 @@ __all__ = [
     "c2st",
     "energy_distance",
     "gap",
+    "log_evidence",
     "log_prob_chunked",
     "log_prob_with_error",
     "metric",

@@ -1,4 +1,4 @@
-"""What is minimized: maximum likelihood, flow matching, both. They train the same flow."""
+"""What is minimized: maximum likelihood, flow matching, reverse KL. They train the same flow."""
 
 from cnf.objectives.base import OBJECTIVES, Loss, Objective
 from cnf.objectives.batch import Batch
@@ -13,12 +13,14 @@ from cnf.objectives.joint import Joint
 from cnf.objectives.likelihood import LikelihoodRows, MaximumLikelihood
 from cnf.objectives.matching import FlowMatching, MatchedPairs
 from cnf.objectives.multiscale import MultiscaleMatching, ScalePairs
+from cnf.objectives.reverse_kl import ImportanceWeighted, ReverseKL
 
 __all__ = [
     "OBJECTIVES",
     "Batch",
     "FlowMapObjective",
     "FlowMatching",
+    "ImportanceWeighted",
     "Joint",
     "LikelihoodRows",
     "Loss",
@@ -27,6 +29,7 @@ __all__ = [
     "MeanFlow",
     "MultiscaleMatching",
     "Objective",
+    "ReverseKL",
     "ScalePairs",
     "SelfDistillation",
     "Shortcut",

@@ -141,6 +141,23 @@ class Batch(RowTensors):
             expect_weights("Batch", self.weight)
 
 
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows that an objective may ask for before training.
+
+    Args:
+        read: Gives the first n, or all that there are; None where there are none.
+        total: How many there are; None where that is not known, or each step draws others.
+    """
+
+    read: Callable[[int], Batch | None]
+    total: int | None = None
+
+    def __call__(self, n: int) -> Batch | None:
+        """The first n rows."""
+        return self.read(n)
+
+
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
     """Mean of (N,), weighted where there are weights; 0 where all of these are 0."""
     if weight is None:

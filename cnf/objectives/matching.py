@@ -147,6 +147,12 @@ class FlowMatching(Objective):
         flow, coupling, begun = as_flow("FlowMatching", module), self._built[0], copy(self)
         data = rows(coupling.rows) if hasattr(coupling, "fit") else None
         if data is not None and data.x0 is None:
+            total = getattr(rows, "total", None)
+            if total is not None and len(data.x) < total:
+                warn(
+                    f"fit: the coupling pairs with {len(data.x)} of the {total} rows, and trains "
+                    'on these only; give it more: {"name": …, "rows": …}'
+                )
             with torch.no_grad():
                 data = resampled(data, generator)
                 x1 = flow.inside(data.x, generator)[0]

@@ -15,7 +15,7 @@ from cnf.data import load
 from cnf.dynamics import ode
 from cnf.errors import CheckpointError, DivergedError, SolverError, optional, warn
 from cnf.objectives import OBJECTIVES, Batch, Loss, Objective
-from cnf.objectives.batch import Prepared
+from cnf.objectives.batch import Prepared, TrainingRows
 from cnf.precision import tf32
 from cnf.random import draws_itself, preserved, reseed, stream, stream_seed
 from cnf.training import checkpoint
@@ -42,7 +42,7 @@ SLOW = 5  # seconds of validation from which on it may not take longer than trai
 def fit(
     module: nn.Module,
     objective: Objective | type[Objective] | str,
-    data: Any,
+    data: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
     *,
     context: Any = None,
@@ -65,8 +65,8 @@ def fit(
         data: A density, a torch distribution or a flow (fresh draws each step); rows in memory: a
             tensor, an array or a table (N, D), `Points`, a `Batch`; a name or a file, as
             `cnf.data.load` takes them; a map-style dataset; an iterable of batches, or a generator
-            function of them; None where the objective needs none. A batch is x, (x, context), a
-            `Batch`, or a mapping with a `Batch`'s names.
+            function of them; None where the objective needs none, or no more than a context. A
+            batch is x, (x, context), a `Batch`, or a mapping with a `Batch`'s names.
         config: Budget, optimizer, averaging, where to write, or a mapping of these settings;
             `TrainConfig()`, a minute, if None.
         context: Condition of each row of an array, shape (N, C), or (N,) for one number each;
@@ -232,9 +232,9 @@ class _Trainer:
             found = self.stream.rows(n)
             return None if found is None else self.placed(found)
 
-        start = time.perf_counter()
+        start, known = time.perf_counter(), TrainingRows(rows, self.stream.total)
         with self.bar.doing("preparing"):
-            begun = self.objective.begin(self.module, rows, stream(self.config.seed, "coupling"))
+            begun = self.objective.begin(self.module, known, stream(self.config.seed, "coupling"))
         self.objective = begun
         self.learner.begin(begun)
         if not self.resumes:

@@ -37,7 +37,7 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
         return
     for name, rows in (("preprocess", head.x), ("context_preprocess", head.context)):
         part: Any = getattr(module, name, None)
-        if rows is None or part is None:
+        if rows is None or part is None or not rows[0].numel():
             continue
         rows = rows.to(next(part.buffers(), rows).device)
         if name == "preprocess" and isinstance(module, Flow) and module.dequantization:
@@ -76,10 +76,11 @@ def _expect_in_support(preprocess: Transform, rows: Tensor) -> None:
 @torch.no_grad()
 def _far(flow: Flow, head: Batch) -> Iterator[tuple[str, str | None]]:
     """Name and warning of data and contexts that are not near unit scale where nets see them."""
-    y, _ = flow.inside(head.x.to(flow.device))
-    z = flow.base.sample((1_000,), stream(0, "spread of the base")).to(y)
-    spread = z.std(0).clamp(min=1e-12)
-    yield "x", _scale_warning("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
+    if head.x[0].numel():
+        y, _ = flow.inside(head.x.to(flow.device))
+        z = flow.base.sample((1_000,), stream(0, "spread of the base")).to(y)
+        spread = z.std(0).clamp(min=1e-12)
+        yield "x", _scale_warning("x", flow.preprocess, (y - z.mean(0)) / spread, flow)
     if head.context is not None and flow.context_dim:
         inner = flow.inner_context("fit", head.context.to(flow.device), None)
         assert inner is not None

@@ -18,7 +18,6 @@ from cnf.data.arrays import is_rows
 from cnf.data.density import Toy
 from cnf.data.tabular import is_large
 from cnf.distributions import Base, FromTorch, as_base
-from cnf.errors import warn
 from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import draws_itself, preserved, reseed, stream, stream_seed
@@ -39,10 +38,12 @@ class Stream(ABC):
     Attributes:
         validation: Held-out rows, or None.
         head: Rows that preprocessing is fitted to.
+        total: How many rows there are to train on, where that is known.
     """
 
     validation: Batch | None
     head: Batch | None
+    total: int | None = None
 
     @abstractmethod
     def size(self, step: int) -> int:
@@ -188,6 +189,7 @@ class RowStream(Stream):
             held_out = min(len(rows) // 10, config.validation_rows)
             validation = rows[order[:held_out]] if held_out else None
         self.train = order[held_out:]
+        self.total = len(self.train)
         self.head = rows.head(self.train) if len(self.train) else None
         pictures = self.head is not None and self.head.x.dim() == 4
         most = PICTURES if pictures else BATCH_SIZE
@@ -222,11 +224,6 @@ class RowStream(Stream):
         return self.data[self._order[first + rows.start : first + rows.stop]]
 
     def rows(self, n: int) -> Batch:
-        if n < len(self.train):
-            warn(
-                f"fit: the coupling pairs with {n} of the {len(self.train)} rows, and trains on "
-                'these only; give it more: {"name": …, "rows": …}'
-            )
         return self.data[self.train[:n]]
 
     def move(self, device: torch.device) -> None:
@@ -393,6 +390,8 @@ def as_stream(
         held_out = _held_out(validation, config.validation_rows, missing)
     if isinstance(data, tuple) and not is_rows(data):  # of batches make a list
         data = _pair(data)
+    if data is None and context is not None:  # rows that have nothing else
+        data, context = {"x": torch.empty(len(context), 0), "context": context}, None
     if isinstance(data, Mapping | Points) or is_rows(data):
         data = in_memory(data, context, weight, missing)
         context = weight = None

@@ -1,0 +1,73 @@
+"""Log evidence by importance sampling, against exact integrals."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+import cnf
+from cnf.flow import Flow
+from cnf.metrics import log_evidence
+from cnf.models import build
+
+
+def wide(x):
+    """Three times the density of N(0, 1.2²) in two dimensions."""
+    return Normal(0.0, 1.2).log_prob(x).sum(-1) + math.log(3)
+
+
+def standard():
+    return Flow(None, cnf.transforms.Permutation(2), event_shape=(2,))
+
+
+def test_value_error_and_ess_are_those_of_exact_integrals():
+    """Σ p²/q of two normals is exact: E w² / (E w)² = s⁴ / (2 s² - 1) in two dimensions."""
+    flow, n, s2 = standard(), 4_000, 1 / 1.2**2
+    found = [
+        log_evidence(flow, wide, n, generator=torch.Generator().manual_seed(k)) for k in range(60)
+    ]
+    values, errors = (torch.stack([each[k] for each in found]) for k in (0, 1))
+    second = 1.2**-4 / (2 * s2 - 1)  # of w, in units of its mean squared
+    assert (values.mean() - math.log(3)).abs() < 4 * values.std() / 60**0.5
+    torch.testing.assert_close(values.std(), errors.mean(), rtol=0.3, atol=0)
+    ess = torch.stack([each.ess for each in found]).mean() / n
+    torch.testing.assert_close(ess.float(), torch.tensor(1 / second), rtol=0.05, atol=0)
+    elbo = math.log(3) - 0.5 * 2 * (s2 - 1 + 2 * math.log(1.2))
+    torch.testing.assert_close(found[0].elbo.float(), torch.tensor(elbo), rtol=0, atol=0.05)
+
+
+def test_each_context_has_an_evidence_of_its_own():
+    flow = build("realnvp", dim=2, context=1)
+    y = torch.arange(6.0).reshape(2, 3, 1)
+
+    def joint(x, y):
+        return flow.log_prob(x, y) + 2 * y[:, 0]
+
+    told = log_evidence(flow, joint, 25_000, y)
+    assert told.value.shape == told.ess.shape == (2, 3)
+    torch.testing.assert_close(told.value.float(), 2 * y[..., 0])
+    torch.testing.assert_close(told.ess, torch.full((2, 3), 25_000.0).double())
+    assert told.error.abs().max() < 1e-3
+
+
+def test_draws_in_chunks_are_all_counted(monkeypatch):
+    monkeypatch.setattr("cnf.metrics.evidence.CHUNK", 7)
+    seen = []
+    log_evidence(standard(), lambda x: seen.append(len(x)) or wide(x), 30)
+    assert sum(seen) == 30 and max(seen) == 7
+
+
+def test_one_draw_with_much_of_the_weight_is_told():
+    with pytest.warns(UserWarning, match="one of 1000 draws has .* of all weight"):
+        log_evidence(standard(), lambda x: Normal(4.0, 0.3).log_prob(x).sum(-1), 1_000)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    flow = standard()
+    with pytest.raises(ValueError, match="NaN or infinity at 100 of 100 draws"):
+        log_evidence(flow, lambda x: x.sum(-1) * torch.nan, 100)
+    with pytest.raises(ValueError, match="got none; train the flow"):
+        log_evidence(flow, lambda x: x.sum(-1) * 0 - torch.inf, 100)
+    half = log_evidence(flow, lambda x: torch.where(x[:, 0] > 0, flow.log_prob(x), -torch.inf))
+    assert half.value == pytest.approx(math.log(0.5), abs=0.05) and half.elbo == -torch.inf

@@ -255,3 +255,20 @@ def test_held_out_rows_without_a_density_are_told_and_end_no_run():
     assert any("held-out NLL is NaN, as steps of the solver fold" in str(w.message) for w in told)
     assert torch.tensor(history.records[-1]["val_nll"]).isnan()
     assert history.records[-1]["folded"] == 1
+
+
+@pytest.mark.parametrize("explicit", ["sample", "density"])
+def test_data_may_be_wider_than_the_flow(explicit):
+    x = 1_000 * torch.randn(300, 2, dtype=torch.float64).numpy()
+    solver = Solver("rk4", steps=1, discrete=True, explicit=explicit)
+    history = cnf.fit(
+        cnf.models.cnf(2, hidden=(8,)), cnf.MaximumLikelihood(solver=solver), x,
+        cnf.TrainConfig(steps=2, batch_size=64, progress=False),
+    )  # fmt: skip
+    assert history.records[-1]["nll"] > 10  # in the units of the data
+
+
+def test_a_check_far_out_warns_of_no_rows():
+    """Warnings are errors here; a finding is what tells of folds."""
+    flow = flow_of(Bump(), Solver("euler", steps=1, discrete=True, explicit="density"))
+    assert not cnf.check(flow, data())["one to one far out"].passed

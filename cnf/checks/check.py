@@ -15,10 +15,12 @@ from cnf.checks.gradients import gradients
 from cnf.checks.one_probe import OneProbe
 from cnf.data.arrays import as_numbers
 from cnf.distributions import StandardNormal
+from cnf.dynamics import numerical
 from cnf.dynamics.divergence import AFFORDABLE, exact_directions, is_exact
 from cnf.errors import abbreviated, expect_counts, expect_event, expect_finite
 from cnf.flow import Flow
 from cnf.random import preserved, reseed
+from cnf.transforms.context import StandardizeContext
 from cnf.transforms.continuous import Continuous
 
 __all__ = ["CHECKS", "CheckReport", "Finding", "check"]
@@ -144,7 +146,7 @@ def check(
     generator = Generator().manual_seed(seed)
     notes = ["checked in eval mode; the flow is in train mode, and stays so"] * flow.training
     if flow.context_dim and context is None:
-        row = torch.randn(flow.context_dim, generator=generator).to(reference(flow))
+        row = _any_context(flow, generator).to(reference(flow))
         context = row.expand(*(batch or ()), flow.context_dim)
         notes.append(_of_context(flow, row))
     else:
@@ -159,7 +161,8 @@ def check(
             f"an exact trace takes {size} directions for each evaluation: log-determinants are "
             f"those of one probe, the same in every call, and all was asked at {n} points only"
         )
-    with _untouched(flow, seed), torch.no_grad():
+    # That rows far out fold is a finding, and no warning.
+    with _untouched(flow, seed), torch.no_grad(), numerical.watched():
         try:
             case = _case(flow, x, context, n, generator)
         except Exception as error:
@@ -175,14 +178,34 @@ def _costly(flow: Flow) -> Iterator[Continuous]:
                 yield part
 
 
+def _any_context(flow: Flow, generator: Generator) -> Tensor:
+    """A row as `context_preprocess` may give it: numbers of unit scale, and one label."""
+    row, labels = torch.randn(flow.context_dim, generator=generator), _labels(flow).nonzero()
+    if len(labels):
+        row[labels] = 0.0
+        row[labels[torch.randint(len(labels), (), generator=generator)]] = 1.0
+    return row
+
+
+def _labels(flow: Flow) -> Tensor:
+    """Which columns of the context `context_preprocess` has found to be zeros and ones."""
+    part = flow.context_preprocess
+    if not isinstance(part, StandardizeContext) or not part.fitted:
+        return torch.zeros(flow.context_dim, dtype=torch.bool)
+    return ((part.columns.loc == 0) & (part.columns.scale == 1)).cpu()
+
+
 def _of_context(flow: Flow, row: Tensor) -> str:
     """Which context was taken where none was given, and in which units."""
     numbers = abbreviated([f"{number:.2g}" for number in row.tolist()])
     units = "in the units of the data's contexts"
     if flow.context_preprocess is not None:
         units = "in scales from the mean, as context_preprocess gives contexts"
+    kinds = "standard normal numbers"
+    if _labels(flow).any():
+        kinds = "one label of its columns of zeros and ones, and standard normal numbers elsewhere"
     return (
-        f"context: none was given; a row of standard normal numbers was taken, [{numbers}], "
+        f"context: none was given; a row of {kinds} was taken, [{numbers}], "
         f"{units}; to check at contexts of your own give context=…, or --data on the command line"
     )
 

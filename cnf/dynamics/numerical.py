@@ -171,8 +171,8 @@ class ExactLogDeterminant:
     """By D tangents; NaN where the determinant is not positive."""
 
     lost = (
-        "is not one to one, or was not inverted; take more steps, train a flow map for longer, or "
-        "train by likelihood with this solver"
+        "is not one to one, or was not inverted; take more steps, or train them for longer, by "
+        "likelihood with this solver"
     )
 
     def __call__(

@@ -195,9 +195,8 @@ class MaximumLikelihood(Objective):
         probe = torch.cat(probes).movedim(0, 1) if probes else None
         around = None
         if discrete_in(flow):
-            around = draw(
-                torch.randn, (len(batch.x), 2, *flow.event_shape), generator, like=batch.x
-            )
+            like = batch.x.new_empty(0, dtype=flow.dtype)  # data may be wider
+            around = draw(torch.randn, (len(batch.x), 2, *flow.event_shape), generator, like=like)
         return LikelihoodRows(batch.x, batch.context, batch.weight, probe, stop, around)
 
     def __call__(

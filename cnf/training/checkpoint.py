@@ -136,6 +136,11 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> Path:
     Raises:
         CheckpointError: It cannot be written; what was there is kept.
     """
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"save: cannot write {path}: expected a folder that is there, got {path.parent}; make "
+            "it first"
+        )
     temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}{TEMPORARY}")  # names have a limit
     try:
         with temporary.open("wb") as file:
@@ -164,12 +169,18 @@ def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _is_pickled(path: Path) -> bool:
+    """Whether the file begins as what torch.save writes, a zip or, once, a pickle."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+
+
 def _opened(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """A flow file's recipe and tensors, after the check of its hash."""
     safetensors, torch_side = (
         optional(name, "train") for name in ("safetensors", "safetensors.torch")
     )
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLED and _is_pickled(path):
         raise CheckpointError(
             f"load: expected a .safetensors file written by cnf.save, got {path}, a file of "
             "torch.save, which does not say how to build the flow; build the flow, write "

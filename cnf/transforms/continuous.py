@@ -269,9 +269,10 @@ class Continuous(Transform):
         if isinstance(divergence, Hutchinson) and not divergence.sketch:
             assert divergence.probe is not None
             return PowerSeries(divergence.probe, divergence.generator)
+        got = "'hutch++'" if isinstance(divergence, Hutchinson) else type(divergence).__name__
         raise ValueError(
             f"Continuous: expected 'exact' or 'hutchinson' for the log-determinant of "
-            f"{self.solver}, got {divergence}; others are for solvers with discrete=False, and "
+            f"{self.solver}, got {got}; others are for solvers with discrete=False, and "
             "'learned' is for flow maps"
         )
 

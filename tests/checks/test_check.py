@@ -585,3 +585,12 @@ def test_estimates_that_were_not_asked_for_are_found_in_flows_of_large_pictures(
     report = check(continuous(Pictures(), Solver("rk4", steps=2), divergence="hutchinson"))
     assert "without being asked for one" in report["determinism"].message
     assert report["determinism"].passed is False
+
+
+def test_a_label_is_taken_for_a_context_of_labels():
+    flow = cnf.models.realnvp(2, context=4, hidden=(8,))
+    labels = torch.eye(3)[torch.arange(60) % 3]
+    flow.context_preprocess.fit(torch.cat([labels, 5 + torch.randn(60, 1)], 1))
+    note = next(note for note in cnf.check(flow).notes if note.startswith("context"))
+    assert "one label of its columns of zeros and ones" in note
+    assert sum(f"{number}," in note for number in ("[1, 0, 0", "[0, 1, 0", "[0, 0, 1")) == 1

@@ -385,3 +385,16 @@ def test_error_for_data_in_place_of_a_flow_names_the_reader_of_data(tmp_path):
         load, "moons"
     )
     assert "data are read by cnf.data.load(" in refusal(load, tmp_path / "own.csv")
+
+
+@pytest.mark.parametrize("name", ["flow.pt", "flow.ckpt", "flow.model", "flow"])
+def test_what_save_wrote_is_loaded_whatever_it_is_called(name, tmp_path):
+    flow = cnf.models.realnvp(2, hidden=(4,))
+    cnf.save(flow, tmp_path / name)
+    for a, b in zip(load(tmp_path / name).parameters(), flow.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(cnf.CheckpointError, match=r"a folder that is there, got .*sub; make it"):
+        cnf.save(cnf.models.realnvp(2, hidden=(4,)), tmp_path / "sub" / "x")

@@ -173,17 +173,18 @@ class Hutchinson(Divergence):
     which is unbiased for any Q, and exact if the span contains the whole row space. There is no
     gradient through Q.
 
-    Where a solver's steps are the model (discrete=True) the probes estimate the power series of
-    each step's log-determinant, without a bias, too, see `cnf.dynamics.power_series`; there is no
-    sketch.
-
     Source: Meyer et al. (2021), https://arxiv.org/abs/2010.09649.
+
+    Where a solver's steps are the model (discrete=True) the probes estimate the power series of
+    each step's log-determinant, see `cnf.dynamics.power_series`: unbiased for steps near the
+    identity, NaN for others. How many terms are taken is drawn from the generator, also where
+    probes are given. A sketch is refused there.
 
     Args:
         probes: Number of estimates, each with a log-density channel of its own; their mean is the
             result, and their spread gives its error.
         noise: "rademacher", which has the smaller variance, or "gaussian".
-        generator: Source of the probes; None for torch's global generator.
+        generator: Source of the draws; None for torch's global generator.
         probe: The probes, shape (sketch + probes, *batch, *event); they are drawn if None.
         sketch: Number of directions with an exact trace, each of which costs two VJPs.
 

@@ -153,11 +153,11 @@ class LogDeterminant(Protocol):
     """A method to compute log|det ∂Φ| of a step.
 
     Attributes:
-        lost: What is said of a step in whose rows it is NaN.
+        failure: Ends the sentence "the solver's step k …" about rows in which it is NaN.
     """
 
     @property
-    def lost(self) -> str: ...
+    def failure(self) -> str: ...
 
     def __call__(
         self, step: NumericalStep, x: Tensor, integrands: Sequence[Integrand]
@@ -168,9 +168,9 @@ class LogDeterminant(Protocol):
 
 @dataclass(frozen=True)
 class ExactLogDeterminant:
-    """By D tangents; NaN where the determinant is not positive."""
+    """The log-determinant by D tangents; NaN where the determinant is not positive."""
 
-    lost = (
+    failure = (
         "is not one to one, or was not inverted; take more steps, or train them for longer, by "
         "likelihood with this solver"
     )
@@ -209,8 +209,8 @@ def explicit(
     for step in steps:
         x, each, parts = by(step, x, integrands)
         found.append((each, parts))
-        folds.append(_lost(each))
-    _tell(steps, given, folds, by.lost)
+        folds.append(_without(each))
+    _tell(steps, given, folds, by.failure)
     return Mapped(x, *_sums(found))
 
 
@@ -238,9 +238,9 @@ def implicit(
         if ladj or integrands:
             _, each, parts = by(step, y, integrands)
             found.append((each, parts))
-            folded = folded | _lost(each)
+            folded = folded | _without(each)
         folds.append(folded)
-    _tell(steps, given, folds[::-1], by.lost)
+    _tell(steps, given, folds[::-1], by.failure)
     y = y.masked_fill(per_row(lost, y), math.nan)
     if not found:
         return Mapped(y, y.new_full((len(y),), math.nan), ())
@@ -258,9 +258,10 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return sum(parts[1:], start=parts[0])
 
 
-def _lost(ladj: Tensor) -> Tensor:
-    """Rows in which a log-determinant, or an estimate of it, is NaN, shape (N,)."""
-    return ladj.isnan() if ladj.dim() == 1 else ladj.isnan().any(1)
+def _without(ladj: Tensor) -> Tensor:
+    """Rows in which a log-determinant, or an estimate of it, is not finite, shape (N,)."""
+    bad = ~ladj.isfinite()
+    return bad if bad.dim() == 1 else bad.any(1)
 
 
 def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) -> Tensor:
@@ -348,20 +349,20 @@ class Folds:
     def __init__(self) -> None:
         self._found: dict[tuple[str, tuple[tuple[int, float], ...]], list[Tensor]] = {}
 
-    def add(self, steps: Sequence[NumericalStep], folded: Tensor, lost: str) -> None:
+    def add(self, steps: Sequence[NumericalStep], folded: Tensor, failure: str) -> None:
         """Record the rows of a chunk.
 
         Args:
             steps: The steps, in the order in which they are explicit.
             folded: Whether a row has no density for a step, shape (steps, N).
-            lost: What such a step is, as of `LogDeterminant`.
+            failure: What such a step is, as of `LogDeterminant`.
         """
         places = tuple((id(step.field), step.t) for step in steps)
-        self._found.setdefault((lost, places), []).append(folded)
+        self._found.setdefault((failure, places), []).append(folded)
 
     def told(self) -> str | None:
         """What is to be said of them; None if there are none. Waits for the device."""
-        for (lost, places), chunks in self._found.items():
+        for (failure, places), chunks in self._found.items():
             folded = torch.cat(chunks, 1)
             rows = folded.any(0).nonzero().flatten().tolist()
             if rows:
@@ -369,7 +370,8 @@ class Folds:
                 which = ", ".join(f"{k + 1} (from t = {places[k][1]:.3g})" for k in steps)
                 return (
                     f"{len(rows)} of {folded.shape[1]} rows ({abbreviated(rows)}) have NaN as "
-                    f"density or as value: there the solver's step {which} of {len(places)} {lost}"
+                    f"density or as value: there the solver's step {which} of {len(places)} "
+                    f"{failure}"
                 )
         return None
 
@@ -402,7 +404,7 @@ def warning_of_folds() -> Iterator[None]:
 
 
 def _tell(
-    steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor], lost: str
+    steps: Sequence[NumericalStep], given: Tensor, folds: Sequence[Tensor], failure: str
 ) -> None:
     """Record, or warn of, rows that folded though what was given is finite."""
     if fixed.captured():
@@ -410,4 +412,4 @@ def _tell(
     with warning_of_folds():
         found = _folds.get()
         assert found is not None
-        found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1), lost)
+        found.add(steps, torch.stack([*folds]) & given.flatten(1).isfinite().all(1), failure)

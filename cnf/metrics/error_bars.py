@@ -22,7 +22,6 @@ from cnf.flow import Flow, evaluating
 from cnf.training.diagnosis import NATS, warn_of_difference
 from cnf.transforms.continuous import (
     Continuous,
-    has_discrete_steps,
     has_fixed_steps,
     is_continuous,
     odes_in,
@@ -86,8 +85,11 @@ def log_prob_with_error(
             f"log_prob_with_error: expected confidence between 0 and 1, got {confidence}"
         )
     divergence = _fixed(flow, x, divergence, generator)
-    random = flow.dequantization or has_discrete_steps(flow.transform)
-    seed = int(torch.randint(2**62, (), generator=generator).item()) if random else 0
+    seed = 0
+    if flow.dequantization or isinstance(divergence, Hutchinson):
+        source = generator or getattr(divergence, "generator", None)
+        device = "cpu" if source is None else source.device
+        seed = int(torch.randint(2**62, (), generator=source, device=device).item())
     with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
@@ -141,7 +143,7 @@ def _scored(
     if divergence is None or not number_of_probes(divergence):
         return flow.log_prob(x, context, divergence=divergence, generator=generator), None
     assert isinstance(divergence, Hutchinson)
-    # A power series draws how many terms it takes, as many in the reference.
+    # The steps of a discrete solver draw numbers of terms, the same in the reference.
     terms = torch.Generator(x.device).manual_seed(seed)
     value, solved = flow.log_prob_and_integral(
         x, context, divergence=replace(divergence, generator=terms), generator=generator

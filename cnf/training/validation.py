@@ -187,7 +187,7 @@ class Validation:
         if self.config.validation_divergence is not None:
             given = DIVERGENCES.build(self.config.validation_divergence)
             return given if odes else None
-        if all(exact_directions(ode.field) <= AFFORDABLE for ode in odes):
+        if all(ode.solver.discrete or exact_directions(ode.field) <= AFFORDABLE for ode in odes):
             own = [DIVERGENCES.build(ode.divergence or "exact") for ode in odes]
             learned = any(isinstance(each, Learned) for each in own)
             return DIVERGENCES.build("exact") if learned else None

@@ -179,6 +179,8 @@ class Continuous(Transform):
         if not 0 <= stop <= 1:
             raise ValueError(f"Continuous.integrate: expected stop inside [0, 1], got {stop}")
         estimator = None if divergence is None else DIVERGENCES.build(divergence)
+        if self.solver.discrete:
+            self._expect_log_determinant(estimator)
         probe = None if estimator is None else estimator.draw(value)
         batch = value.shape[: value.dim() - self.event_dims]
         # The solver and the field get a single batch axis.
@@ -253,27 +255,27 @@ class Continuous(Transform):
             plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
             run = partial(
                 numerical.explicit if plain else numerical.implicit, self.steps(context), x,
-                ladj=self._log_determinant(divergence), integrands=integrands,
+                ladj=_log_determinant(divergence), integrands=integrands,
             )  # fmt: skip
         # torch.compile cannot trace what counts the evaluations.
         with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:
             value, ladj, integrals = run()
         return self._integral(value, ladj, integrals, stats.forward, batch)
 
-    def _log_determinant(self, divergence: Divergence | None) -> numerical.LogDeterminant | None:
-        """How that of the solver's steps is computed, by probes that are given."""
-        if divergence is None:
-            return None
-        if is_exact(divergence):
-            return numerical.EXACT
-        if isinstance(divergence, Hutchinson) and not divergence.sketch:
-            assert divergence.probe is not None
-            return PowerSeries(divergence.probe, divergence.generator)
-        got = "'hutch++'" if isinstance(divergence, Hutchinson) else type(divergence).__name__
+    def _expect_log_determinant(self, divergence: Divergence | None) -> None:
+        """Raise unless it is a way to the log-determinant of a discrete solver's steps."""
+        if isinstance(divergence, Learned) and self.solver.method == FLOW_MAP:
+            return
+        if divergence is None or is_exact(divergence):
+            return
+        sketched = isinstance(divergence, Hutchinson) and divergence.sketch
+        if isinstance(divergence, Hutchinson) and not sketched:
+            return
+        got = "Hutchinson with a sketch" if sketched else type(divergence).__name__
         raise ValueError(
-            f"Continuous: expected 'exact' or 'hutchinson' for the log-determinant of "
-            f"{self.solver}, got {got}; others are for solvers with discrete=False, and "
-            "'learned' is for flow maps"
+            "Continuous: expected 'exact' or 'hutchinson' for the log-determinant of "
+            f"{self.solver}, got {got}; 'learned' is for flow maps, and others are for solvers "
+            "with discrete=False"
         )
 
     def _estimated(
@@ -412,6 +414,14 @@ class Continuous(Transform):
     def _params(self, context: Tensor | None) -> list[Tensor]:
         # With the context: the adjoint computes no gradient for a tensor that is not listed.
         return [*self.field.parameters(), *([] if context is None else [context])]
+
+
+def _log_determinant(divergence: Divergence | None) -> numerical.LogDeterminant | None:
+    """How that of steps is computed, by Hutchinson's probes, which have been drawn, or exactly."""
+    if isinstance(divergence, Hutchinson):
+        assert divergence.probe is not None
+        return PowerSeries(divergence.probe, divergence.generator)
+    return None if divergence is None else numerical.EXACT
 
 
 def _checking_inputs(

@@ -189,7 +189,7 @@ def explicit(
     steps: Sequence[NumericalStep],
     x: Tensor,
     *,
-    ladj: LogDeterminant | None,
+    log_determinant: LogDeterminant | None,
     integrands: Sequence[Integrand] = (),
 ) -> Mapped:
     """Take the steps one after the other.
@@ -197,15 +197,15 @@ def explicit(
     Args:
         steps: The steps, in their order.
         x: Points, shape (N, *event).
-        ladj: How the log-determinant is computed; None where it is not wanted.
+        log_determinant: How it is computed; None where it is not wanted.
         integrands: As of `Continuous.integrate`.
     """
-    if not (ladj or integrands):
+    if not (log_determinant or integrands):
         for step in steps:
             x = step(x)
         return Mapped(x, x.new_full((len(x),), math.nan), ())
     given, found, folds = x, [], []
-    by = ladj or EXACT
+    by = log_determinant or EXACT
     for step in steps:
         x, each, parts = by(step, x, integrands)
         found.append((each, parts))
@@ -218,7 +218,7 @@ def implicit(
     steps: Sequence[NumericalStep],
     y: Tensor,
     *,
-    ladj: LogDeterminant | None,
+    log_determinant: LogDeterminant | None,
     integrands: Sequence[Integrand] = (),
 ) -> Mapped:
     """Invert the steps, the last one first.
@@ -226,16 +226,16 @@ def implicit(
     Args:
         steps: The steps, in the order in which `explicit` takes them.
         y: Points, shape (N, *event).
-        ladj: How the log-determinant is computed; None where it is not wanted.
+        log_determinant: How it is computed; None where it is not wanted.
         integrands: As of `Continuous.integrate`.
     """
     given, found, folds = y, [], []
-    by = ladj or EXACT
+    by = log_determinant or EXACT
     lost = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for step in reversed(steps):
         y, folded = step.inverse(y)
         lost = lost | folded
-        if ladj or integrands:
+        if log_determinant or integrands:
             _, each, parts = by(step, y, integrands)
             found.append((each, parts))
             folded = folded | _without(each)
@@ -289,7 +289,7 @@ def path(steps: Sequence[NumericalStep], value: Tensor, times: Sequence[float]) 
             points.append(step(points[-1]))
     else:
         for step in reversed(steps):
-            points.insert(0, implicit([step], points[0], ladj=None).value)
+            points.insert(0, implicit([step], points[0], log_determinant=None).value)
 
     def at(time: float) -> Tensor:
         passed = [k for k, step in enumerate(steps) if (time - step.t) * step.h >= 0]

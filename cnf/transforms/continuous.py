@@ -255,7 +255,7 @@ class Continuous(Transform):
             plain = ends[0] == (0.0 if self.solver.explicit == "sample" else 1.0)
             run = partial(
                 numerical.explicit if plain else numerical.implicit, self.steps(context), x,
-                ladj=_log_determinant(divergence), integrands=integrands,
+                log_determinant=_log_determinant(divergence), integrands=integrands,
             )  # fmt: skip
         # torch.compile cannot trace what counts the evaluations.
         with nullcontext(Stats()) if fixed.transformed() else ode.record() as stats:

@@ -176,9 +176,9 @@ class Hutchinson(Divergence):
     Source: Meyer et al. (2021), https://arxiv.org/abs/2010.09649.
 
     Where a solver's steps are the model (discrete=True) the probes estimate the power series of
-    each step's log-determinant, see `cnf.dynamics.power_series`: unbiased for steps near the
-    identity, NaN for others. How many terms are taken is drawn from the generator, also where
-    probes are given. A sketch is refused there.
+    each step's log-determinant (Chen et al., 2019, https://arxiv.org/abs/1906.02735): unbiased for
+    steps near the identity, NaN for others. How many terms are taken is drawn from the generator,
+    also where probes are given. A sketch is refused there.
 
     Args:
         probes: Number of estimates, each with a log-density channel of its own; their mean is the

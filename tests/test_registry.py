@@ -69,8 +69,8 @@ def test_specification_is_an_instance_a_name_a_class_or_a_mapping():
 @pytest.mark.parametrize("table", TABLES[4:], ids=lambda table: table.kind)
 def test_spec_of_every_entry_rebuilds_it(table):
     for name in table:
-        if table.kind == "regularizer":
-            continue  # weights by name, not options
+        if table.kind == "regularizer" or name in ("reverse-kl", "importance-weighted"):
+            continue  # weights by name, not options; a function of one's own
         built = table.build(name)
         again = table.build(spec(built))
         assert again == built or (again.func, again.keywords) == (built.func, built.keywords)

@@ -196,8 +196,8 @@ class RowStream(Stream):
         whole = min(most, len(self.train)) // config.devices * config.devices
         self.batch_size = config.batch_size or max(config.devices, whole)
         if len(self.train) < self.batch_size:
-            each = tuple(rows[order[:1]].x.shape[1:])
-            shape = f", each of shape {each}" if len(rows) and 0 not in each else ""
+            each = tuple(rows[order[:1]].x.shape[1:]) if len(rows) else (0,)
+            shape = "" if 0 in each else f", each of shape {each}"
             raise ValueError(
                 f"fit: expected at least batch_size={self.batch_size} rows to train on, got "
                 f"{len(self.train)} ({len(rows)} less {held_out} held out{shape}); lower "

@@ -226,11 +226,17 @@ def test_what_is_no_density_or_no_number_of_draws_is_refused():
         ImportanceWeighted(log_density, draws=0)
 
 
-def test_a_context_keeps_its_gradient_along_the_path_alone():
+def test_a_context_keeps_its_gradient_along_the_path_alone(randomized):
     """That of an encoder, of which the density of constants is no function."""
-    flow = build("maf", dim=2, context=2).double()
+    flow = randomized(build("maf", dim=2, context=2))
     context = torch.randn(6, 2, dtype=F64, requires_grad=True)
     objective = ReverseKL(lambda x, y: flow.log_prob(x, y.detach()))
     loss = objective(flow, draws_of(objective, flow, 6, context=context)).value
     (gradient,) = torch.autograd.grad(loss, context)
     assert gradient.abs().max() < 1e-10  # q = p
+
+
+def test_data_that_are_not_used_are_told():
+    config = cnf.TrainConfig(steps=1, batch_size=8, progress=False)
+    with pytest.warns(UserWarning, match="no more of the data than their contexts"):
+        cnf.fit(gaussian(), ReverseKL(log_density), torch.randn(40, 2), config)

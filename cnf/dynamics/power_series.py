@@ -44,9 +44,9 @@ class PowerSeries:
     generator: torch.Generator | None = None
 
     failure = (
-        "is too far from the identity for the power series of Hutchinson's estimate (the powers "
-        f"of its Jacobian minus the identity shrink by less than a factor of {LARGEST_GROWTH}), "
-        "or was not inverted; take more steps, or the exact log-determinant"
+        "is too far from the identity for the power series of Hutchinson's estimate (each power "
+        f"of its Jacobian minus the identity is above {LARGEST_GROWTH} times the one before), or "
+        "was not inverted; take more steps, or the exact log-determinant"
     )
 
     def __call__(

@@ -264,13 +264,11 @@ class Continuous(Transform):
 
     def _expect_log_determinant(self, divergence: Divergence | None) -> None:
         """Raise unless it is a way to the log-determinant of a discrete solver's steps."""
-        if isinstance(divergence, Learned) and self.solver.method == FLOW_MAP:
+        learned = isinstance(divergence, Learned) and self.solver.method == FLOW_MAP
+        probed = isinstance(divergence, Hutchinson) and not divergence.sketch
+        if divergence is None or is_exact(divergence) or learned or probed:
             return
-        if divergence is None or is_exact(divergence):
-            return
-        sketched = isinstance(divergence, Hutchinson) and divergence.sketch
-        if isinstance(divergence, Hutchinson) and not sketched:
-            return
+        sketched = isinstance(divergence, Hutchinson)
         got = "Hutchinson with a sketch" if sketched else type(divergence).__name__
         raise ValueError(
             "Continuous: expected 'exact' or 'hutchinson' for the log-determinant of "

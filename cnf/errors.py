@@ -180,7 +180,7 @@ def expect_weights(who: str, weight: Tensor, numbers: Tensor | None = None) -> N
         )
     largest = weight.max().item() if len(weight) else 1.0
     if not largest:
-        raise ValueError(f"{who}: expected a weight above 0, got 0 in all {len(weight)} rows")
+        raise ValueError(f"{who}: expected a weight above 0, got zero in all {len(weight)} rows")
     if not WEIGHTS[0] <= largest <= WEIGHTS[1]:
         raise ValueError(
             f"{who}: expected the largest weight between {WEIGHTS[0]:g} and {WEIGHTS[1]:g}, got "

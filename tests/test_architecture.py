@@ -18,6 +18,7 @@ FLOORS = {
     "catalog": 9,
     "race": 9,
     "plotting": 8,
+    "adapters": 9,
     "checks": 8,
     "metrics": 7,
     "training": 7,

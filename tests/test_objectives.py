@@ -271,7 +271,7 @@ MISFITS = {
     "negative weight": (dict(weight=-torch.arange(6.0)), r"at least 0, got -1 in row 1 \(5 of 6"),
     "NaN weight": (dict(weight=torch.full((6,), torch.nan)), "finite .* got nan in row 0"),
     "infinite weight": (dict(weight=torch.full((6,), torch.inf)), "finite .* got inf"),
-    "weights of 0": (dict(weight=torch.zeros(6)), "above 0, got 0 in all 6"),
+    "weights of 0": (dict(weight=torch.zeros(6)), "above 0, got zero in all 6"),
 }
 
 

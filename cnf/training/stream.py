@@ -351,7 +351,7 @@ class IndexedRows:
         if isinstance(self.data, Batch):
             found = self.data.map(lambda value: value[rows])
             return as_batch(found, missing=self.missing, numbers=rows) if self.large else found
-        return self._stacked([self.data[int(row)] for row in rows], rows)
+        return self._stacked(self._items(rows), rows)
 
     def head(self, rows: Tensor) -> Batch:
         """The first of some rows.
@@ -365,9 +365,23 @@ class IndexedRows:
         parts = vars(self._stacked([first], rows[:1])).values()
         size = sum(part.nbytes for part in parts if isinstance(part, Tensor))
         few = rows[: min(10_000, max(2, HEAD_BYTES // max(1, size)))]
-        return self._stacked([first, *(self.data[int(row)] for row in few[1:])], few)
+        return self._stacked([first, *self._items(few[1:])], few)
+
+    def _items(self, rows: Tensor) -> list[Any]:
+        """Items of a dataset; at once where it has what torch's DataLoader asks for, too."""
+        data: Any = self.data
+        if hasattr(data, "__getitems__"):
+            return data.__getitems__(rows.tolist())
+        return [data[row] for row in rows.tolist()]
 
     def _stacked(self, items: list[Any], rows: Tensor) -> Batch:
+        parts = items[0] if isinstance(items[0], Mapping) else {}
+        listed = [name for name, value in parts.items() if isinstance(value, list)]
+        if listed:  # which would be collated by its elements
+            raise ValueError(
+                f"fit: expected a dataset's items to hold tensors or arrays, got a list as "
+                f"{listed[0]}; of a Hugging Face dataset give dataset.with_format('torch')"
+            )
         return as_batch(default_collate(items), missing=self.missing, numbers=rows)
 
 
@@ -411,7 +425,7 @@ def as_stream(
         data = DistributionData(data)
     if hasattr(data, "sample") and hasattr(data, "log_prob"):
         return DensityStream(data, config, held_out)
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+    if _is_indexed(data):
         return RowStream(IndexedRows(data, missing), config, held_out)
     if isinstance(data, Iterator):
         raise ValueError(
@@ -424,6 +438,13 @@ def as_stream(
         "fit: expected data to be a density or its name, a file, an array or a table, a Batch, a "
         f"dataset, or batches, got {type(data).__name__}"
     )
+
+
+def _is_indexed(data: Any) -> bool:
+    """Whether it is a map-style dataset: torch's, or one with `__getitems__`."""
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    return hasattr(data, "__getitems__") and hasattr(data, "__len__")
 
 
 def _pair(data: tuple[Any, ...]) -> dict[str, Any]:
@@ -446,7 +467,7 @@ def _held_out(validation: Any, limit: int, missing: bool) -> Batch:
         validation = DistributionData(validation)
     if hasattr(validation, "sample") and hasattr(validation, "log_prob"):
         validation = validation.sample(10_000, stream(0, "validation of one's own"))
-    elif isinstance(validation, Dataset) and not isinstance(validation, IterableDataset):
+    elif _is_indexed(validation):
         rows = min(limit, len(validation))  # pyright: ignore
         validation = IndexedRows(validation, missing)[torch.arange(rows)]
     elif inspect.isgeneratorfunction(validation):

@@ -103,7 +103,7 @@ REFUSED = {
     "too few": (X, WEIGHT[:50], "100 rows of weight, got 50"),
     "a negative one": (X, -WEIGHT, r"at least 0, got -0.1 in row 0 \(100 of 100"),
     "a NaN": (X, WEIGHT.log().sqrt(), "finite and at least 0, got nan in row 0"),
-    "all 0": (X, 0 * WEIGHT, "above 0, got 0 in all 100"),
+    "all 0": (X, 0 * WEIGHT, "above 0, got zero in all 100"),
     "one number": (X, 1.0, "expected 100 rows of weight, got the one number 1"),
     "too small for float32": (X, np.full(100, 1e-46), "got 1e-46.*divide them by their mean"),
     "far too small": (X, np.full(100, 1e-300), "divide them by their mean"),

@@ -1,0 +1,1 @@
+"""Flows behind the interfaces of other libraries, a file for each: scikit-learn, sbi."""

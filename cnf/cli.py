@@ -1,5 +1,6 @@
-"""The command line: train, evaluate, sample, plot, compare, check, list."""
+"""The command line: train, evaluate, score, sample, plot, compare, check, list."""
 
+import csv
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from cnf import __version__ as cnf_version
 from cnf import data as densities
@@ -22,10 +24,11 @@ from cnf.arguments import error_message, flags, normalized, required, settings_c
 from cnf.catalog import KINDS
 from cnf.data import IMAGE_SETS, Columns, Images, Points
 from cnf.data.images import PIXELS
+from cnf.data.source import names_images
 from cnf.data.tabular import expect_writable
 from cnf.dynamics.solver import Solver
 from cnf.errors import CheckpointError, SolverError, UnknownNameError, optional
-from cnf.metrics import Estimate
+from cnf.metrics import Estimate, RowScores, log_prob_chunked, row_scores
 from cnf.metrics.code_length import bits_in_nats
 from cnf.objectives import OBJECTIVES
 from cnf.random import stream
@@ -40,6 +43,7 @@ from cnf.training.run import free_folder, read_config, read_manifest, read_score
 
 # The objective of a model and its options; that of the others is maximum likelihood.
 MATCHING = ("flow-matching", {"times": "skewed"})
+UNUSUAL = 0.05  # p-value of a row that is
 DEFAULT_OBJECTIVES = {"cnf": MATCHING, "unet": MATCHING}
 
 
@@ -151,6 +155,89 @@ def evaluate(
         nats, bits = (Estimate(scores[k], scores[f"{k}_error"]) for k in ("nll", "bits_per_dim"))
         print(f"{bits} bits/dim, {nats} nats, {draws} draw{'s' * (draws > 1)} of the noise each.")
     _console().print(scores_table(scores, judge.floor))
+
+
+def score(run: Path, data: str, output: Path | None = None, reference: str | None = None) -> None:
+    """Score each row of a file: its log-density and how usual that is, by held-out rows.
+
+    The p-value is two-sided: small for a log-density below, or above, almost all of the held-out
+    rows'. Of rows like these, a part of at most 5 % has one of at most 0.05.
+
+    Args:
+        run: A run's folder or a flow file.
+        data: File of rows, or of pictures, whose columns are read as the run's were.
+        output: The table of scores, .csv, with the number of each row in the file, from 0;
+            RUN/NAME-scores.csv if not given, anew each time.
+        reference: File of rows that the flow was not trained on; if not given, those that the
+            run has held out.
+
+    Raises:
+        ValueError: There are no held-out rows, or the file exists already.
+    """
+    flow, source = load(run), _rows(run, data)
+    if output is not None:
+        expect_writable("score", output, (".csv",))
+    if reference is None:
+        known, which = _held_out_rows(run)
+    else:
+        known = _rows(run, reference)
+        which = f" of {known.name}"
+    torch.manual_seed(0)  # noise of dequantization
+    with status("scoring"):
+        scores = row_scores(*(log_prob_chunked(flow, p.x, p.context) for p in (source, known)))
+    places = torch.arange(len(source.x)) if source.rows is None else source.rows
+    output = output or (run if run.is_dir() else run.parent) / f"{source.name}-scores.csv"
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", *RowScores._fields])
+        writer.writerows(zip(places.tolist(), *(part.tolist() for part in scores), strict=True))
+    print(f"Calibrated on {len(known.x):,} rows{which}.")
+    _print_lowest(places, scores)
+    if source.incomplete:
+        print(f"Left out, as a value is missing: {source.incomplete:,} rows.")
+    if (run / "config.yaml").is_file() and Path(data).resolve() == Path(read_config(run)["data"]):
+        print("The run was trained on most of these rows, whose log-densities are too high.")
+    print(f"The scores: {output}")
+
+
+def _print_lowest(places: Tensor, scores: RowScores) -> None:
+    """Print the ten rows of lowest log-density, and the part of the rows that are unusual."""
+    table = optional("rich.table", "cli").Table("rank", "row", "log-density", "p-value", box=None)
+    for k in scores.rank.argsort()[:10].tolist():
+        told = f"{scores.log_density[k]:.4g}", f"{scores.p_value[k]:.2g}"
+        table.add_row(str(int(scores.rank[k])), str(int(places[k])), *told)
+    _console().print(table)
+    share = (scores.p_value <= UNUSUAL).double().mean()
+    print(f"{share:.1%} of {len(places):,} rows have a p-value of at most {UNUSUAL}.")
+
+
+def _rows(run: Path, data: str) -> Points:
+    """The rows of a file, its columns read as the run's were; incomplete ones are left out."""
+    columns = None
+    if densities.has_columns(data):
+        known = _columns(read_config(run)) if (run / "config.yaml").is_file() else Columns()
+        columns = replace(known, weight=None, drop_missing=not names_images(data))
+    source = densities.load(data, columns)
+    if not isinstance(source, Points):
+        raise ValueError(f"score: expected a file of rows, got {data}, a density")
+    return source
+
+
+def _held_out_rows(run: Path) -> tuple[Points, str]:
+    """Rows that the run was not trained on, and a description of them."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"score: {run} has no held-out rows; give a file of some: --reference")
+    source, share = _data(run, None)
+    if not isinstance(source, Points):
+        drawn = source.sample(10_000, stream(0, "reference"))
+        return Points(drawn), f" drawn from {source.name}"
+    test, rest, which = _test_points(source, share, run)
+    if rest is None:
+        raise ValueError(
+            f"score: this run has held out no rows of {source.name}; give a file of some: "
+            "--reference, or train with --test 0.1"
+        )
+    return test, which
 
 
 def _test_points(
@@ -384,6 +471,7 @@ def list_names(kind: str | None = None) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
+    "score": score,
     "sample": sample,
     "plot": plot,
     "compare": compare,

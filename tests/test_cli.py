@@ -409,6 +409,57 @@ def test_evaluate_prints_scores_and_keeps_them(call, run):
     assert {"gap", "nll"} <= scores.keys()
 
 
+def scores_in(path):
+    """Columns of a table of scores, by name."""
+    head, *rows = path.read_text().splitlines()
+    columns = np.array([row.split(",") for row in rows], dtype=float).T
+    return dict(zip(head.split(","), columns, strict=True))
+
+
+def test_score_keeps_a_row_of_scores_for_each_complete_row(own, call, tmp_path):
+    (tmp_path / "new.csv").write_text("kind,income,rate\na,0.5,0.5\nb,,1\nb,30,30\na,0,0\n")
+    code, said, errors = call("score", own / "run", tmp_path / "new.csv")
+    assert code == 0, errors
+    assert "Calibrated on 20 rows that training never saw" in said
+    assert "Left out, as a value is missing: 1 rows" in said
+    found = scores_in(own / "run" / "new-scores.csv")
+    assert found["row"].tolist() == [0, 2, 3]
+    flow = cnf.load(own / "run")
+    x = torch.tensor([[0.5, 0.5], [30, 30], [0, 0]], dtype=torch.float64)
+    context = torch.tensor([[1.0, 0], [0, 1], [1, 0]])
+    assert found["log_density"] == pytest.approx(flow.log_prob(x, context).tolist(), abs=1e-4)
+    assert found["rank"][1] == 1 and found["p_value"][1] == pytest.approx(2 / 21)
+
+
+def test_score_of_a_density_is_calibrated_on_its_draws(run, call, tmp_path):
+    np.savetxt(tmp_path / "x.csv", np.zeros((3, 2)), delimiter=",")
+    code, said, errors = call("score", run, tmp_path / "x.csv", "--output", tmp_path / "s.csv")
+    assert code == 0, errors
+    assert "Calibrated on 10,000 rows drawn from" in said
+    assert len(set(scores_in(tmp_path / "s.csv")["log_density"])) == 1
+
+
+def test_score_says_that_rows_were_trained_on(own, call, tmp_path):
+    _, said, _ = call("score", own / "run", own / "own.csv", "--output", tmp_path / "s.csv")
+    assert "trained on most of these rows" in said
+
+
+def test_score_needs_rows_that_were_held_out(own, run, call, refused, tmp_path):
+    data, all_of_it = own / "own.csv", tmp_path / "all"
+    columns = ["--columns", "income,rate", "--drop-missing", "--test", "0"]
+    call("train", data, "--model", "maf", "--steps", "2", *columns, "--folder", all_of_it)
+    assert "has held out no rows of own" in refused("score", all_of_it, data)
+    np.savetxt(tmp_path / "x.csv", np.zeros((3, 2)), delimiter=",")
+    assert "give a file of some: --reference" in refused(
+        "score", own / "run" / "checkpoints" / "flow.safetensors", tmp_path / "x.csv"
+    )
+    code, said, errors = call("score", all_of_it, data, "--reference", data)
+    assert code == 0, errors
+    assert "Calibrated on 200 rows of own." in said
+    assert "got moons, a density" in refused("score", own / "run", "moons")
+    assert "exists already" in refused("score", own / "run", data, "--output", data)
+
+
 @pytest.mark.parametrize("ending", [".npy", ".csv"])
 def test_sample_writes_what_the_flow_samples(ending, call, run, tmp_path):
     output = tmp_path / f"x{ending}"

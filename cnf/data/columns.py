@@ -50,11 +50,13 @@ class Picked(NamedTuple):
         x: Modeled variables, shape (N, D).
         context: Context with one-hot labels, shape (N, C), or None.
         weight: Weights, shape (N,), or None.
+        rows: Numbers of the rows in the whole table, from 0, shape (N,).
     """
 
     x: np.ndarray
     context: np.ndarray | None
     weight: np.ndarray | None
+    rows: np.ndarray
 
 
 @dataclass
@@ -133,7 +135,9 @@ class Columns:
         """
         names, context = self.columns or [], self.context or []
         weights = [] if self.weight is None else [self.weight]
-        table = self._complete(who, table, [*names, *context, *weights])
+        rows = self._complete_rows(who, table, [*names, *context, *weights])
+        if self.drop_missing:
+            table = table.take(rows)
         _expect_numbers(who, table, [*names, *weights])
         numbers = (n for n in [*names, *context] if table.columns[n].dtype != object)
         expect_exact(who, {n: table.columns[n] for n in numbers})
@@ -143,6 +147,7 @@ class Columns:
             if context
             else None,
             table.columns[weights[0]] if weights else None,
+            rows,
         )
 
     def parse(self, who: str, values: Sequence[str]) -> list[float]:
@@ -189,13 +194,12 @@ class Columns:
         coded = [self._coded(who, table, name)[0] for name in names]
         return np.concatenate(coded).tolist()
 
-    def _complete(self, who: str, table: Table, used: list[str]) -> Table:
+    def _complete_rows(self, who: str, table: Table, used: list[str]) -> np.ndarray:
+        """Numbers of the rows in which no value is missing, if these may be left out."""
         missing = {name: _missing(table.columns[name]) for name in used}
         bad = np.logical_or.reduce(list(missing.values()))
-        if not bad.any():
-            return table
-        if self.drop_missing:
-            return table.take(~bad)
+        if self.drop_missing or not bad.any():
+            return np.flatnonzero(~bad)
         first = [
             f"{name} ({table.place(int(rows.argmax()))})"
             for name, rows in missing.items()

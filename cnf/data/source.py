@@ -48,7 +48,7 @@ def load(source: Any, columns: Columns | None = None) -> Source:
     ValueError: load: unknown density 'mons'; known: ... Did you mean 'moons'? ...
     """
     named = isinstance(source, str | PathLike)
-    if named and _names_images(source):
+    if named and names_images(source):
         return _images(source, columns)
     table = named and table_kind(Path(source)) is not None
     if columns not in (None, Columns()) and not table:
@@ -86,10 +86,15 @@ def has_columns(source: str | PathLike[str]) -> bool:
     Args:
         source: A name or a path.
     """
-    return table_kind(Path(source)) is not None or _names_images(source)
+    return table_kind(Path(source)) is not None or names_images(source)
 
 
-def _names_images(source: str | PathLike[str]) -> bool:
+def names_images(source: str | PathLike[str]) -> bool:
+    """Whether `load` gives pictures of this.
+
+    Args:
+        source: A name or a path.
+    """
     return str(source) in IMAGE_SETS or is_images(Path(source))
 
 

@@ -47,6 +47,8 @@ class Points:
         context: The context, in float64 unless it was given in float32 or less, or None.
         weight: The weights, likewise, or None.
         reading: Roles of the columns of the file that the points were read from, or None.
+        rows: Numbers of the rows in that file, from 0, without those left out, or None.
+        incomplete: How many rows of that file were left out, as a value is missing.
         test_share: Part of the rows that `split` has set aside.
         validation: Points that the data set holds out for validation, or None.
         test: Those that it holds out as a test, or None.
@@ -67,9 +69,11 @@ class Points:
     """
 
     entropy = None
-    rowwise = ("x", "context", "weight")
+    rowwise = ("x", "context", "weight", "rows")
     source: str | None = None  # the file they were read from
     reading: Columns | None = None
+    rows: Tensor | None = None
+    incomplete = 0
     test_share = 0.0
     validation: Self | None = None
     test: Self | None = None
@@ -283,10 +287,11 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
         return points
     table = TABLES[kind](who, path, (columns and columns.labels) or {})
     reading = (columns or Columns()).resolve(who, table)
-    x, context, weight = reading.pick(who, table)
+    x, context, weight, rows = reading.pick(who, table)
     names = reading.columns if table.named else None
     points = Points(as_points(who, x), path.name[: -len(kind)], names, context, weight)
-    points.reading = reading
+    points.reading, points.rows = reading, torch.from_numpy(rows)
+    points.incomplete = len(next(iter(table.columns.values()))) - len(rows)
     return points
 
 

@@ -24,6 +24,7 @@ from cnf.metrics.flows import (
 )
 from cnf.metrics.metric import METRICS, Evaluations, Metric, Score, Trial, metric
 from cnf.metrics.nfe_curves import nfe_curve, nfe_table
+from cnf.metrics.typicality import RowScores, row_scores
 
 __all__ = [
     "METRICS",
@@ -32,6 +33,7 @@ __all__ = [
     "LogEvidence",
     "LogProb",
     "Metric",
+    "RowScores",
     "Score",
     "Trial",
     "bits_per_dim",
@@ -50,6 +52,7 @@ __all__ = [
     "normalized_path_energy",
     "path_energy",
     "round_trip_error",
+    "row_scores",
     "sliced_wasserstein2",
     "straightness",
     "wasserstein2",

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -659,7 +660,8 @@ def _columns(settings: dict[str, Any]) -> Columns:
 
 def _first_line(thing: Any) -> str:
     thing = thing if callable(thing) or thing is None else type(thing)
-    return ((thing.__doc__ if thing else "") or "").strip().split("\n")[0]
+    first = ((thing.__doc__ if thing else "") or "").strip().split("\n")[0]
+    return re.sub(r":math:`(.*?)`", r"\1", first)
 
 
 def _console() -> Any:

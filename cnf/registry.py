@@ -102,6 +102,8 @@ class Registry(Mapping[str, Any]):
         expect_options_of(entry, name, options, called)
         known = options_of(entry, called)
         options = {**{k: v for k, v in (defaults or {}).items() if k in known}, **options}
+        if called:
+            _expect_complete(entry, name, options)
         return entry(**options) if called else partial(entry, **options)
 
     def _expected(self, who: str | None) -> str:
@@ -166,6 +168,18 @@ def expect_options_of(
     """
     if all(p.kind is not Parameter.VAR_KEYWORD for p in signature(entry).parameters.values()):
         expect_options(who, options, options_of(entry, called))
+
+
+def _expect_complete(entry: Callable[..., Any], who: str, options: Iterable[str]) -> None:
+    """Raise ValueError for options that have no default and were not given."""
+    needed = (
+        name
+        for name, p in signature(entry).parameters.items()
+        if p.default is Parameter.empty
+        and p.kind in (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    )
+    if missing := [name for name in needed if name not in options]:
+        raise ValueError(f"{who}: expected {', '.join(missing)} to be given")
 
 
 def _shown(value: Any) -> str:

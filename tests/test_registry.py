@@ -191,3 +191,8 @@ def test_numpy_numbers_are_saved_as_numbers(tmp_path):
     flow = cnf.models.realnvp(np.int64(2), context=np.int64(1), layers=np.int64(2))
     assert json.loads(json.dumps(flow.spec))["options"] == {"dim": 2, "context": 1, "layers": 2}
     assert cnf.load(cnf.save(flow, tmp_path / "flow.safetensors")).context_dim == 1
+
+
+def test_options_without_a_default_are_asked_for_by_name():
+    with pytest.raises(ValueError, match="^reverse-kl: expected log_density to be given$"):
+        cnf.objectives.OBJECTIVES.build("reverse-kl")

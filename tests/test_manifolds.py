@@ -89,7 +89,20 @@ def test_length_of_a_point_changes_neither_direction_nor_divergence(randomized, 
     t = torch.tensor(0.4, dtype=F64)
     v, div = field.with_divergence(t, x, c)
     torch.testing.assert_close(field.with_divergence(t, 3 * x, c), (3 * v, div))
+    torch.testing.assert_close(field(t, 3 * x, c), 3 * v)
     torch.testing.assert_close((v * x).sum(-1), torch.zeros(6, dtype=F64), atol=1e-12, rtol=0)
+
+
+def test_products_of_tangents_are_those_of_autograd(randomized, generator):
+    field = randomized(OnSphere(MLPField(4, (9,), 2, fourier=2)))
+    tangents = torch.randn(3, 6, 4, generator=generator, dtype=F64)
+    x, c = (torch.randn(6, n, generator=generator, dtype=F64) for n in (4, 2))
+    t = torch.tensor(0.4, dtype=F64)
+    v, products = field.with_tangents(t, x, c, tangents)
+    torch.testing.assert_close(v, field(t, x, c))
+    for tangent, product in zip(tangents, products, strict=True):
+        expected = torch.func.jvp(lambda y: field(t, y, c), (x,), (tangent,))[1]
+        torch.testing.assert_close(product, expected)
 
 
 def test_origin_has_no_nan():

@@ -33,7 +33,9 @@ def sphere(
 
     Data are unit vectors; densities are with respect to the sphere's area, so that the uniform one
     has a log-density of -log 4π where D = 3. `FlowMatching` takes geodesic paths,
-    `MaximumLikelihood` the Riemannian divergence; see `cnf.fields.OnSphere`.
+    `MaximumLikelihood` the Riemannian divergence; see `cnf.fields.OnSphere`. Samples are off the
+    sphere by the solver's error. A solver whose steps are the model (discrete=True) is not for
+    this flow, as its steps leave the sphere.
 
     Source: Chen & Lipman (2024), https://arxiv.org/abs/2302.03660.
 

@@ -9,14 +9,15 @@ from cnf.errors import expect_positive
 from cnf.matching.paths import wrapped_angle
 from cnf.transforms.base import Transform
 
-CLOSE = 1e-3  # of a length to 1: a coarse solver, or data in few digits, may be that far off
+CLOSE = 1e-3  # of the length of data to 1: few digits may be that far off
+DRIFT = 0.1  # of that of samples, which a coarse solver leaves; `OnSphere` takes any length
 
 
 class UnitVectors(Transform):
     """The identity on unit vectors, which refuses others in `fit`.
 
-    Elsewhere a vector of another length has a log-density of -inf. Nothing is standardized: as a
-    flow's `preprocess` it keeps data on the sphere.
+    Elsewhere one whose length is off by more than 1/10 has a log-density of -inf. Nothing is
+    standardized: as a flow's `preprocess` it keeps data on the sphere.
 
     Args:
         dim: Number of coordinates D.
@@ -52,7 +53,7 @@ class UnitVectors(Transform):
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._expect("x", x)
-        off = (x.norm(dim=-1) - 1).abs() > CLOSE
+        off = (x.norm(dim=-1) - 1).abs() > DRIFT
         return x, x.new_zeros(off.shape).masked_fill(off, -math.inf)
 
 

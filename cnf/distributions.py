@@ -492,6 +492,40 @@ class UniformAngles(Base):
         return f"{super().extra_repr()}, period {self.period:g}"
 
 
+class UniformSphere(Base):
+    """The uniform distribution on the unit sphere in R^D, with respect to its area.
+
+    The density, 1/(4π) for D = 3, is the same in every direction, whatever the length of z, which
+    an ODE solver may leave a little off 1.
+
+    Args:
+        dim: Number of coordinates D of a unit vector.
+
+    Raises:
+        ValueError: D is below 2.
+    """
+
+    def __init__(self, dim: int) -> None:
+        if dim < 2:
+            raise ValueError(f"UniformSphere: expected dim >= 2, got {dim}")
+        super().__init__((dim,))
+        self.log_area = math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)
+
+    @property
+    def support(self) -> str:
+        return "the unit sphere"
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        density = z.new_full(z.shape[:-1], -self.log_area)
+        return density + 0 * z.clamp(-1, 1).sum(-1)  # NaN stays NaN
+
+    def sample(
+        self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        shape = (*expect_shape("sample", sample_shape), *self.event_shape)
+        return F.normalize(self._drawn(torch.randn, shape, generator), dim=-1)
+
+
 class Empirical(Base):
     """The empirical distribution of points, which are drawn with replacement; it has no density.
 

@@ -118,7 +118,7 @@ def test_losses_of_rows_have_the_loss_as_their_weighted_mean(objective):
     torch.testing.assert_close(objective(flow, rows).value, (weight * each).sum() / 4)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("unet", "multiscale")])
+@pytest.mark.parametrize("name", MODELS.taking("dim"))
 def test_what_the_path_leaves_out_is_the_gradient_of_the_density_at_the_draws(name, randomized):
     """Of every model of vectors, draw by draw."""
     tight = {"hidden": (8,), "solver": cnf.Solver(rtol=1e-9, atol=1e-9)}

@@ -18,6 +18,7 @@ from cnf.fields.mlp import MLPField
 from cnf.fields.potential import PotentialField
 from cnf.fields.predicts import Predicts, WithScore, converted, score
 from cnf.fields.residual import ResidualField
+from cnf.fields.sphere import OnSphere
 from cnf.fields.unet import UNetField
 from cnf.fields.wrappers import EndTime, Piecewise, Preconditioned
 
@@ -35,6 +36,7 @@ __all__ = [
     "HasTangents",
     "MLPField",
     "NullContext",
+    "OnSphere",
     "Piecewise",
     "PotentialField",
     "Preconditioned",

@@ -11,6 +11,7 @@ from cnf.errors import expect_choice
 from cnf.fields.base import FIELDS, VectorField
 from cnf.fields.concat import LAYERS, along
 from cnf.fields.trace import trace_of_chain
+from cnf.matching.paths import Circular
 from cnf.nets import ACTIVATIONS, Condition, linear_sizes, zero_
 
 
@@ -40,15 +41,23 @@ class MLPField(VectorField):
             takes D matrix products instead of one.
         fourier: Number of spatial Fourier features, x → [x, sin(Bx), cos(Bx)]; the rows of B are
             drawn from N(0, fourier_scale²/D), and are trained. For the divergence they count as a
-            hidden layer. Source: Tancik et al. (2020), https://arxiv.org/abs/2006.10739.
+            hidden layer. Source: Tancik et al. (2020), https://arxiv.org/abs/2006.10739. With a
+            period the number of harmonics of each variable, at least 1.
         fourier_scale: RMS angular frequency of B, in radians per unit of x.
         skip: Whether a linear map A x is added, with A = 0 at the start.
         zero_last: Whether v = 0 at the start, which is the identity flow.
+        period: Period of the variables, if they are angles: the field is then one of the sines and
+            cosines of 2πkx/period, k = 1, …, fourier, and flow matching takes the path `Circular`.
+
+    Attributes:
+        path: The path of flow matching, of a field of angles; else None.
 
     Raises:
-        ValueError: The layer is unknown, there is no hidden layer, `fourier` is negative, or
-            layer="ignore" is combined with a context.
+        ValueError: The layer is unknown, there is no hidden layer, `fourier` is negative, the
+            period is not positive or combined with `skip`, or layer="ignore" with a context.
     """
+
+    harmonics: Tensor
 
     def __init__(
         self,
@@ -62,6 +71,7 @@ class MLPField(VectorField):
         fourier_scale: float = 3.0,
         skip: bool = False,
         zero_last: bool = False,
+        period: float | None = None,
     ) -> None:
         super().__init__((dim,), context_dim)
         expect_choice("MLPField", "layer", layer, ("input", *LAYERS))
@@ -71,11 +81,25 @@ class MLPField(VectorField):
             raise ValueError(f"MLPField: expected fourier >= 0, got {fourier}")
         if layer == "ignore" and context_dim:
             raise ValueError("MLPField: layer='ignore' takes no context; choose another layer")
-        self.dim, self.hidden = dim, tuple(hidden)
+        if period is not None and skip:
+            raise ValueError(
+                "MLPField: skip=True is not periodic, got a period too; leave one out"
+            )
+        self.path = None if period is None else Circular(period)  # checks the period
+        self.dim, self.hidden, self.period = dim, tuple(hidden), period
         self.condition = Condition(frequencies, context_dim)
         self.activation = ACTIVATIONS[activation]
-        self.waves = _frequencies(fourier, dim, fourier_scale) if fourier else None
-        sizes = linear_sizes("MLPField", [dim + 2 * fourier, *hidden, dim])
+        inputs = dim + 2 * fourier
+        self.waves = None
+        if period is not None:  # whole numbers, which every dtype holds
+            multiples = torch.arange(1.0, max(1, fourier) + 1)
+            self.register_buffer(
+                "harmonics", torch.kron(multiples[:, None], torch.eye(dim)), False
+            )
+            inputs = 2 * len(self.harmonics)
+        elif fourier:
+            self.waves = _frequencies(fourier, dim, fourier_scale)
+        sizes = linear_sizes("MLPField", [inputs, *hidden, dim])
         kinds = [layer] * len(sizes)
         if layer == "input":
             kinds = ["concat"] + ["ignore"] * (len(sizes) - 1)
@@ -88,7 +112,8 @@ class MLPField(VectorField):
             zero_(self.layers[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = x if self.waves is None else _fourier_features(F.linear(x, self.waves), x)
+        waves = self._waves()
+        h = x if waves is None else self._features(F.linear(x, waves), x)
         *hidden, last = self._affine_layers(t, x, context)
         for affine in hidden:
             h = self.activation.function(affine(h))
@@ -106,12 +131,16 @@ class MLPField(VectorField):
             context: Condition, shape (*batch, C), or None.
         """
         h, weights, gates = x, [], []
-        if self.waves is not None:
-            angle = F.linear(x, self.waves)
-            h = _fourier_features(angle, x)
-            eye = torch.eye(self.dim, dtype=x.dtype, device=x.device)
-            weights.append(torch.cat([eye, self.waves, self.waves]))
-            gates.append(torch.cat([torch.ones_like(x), angle.cos(), -angle.sin()], -1))
+        if (waves := self._waves()) is not None:
+            angle = F.linear(x, waves)
+            h = self._features(angle, x)
+            slopes = [angle.cos(), -angle.sin()]
+            rows = [waves, waves]
+            if self.period is None:
+                rows = [torch.eye(self.dim, dtype=x.dtype, device=x.device), *rows]
+                slopes = [torch.ones_like(x), *slopes]
+            weights.append(torch.cat(rows))
+            gates.append(torch.cat(slopes, -1))
         *hidden, last = self._affine_layers(t, x, context)
         for affine in hidden:
             h, gate = self.activation.with_derivative(affine(h))
@@ -135,10 +164,11 @@ class MLPField(VectorField):
             tangents: Shape (n, *batch, D).
         """
         h, products = x, tangents
-        if self.waves is not None:
-            angle, turned = F.linear(x, self.waves), F.linear(tangents, self.waves)
-            h = _fourier_features(angle, x)
-            products = torch.cat([tangents, angle.cos() * turned, -angle.sin() * turned], -1)
+        if (waves := self._waves()) is not None:
+            angle, turned = F.linear(x, waves), F.linear(tangents, waves)
+            h = self._features(angle, x)
+            parts = [angle.cos() * turned, -angle.sin() * turned]
+            products = torch.cat(parts if self.period is not None else [tangents, *parts], -1)
         *hidden, last = self._affine_layers(t, x, context)
         for affine in hidden:
             h, gate = self.activation.with_derivative(affine(h))
@@ -151,13 +181,18 @@ class MLPField(VectorField):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hidden {self.hidden}"
 
+    def _waves(self) -> Tensor | None:
+        """The rows of B, shape (fourier, D), or of a field of angles its harmonics."""
+        return self.waves if self.period is None else self.harmonics * (2 * math.pi / self.period)
+
+    def _features(self, angle: Tensor, x: Tensor) -> Tensor:
+        """Sines and cosines of the angles, after x itself unless it is an angle."""
+        waves = [angle.sin(), angle.cos()]
+        return torch.cat(waves if self.period is not None else [x, *waves], -1)
+
     def _affine_layers(self, t: Tensor, x: Tensor, context: Tensor | None) -> Iterator:
         u = self.condition(t, x, context)
         return (layer.affine(u) for layer in self.layers)  # pyright: ignore
-
-
-def _fourier_features(angle: Tensor, x: Tensor) -> Tensor:
-    return torch.cat([x, angle.sin(), angle.cos()], -1)
 
 
 def _frequencies(count: int, dim: int, scale: float) -> nn.Parameter:

@@ -170,9 +170,12 @@ class WithScore(Wrapper):
 
 
 def path_of(field: VectorField) -> Path | None:
-    """The path that a field or a wrapped field is trained with; None if it is not fixed."""
-    parts = (part for part in wrapped(field) if isinstance(part, Predicts | WithScore))
-    return next((part.path for part in parts), None)
+    """The path that a field or a wrapped field is trained with; None if it is not fixed.
+
+    It is fixed by what a field predicts, and by the sphere or torus that it is on.
+    """
+    paths = (getattr(part, "path", None) for part in wrapped(field))
+    return next((path for path in paths if path is not None), None)
 
 
 def score(

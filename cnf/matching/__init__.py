@@ -1,7 +1,7 @@
 """The choices of flow matching: the path, the coupling, and the distribution of times."""
 
 from cnf.matching.couplings import COUPLINGS, Pairing
-from cnf.matching.paths import PATHS, Linear, Path, PathSample, Schedule
+from cnf.matching.paths import PATHS, Circular, Geodesic, Linear, Path, PathSample, Schedule
 from cnf.matching.semidiscrete import SemiDiscrete
 from cnf.matching.times import TIMES
 
@@ -9,6 +9,8 @@ __all__ = [
     "COUPLINGS",
     "PATHS",
     "TIMES",
+    "Circular",
+    "Geodesic",
     "Linear",
     "Pairing",
     "Path",

@@ -64,6 +64,8 @@ class Schedule(NamedTuple):
 def check_path(path: "Path", device: torch.device | str = "cpu") -> None:
     """Refuse a path whose derivatives are not those of its coefficients; warn of its ends.
 
+    Paths whose coefficients depend on the ends, too, such as geodesics, are not looked at.
+
     Args:
         path: The path.
         device: Where its coefficients are computed.
@@ -71,6 +73,8 @@ def check_path(path: "Path", device: torch.device | str = "cpu") -> None:
     Raises:
         ValueError: A derivative differs from the difference quotient by more than 0.1 %.
     """
+    if not path.affine:
+        return
     dtype = widest(torch.device(device))
     t = torch.linspace(0.1, 0.9, 5, dtype=dtype, device=device)
     step = 1e-5 if dtype == torch.float64 else 1e-2
@@ -111,9 +115,12 @@ class Path(ABC):
             between its ends.
         margin: The least distances of t from 0 and from 1, where a derivative is infinite; closer
             times are clamped.
+        affine: Whether xt is a sum of x0 and x1 with coefficients that depend on t alone; else
+            there is no `schedule`.
     """
 
     noisy: bool = False
+    affine: bool = True
     margin: tuple[float, float] = (0.0, 0.0)
 
     @abstractmethod
@@ -128,6 +135,15 @@ class Path(ABC):
             event_dims: Number of dimensions of an event, 1 for vectors and 3 for images.
         """
         return self.schedule(t.reshape(*t.shape, *[1] * event_dims) if t.dim() else t)
+
+    def expect_end(self, who: str, what: str, x: Tensor) -> None:  # noqa: B027, most take any
+        """Raise ValueError for points that the path cannot begin or end at.
+
+        Args:
+            who: Who asks, for messages.
+            what: What they are, "base samples" or "data".
+            x: Some of them, shape (N, *event).
+        """
 
     def clipped(self, t: Tensor) -> Tensor:
         """Times t, clamped to at least the margin away from 0 and 1."""
@@ -351,6 +367,117 @@ class Bridge(Path):
         root = (t * (1 - t)).sqrt()
         slope = self.sigma * (1 - 2 * t) / (2 * root)
         return Schedule(t, 1 - t, 1.0, -1.0, self.sigma * root, slope)
+
+
+@PATHS.register("geodesic")
+@dataclass(frozen=True)
+class Geodesic(Path):
+    r"""The shortest path on the unit sphere, with constant speed θ, the angle between x0 and x1.
+
+    With the unit tangent u at x0 towards x1, which is where the logarithm of x1 points,
+
+    .. math:: x_t = \cos(tθ)\,x_0 + \sin(tθ)\,u, \quad
+        u_t = θ\,(\cos(tθ)\,u - \sin(tθ)\,x_0).
+
+    Of the shortest paths between antipodes, which have probability 0, one is taken.
+
+    Source: Chen & Lipman (2024), https://arxiv.org/abs/2302.03660.
+    """
+
+    affine = False
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """Raise TypeError, as the coefficients depend on the ends, too."""
+        raise TypeError(_no_schedule("Geodesic"))
+
+    def expect_end(self, who: str, what: str, x: Tensor) -> None:
+        length = x.flatten(1).norm(dim=1)
+        if not torch.allclose(length, torch.ones_like(length), atol=1e-3):
+            raise ValueError(
+                f"{who}: expected {what} of length 1 for a path on the sphere, got lengths from "
+                f"{length.min():.3g} to {length.max():.3g}; build the flow by cnf.models.sphere() "
+                "and give it x / x.norm(dim=1, keepdim=True)"
+            )
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> PathSample:
+        """Position and velocity, as `Path.sample`.
+
+        Args:
+            x0: Base samples of length 1, shape (*batch, *event).
+            x1: Data of length 1, of the same shape.
+            t: Times in [0, 1], shape (*batch,).
+            noise: Not used.
+        """
+        start, end = (x.reshape(*t.shape, -1) for x in (x0, x1))
+        cosine = (start * end).sum(-1, keepdim=True)
+        across = end - cosine * start
+        sine = across.norm(dim=-1, keepdim=True)
+        least = 64 * torch.finfo(x0.dtype).eps  # below it, the direction is that of rounding
+        tangent = torch.where(sine > least, across / sine.clamp(min=least), _orthogonal(start))
+        angle = torch.atan2(sine, cosine)
+        turn = t.unsqueeze(-1).to(x0.dtype) * angle
+        xt = turn.cos() * start + turn.sin() * tangent
+        ut = angle * (turn.cos() * tangent - turn.sin() * start)
+        return PathSample(t, xt.reshape(x0.shape), ut.reshape(x0.shape))
+
+
+@PATHS.register("circular")
+@dataclass(frozen=True)
+class Circular(Path):
+    r"""The shortest path on a torus of angles, each of which goes the shorter way around.
+
+    .. math:: x_t = x_0 + t\,u_t, \quad u_t = (x_1 - x_0 + p/2) \bmod p - p/2
+
+    It ends at x1 up to multiples of the period p.
+
+    Source: Chen & Lipman (2024), https://arxiv.org/abs/2302.03660.
+
+    Args:
+        period: p, the length of each circle.
+
+    Raises:
+        ValueError: The period is not positive.
+    """
+
+    period: float = 2 * math.pi
+    affine = False
+
+    def __post_init__(self) -> None:
+        expect_positive("Circular", period=self.period)
+
+    def schedule(self, t: Tensor) -> Schedule:
+        """Raise TypeError, as the coefficients depend on the ends, too."""
+        raise TypeError(_no_schedule("Circular"))
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> PathSample:
+        """Position and velocity, as `Path.sample`; the position may leave [-p/2, p/2)."""
+        ut = wrapped_angle(x1 - x0, self.period)
+        at = t.reshape(*t.shape, *[1] * (x0.dim() - t.dim())).to(x0.dtype)
+        return PathSample(t, torch.addcmul(x0, at, ut), ut)
+
+
+def wrapped_angle(angle: Tensor, period: float) -> Tensor:
+    """The angle in [-period/2, period/2) that differs by a multiple of the period.
+
+    Args:
+        angle: Angles, of any shape.
+        period: Length of the circle.
+    """
+    return torch.remainder(angle + period / 2, period) - period / 2
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """A unit vector orthogonal to each unit vector, shape (*, D): of an axis far from it."""
+    axis = torch.zeros_like(x).scatter(-1, x.abs().argmin(-1, keepdim=True), 1.0)
+    across = axis - (axis * x).sum(-1, keepdim=True) * x
+    return across / across.norm(dim=-1, keepdim=True)
+
+
+def _no_schedule(name: str) -> str:
+    return (
+        f"{name}: the coefficients of this path depend on its ends and not on t alone, so that "
+        "data, noise and scores do not follow from the velocity; train the velocity itself"
+    )
 
 
 def _combined(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:

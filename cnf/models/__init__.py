@@ -5,6 +5,7 @@ from cnf.models.build import MODELS, build
 from cnf.models.continuous import cnf, ffjord, otflow, rnode
 from cnf.models.coupling import coupling_flow, nice, nsf, realnvp
 from cnf.models.images import unet
+from cnf.models.manifolds import sphere, torus
 from cnf.models.multiscale import glow
 from cnf.models.planar_radial import planar, radial, sylvester
 
@@ -27,6 +28,8 @@ __all__ = [
     "radial",
     "realnvp",
     "rnode",
+    "sphere",
     "sylvester",
+    "torus",
     "unet",
 ]

@@ -29,7 +29,9 @@ from cnf.matching.semidiscrete import Plan
 from cnf.matching.times import TIMES
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared, expect_rows
 from cnf.objectives.batch import Batch, RowTensors, resampled, weighted_mean
-from cnf.random import draw
+from cnf.random import draw, stream
+
+FEW = 64  # rows that a path is asked about
 
 
 @dataclass
@@ -162,8 +164,21 @@ class FlowMatching(Objective):
             begun = replace(self, coupling=fitted)
         resolved = self._resolve(flow)
         check_path(resolved.path, flow.device)
+        self._expect_ends(resolved, rows)
         object.__setattr__(begun, "_begun", resolved)
         return begun
+
+    def _expect_ends(self, found: _Regression, rows: Callable[[int], Batch | None]) -> None:
+        """Raise ValueError where the path cannot lead from the base to the data."""
+        if found.path.affine:
+            return
+        who, flow = "FlowMatching", found.flow
+        found.path.expect_end(
+            who, "base samples", flow.base.sample((FEW,), stream(0, "ends of a path"))
+        )
+        data = rows(FEW)
+        if data is not None:
+            found.path.expect_end(who, "data", flow.inside(data.x)[0])
 
     def _resolve(self, module: nn.Module) -> _Regression:
         """Found once by `begin`, and anew for any other flow."""

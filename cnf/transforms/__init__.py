@@ -16,6 +16,7 @@ from cnf.transforms.elementwise import (
 )
 from cnf.transforms.image import CheckerboardCoupling, ConvCoupling, OnChannels, PerPixel, Squeeze
 from cnf.transforms.linear import LU, Householder, Permutation, Rotation
+from cnf.transforms.manifolds import UnitVectors, WrappedAngles
 from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
 from cnf.transforms.normalization import ActNorm, BatchNorm
 from cnf.transforms.planar import Planar, Radial, Sylvester
@@ -72,6 +73,8 @@ __all__ = [
     "Sylvester",
     "Tanh",
     "Transform",
+    "UnitVectors",
     "Whiten",
+    "WrappedAngles",
     "logit",
 ]

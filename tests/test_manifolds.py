@@ -200,3 +200,11 @@ def test_checks_pass_and_the_flow_is_loaded_again(flow, tmp_path):
     x = flow.sample(4)
     again = cnf.load(cnf.save(flow, tmp_path / "flow.safetensors"))
     assert torch.equal(again.log_prob(x), flow.log_prob(x))
+
+
+def test_discrete_steps_that_leave_the_sphere_are_refused():
+    flow = cnf.models.sphere(hidden=(8, 8)).with_solver(cnf.Solver("rk4", steps=2, discrete=True))
+    x = torch.eye(3)
+    for call in (flow.log_prob, flow.encode, flow.decode):
+        with pytest.raises(TypeError, match="leave the sphere"):
+            call(x)

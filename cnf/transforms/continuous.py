@@ -31,6 +31,8 @@ from cnf.dynamics.regularizers import Integrand, Point
 from cnf.dynamics.solver import FLOW_MAP, STAGES, Solver
 from cnf.errors import call_without_edits, expect_choice, expect_not_negative, explain_edit
 from cnf.fields.base import VectorField
+from cnf.fields.sphere import OnSphere
+from cnf.fields.wrappers import wrapped
 from cnf.precision import with_current_autocast
 from cnf.transforms.base import TRANSFORMS, Transform, transforms_in
 
@@ -312,7 +314,15 @@ class Continuous(Transform):
         Args:
             context: Condition, shape (N, C), or None.
             ends: Where they start and where they stop; as they are explicit if None.
+
+        Raises:
+            TypeError: The field is one on the sphere, which steps leave.
         """
+        if any(isinstance(part, OnSphere) for part in wrapped(self.field)):
+            raise TypeError(
+                "Continuous: steps of a discrete solver leave the sphere, and their determinant "
+                "is not that of areas; take the solver with discrete=False"
+            )
         if ends is None:
             ends = (0.0, 1.0) if self.solver.explicit == "sample" else (1.0, 0.0)
         run = numerical.take

@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     parser.add_argument("--seeds", nargs="*", type=int)
+    parser.add_argument("--models", nargs="*")
     parser.add_argument("--results", type=Path, default=PATH)
     parser.add_argument("--pictures", nargs="*", metavar="SET:MODEL", default=[])
     arguments = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> None:
     path = arguments.results
     for seed in arguments.seeds or config["seeds"]:
         for name in arguments.sets:
-            for model in config["sets"][name]["models"]:
+            for model in arguments.models or config["sets"][name]["models"]:
                 rows = list(csv.DictReader(path.open())) if path.exists() else []
                 if (name, model, str(seed)) in {(r["set"], r["model"], r["seed"]) for r in rows}:
                     continue

@@ -69,6 +69,8 @@ class VAE(nn.Module):
             self.decoder = kinds[decoder](latent, pixels, hidden[::-1])
         affine = amortized_affine(latent, features)
         parts = [] if posterior is None else [named(posterior, latent, features).transform]
+        for net in (self.encoder, self.decoder.net):
+            draw_weights(net, 1.7)
         self.posterior = cnf.Flow(None, Compose([*parts, affine]), event_shape=(latent,))
         self.prior = StandardNormal((latent,)) if prior is None else named(prior, latent)
 
@@ -141,7 +143,7 @@ class DiscretizedLogistic(nn.Module):
     def __init__(self, latent: int, pixels: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
         self.net = MLP(latent, pixels, hidden)
-        self.log_scale = nn.Parameter(torch.full((pixels,), math.log(0.1 * LEVELS)))
+        self.log_scale = nn.Parameter(torch.full((pixels,), math.log(8.0)))
 
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         return logistic_log_prob(x, self._center(z), self.log_scale).sum(-1)
@@ -151,7 +153,7 @@ class DiscretizedLogistic(nn.Module):
         return (self._center(z) / (LEVELS - 1)).clamp(0, 1)
 
     def _center(self, z: Tensor) -> Tensor:
-        return LEVELS * (0.5 + 0.25 * self.net(z))
+        return LEVELS * (0.5 + 0.1 * self.net(z))
 
 
 def logistic_log_prob(x: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
@@ -201,13 +203,28 @@ class FlowDecoder(nn.Module):
 
 
 def amortized_affine(dim: int, context: int) -> Elementwise:
-    """The map z ↦ μ(c) + σ(c) z, linear in c but for the exponential; the identity at the start.
+    """The map z ↦ μ(c) + σ(c) z, where μ and the log of σ are linear in c, and not 0 at the start.
 
     Args:
         dim: Number of variables.
         context: Size of c.
     """
-    return Elementwise(dim, {"name": "affine", "bound": 5.0}, hidden=(), context_dim=context)
+    affine = Elementwise(dim, {"name": "affine", "bound": 5.0}, hidden=(), context_dim=context)
+    assert affine.net is not None
+    draw_weights(affine.net, 0.5)  # at 0 the decoder would first learn to ignore z
+    return affine
+
+
+def draw_weights(net: MLP, gain: float) -> None:
+    """Draw the weights of a net again, by Glorot's rule; 1.7 keeps the scale through SiLU layers.
+
+    Args:
+        net: Changed in place.
+        gain: Factor of the weights' deviation.
+    """
+    for parameter in net.parameters():
+        if parameter.dim() == 2:
+            nn.init.xavier_normal_(parameter, gain)
 
 
 @dataclass

@@ -68,9 +68,9 @@ class VAE(nn.Module):
         else:
             self.decoder = kinds[decoder](latent, pixels, hidden[::-1])
         affine = amortized_affine(latent, features)
-        parts = [] if posterior is None else [named(posterior, latent, features).transform]
         for net in (self.encoder, self.decoder.net):
             draw_weights(net, 1.7)
+        parts = [] if posterior is None else [named(posterior, latent, features).transform]
         self.posterior = cnf.Flow(None, Compose([*parts, affine]), event_shape=(latent,))
         self.prior = StandardNormal((latent,)) if prior is None else named(prior, latent)
 

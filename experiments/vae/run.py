@@ -57,6 +57,7 @@ def built(config: dict, name: str, model: str, pixels: int, seed: int) -> VAE:
 
 
 def run(config: dict, name: str, model: str, seed: int) -> dict:
+    revision = environment()["revision"]  # of the code that is loaded
     x, validation, test = SETS[name]()
     vae = built(config, name, model, x.shape[1], seed)
     settings = cnf.TrainConfig(
@@ -64,6 +65,8 @@ def run(config: dict, name: str, model: str, seed: int) -> dict:
     )
     objective = NegativeELBO(binarize=name == "mnist")
     history = cnf.fit(vae, objective, x, settings, validation=validation)
+    if history.reason == "interrupted":
+        raise SystemExit(f"{name}, {model}, seed {seed}: interrupted, and not scored")
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     torch.save(vae.state_dict(), WEIGHTS / f"{name} {model} {seed}.pt")
     return {
@@ -72,7 +75,7 @@ def run(config: dict, name: str, model: str, seed: int) -> dict:
         "train_loss": f"{history.records[-1]['loss']:.2f}", "steps": history.steps,
         "ms_per_step": f"{1e3 * history.seconds / history.steps:.1f}",
         "parameters": sum(p.numel() for p in vae.parameters()),
-        "revision": environment()["revision"],
+        "revision": revision,
     }  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Amortized(nn.Module):
     Args:
         sizes: Sizes of the vectors.
         context_dim: Size of the context; 0 for none.
-        scale: Standard deviation of the initial weights and biases.
+        scale: Standard deviation of the initial biases, and of what a context of unit scale adds
+            to them at the start, whatever its size.
     """
 
     def __init__(self, sizes: Sequence[int], context_dim: int = 0, scale: float = 0.1) -> None:
@@ -34,7 +35,8 @@ class Amortized(nn.Module):
         self.bias = nn.Parameter(scale * torch.randn(sum(sizes)))
         self.weight = None
         if context_dim:
-            self.weight = nn.Parameter(scale * torch.randn(sum(sizes), context_dim))
+            size = scale / math.sqrt(context_dim)
+            self.weight = nn.Parameter(size * torch.randn(sum(sizes), context_dim))
 
     def forward(self, context: Tensor | None) -> tuple[Tensor, ...]:
         """One vector for each size, shape (*batch, size), or (size,) without a context."""

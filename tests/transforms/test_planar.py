@@ -188,3 +188,15 @@ def test_autocast_has_no_effect(name, large_parameters, generator):
     with torch.autocast("cpu", torch.bfloat16):
         found = transform(z, context), transform.inverse(z, context)
     torch.testing.assert_close(found, (transform(z, context), transform.inverse(z, context)))
+
+
+@pytest.mark.parametrize("kind", [Planar, lambda *sizes: Sylvester(24, 8, sizes[1]), Radial])
+def test_first_map_is_as_near_the_identity_with_many_features_as_with_one(kind):
+    moved = []
+    for size in (1, 256):
+        torch.manual_seed(0)
+        z, context = torch.randn(500, 24), torch.randn(500, size)
+        maps = [kind(24, size) for _ in range(20)]
+        shifts = torch.stack([layer(z, context)[0] - z for layer in maps])
+        moved.append(shifts.square().mean().sqrt().item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.3)

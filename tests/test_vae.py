@@ -1,0 +1,131 @@
+"""The variational autoencoder of experiments/vae: its weights, its decoder, its pairing."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cnf
+
+FILE = Path(__file__).parent.parent / "experiments" / "vae" / "vae.py"
+LIMIT, POINTS = 12.0, 401  # of the quadratures over noise and latent variable
+STEP = 2 * LIMIT / (POINTS - 1)
+POSTERIORS = {
+    "Gaussian": None,
+    "planar": {"name": "planar", "layers": 2},
+    "iaf": {"name": "iaf", "layers": 2, "hidden": [8]},
+    "cnf": {"name": "cnf", "hidden": [8, 8], "solver": {"method": "rk4", "steps": 24}},
+}
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """The module experiments/vae/vae.py."""
+    spec = importlib.util.spec_from_file_location("vae_of_experiments", FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def perturbed(model, scale=0.1):
+    """The same with noise on each weight, so that no map is the identity."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += scale * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return model
+
+
+def calm(model):
+    """A posterior about as wide as the prior, so that the quadratures see all of both."""
+    last = model.posterior.transform.transforms[-1].net.layers[-1]
+    with torch.no_grad():
+        for weight in last.parameters():
+            weight *= 0.1
+
+
+CASES = [*((name, None) for name in POSTERIORS), ("Gaussian", "cnf")]
+
+
+@pytest.mark.parametrize(("name", "prior"), CASES)
+def test_mean_weight_is_the_evidence(vae, name, prior):
+    """E[p(x, z)/q(z|x)] over the noise = ∫ p(z) p(x|z) dz, both by the trapezoidal rule."""
+    torch.manual_seed(0)
+    flows = {"posterior": POSTERIORS[name], "prior": POSTERIORS.get(prior)}
+    model = perturbed(vae.VAE(3, 1, 4, (8,), **flows).double())
+    calm(model)
+    x = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    grid = torch.linspace(-LIMIT, LIMIT, POINTS, dtype=torch.float64).unsqueeze(-1)
+    rows = x.expand(len(grid), -1)
+    normal = -0.5 * grid.squeeze(-1) ** 2 - 0.5 * math.log(2 * math.pi)
+    with torch.no_grad():
+        drawn = (normal + model.log_weights(rows, grid)).logsumexp(0) + math.log(STEP)
+        exact = model.log_joint(rows, grid).logsumexp(0) + math.log(STEP)
+        elbo = (normal.exp() * model.log_weights(rows, grid)).sum() * STEP
+    assert drawn == pytest.approx(exact.item(), abs=1e-5)  # RK4 with 24 steps
+    assert elbo < exact
+
+
+def test_elbo_of_gaussian_posterior_has_the_closed_divergence(vae):
+    """E[log w] = E_q[log p(x|z)] - KL(q ‖ p), the first by quadrature, the second closed."""
+    torch.manual_seed(0)
+    model = perturbed(vae.VAE(3, 1, 4, (8,)).double())
+    x = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    noise = torch.linspace(-LIMIT, LIMIT, POINTS, dtype=torch.float64).unsqueeze(-1)
+    share = torch.exp(-0.5 * noise.squeeze(-1) ** 2) / math.sqrt(2 * math.pi) * STEP
+    rows = x.expand(len(noise), -1)
+    with torch.no_grad():
+        ends = model.posterior.decode(noise[[0, -1]], model.features(rows[:2])).squeeze(-1)
+        mean, std = ends.mean(), (ends[1] - ends[0]) / (2 * LIMIT)
+        z = mean + std * noise
+        likelihood = (share * model.decoder.log_prob(rows, z)).sum()
+        found = (share * model.log_weights(rows, noise)).sum()
+    normal = torch.distributions.Normal(torch.zeros(()).double(), torch.ones(()).double())
+    q = torch.distributions.Normal(mean, std)
+    closed = likelihood - torch.distributions.kl_divergence(q, normal)
+    assert found.item() == pytest.approx(closed.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("center", [-40.0, 0.2, 128.0, 300.0])
+@pytest.mark.parametrize("scale", [0.05, 20.0])
+def test_discretized_logistic_is_the_difference_of_its_distribution_function(vae, center, scale):
+    x = torch.arange(256, dtype=torch.float64)
+    place, width = torch.tensor([center, scale], dtype=torch.float64)
+    log_p = vae.logistic_log_prob(x, place, width.log())
+    assert log_p.exp().sum() == pytest.approx(1.0, abs=1e-9)
+    ends = torch.arange(0.5, 255, dtype=torch.float64)
+    below = torch.sigmoid((ends - center) / scale)
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    expected = torch.cat([zero, below, one]).diff()
+    assert torch.allclose(log_p.exp(), expected, atol=1e-12)
+    assert log_p.isfinite().all()
+
+
+def test_models_of_one_seed_share_encoder_decoder_and_draws(vae):
+    batch = cnf.Batch(torch.rand(5, 6))
+    objective, found = vae.NegativeELBO(binarize=True), []
+    for posterior in POSTERIORS.values():
+        torch.manual_seed(3)
+        model = vae.VAE(6, 2, 4, (8,), posterior=posterior)
+        rows = objective.prepare(model, batch, torch.Generator().manual_seed(4))
+        parts = (model.encoder, model.decoder, model.posterior.transform.transforms[-1])
+        found.append([rows.x, rows.noise, *(p for part in parts for p in part.parameters())])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("flow", [None, {"name": "maf", "layers": 2, "hidden": [4]}])
+def test_probabilities_of_flow_decoder_sum_to_one(vae, flow):
+    """Of one pixel, Σ_x E[p(x + u)] over uniform noise u, by 100 draws for each of 256 levels."""
+    torch.manual_seed(0)
+    model = perturbed(vae.VAE(1, 2, 4, (8, 8), decoder="flow", decoder_flow=flow))
+    levels, z = torch.arange(256.0).repeat(100).unsqueeze(-1), torch.full((25_600, 2), 0.5)
+    with torch.no_grad():
+        total = model.decoder.log_prob(levels, z).exp().sum() / 100
+    assert total == pytest.approx(1.0, abs=0.01)
+    assert model.decoder.mean(z[:3]).shape == (3, 1)

@@ -60,6 +60,10 @@ def log_prob_with_error(
 ) -> LogProb:
     """The log-density of any flow, without gradients, with the errors of estimate and solver.
 
+    The interval takes the estimates as normally distributed, and is too narrow for few probes in
+    few dimensions: with D = 2 random signs give only two values, which two probes share in half
+    of the rows. Take 16 probes or more there, or the exact divergence.
+
     It warns where the mean of a fixed-step solver, or of a learned divergence in few steps, is off
     by more than `fit` allows, 0.05 nats.
 

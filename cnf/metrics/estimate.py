@@ -11,6 +11,8 @@ class Estimate(NamedTuple):
 
     >>> print(Estimate(2.34519, 0.0117))
     2.345 ± 0.012
+    >>> f"{Estimate(2.34519, 0.0117):.1f}"
+    '2.3 ± 0.0'
     """
 
     value: float
@@ -34,6 +36,10 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return number(self.value, self.error)
+
+    def __format__(self, spec: str) -> str:
+        """The format of both numbers, such as ".3f"; as `str` without one."""
+        return f"{self.value:{spec}} ± {self.error:{spec}}" if spec else str(self)
 
 
 def number(value: float, error: float = math.nan) -> str:

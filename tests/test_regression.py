@@ -67,6 +67,18 @@ def test_crps_of_a_normal_distribution_has_its_closed_form(regression):
     assert found == pytest.approx(exact, abs=1e-3)  # the midpoint rule's, for 4,000 levels
 
 
+def test_recalibrated_intervals_cover_what_overconfident_ones_do_not(regression):
+    """PITs of N(0, 1) for rows of N(0, 2²): 90 % cover 59 %; the mean over draws is to be 90 %."""
+    rng = np.random.default_rng(0)
+    held_out, pit = (stats.norm.cdf(2 * rng.normal(size=n)) for n in (999, 100_000))
+    raw = np.mean(np.abs(pit - 0.5) <= 0.45)
+    assert raw == pytest.approx(2 * stats.norm.cdf(stats.norm.ppf(0.95) / 2) - 1, abs=0.005)
+    found = regression["predictive"].recalibrated(held_out, pit, 0.9)
+    assert found == pytest.approx(0.9, abs=3 * (0.9 * 0.1 / 1000) ** 0.5)  # Beta(900, 100)
+    few = regression["predictive"].recalibrated(held_out[:5], pit, 0.9)
+    assert few == 1.0  # five rows cannot tell: all is covered
+
+
 def test_weights_of_a_forest_are_those_of_its_own_predictions(regression):
     """One tree: the rows in the leaf. Several, without bootstrap: their mean is `predict`."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """Baselines of scikit-learn, each as a function from features to predictive distributions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from predictive import Mixture
@@ -55,7 +55,9 @@ def gaussian_process(points: Points, seed: int, tuned: int, rows: int) -> Predic
     return lambda features: gaussian(*model.predict(features, return_std=True))
 
 
-def boosting(points: Points, seed: int, varying: bool, **options: float) -> Predict:
+def boosting(
+    points: Points, seed: int, varying: bool, floors: Sequence[float] = (), **options: float
+) -> Predict:
     """Gradient boosting of the mean, and of the variance if it varies.
 
     The residuals that the variance is learned from are those of five-fold cross-validation.
@@ -65,13 +67,14 @@ def boosting(points: Points, seed: int, varying: bool, **options: float) -> Pred
         seed: Of scikit-learn's draws.
         varying: Whether the variance depends on the features (boosting with the gamma deviance of
             squared residuals), or is one number.
+        floors: Least variances as parts of the mean one, of which validation chooses.
         options: Of `HistGradientBoostingRegressor`.
     """
     x, y, vx, vy = arrays(points)
     early = {**options, "early_stopping": True, "random_state": seed}
     mean = HistGradientBoostingRegressor(**early).fit(x, y, X_val=vx, y_val=vy)
-    told = options | {"max_iter": mean.n_iter_, "early_stopping": False}
-    again = HistGradientBoostingRegressor(**told, random_state=seed)
+    fixed = {**options, "max_iter": mean.n_iter_, "early_stopping": False, "random_state": seed}
+    again = HistGradientBoostingRegressor(**fixed)
     squared = (y - cross_val_predict(again, x, y, cv=5)) ** 2
     if not varying:
         return lambda features: gaussian(mean.predict(features), squared.mean() ** 0.5)
@@ -79,7 +82,13 @@ def boosting(points: Points, seed: int, varying: bool, **options: float) -> Pred
     least = 1e-6 * squared.mean()  # the deviance is of numbers above 0
     variance = HistGradientBoostingRegressor(loss="gamma", **early)
     variance.fit(x, squared + least, X_val=vx, y_val=of_validation + least)
-    return lambda features: gaussian(mean.predict(features), variance.predict(features) ** 0.5)
+
+    def told(features: np.ndarray, floor: float) -> Mixture:
+        spread = np.maximum(variance.predict(features), floor * squared.mean())
+        return gaussian(mean.predict(features), spread**0.5)
+
+    chosen = min(floors, key=lambda floor: -told(vx, floor).log_prob(vy).mean())
+    return lambda features: told(features, chosen)
 
 
 def forest(

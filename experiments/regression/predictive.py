@@ -117,6 +117,23 @@ def crps(quantiles: np.ndarray, levels: np.ndarray, y: np.ndarray) -> np.ndarray
     return 2 * (((apart > 0) - levels) * apart).mean(1)
 
 
+def recalibrated(held_out: np.ndarray, pit: np.ndarray, part: float) -> float:
+    """Coverage of central intervals whose level held-out rows set: split conformal prediction.
+
+    The interval is |F(y) - 1/2| <= h, with h the ⌈(n + 1) part⌉-th smallest of n held-out rows.
+    Source: Chernozhukov et al. (2021), https://doi.org/10.1073/pnas.2107794118.
+
+    Args:
+        held_out: F(y) of held-out rows, shape (n,).
+        pit: F(y) of test rows.
+        part: Probability of the intervals.
+    """
+    apart = np.sort(np.abs(held_out - 0.5))
+    place = int(np.ceil((len(apart) + 1) * part)) - 1
+    half = apart[place] if place < len(apart) else 0.5
+    return float(np.mean(np.abs(pit - 0.5) <= half))
+
+
 def scores(told: Predictive, y: np.ndarray, few: Predictive, scored: int) -> dict[str, str]:
     """Of all rows NLL and calibration; of the first `scored` what quantiles are needed for.
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from baselines import BASELINES
-from predictive import COVERED, Ensemble, OfFlow, Predictive, scores
+from predictive import COVERED, Ensemble, OfFlow, Predictive, recalibrated, scores
 from problems import problem
 
 import cnf
@@ -32,8 +32,8 @@ GRIDS = HERE.parents[1] / "runs" / "regression"  # densities that pictures.py dr
 GRID = np.linspace(-1, 1, 161), np.linspace(-2.5, 3.5, 241)  # of the feature and of the target
 COLUMNS = [
     "problem", "model", "seed", "rows", "features", "nll", "nll_error", "worst", "exact",
-    *(f"covered_{100 * part:.0f}" for part in COVERED), "width_90", "crps", "rmse",
-    "validation_nll", "steps", "core_seconds", "pit", "revision",
+    *(f"covered_{100 * part:.0f}" for part in COVERED), "recalibrated_90", "width_90",
+    "crps", "rmse", "validation_nll", "steps", "core_seconds", "pit", "revision",
 ]  # fmt: skip
 
 
@@ -68,12 +68,14 @@ def run(name: str, model: str, seed: int, config: dict[str, Any]) -> dict[str, A
     predict, steps = fitted(config["models"][model], points, seed, config)
     seconds = time.process_time() - began
     few = config["scored"]
+    of_held_out, held_y = predict(held_out.context), held_out.x[:, 0].double().numpy()
     row = {
         "problem": name, "model": model, "seed": seed, "rows": len(points.x),
         "features": points.context.shape[1],
         **scores(predict(test.context), y, predict(test.context[:few]), few),
-        "validation_nll":
-            f"{-predict(held_out.context).log_prob(held_out.x[:, 0].double().numpy()).mean():.4f}",
+        "recalibrated_90":
+            f"{recalibrated(of_held_out.cdf(held_y), predict(test.context).cdf(y), 0.9):.4f}",
+        "validation_nll": f"{-of_held_out.log_prob(held_y).mean():.4f}",
         "steps": steps, "core_seconds": f"{seconds:.1f}",
     }  # fmt: skip
     if truth is not None:
@@ -94,17 +96,20 @@ def keep_grid(predict: Any, model: str) -> None:
 def table(rows: list[dict[str, str]], config: dict[str, Any]) -> str:
     """Means over seeds, of the NLL with the standard error of that mean."""
     heads = ["problem", "model", "NLL", *(f"{100 * part:.0f} %" for part in COVERED)]
-    heads += ["width of 90 %", "CRPS", "RMSE", "steps", "core seconds"]
+    heads += ["90 % reset", "width of 90 %", "CRPS", "RMSE", "steps", "core seconds"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for name, model in itertools.product(config["problems"], config["models"]):
         own = [row for row in rows if (row["problem"], row["model"]) == (name, model)]
         if not own:
             continue
-        columns = {key: [float(row[key] or "nan") for row in own] for key in COLUMNS[3:-2]}
-        mean = {key: statistics.fmean(values) for key, values in columns.items()}
+        columns = {key: [float(r[key]) for r in own if r.get(key)] for key in COLUMNS[3:-2]}
+        mean = {key: statistics.fmean(each or [np.nan]) for key, each in columns.items()}
         spread = statistics.stdev(columns["nll"]) / len(own) ** 0.5 if len(own) > 1 else np.nan
         cells = [name, model, number(mean["nll"], spread)]
         cells += [f"{100 * mean[f'covered_{100 * part:.0f}']:.1f}" for part in COVERED]
+        cells.append(
+            "–" if np.isnan(mean["recalibrated_90"]) else f"{100 * mean['recalibrated_90']:.1f}"
+        )
         cells += [f"{mean[key]:.3g}" for key in ("width_90", "crps", "rmse")]
         cells += [number(mean["steps"]), f"{mean['core_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")

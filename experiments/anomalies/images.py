@@ -99,7 +99,9 @@ def rows_of(trained_on: str, model: str, seed: int, config: dict[str, Any]) -> l
     preprocess = [{"name": "logit", "alpha": 0.05}, "standardize"]
     sizes = {**images.sizes, "preprocess": preprocess}
     flow = cnf.models.build(told["model"], **sizes, **told.get("options", {}))
-    steps = cnf.fit(flow, "maximum-likelihood", images, {**told["train"], "seed": seed}).steps
+    history = cnf.fit(flow, "maximum-likelihood", images, {**told["train"], "seed": seed})
+    if history.signal:  # an interrupted fit is no result
+        raise SystemExit(128 + history.signal)
     flow.eval()
     noise = stream(seed, "noise of a score")
 
@@ -121,7 +123,7 @@ def rows_of(trained_on: str, model: str, seed: int, config: dict[str, Any]) -> l
             "auroc": f"{roc_auc_score(truth, np.r_[normal, told_bits]):.4f}",
             "auroc_typical": f"{roc_auc_score(truth, apart):.4f}",
             "alarms": f"{np.mean(low <= ALARMS):.4f}",
-            "alarms_typical": f"{np.mean(typical <= ALARMS):.4f}", "steps": steps,
+            "alarms_typical": f"{np.mean(typical <= ALARMS):.4f}", "steps": history.steps,
             "histogram": " ".join(map(str, np.histogram(told_bits.clip(0, 16), EDGES)[0])),
             "each": told_bits,
         })  # fmt: skip

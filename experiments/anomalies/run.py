@@ -35,6 +35,7 @@ from cnf.training.origin import environment
 
 HERE = Path(__file__).parent
 ALARMS = 0.05  # the p-value below which a row is called an anomaly
+FEW = 1_000  # training rows below which a model's settings are those for few rows
 COLUMNS = [
     "problem", "kind", "model", "seed", "rows", "columns", "normal", "anomalies", "auroc",
     "auroc_typical", "false_alarms", "alarms", "alarms_typical", "nll", "nll_held_out", "steps",
@@ -67,12 +68,15 @@ def fitted(
         return lambda x: score(x.numpy()), ""
     torch.manual_seed(seed)
     flow = cnf.models.build(told["model"], dim=points.dim, **told.get("options", {}))
-    settings = config["train"] | told["train"] | {"seed": seed}
+    few = told.get("few", {}) if len(points.x) < FEW else {}
+    settings = config["train"] | told["train"] | few | {"seed": seed}
     settings["batch_size"] = min(settings["batch_size"], len(points.x))
     objective = OBJECTIVES.build(told.get("objective", "maximum-likelihood"), "run")
-    steps = cnf.fit(flow, objective, points, settings).steps
+    history = cnf.fit(flow, objective, points, settings)
+    if history.signal:  # an interrupted fit is no result
+        raise SystemExit(128 + history.signal)
     flow.eval()
-    return lambda x: log_prob_chunked(flow, x).double().numpy(), steps
+    return lambda x: log_prob_chunked(flow, x).double().numpy(), history.steps
 
 
 def rows_of(name: str, model: str, seed: int, config: dict[str, Any]) -> list[dict[str, Any]]:

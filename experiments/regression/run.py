@@ -51,7 +51,10 @@ def fitted(told: dict[str, Any], points: Points, seed: int, config: dict[str, An
         settings = config["train"] | told["train"] | {"seed": own}
         settings["batch_size"] = min(settings["batch_size"], len(points.x))
         objective = OBJECTIVES.build(told.get("objective", "maximum-likelihood"), "run")
-        steps += cnf.fit(flow, objective, points, settings).steps
+        history = cnf.fit(flow, objective, points, settings)
+        if history.signal:  # an interrupted fit is no result
+            raise SystemExit(128 + history.signal)
+        steps += history.steps
         flows.append(flow.eval())
 
     def predict(features: torch.Tensor) -> Predictive:

@@ -38,7 +38,11 @@ def calibration(config: dict, rows: list[dict[str, str]]) -> None:
         ax.set_title(name)
         ax.set_xlabel("level u")
     panels[0].set_ylabel("share of PIT ≤ u, less u")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    named = {}
+    for ax in panels:
+        named |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    named = {model: named[model] for model in config["models"]}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
     save(figure, "calibration")
 
 

@@ -37,7 +37,7 @@ def nice(
     Source: Dinh et al. (2014), NICE, https://arxiv.org/abs/1410.8516.
 
     Args:
-        dim: Number of variables D; 2 or more.
+        dim: Number of variables D; 2 or more, or 1 with a context.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each layer's conditioner, an MLP.
         layers: Number of layers.
@@ -96,7 +96,7 @@ def realnvp(
     Source: Dinh et al. (2017), RealNVP, https://arxiv.org/abs/1605.08803.
 
     Args:
-        dim: Number of variables D; 2 or more.
+        dim: Number of variables D; 2 or more, or 1 with a context.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each layer's conditioner, an MLP; for images the channels of each
             residual block, all equal.
@@ -171,7 +171,7 @@ def nsf(
     Rezende et al. (2020), https://arxiv.org/abs/2002.02428.
 
     Args:
-        dim: Number of variables D; 2 or more.
+        dim: Number of variables D; 2 or more, or 1 with a context.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each layer's conditioner, an MLP; for images the channels of each
             residual block, all equal.
@@ -251,7 +251,7 @@ def coupling_flow(
     (2,)
 
     Args:
-        dim: Number of variables D; 2 or more.
+        dim: Number of variables D; 2 or more, or 1 with a context.
         transformer: Map of each variable, with parameters from the conditioner: a name in `MAPS`,
             {"name": …, **options} or an instance; affine if None.
         context: Size of the context; 0 for none.

@@ -58,6 +58,8 @@ def run(case: Case, config: dict) -> dict:
     )  # fmt: skip
     objective = cnf.ReverseKL(target.log_density, path_gradient=case.path_gradient)
     history = cnf.fit(flow, objective, config=settings)
+    if history.signal:  # what was cut short is no result
+        raise SystemExit(128 + history.signal)
     return {
         **case._asdict(),
         **scores(flow, target, config["draws"], case.seed),

@@ -37,7 +37,7 @@ def glow(
     Source: Kingma & Dhariwal (2018), https://arxiv.org/abs/1807.03039.
 
     Args:
-        dim: Number of variables D; 2 or more.
+        dim: Number of variables D; 2 or more, or 1 with a context.
         context: Size of the context; 0 for none.
         hidden: Hidden widths of each coupling's conditioner (channels, for images).
         layers: Number of steps (per level, for images).

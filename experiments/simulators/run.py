@@ -25,6 +25,7 @@ from cnf.training.origin import environment
 
 HERE = Path(__file__).parent
 PATH, RANKS = HERE / "results.csv", HERE / "ranks.npz"
+DRAWS = 100  # for each rank
 COLUMNS = [
     "task", "contestant", "simulations", "seed", "c2st", "least", "most", "train_seconds",
     "sample_seconds", "revision",
@@ -77,7 +78,7 @@ def run(case: Case, known: Reference, config: dict) -> tuple[dict, object]:
     return row, posterior
 
 
-def ranks(posterior: object, task: Task, count: int, n: int = 100) -> np.ndarray:
+def ranks(posterior: object, task: Task, count: int, n: int = DRAWS) -> np.ndarray:
     """The part of n draws below the true parameter, (count, D): uniform if calibrated.
 
     Source: Talts et al. (2018), https://arxiv.org/abs/1804.06788.
@@ -121,19 +122,20 @@ def picture(found: dict[str, np.ndarray]) -> None:
     cells = [name.split("/") for name in found]
     tasks = [name for name in TASKS if any(task == name for task, _ in cells)]
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), sharey=True)
-    grid = np.linspace(0, 1, 101)
+    grid = np.linspace(0, 1, DRAWS + 1)
+    uniform = (DRAWS * grid + 1) / (DRAWS + 1)  # of ranks 0, …, DRAWS
     for axis, task in zip(np.atleast_1d(axes), tasks, strict=True):
         for contestant in CONTESTANTS:
             own = found.get(f"{task}/{contestant}")
             if own is not None:
                 below = (own.ravel()[:, None] <= grid).mean(0)
-                axis.plot(grid, below - grid, label=contestant)
+                axis.plot(grid, below - uniform, label=contestant)
                 count = len(own)
         band = 2 * np.sqrt(grid * (1 - grid) / count)
         axis.fill_between(grid, -band, band, color="0.9", zorder=0)
         axis.set(title=task, xlabel="rank of the true parameter among draws")
     np.atleast_1d(axes)[0].set_ylabel("part of ranks below, less uniform")
-    np.atleast_1d(axes)[-1].legend(fontsize=7)
+    np.atleast_1d(axes)[0].legend(fontsize=7)
     (HERE / "pictures").mkdir(exist_ok=True)
     figure.savefig(HERE / "pictures" / "calibration.png", dpi=110, bbox_inches="tight")
 

@@ -6,6 +6,7 @@ from cnf.metrics.distances import (
     energy_distance,
     mmd,
     sliced_wasserstein2,
+    wasserstein1,
     wasserstein2,
     wasserstein2_floor,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "round_trip_error",
     "sliced_wasserstein2",
     "straightness",
+    "wasserstein1",
     "wasserstein2",
     "wasserstein2_floor",
 ]

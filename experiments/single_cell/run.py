@@ -53,9 +53,10 @@ def run(case: Case, cells: list[Tensor], config: dict) -> dict:
 def trained(own: Gap, contestant: dict, config: dict, seed: int) -> cnf.Flow:
     """A flow from the snapshot before to the one after, or a density given the time."""
     dim, name = own.target.shape[1], contestant["model"]
+    rows = len(own.after) if contestant["between"] else sum(map(len, own.seen.values()))
     settings = cnf.TrainConfig(
-        steps=config["steps"], batch_size=config["batch_size"], seed=seed, validations=0,
-        compile=False, progress=False, device="cpu",
+        steps=config["steps"], batch_size=min(config["batch_size"], rows), seed=seed,
+        validations=0, compile=False, progress=False, device="cpu",
     )  # fmt: skip
     if contestant["between"]:
         model = cnf.models.build(name, dim=dim, preprocess=None)  # points are scaled already

@@ -81,8 +81,8 @@ def profiles(ax: Axes, system: System, edges: Tensor, flows: dict, middle: Tenso
             ax.plot(middle, -mass.log(), style, color=color_of(place), linewidth=1.5, label=told)
     ax.axvline(system.split, color=INK, linewidth=0.8, linestyle="--")
     ax.set_ylabel("free energy of a bin (kT)")
-    ax.set_ylim(1, 16)
-    ax.legend(fontsize=9, ncols=2)
+    ax.set_ylim(1, 22)
+    ax.legend(fontsize=9, ncols=4, loc="upper center")
 
 
 if __name__ == "__main__":

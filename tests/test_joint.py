@@ -128,6 +128,15 @@ def test_loss_is_the_mean_of_losses_of_single_rows(objective, weight, small_flow
     assert torch.equal(rows, objective.per_row(flow, Batch(x), seeded())) or weight[0] == 0
 
 
+def test_energy_and_examples_train_together_without_a_warning():
+    """Data that reverse KL does not use are another term's: warnings are errors here."""
+    flow = cnf.models.realnvp(2, hidden=(4,), layers=2)
+    target = torch.distributions.MultivariateNormal(torch.ones(2), torch.eye(2))
+    joint = Joint((MaximumLikelihood(), cnf.ReverseKL(target)), (1.0, 0.5))
+    config = cnf.TrainConfig(steps=2, batch_size=16, progress=False, validations=0)
+    assert set(cnf.fit(flow, joint, torch.randn(64, 2), config).records[-1]) >= {"nll", "elbo"}
+
+
 def test_parts_of_parts_add_up_to_the_whole():
     """As where each of two processes adds up its gradient over two parts."""
     torch.manual_seed(0)

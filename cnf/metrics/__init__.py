@@ -6,6 +6,7 @@ from cnf.metrics.distances import (
     energy_distance,
     mmd,
     sliced_wasserstein2,
+    wasserstein1,
     wasserstein2,
     wasserstein2_floor,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "row_scores",
     "sliced_wasserstein2",
     "straightness",
+    "wasserstein1",
     "wasserstein2",
     "wasserstein2_floor",
 ]

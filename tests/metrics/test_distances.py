@@ -15,16 +15,34 @@ from cnf.metrics.distances import (
     energy_distance,
     mmd,
     sliced_wasserstein2,
+    wasserstein1,
     wasserstein2,
     wasserstein2_floor,
 )
 from cnf.metrics.estimate import Estimate
 
-DISTANCES = [wasserstein2, sliced_wasserstein2, mmd, energy_distance, c2st]
+DISTANCES = [wasserstein1, wasserstein2, sliced_wasserstein2, mmd, energy_distance, c2st]
 
 
 def normal(n, dim=2, seed=0):
     return torch.randn(n, dim, generator=Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- W1 ---
+
+
+def test_w1_is_the_area_between_cumulative_distributions_on_a_line():
+    x, y = normal(70, 1), normal(90, 1, seed=1) ** 3
+    expected = scipy.stats.wasserstein_distance(x[:, 0], y[:, 0])
+    assert wasserstein1(x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_w1_is_the_optimal_assignment():
+    x, y = normal(200, 3), normal(200, 3, seed=1) ** 3
+    cost = torch.cdist(x, y).numpy()
+    rows, columns = scipy.optimize.linear_sum_assignment(cost)
+    assert wasserstein1(x, y) == pytest.approx(cost[rows, columns].mean(), rel=1e-10)
+    assert wasserstein1(x, y) < wasserstein2(x, y)
 
 
 # --- W2 ---

@@ -92,6 +92,8 @@ def gather() -> None:
     """Copy what the site shows from elsewhere in the repository: notebooks and experiments."""
     shutil.rmtree(HERE / "notebooks", ignore_errors=True)
     shutil.copytree(ROOT / "notebooks", HERE / "notebooks")
+    for path in (HERE / "notebooks").glob("*.ipynb"):  # whose links are the repository's
+        path.write_text(path.read_text().replace("](../docs/", "](../"))
     shown = shutil.ignore_patterns("*.py", "*.json", "__pycache__")
     shutil.rmtree(HERE / "experiments", ignore_errors=True)
     shutil.copytree(ROOT / "experiments", HERE / "experiments", ignore=shown)

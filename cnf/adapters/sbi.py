@@ -197,4 +197,4 @@ def _begun(objective: Objective, flow: Flow, rows: Batch) -> Objective:
     flow.initialize(rows.x, rows.context)
     objective.settle(flow)
     known = TrainingRows(lambda n: rows.map(lambda value: value[:n]), len(rows.x))
-    return objective.begin(flow, known, stream(0, "coupling"))
+    return objective.begin(flow, known, stream(0, "coupling for sbi"))

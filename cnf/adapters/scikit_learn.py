@@ -117,4 +117,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         state = self.random_state if random_state is None else random_state
         seed = int(check_random_state(state).randint(2**31))
-        return self.flow_.sample(n_samples, generator=stream(seed, "samples")).cpu().numpy()
+        return (
+            self.flow_.sample(n_samples, generator=stream(seed, "samples for scikit-learn"))
+            .cpu()
+            .numpy()
+        )

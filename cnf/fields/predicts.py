@@ -175,7 +175,7 @@ def path_of(field: VectorField) -> Path | None:
     It is fixed by what a field predicts, and by the sphere or torus that it is on.
     """
     paths = (getattr(part, "path", None) for part in wrapped(field))
-    return next((path for path in paths if path is not None), None)
+    return next((path for path in paths if isinstance(path, Path)), None)
 
 
 def score(

@@ -48,6 +48,7 @@ def pictures(name, **options):
 
 STEPS = {
     **{f"path {name}": (model(), matching(path=name)) for name in cnf.matching.PATHS},
+    "path geodesic": (lambda: cnf.models.sphere(hidden=(4,)), matching()),
     **{f"times {name}": (model(), matching(times=name)) for name in cnf.matching.TIMES},
     **{
         f"predicts {target}, weighting {weighting}": (
@@ -89,8 +90,9 @@ def ready(case, rows=8, **settings):
     flow = build().to(DEVICE)
     config = cnf.TrainConfig(device=DEVICE.type, progress=False, **settings)
     learner = CapturedLearner(flow, objective(), config, launch_fabric(config, torch.float32))
+    x = torch.rand(rows, *flow.event_shape).mul(255).round()
     batch = cnf.Batch(
-        torch.rand(rows, *flow.event_shape).mul(255).round().to(DEVICE),
+        (torch.nn.functional.normalize(x) if case == "path geodesic" else x).to(DEVICE),
         torch.randn(rows, flow.context_dim).to(DEVICE) if flow.context_dim else None,
     )
     learner.initialize(batch, torch.Generator())

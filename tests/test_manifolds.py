@@ -202,6 +202,12 @@ def test_checks_pass_and_the_flow_is_loaded_again(flow, tmp_path):
     assert torch.equal(again.log_prob(x), flow.log_prob(x))
 
 
+def test_circular_path_is_refused_for_a_field_that_is_not_periodic():
+    flow, config = cnf.models.cnf(2, hidden=(8,)), cnf.TrainConfig(steps=1, progress=False)
+    with pytest.raises(ValueError, match="made for Circular.*cnf.models.torus"):
+        cnf.fit(flow, cnf.FlowMatching(path="circular"), torch.rand(200, 2), config)
+
+
 def test_discrete_steps_that_leave_the_sphere_are_refused():
     flow = cnf.models.sphere(hidden=(8, 8)).with_solver(cnf.Solver("rk4", steps=2, discrete=True))
     x = torch.eye(3)

@@ -169,7 +169,7 @@ class FlowMatching(Objective):
         return begun
 
     def _expect_ends(self, found: _Regression, rows: Callable[[int], Batch | None]) -> None:
-        """Raise ValueError where the path cannot lead from the base to the data."""
+        """Raise ValueError where the path cannot lead from the base to the data, on its field."""
         if found.path.affine:
             return
         who, flow = "FlowMatching", found.flow
@@ -179,6 +179,11 @@ class FlowMatching(Objective):
         data = rows(FEW)
         if data is not None:
             found.path.expect_end(who, "data", flow.inside(data.x)[0])
+        if path_of(found.field) is None:  # it would leave the sphere, or not be periodic
+            raise ValueError(
+                f"{who}: expected a field that is made for {found.path}, got {found.field}; build "
+                "the flow by cnf.models.sphere() or cnf.models.torus(), or take another path"
+            )
 
     def _resolve(self, module: nn.Module) -> _Regression:
         """Found once by `begin`, and anew for any other flow."""

@@ -49,6 +49,7 @@ def pictures(name, **options):
 STEPS = {
     **{f"path {name}": (model(), matching(path=name)) for name in cnf.matching.PATHS},
     "path geodesic": (lambda: cnf.models.sphere(hidden=(4,)), matching()),
+    "path circular": (lambda: cnf.models.torus(2, hidden=(4,)), matching()),
     **{f"times {name}": (model(), matching(times=name)) for name in cnf.matching.TIMES},
     **{
         f"predicts {target}, weighting {weighting}": (

@@ -54,11 +54,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     >>> wasserstein2(x, x + torch.tensor([3.0, 4.0]))
     5.0
     """
-    x, y = (points.cpu() for points in _pair("wasserstein2", x, y))
-    ot = optional("ot", "evaluation")
-    cost = _distances(x, y).square_().numpy()
-    squared, _ = optimal("wasserstein2", ot.emd2, cost)
-    return math.sqrt(max(float(squared), 0.0))
+    return math.sqrt(_transport_cost("wasserstein2", x, y, power=2))
 
 
 def wasserstein1(x: Tensor, y: Tensor) -> float:
@@ -82,11 +78,15 @@ def wasserstein1(x: Tensor, y: Tensor) -> float:
     >>> wasserstein1(x, x + torch.tensor([3.0, 4.0]))
     5.0
     """
-    x, y = (points.cpu() for points in _pair("wasserstein1", x, y))
-    distance, _ = optimal(
-        "wasserstein1", optional("ot", "evaluation").emd2, _distances(x, y).numpy()
-    )
-    return max(float(distance), 0.0)
+    return _transport_cost("wasserstein1", x, y, power=1)
+
+
+def _transport_cost(who: str, x: Tensor, y: Tensor, power: int) -> float:
+    """The least mean of a power of the distance that moves one set to the other."""
+    x, y = (points.cpu() for points in _pair(who, x, y))
+    cost = _distances(x, y).pow_(power).numpy()
+    least, _ = optimal(who, optional("ot", "evaluation").emd2, cost)
+    return max(float(least), 0.0)
 
 
 def wasserstein2_floor(

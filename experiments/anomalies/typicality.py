@@ -1,6 +1,9 @@
 """How anomalous rows are, by the share of held-out normal rows that are as anomalous."""
 
 import numpy as np
+import torch
+
+from cnf.metrics import row_scores
 
 
 def p_values(held_out: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -15,5 +18,5 @@ def p_values(held_out: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.n
         scored: Scores of rows, such as log-densities, shape (M,).
     """
     below = (1 + (held_out[:, None] <= scored).sum(0)) / (1 + len(held_out))
-    above = (1 + (held_out[:, None] >= scored).sum(0)) / (1 + len(held_out))
-    return below, np.minimum(1, 2 * np.minimum(below, above))
+    two_sided = row_scores(torch.as_tensor(scored), torch.as_tensor(held_out)).p_value
+    return below, two_sided.numpy()

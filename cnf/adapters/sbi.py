@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 from cnf.flow import Flow
 from cnf.models import build
 from cnf.objectives import OBJECTIVES, Batch, Objective
+from cnf.objectives.base import as_flow
 from cnf.objectives.batch import TrainingRows
 from cnf.random import stream
 from cnf.training import fit_preprocessing
@@ -186,15 +187,14 @@ def _estimator(
             context = embedding(condition)
     flow = build(model, dim=x.shape[1], context=context.shape[1], **options)
     goal: Objective = OBJECTIVES.build(objective, "sbi")
-    return FlowEstimator(
-        flow, _begun(goal, flow, Batch(x, context)), embedding, condition.shape[1:]
-    )
+    flow, goal = _begun(goal, flow, Batch(x, context))
+    return FlowEstimator(flow, goal, embedding, condition.shape[1:])
 
 
-def _begun(objective: Objective, flow: Flow, rows: Batch) -> Objective:
-    """The objective after what `fit` does before its first step, of which sbi does nothing."""
+def _begun(objective: Objective, flow: Flow, rows: Batch) -> tuple[Flow, Objective]:
+    """Both after what `fit` does before its first step, of which sbi does nothing."""
     fit_preprocessing(flow, rows)
+    flow = as_flow("sbi", objective.settle(flow))
     flow.initialize(rows.x, rows.context)
-    objective.settle(flow)
     known = TrainingRows(lambda n: rows.map(lambda value: value[:n]), len(rows.x))
-    return objective.begin(flow, known, stream(0, "coupling for sbi"))
+    return flow, objective.begin(flow, known, stream(0, "coupling for sbi"))

@@ -162,7 +162,8 @@ def score(run: Path, data: str, output: Path | None = None, reference: str | Non
     """Score each row of a file: its log-density and how usual that is, by held-out rows.
 
     The p-value is two-sided: small for a log-density below, or above, almost all of the held-out
-    rows'. Of rows like these, a part of at most 5 % has one of at most 0.05.
+    rows'. Of rows like these, a part of at most 5 % has one of at most 0.05. Each held-out row
+    counts the same, whatever its weight.
 
     Args:
         run: A run's folder or a flow file.

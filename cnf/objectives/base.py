@@ -29,6 +29,7 @@ class Objective(ABC):
 
     Attributes:
         needs_data: Whether a batch without rows makes no sense.
+        uses_data: Whether the loss depends on x, and not on the contexts alone.
         solves: Whether the loss solves a continuous flow's ODE.
         rowwise: Whether row k of what `prepare` gives comes from row k of the batch alone, and has
             its weight. A process then prepares only parts of a large batch, those with its rows;
@@ -42,6 +43,7 @@ class Objective(ABC):
     """
 
     needs_data = False
+    uses_data = True
     solves = False
     rowwise = False
     capturable = False

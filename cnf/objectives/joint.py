@@ -72,6 +72,11 @@ class Joint(Objective):
         return any(term.needs_data for term in self.terms)
 
     @property
+    def uses_data(self) -> bool:
+        """If any term does."""
+        return any(term.uses_data for term in self.terms)
+
+    @property
     def solves(self) -> bool:
         return any(term.solves for term in self.terms)
 
@@ -108,12 +113,7 @@ class Joint(Objective):
         return min(term.largest_gradient(module) for term in self.terms)
 
     def begin(self, module: nn.Module, rows: Any, generator: Generator) -> "Joint":
-        begun = []
-        for term in self.terms:
-            unused = self.needs_data and not term.needs_data  # data that are another term's
-            seen = _without_data(rows) if unused else rows
-            begun.append(term.begin(module, seen, generator))
-        return replace(self, terms=tuple(begun))
+        return replace(self, terms=tuple(t.begin(module, rows, generator) for t in self.terms))
 
     def prepare(
         self, module: nn.Module, batch: Batch, generator: Generator | None = None
@@ -157,13 +157,3 @@ class Joint(Objective):
         """The parameters that any term trains, each once."""
         found = {id(p): p for term in self.terms for p in term.parameters(module)}
         return iter(found.values())
-
-
-def _without_data(rows: Callable[[int], Batch | None]) -> Callable[[int], Batch | None]:
-    """The rows' contexts, with data of no variables."""
-
-    def read(n: int) -> Batch | None:
-        batch = rows(n)
-        return None if batch is None else batch.but(x=batch.x.new_empty(len(batch.x), 0))
-
-    return read

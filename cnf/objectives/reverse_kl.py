@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from cnf.errors import abbreviated, expect_counts, warn
+from cnf.errors import abbreviated, expect_counts
 from cnf.flow import Flow
 from cnf.objectives.base import OBJECTIVES, Loss, Objective, as_flow, as_prepared
 from cnf.objectives.batch import Batch, RowTensors, weighted_mean
@@ -53,6 +53,7 @@ class VariationalObjective(Objective):
         path_gradient: Whether the gradient is that along the path of x alone.
     """
 
+    uses_data = False
     scores_density = False
     rowwise = True
     solves = True
@@ -85,11 +86,6 @@ class VariationalObjective(Objective):
         """
         flow = as_flow(type(self).__name__, module)
         batch = rows(FIRST) or Batch(torch.empty(FIRST, 0))
-        if batch.x[0].numel():
-            warn(
-                f"fit: {type(self).__name__} learns from log_density alone, and takes no more of "
-                "the data than their contexts; leave them out: fit(flow, objective, context=…)"
-            )
         first = self.prepare(flow, batch.map(lambda value: value.to(flow.device)), generator)
         with torch.no_grad():
             x = flow.decode(first.z[:, 0], first.context)

@@ -150,6 +150,11 @@ class _Trainer:
         self.drawing = self.fabric.device if draws_itself(self.fabric.device) else CPU
         self.numbers = 1 if self.stream.head is None else self.stream.head.x[0].numel()  # a row's
         if self.stream.head is not None:
+            if self.numbers and not objective.uses_data:
+                warn(
+                    f"fit: {type(objective).__name__} does not depend on x, and takes no more of "
+                    "the data than their contexts; leave them out: fit(flow, objective, context=…)"
+                )
             own = self.main and not isinstance(self.stream, DensityStream)
             check_columns(module, self.stream.head, self.placed, data, own)
             fit_preprocessing(module, self.stream.head)

@@ -390,6 +390,7 @@ class _Trainer:
         if loss is not None:
             self.learner.refuse_divergence(loss, budget.step)
         validation.warn_of_worsening(history.records)
+        validation.warn_of_untrained()
         self.learner.agree_on_buffers()
         head = self.stream.head
         if head is not None and not validation.done and self.objective.solves:

@@ -67,6 +67,7 @@ class Validation:
         self.name = "val_loss"
         self.warned = self.warned_of_base = self.may_fold = False
         self.best, self.best_weights = float("inf"), None
+        self.first = float("inf")  # the score before training
 
     def due(self, fraction: float) -> bool:
         """Whether it is time for the next one."""
@@ -88,8 +89,8 @@ class Validation:
         if self.config.patience is None or self.config.validations == 0 or self.held_out is None:
             return
         with evaluating(module), torch.no_grad():
-            _, score = self._scored(module)
-        self._remember(module, score)
+            self.name, self.first = self._scored(module)
+        self._remember(module, self.first)
         self.stale = 0  # a score of NaN here is no validation without a better one
 
     def score(self, module: nn.Module, fraction: float) -> float:
@@ -153,6 +154,17 @@ class Validation:
                 "or training diverges; stop early (patience=3, which keeps the best weights), "
                 "take fewer steps, a lower lr, or a smaller flow"
             )
+
+    def warn_of_untrained(self) -> None:
+        """Warn where early stopping keeps the weights from before training, as none scored better."""
+        if self.best_weights is None or self.best < self.first:
+            return
+        warn(
+            f"fit: no validation was better than the {self.name} of {self.first:.3g} before "
+            "training, so the weights from before training are kept, as patience="
+            f"{self.config.patience} asks; take more steps, a larger patience, another lr, or a "
+            f"faster average of the weights (ema={self.config.ema})"
+        )
 
     @property
     def exhausted(self) -> bool:
@@ -271,6 +283,7 @@ class Validation:
             "done": self.done,
             "stale": self.stale,
             "best": self.best,
+            "first": self.first,
             "weights": self.best_weights,
         }
 
@@ -278,6 +291,7 @@ class Validation:
         """Continue from a checkpoint's state."""
         self.done, self.stale = int(state["done"]), int(state["stale"])
         self.best, self.best_weights = float(state["best"]), state["weights"]
+        self.first = float(state["first"])
 
 
 def _drawn_by(generator: Generator, divergence: Divergence | None) -> Divergence | None:

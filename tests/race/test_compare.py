@@ -59,7 +59,7 @@ def test_every_contestant_runs_and_every_score_is_there(tmp_path):
 
 
 def test_contestants_with_patience_stop_early_and_keep_the_best_weights_of_a_small_table(tmp_path):
-    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    x = cnf.data.toy("moons").sample(60, generator=torch.Generator().manual_seed(0))
     settings = {"steps": 400, "folder": tmp_path / "race", "patience": 1, "progress": False}
     results = cnf.compare(x, ["nsf"], w2_points=10, **settings)
     assert results.settings["patience"] == 1

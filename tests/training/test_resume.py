@@ -155,11 +155,12 @@ def test_config_of_an_interrupted_run_keeps_its_budget_in_seconds(
 
 def test_resuming_a_finished_run_changes_nothing(small, config, points, same, tmp_path):
     flow = small()
-    settings = {"folder": tmp_path / "run", "patience": 1, "validations": 6, "lr": 0.5}
-    first = cnf.fit(flow, cnf.FlowMatching(), points, config(steps=60, **settings))
+    settings = {"folder": tmp_path / "run", "patience": 1, "validations": 50, "lr": 0.02}
+    data = {"data": points, "validation": points[:30]}
+    first = cnf.fit(flow, cnf.FlowMatching(), config=config(steps=200, **settings), **data)
     assert first.reason == "patience"
-    again = small()
-    second = cnf.fit(again, cnf.FlowMatching(), points, config(steps=60, resume=True, **settings))
+    again, settings = small(), config(steps=200, resume=True, **settings)
+    second = cnf.fit(again, cnf.FlowMatching(), config=settings, **data)
     assert (second.steps, second.reason) == (first.steps, "patience")
     assert same(flow, again)
 
@@ -432,13 +433,13 @@ def test_mid_run_checkpoint_holds_the_averaged_weights(small, config, points, tm
 def test_best_weights_of_patience_are_kept_over_a_resume(
     small, config, points, acting_data, same, tmp_path
 ):
-    settings = {"steps": 12, "validations": 12, "patience": 12, "lr": 0.5}
-    data, whole = acting_data("rows", press_ctrl_c)
+    settings = {"steps": 12, "validations": 12, "patience": 12, "lr": 0.05}
+    data, whole = acting_data("toy", press_ctrl_c)
     straight, resumed = small(), small()
     cnf.fit(straight, cnf.FlowMatching(), whole, config(**settings))
     folder = {"folder": tmp_path / "run"}
     cnf.fit(small(), cnf.FlowMatching(), data, config(**settings, **folder))
     saved = checkpoint.load_state(tmp_path / "run")["validation"]
-    assert saved["weights"] is not None
+    assert saved["weights"] is not None and saved["best"] < saved["first"]
     cnf.fit(resumed, cnf.FlowMatching(), whole, config(resume=True, **settings, **folder))
     assert same(straight, resumed)

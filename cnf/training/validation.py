@@ -156,7 +156,7 @@ class Validation:
             )
 
     def warn_of_untrained(self) -> None:
-        """Warn where early stopping keeps the weights from before training, as none scored better."""
+        """Warn where early stopping keeps the weights it began with, as none scored better."""
         if self.best_weights is None or self.best < self.first:
             return
         warn(

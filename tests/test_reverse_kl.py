@@ -240,3 +240,28 @@ def test_data_that_are_not_used_are_told():
     config = cnf.TrainConfig(steps=1, batch_size=8, progress=False)
     with pytest.warns(UserWarning, match="no more of the data than their contexts"):
         cnf.fit(gaussian(), ReverseKL(log_density), torch.randn(40, 2), config)
+
+
+def quartic(x):
+    return -((x - 1).square() + 0.1 * x**4).sum(-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path_gradient", [True, False])
+def test_a_density_that_is_the_same_each_time_is_compiled_to_the_same_steps(path_gradient):
+    def trained(compile):
+        torch.manual_seed(0)
+        flow = build("realnvp", dim=2, layers=2, hidden=[8])
+        settings = cnf.TrainConfig(steps=12, batch_size=64, compile=compile, progress=False)
+        objective = ReverseKL(quartic, path_gradient=path_gradient, capturable=True)
+        history = cnf.fit(flow, objective, config=settings)
+        assert history.compiled is compile
+        return torch.cat([weight.flatten() for weight in flow.parameters()])
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-4, atol=1e-5)
+
+
+def test_a_density_that_may_change_is_not_compiled():
+    settings = cnf.TrainConfig(steps=2, compile=True, progress=False)
+    with pytest.raises(ValueError, match="ReverseKL, of which capturable is False"):
+        cnf.fit(gaussian().float(), ReverseKL(quartic), config=settings)

@@ -51,6 +51,7 @@ class VariationalObjective(Objective):
             shape (M, *event), and (M, C), that gives shape (M,), or what has a `log_prob`.
         draws: Draws for each row of a batch.
         path_gradient: Whether the gradient is that along the path of x alone.
+        capturable: As of `ReverseKL`.
     """
 
     uses_data = False
@@ -61,6 +62,7 @@ class VariationalObjective(Objective):
     log_density: Any
     draws: int = 1
     path_gradient: bool = True
+    capturable: bool = False
 
     def __post_init__(self) -> None:
         who = type(self).__name__
@@ -159,6 +161,9 @@ class ReverseKL(VariationalObjective):
             shape (M, *event), and (M, C), that gives shape (M,), or what has a `log_prob`.
         draws: Draws for each row of a batch.
         path_gradient: Whether the gradient is that along the path of x alone.
+        capturable: Whether the log-density computes the same of x (and the context) each time, so
+            that steps may be compiled: no random numbers, none that a callback changes, no value
+            read on the host (`torch.distributions` reads some unless `validate_args=False`).
 
     Raises:
         TypeError: The log-density cannot be called.
@@ -185,6 +190,7 @@ class ImportanceWeighted(VariationalObjective):
         log_density: As of `ReverseKL`.
         draws: K, for each row of a batch.
         path_gradient: Whether the gradient is that along the path of x alone.
+        capturable: As of `ReverseKL`.
 
     Raises:
         TypeError: The log-density cannot be called.

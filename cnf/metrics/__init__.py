@@ -1,6 +1,6 @@
 """What is measured: of samples, of flows, with error bars, against evaluations of the field."""
 
-from cnf.metrics.code_length import bits_per_dim
+from cnf.metrics.code_length import bits_per_dim, log_prob_of_draws
 from cnf.metrics.distances import (
     c2st,
     energy_distance,
@@ -43,6 +43,7 @@ __all__ = [
     "gap",
     "log_evidence",
     "log_prob_chunked",
+    "log_prob_of_draws",
     "log_prob_with_error",
     "metric",
     "mmd",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from cnf.dynamics import ode
 from cnf.dynamics.divergence import (
@@ -90,10 +90,12 @@ def log_prob_with_error(
         )
     divergence = _fixed(flow, x, divergence, generator)
     seed = 0
-    if flow.dequantization or isinstance(divergence, Hutchinson):
+    if flow.dequantization is not None or isinstance(divergence, Hutchinson):
         source = generator or getattr(divergence, "generator", None)
         device = "cpu" if source is None else source.device
         seed = int(torch.randint(2**62, (), generator=source, device=device).item())
+    if flow.dequantization is not None:
+        flow = _with_draw(flow, x, seed)
     with evaluating(flow), ode.record() as stats:
         value, estimates = _scored(flow, x, context, divergence, seed)
     nfe = stats.forward
@@ -118,6 +120,40 @@ def log_prob_with_error(
     solver_error = solver_error.to(value.dtype)
     trace_error = None if learned else _half_width(value, estimates, confidence)
     return LogProb(value, trace_error, solver_error, nfe)
+
+
+class _Drawn(nn.Module):
+    """A dequantization whose draw is made already.
+
+    Args:
+        y: Points of the cells.
+        weight: Their log-weights.
+    """
+
+    def __init__(self, y: Tensor, weight: Tensor | float) -> None:
+        super().__init__()
+        self.y, self.weight = y, weight
+
+    def encode(
+        self, x: Tensor, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        weight = self.weight
+        return self.y.to(x.dtype), weight.to(x.dtype) if isinstance(weight, Tensor) else weight
+
+
+def _with_draw(flow: Flow, x: Tensor, seed: int) -> Flow:
+    """The flow with one draw of its dequantization, as a seed draws others in float64."""
+    assert flow.dequantization is not None
+    dtype = torch.promote_types(torch.promote_types(x.dtype, flow.dtype), torch.float32)
+    whole = x.to(dtype).nan_to_num(0.0, 0.0, 0.0)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    with evaluating(flow):
+        drawn = _Drawn(*flow.dequantization.encode(whole, generator))
+    flow = copy.copy(flow)
+    flow._modules = {**flow._modules}
+    flow.__dict__.pop("dequantization", None)  # one that is no module
+    flow.dequantization = drawn  # pyright: ignore[reportAttributeAccessIssue]
+    return flow
 
 
 def _fixed(
@@ -156,7 +192,7 @@ def _scored(
 
 
 def _reference(flow: Flow, refined: Callable[[Solver], Solver]) -> Flow:
-    """The flow in float64, every solver refined, also of a base or a dequantization."""
+    """The flow in float64, every solver refined, also of a base."""
     flow = copy.deepcopy(flow).double().eval()
     for part in flow.modules():
         if isinstance(part, Continuous):

@@ -10,7 +10,7 @@ import cnf
 from cnf import Flow
 from cnf.dequantization import UniformDequantization
 from cnf.distributions import StandardNormal
-from cnf.metrics import bits_per_dim
+from cnf.metrics import bits_per_dim, log_prob_of_draws
 from cnf.transforms import Compose, Standardize, logit
 
 F64 = torch.float64
@@ -35,6 +35,14 @@ def test_many_draws_give_the_code_length_of_the_cells():
     tight = bits_per_dim(normal_flow(), x, draws=4_000, generator=draws())
     assert tight.value == pytest.approx(exact, abs=1e-3)
     assert bound.value > exact + 5 * bound.error / 500**0.5 and bound.value < exact + 0.1
+
+
+def test_many_draws_give_the_log_probability_of_each_picture():
+    x = torch.tensor([[0, 3], [1, 2], [2, 2]], dtype=torch.uint8)
+    cells = torch.special.ndtr((torch.arange(5, dtype=F64) - 2) / 1.5).diff()
+    exact = cells.log()[x.long()].sum(1)
+    found = log_prob_of_draws(normal_flow(), x, draws=4_000, generator=draws())
+    assert found == pytest.approx(exact, abs=0.02)  # noise of 4,000 draws
 
 
 def test_uniform_pixels_cost_all_their_bits_whatever_the_preprocessing():

@@ -161,6 +161,16 @@ def test_both_solves_see_the_same_dequantized_point(small_flow, x):
         assert log_prob_with_error(flow, x.floor()).solver_error.max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["uniform", "variational"])
+def test_noise_of_dequantization_is_no_error_of_a_solver_in_float32(name):
+    noise = {"name": name, "levels": 17}
+    flow = cnf.models.glow(shape=(1, 8, 8), layers=1, dequantization=noise, preprocess="logit")
+    x = torch.randint(0, 17, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.manual_seed(0))
+    told = log_prob_with_error(flow, x)
+    assert told.solver_error.max() < 1e-3 * told.value.abs().max()  # rounding
+    assert type(flow.dequantization).__name__ == f"{name.title()}Dequantization"
+
+
 def test_nfe_is_that_of_the_value_alone(x):
     flow = linear_flow(Solver("rk4", steps=5)).double()
     with record() as stats:

@@ -155,8 +155,9 @@ class VariationalDequantization(Dequantization):
         event = tuple(range(-len(self.event_shape), 0))
         e = draw(torch.randn, x.shape, generator, like=x)
         centered = 2 * x / (self.levels - 1) - 1
-        moved, ladj = self.transform(torch.cat([centered, e], event[0]))
-        v = moved.tensor_split(2, event[0])[1]
+        own = next(self.parameters()).dtype  # of the couplings, whatever the data's
+        moved, ladj = self.transform(torch.cat([centered, e], event[0]).to(own))
+        v = moved.tensor_split(2, event[0])[1].to(x.dtype)
         return torch.special.ndtr(v), 0.5 * (v.square() - e.square()).sum(event) - ladj
 
     def extra_repr(self) -> str:

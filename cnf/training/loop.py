@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -413,6 +414,11 @@ class _Trainer:
         if history.reason == "interrupted":
             saved = self.config.folder and f"saved; resume it in {self.config.folder}"
             self.bar.say(f"Interrupted at step {history.steps}: {saved or 'not saved'}.")
+            if not self.config.progress:
+                warn(
+                    f"fit: {signal.Signals(history.signal).name} ended training at step "
+                    f"{history.steps:,}; look at history.signal before going on with the flow"
+                )
         if history.validating > max(SLOW, history.seconds):
             self.bar.say(
                 f"Validation took {history.validating:.0f} s, training {history.seconds:.1f} s "

@@ -36,7 +36,9 @@ def manifest(tmp_path):
 def test_signal_saves_and_stops_the_run(number, small, config, acting_data, manifest, tmp_path):
     data, _ = acting_data("toy", lambda: signal.raise_signal(number))
     before = [signal.getsignal(each) for each in SIGNALS]
-    history = cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
+    told = f"{signal.Signals(number).name} ended training at step 4"
+    with pytest.warns(UserWarning, match=told):  # as no progress bar tells it
+        history = cnf.fit(small(), cnf.FlowMatching(), data, config(folder=tmp_path / "run"))
     assert (history.reason, history.signal, history.steps) == ("interrupted", number, 4)
     assert checkpoint.load_state(tmp_path / "run")["budget"]["step"] == 4
     assert manifest()["ended"] == "interrupted"

@@ -167,16 +167,14 @@ def space_of(
     shape, options = tuple(images.x.shape[1:]), told.get("options", {})
     x = images.x.flatten(1).double().numpy() / 255
     sizes = {**images.sizes, "preprocess": config["preprocess"]}
+    settings = {**config["train"], **told.get("train", {}), "seed": seed}
     if told.get("baseline") == "pixels":
         return Pixels(shape, x), {}
     if told.get("baseline") == "pca":
         return Components(shape, x, options), {}
     if told.get("baseline") == "autoencoder":
-        budget = config["train"]["steps"] * config["train"]["batch_size"]
-        own = {
-            "max_iter": max(round(budget / len(x)), 1),
-            "batch_size": config["train"]["batch_size"],
-        }
+        batch, epochs = settings["batch_size"], settings["steps"] * settings["batch_size"] / len(x)
+        own = {"max_iter": max(round(epochs), 1), "batch_size": batch}
         return Autoencoder(shape, x, {**options, **own, "random_state": seed}), {}
     if told.get("baseline") == "preprocessing":
         glow = cnf.models.build("glow", **sizes, levels=1, layers=1)  # for what is around it
@@ -187,7 +185,6 @@ def space_of(
         return Latent(cnf.load(kept)), {}
     torch.manual_seed(seed)
     flow = cnf.models.build(told["model"], **sizes, **options)
-    settings = {**config["train"], **told.get("train", {}), "seed": seed}
     history = cnf.fit(flow, told["objective"], Images(images.x, "mnist14"), settings)
     if history.signal:  # what was cut short is no result
         raise SystemExit(128 + history.signal)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from attributes import ATTRIBUTES, OPERATIONS
 from matplotlib.figure import Figure
-from questions import WAYS, Line, along, chosen, directions, measured, pairs_of
+from questions import WAYS, along, chosen, directions, measured, pairs_of
 from spaces import Options, Pictures, Space
 from torch import Tensor
 
@@ -13,15 +13,22 @@ from cnf.data import image_grid
 from cnf.random import stream
 
 COLUMNS = 7
+SHOWN = [0, 3]  # of the moved pictures
 
 
 def draw(
-    spaces: dict[str, Space], data: Pictures, seed: int, config: Options, folder: Path
+    spaces: dict[str, Space],
+    gains: dict[tuple[str, str], float],
+    data: Pictures,
+    seed: int,
+    config: Options,
+    folder: Path,
 ) -> None:
-    """Write interpolation.webp and arithmetic.webp.
+    """Write interpolation-linear.webp, interpolation-arc.webp and arithmetic.webp.
 
     Args:
         spaces: By name.
+        gains: By name of a space, or "operations", and of an attribute: as `arithmetic` found.
         data: As of the questions.
         seed: As of the questions.
         config: All of config.yaml.
@@ -29,9 +36,10 @@ def draw(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(data.test, config["pairs"], seed)
+    half = len(pairs.first) // 2
     for way in WAYS:
         grids = {}
-        for index in (0, 1, len(pairs.first) // 2, len(pairs.first) // 2 + 1):
+        for index in (0, 1, half, half + 1):
             title = f"{pairs.digits[index]} to {pairs.ends[index]}, {way}"
             ends = pairs.first[index : index + 1], pairs.last[index : index + 1]
             grids[title] = {name: between(space, *ends, way) for name, space in spaces.items()}
@@ -39,27 +47,20 @@ def draw(
     learned, moved = chosen(data, seed, config)
     assert learned.labels is not None
     known, scale = measured(learned.x), measured(learned.x).std(0)
-    strengths = torch.linspace(-2, 2, COLUMNS)
-    grids = {f"{name}, {k}": {} for name in ATTRIBUTES for k in ("a", "b")}
-    few, rows = slice(config["calibrated"]), (0, 3)
-    for name, space in spaces.items():
-        noise = stream(seed, "noise of attributes")
-        codes, start = space.encode(learned.x, noise), space.encode(moved.x, noise)
-        basis = directions(codes, known, learned.labels)
+    shown = moved.x[SHOWN]
+    grids = {f"{attribute}, {row}": {} for attribute in ATTRIBUTES for row in "ab"}
+    for name in [*spaces, "operations"]:
+        start, applied = shown.float(), list(OPERATIONS.values())
+        if name in spaces:
+            noise, space = stream(seed, "noise of attributes"), spaces[name]
+            codes, start = space.encode(learned.x, noise), space.encode(shown, noise)
+            basis = directions(codes, known, learned.labels)
+            applied = [along(space, direction) for direction in basis]
         for index, attribute in enumerate(ATTRIBUTES):
-            line = Line(codes[few], start, along(space, basis[index]))
-            gain = line.gain(index, scale[index].item())
-            for row, k in zip(rows, ("a", "b"), strict=True):
-                begin = start[row].expand(COLUMNS, -1)
-                made = line.apply(begin, (strengths * scale[index] / gain).float())
-                grids[f"{attribute}, {k}"][name] = made
-    for index, attribute in enumerate(ATTRIBUTES):
-        line = Line(learned.x[few].float(), moved.x.float(), OPERATIONS[attribute])
-        gain = line.gain(index, scale[index].item())
-        for row, k in zip(rows, ("a", "b"), strict=True):
-            begin = moved.x[row].float().expand(COLUMNS, -1, -1, -1)
-            made = line.apply(begin, strengths * scale[index] / gain)
-            grids[f"{attribute}, {k}"]["scipy's operation"] = made
+            amounts = torch.linspace(-2, 2, COLUMNS) * scale[index] / gains[name, attribute]
+            for row, begin in zip("ab", start, strict=True):
+                repeated = begin.expand(COLUMNS, *begin.shape)
+                grids[f"{attribute}, {row}"][name] = applied[index](repeated, amounts)
     save(grids, folder / "arithmetic.webp")
 
 

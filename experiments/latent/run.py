@@ -169,7 +169,12 @@ def main() -> None:
     (path.parent / "table.md").write_text(tables(rows, config) + "\n")
     seed = config["seeds"][0]
     spaces = {name: space(config, name, data, seed, flows)[0] for name in config["spaces"]}
-    drawn.draw(spaces, data, seed, config, path.parent / "pictures")
+    gains = {
+        (row["space"], row["of"]): float(row["value"])
+        for row in rows
+        if row["number"] == "gain" and row["seed"] == str(seed)
+    }
+    drawn.draw(spaces, gains, data, seed, config, path.parent / "pictures")
     print(tables(rows, config))
 
 

@@ -36,8 +36,9 @@ def folder(path: Path) -> Path:
 
 
 def space(config: dict, name: str, data: Pictures, seed: int, flows: Path) -> tuple[Space, dict]:
-    file = re.sub(r"[^a-z0-9]+", "-", f"{name} {seed}".lower())
-    return space_of(config["spaces"][name], data.train, seed, config, flows / file)
+    told = config["spaces"][name]
+    file = re.sub(r"[^a-z0-9]+", "-", f"{told.get('weights', name)} {seed}".lower())
+    return space_of(told, data.train, seed, config, flows / file)
 
 
 def asked(

@@ -131,16 +131,20 @@ class Latent:
 
     Args:
         flow: A flow with a dequantization.
+        noise: Whether u is drawn; else it is ½, the middle of each level.
     """
 
-    def __init__(self, flow: cnf.Flow) -> None:
+    def __init__(self, flow: cnf.Flow, noise: bool = True) -> None:
+        self.noise = noise
         assert flow.dequantization is not None
         self.flow, self.dequantization = flow.eval(), flow.dequantization
         # The same flow of real numbers: `Flow.encode` draws u by itself, `Flow.decode` rounds.
         self.real = cnf.Flow(flow.base, flow.transform, flow.preprocess).eval()
 
     def noisy(self, x: Tensor, generator: Generator) -> Tensor:
-        """Pictures with uniform noise, as the flow models them."""
+        """Pictures with uniform noise, as the flow models them, or in the middle of their levels."""
+        if not self.noise:
+            return x.float() + 0.5
         return self.dequantization.encode(x.float(), generator)[0]
 
     @torch.no_grad()
@@ -182,7 +186,7 @@ def space_of(
         fit_preprocessing(flow, Batch(images.x))
         return Latent(flow), {}
     if kept.exists():
-        return Latent(cnf.load(kept)), {}
+        return Latent(cnf.load(kept), told.get("noise", True)), {}
     torch.manual_seed(seed)
     flow = cnf.models.build(told["model"], **sizes, **options)
     history = cnf.fit(flow, told["objective"], Images(images.x, "mnist14"), settings)

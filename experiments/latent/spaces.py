@@ -142,7 +142,7 @@ class Latent:
         self.real = cnf.Flow(flow.base, flow.transform, flow.preprocess).eval()
 
     def noisy(self, x: Tensor, generator: Generator) -> Tensor:
-        """Pictures with uniform noise, as the flow models them, or in the middle of their levels."""
+        """Pictures with uniform noise, as the flow models them, or with one half."""
         if not self.noise:
             return x.float() + 0.5
         return self.dequantization.encode(x.float(), generator)[0]

@@ -14,6 +14,7 @@ from cnf.random import stream
 
 COLUMNS = 7
 SHOWN = [0, 3]  # of the moved pictures
+LEARNED = 700  # training pictures whose codes give the directions: enough for a picture
 
 
 def draw(
@@ -44,7 +45,7 @@ def draw(
             ends = pairs.first[index : index + 1], pairs.last[index : index + 1]
             grids[title] = {name: between(space, *ends, way) for name, space in spaces.items()}
         save(grids, folder / f"interpolation-{way}.webp")
-    learned, moved = chosen(data, seed, config)
+    learned, moved = chosen(data, seed, {**config, "directions": LEARNED})
     assert learned.labels is not None
     known, scale = measured(learned.x), measured(learned.x).std(0)
     shown = moved.x[SHOWN]

@@ -392,14 +392,21 @@ class Flow(nn.Module):
         x, outer = self.outside(y)
         return rows.restore(x), rows.restore(self.base.log_prob(z) - (ladj + outer))
 
-    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Data → base sample z, of the same batch shape; NaN in rows that are not finite.
 
         Args:
             x: Data, shape (*batch, *event).
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
+            generator: Source of the dequantization's draw; torch's default generator if None.
         """
-        rows, y, context, _ = self._enter(x, context, "Flow.encode", None)
+        rows, y, context, _ = self._enter(x, context, "Flow.encode", generator)
         z, _ = by_chunks(self.transform, self._without_ladj.inverse, y, context)
         return rows.restore(z)
 

@@ -130,6 +130,15 @@ def test_pixels_of_any_type_have_one_density_and_come_back(dtype):
     assert torch.equal(flow.dequantization.decode(y), x.float())
 
 
+def test_codes_repeat_with_the_generator_of_their_noise():
+    """z = (x + u - 2) / 1.5 with the noise u that the generator draws."""
+    flow, x = normal_flow(UniformDequantization(4)), torch.tensor([[0, 3], [1, 2]])
+    z = flow.encode(x, generator=draws(7))
+    u = UniformDequantization(4).noise(x.double(), draws(7))[0]
+    torch.testing.assert_close(z, (x + u - 2) / 1.5)
+    assert not torch.equal(z, flow.encode(x, generator=draws(8)))
+
+
 def test_rounding_never_leaves_the_cell(monkeypatch):
     top = torch.nextafter(torch.ones(()), torch.zeros(()))
     noise = UniformDequantization(256)

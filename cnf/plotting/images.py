@@ -90,8 +90,10 @@ def plot_interpolations(
     @torch.no_grad()
     def rows(flow: Flow) -> Tensor:
         context = None if true.context is None else true.context[:pairs].to(flow.device)
+        noise = torch.Generator().manual_seed(0)
         first, last = (
-            flow.encode(x.to(flow.device, flow.dtype), context) for x in true.x.split(pairs)
+            flow.encode(x.to(flow.device, flow.dtype), context, generator=noise)
+            for x in true.x.split(pairs)
         )
         z = torch.stack([arc(first, last, k / (steps - 1)) for k in range(steps)], 1)
         each = None if context is None else context.repeat_interleave(steps, 0)

@@ -65,3 +65,16 @@ def test_interpolations_begin_and_end_with_the_pictures(pictures):
     corners = [grid[:4, :4], grid[5:9, :4], grid[:4, 10:14], grid[5:9, 10:14]]
     for corner, picture in zip(corners, true, strict=True):
         assert (corner.int() - picture.int()).abs().max() <= 1  # rounding in float32
+
+
+def test_interpolations_are_the_same_each_time(pictures):
+    """Also the noise of pixels, which leaves torch's own generator alone."""
+    flow = cnf.models.glow(**pictures.sizes, layers=2, levels=1, hidden=(4, 4)).eval()
+    grids = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        ax = plot_interpolations(pictures, {"Glow": flow}, pairs=2, steps=4).axes[0]
+        grids.append(torch.as_tensor(ax.get_images()[0].get_array()))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*grids)

@@ -15,7 +15,7 @@ from cnf.transforms.elementwise import (
     Scheme,
 )
 from cnf.transforms.image import CheckerboardCoupling, ConvCoupling, OnChannels, PerPixel, Squeeze
-from cnf.transforms.linear import LU, Householder, Permutation, Rotation
+from cnf.transforms.linear import LU, Householder, Identity, Permutation, Rotation
 from cnf.transforms.manifolds import UnitVectors, WrappedAngles
 from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
 from cnf.transforms.normalization import ActNorm, BatchNorm
@@ -57,6 +57,7 @@ __all__ = [
     "MixtureOfLogistics",
     "OnChannels",
     "PerPixel",
+    "Identity",
     "Permutation",
     "Planar",
     "Preprocessing",

@@ -101,7 +101,9 @@ class Compose(Transform):
 
     def __init__(self, transforms: Sequence[Transform], recompute: bool = False) -> None:
         if not transforms:
-            raise ValueError("Compose: expected at least one transform, got none")
+            raise ValueError(
+                "Compose: expected at least one transform, got none; Identity(shape) is one"
+            )
         dims = {transform.event_dims for transform in transforms}
         if len(dims) > 1:
             raise ValueError(f"Compose: expected one event_dims for all, got {sorted(dims)}")

@@ -89,7 +89,7 @@ CASES |= {
 }
 SOLVED = ("continuous", "nested")  # by a solver with rtol 1e-9
 DIRECTIONS = ["forward", "inverse"]
-KEEPS_VOLUME = ("permutation", "householder", "rotation", "additive")
+KEEPS_VOLUME = ("identity", "permutation", "householder", "rotation", "additive")
 
 
 @pytest.fixture
@@ -140,7 +140,8 @@ def test_round_trip_recovers_the_input_and_negates_ladj(name, case):
     off = 1e-7 if name in SOLVED else 1e-10
     torch.testing.assert_close(z, value, rtol=0, atol=off)
     torch.testing.assert_close(inverse, -forward, rtol=0, atol=off)
-    assert (x - value).abs().max() > 1e-2
+    moved = (x - value).abs().max() > 1e-2
+    assert moved or "identity" in name
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -75,10 +75,11 @@ def test_ladj_of_arcsinh_is_autograd_slogdet(audio):
 
 
 def test_density_of_a_digit_is_that_of_a_multivariate_normal(audio):
-    """Of an orthonormal transform of the samples; both digits in one call."""
-    generator = torch.Generator().manual_seed(0)
-    x = (128 + 9 * torch.randn(400, 1, 2, 4, generator=generator)).round().to(torch.uint8)
-    labels = torch.arange(400) % 2
+    """Of an orthonormal transform of the samples; digit 1 is louder, and both are in one call."""
+    labels, generator = torch.arange(4_000) % 2, torch.Generator().manual_seed(0)
+    scale = 5.0 + 10 * labels[:, None, None, None]
+    x = 128 + scale * torch.randn(4_000, 1, 2, 4, generator=generator)
+    x = x.round().to(torch.uint8)
     cosines = audio["spectra"].LocalCosine((1, 2, 4))
     model = audio["baselines"].PerDigit(
         Images(x, labels=labels.numpy()), cosines, {"name": "ledoit-wolf"}, seed=0
@@ -87,9 +88,11 @@ def test_density_of_a_digit_is_that_of_a_multivariate_normal(audio):
     draws = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(1)}
     noisy = x.double() + torch.rand(x.shape, **draws)
     y = cosines.inverse(noisy)[0].flatten(1).numpy()
-    for k in (0, 1):
-        normal = stats.multivariate_normal(model.models[k].location_, model.models[k].covariance_)
-        assert found[labels == k].numpy() == pytest.approx(normal.logpdf(y[labels == k]), abs=1e-9)
+    for k, scale in enumerate((5.0, 15.0)):
+        own, learned = y[labels == k], model.models[k]
+        normal = stats.multivariate_normal(learned.location_, learned.covariance_)
+        assert found[labels == k].numpy() == pytest.approx(normal.logpdf(own), abs=1e-9)
+        assert learned.covariance_.diagonal() == pytest.approx(scale**2, rel=0.15)
 
 
 def test_predictor_codes_noise_by_its_entropy_and_a_tone_by_less(audio):

@@ -175,7 +175,7 @@ def table(rows: list[dict], name: str, models: list[str], bits: float) -> str:
         if model not in ("common", "Gaussian") and paired:
             key = "negative_elbo"
             gains = [float(against[s][key]) - float(row[key]) for s, row in paired.items()]
-            told = [str(Estimate.of(torch.tensor(gains))), ", ".join(f"{g:.2f}" for g in gains)]
+            told = [str(Estimate.of(torch.tensor(gains))), ", ".join(f"{g:.3g}" for g in gains)]
         elbo, bound = column("negative_elbo"), column("negative_bound")
         change = column("train_solver_change").mean().item()
         lines.append(

@@ -203,7 +203,7 @@ def draw_pictures(config: dict, name: str, model: str) -> None:
         rows = [some / vae.scale, vae.decoder.mean(again), vae.decoder.mean(z)]
     pixels = (torch.cat(rows) * (LEVELS - 1)).round().reshape(-1, 1, *shape)
     grid = image_grid(pixels, columns=10)
-    path = HERE / "pictures" / f"{name}-{model}.png".lower().replace(" ", "-")
+    path = HERE / "pictures" / f"{name}-{model}.png".lower().replace(",", "").replace(" ", "-")
     matplotlib.image.imsave(path, grid, cmap="gray", vmin=0, vmax=255)
 
 

@@ -113,10 +113,32 @@ def test_models_of_one_seed_share_encoder_decoder_and_draws(vae):
         torch.manual_seed(3)
         model = vae.VAE(6, 2, 4, (8,), posterior=posterior)
         rows = objective.prepare(model, batch, torch.Generator().manual_seed(4))
-        parts = (model.encoder, model.decoder, model.posterior.transform.transforms[-1])
-        found.append([rows.x, rows.noise, *(p for part in parts for p in part.parameters())])
+        found.append([rows.x, rows.noise, *model.shared().parameters()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+SPLINES = {"name": "nsf", "layers": 2, "hidden": [8]}  # the identity at the start
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "flow"])
+def test_flows_begin_with_the_elbo_of_the_gaussian_whose_parts_they_take(vae, kind):
+    """Of other seeds, with flows that are the identity, after the shared parts are copied."""
+    torch.manual_seed(0)
+    gaussian = perturbed(vae.VAE(6, 2, 4, (8, 8), decoder=kind))
+    flows = {"posterior": SPLINES, "prior": SPLINES}
+    decoder = {"decoder_flow": {"name": "realnvp", "layers": 2}} if kind == "flow" else {}
+    model = vae.VAE(6, 2, 4, (8, 8), decoder=kind, **flows, **decoder)
+    model.shared().load_state_dict(gaussian.shared().state_dict())
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(2, (9, 6), generator=generator).float()
+    noise = torch.randn(9, 2, generator=generator)
+    elbos = []
+    for each in (gaussian, model):
+        torch.manual_seed(2)  # of the dequantization
+        with torch.no_grad():
+            elbos.append(each.eval().log_weights(x, noise))
+    assert torch.allclose(*elbos, atol=1e-4)
 
 
 @pytest.mark.parametrize("flow", [None, {"name": "maf", "layers": 2, "hidden": [4]}])

@@ -8,12 +8,13 @@ import argparse
 import csv
 import math
 import os
-import statistics
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from vae import LEVELS, VAE, NegativeELBO
@@ -27,18 +28,24 @@ from cnf.training.origin import environment
 
 HERE = Path(__file__).parent
 PATH = HERE / "results.csv"
+BITS = 560 * math.log(2)  # nats in a bit per dimension of Frey faces
 WEIGHTS = HERE.parent.parent / "runs" / "vae"
 COLUMNS = [
     "set", "model", "seed", "negative_elbo", "error", "negative_elbo_of_bound", "negative_bound",
-    "train_solver_change", "train_loss", "steps", "ms_per_step", "parameters", "revision",
+    "train_solver_change", "validation", "train_loss", "steps", "ms_per_step", "parameters",
+    "revision",
 ]  # fmt: skip
 
 
-def mnist() -> tuple:
-    """Gray levels in [0, 1] to train on, and test pictures that are binarized once."""
+def mnist(pool: int) -> tuple:
+    """Gray levels in [0, 1] of averages over squares; test pictures are binarized once."""
     images = images_of_mnist()
-    x, test = (each.x.flatten(1) / 255.0 for each in (images, images.test) if each is not None)
-    return x, None, (torch.rand(test.shape, generator=stream(0, "test")) < test).float()
+    x, validation, test = (
+        F.avg_pool2d(each.x / 255.0, pool).flatten(1)
+        for each in (images, images.validation, images.test)
+        if each is not None
+    )
+    return x, validation, (torch.rand(test.shape, generator=stream(0, "test")) < test).float()
 
 
 def freyfaces() -> tuple:
@@ -48,30 +55,52 @@ def freyfaces() -> tuple:
     return x[torch.randperm(len(x), generator=stream(0, "split"))].split([1565, 200, 200])
 
 
-SETS = {"mnist": mnist, "freyfaces": freyfaces}
+DATA = {"mnist": partial(mnist, 1), "mnist14": partial(mnist, 2), "freyfaces": freyfaces}
 
 
 def built(config: dict, name: str, model: str, pixels: int, seed: int) -> VAE:
+    """A model with its first weights, where there is a "common" one with that one's."""
+    group, options = config["sets"][name], dict(config["sets"][name]["models"].get(model, {}))
+    options.pop("lr", None)
     torch.manual_seed(seed)
-    return VAE(pixels, **{**config["sets"][name]["vae"], **config["sets"][name]["models"][model]})
+    vae = VAE(pixels, **{**group["vae"], **options})
+    if "common" in group and model != "common":
+        common = built(config, name, "common", pixels, seed)
+        common.load_state_dict(torch.load(weights_of(name, "common", seed)))
+        vae.shared().load_state_dict(common.shared().state_dict())
+    return vae
+
+
+def weights_of(name: str, model: str, seed: int) -> Path:
+    return WEIGHTS / f"{name} {model} {seed}.pt"
+
+
+def settings_of(config: dict, name: str, model: str, seed: int) -> cnf.TrainConfig:
+    """How a model is trained: those that go on from "common" draw other batches than it did."""
+    group = config["sets"][name]
+    own = {k: v for k, v in group["models"].get(model, {}).items() if k == "lr"}
+    settings = group["common"] if model == "common" else {**group["fit"], **own}
+    seed = seed if model == "common" or "common" not in group else 1_000 + seed
+    return cnf.TrainConfig(**settings, seed=seed, device="cpu", compile=False, progress=False)
 
 
 def run(config: dict, name: str, model: str, seed: int) -> dict:
     revision = environment()["revision"]  # of the code that is loaded
-    x, validation, test = SETS[name]()
+    data = config["sets"][name]["data"]
+    x, validation, test = DATA[data]()
     vae = built(config, name, model, x.shape[1], seed)
-    settings = cnf.TrainConfig(
-        **config["sets"][name]["fit"], seed=seed, device="cpu", compile=False, progress=False
-    )
-    objective = NegativeELBO(binarize=name == "mnist")
+    settings = settings_of(config, name, model, seed)
+    objective = NegativeELBO(binarize=data != "freyfaces")
     history = cnf.fit(vae, objective, x, settings, validation=validation)
     if history.reason == "interrupted":
         raise SystemExit(f"{name}, {model}, seed {seed}: interrupted, and not scored")
     WEIGHTS.mkdir(parents=True, exist_ok=True)
-    torch.save(vae.state_dict(), WEIGHTS / f"{name} {model} {seed}.pt")
+    torch.save(vae.state_dict(), weights_of(name, model, seed))
+    held_out = history.column("val_loss") or [math.nan]
     return {
         "set": name, "model": model, "seed": seed,
         **scores(vae, test, config, seed),
+        "validation": f"{min(held_out) if settings.patience else held_out[-1]:.4f}",
         "train_loss": f"{history.records[-1]['loss']:.2f}", "steps": history.steps,
         "ms_per_step": f"{1e3 * history.seconds / history.steps:.1f}",
         "parameters": sum(p.numel() for p in vae.parameters()),
@@ -118,54 +147,55 @@ def evidence(vae: VAE, x: Tensor, draws: int, seed: int, rows: int) -> tuple[Ten
     return torch.cat(elbo), torch.cat(bound)
 
 
-def table(rows: list[dict], name: str, models: list[str]) -> str:
-    """Means over seeds with their standard errors, and what is gained, seed by seed."""
-    own = [row for row in rows if row["set"] == name]
-    unit = 1.0 if name == "mnist" else 560 * math.log(2)
+def table(rows: list[dict], name: str, models: list[str], bits: float) -> str:
+    """Means over seeds with their standard errors, and what is gained, seed by seed.
+
+    Args:
+        rows: Those of results.csv.
+        name: The set.
+        models: Those of the set, in order.
+        bits: Nats in a bit per dimension, to tell -ELBO in these as well; 0 not to.
+    """
     lines = [
-        f"| {name} | seeds | -ELBO | gained over its Gaussian | each seed | "
-        "-ELBO, some pictures | bound of -log p(x), these | training's solver | ms/step | "
-        "parameters |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|",
+        f"| {name} | -ELBO |{' bits/dim |' * bool(bits)} gained over the Gaussian | each seed | "
+        "above its bound | bound of -log p(x) | training's solver | ms/step | parameters |",
+        f"|---|---:|{'---:|' * bool(bits)}---:|---|---:|---:|---:|---:|---:|",
     ]
+    against = {r["seed"]: r for r in rows if (r["set"], r["model"]) == (name, "Gaussian")}
     for model in models:
-        group = {row["seed"]: row for row in own if row["model"] == model}
-        base = "Gaussian decoder" if "decoder" in model else "Gaussian"
-        against = {row["seed"]: row for row in own if row["model"] == base}
+        group = {r["seed"]: r for r in rows if (r["set"], r["model"]) == (name, model)}
         if not group:
             continue
 
-        def column(key: str, group: dict = group, unit: float = unit) -> Tensor:
-            return torch.tensor([float(row[key]) / unit for row in group.values()])
+        def column(key: str, group: dict = group) -> Tensor:
+            return torch.tensor([float(row[key]) for row in group.values()])
 
-        gains = [
-            (float(against[seed]["negative_elbo"]) - float(row["negative_elbo"])) / unit
-            for seed, row in group.items()
-            if seed in against
-        ]
-        seeds = ", ".join(group)
+        paired = {seed: row for seed, row in group.items() if seed in against}
         told = ["–", "–"]
-        if model != base and gains:
-            told = [str(Estimate.of(torch.tensor(gains))), ", ".join(f"{g:.2f}" for g in gains)]
-        size = statistics.fmean(float(row["ms_per_step"]) for row in group.values())
+        if model not in ("common", "Gaussian") and paired:
+            key = "negative_elbo"
+            gains = [float(against[s][key]) - float(row[key]) for s, row in paired.items()]
+            told = [str(Estimate.of(torch.tensor(gains))), ", ".join(f"{g:.3g}" for g in gains)]
+        elbo, bound = column("negative_elbo"), column("negative_bound")
         change = column("train_solver_change").mean().item()
         lines.append(
-            f"| {model} | {seeds} | {Estimate.of(column('negative_elbo'))} | "
-            f"{told[0]} | {told[1]} | "
-            f"{column('negative_elbo_of_bound').mean():.2f} | "
-            f"{Estimate.of(column('negative_bound'))} | {f'{change:+.3f}' if change else '–'} | "
-            f"{size:.0f} | {int(next(iter(group.values()))['parameters']):,} |"
+            f"| {model} | {Estimate.of(elbo)} |{f' {Estimate.of(elbo / bits)} |' if bits else ''} "
+            f"{told[0]} | {told[1]} | {Estimate.of(column('negative_elbo_of_bound') - bound)} | "
+            f"{Estimate.of(bound)} | {f'{change:+.3f}' if change else '–'} | "
+            f"{column('ms_per_step').mean():.0f} | {int(column('parameters')[0]):,} |"
         )
     return "\n".join(lines)
 
 
-def draw_pictures(config: dict, name: str, model: str, shape: tuple[int, int]) -> None:
+def draw_pictures(config: dict, name: str, model: str) -> None:
     """Samples of the prior, and test pictures above their reconstructions."""
     import matplotlib.image
 
-    _, _, test = SETS[name]()
+    data = config["sets"][name]["data"]
+    _, _, test = DATA[data]()
+    shape = {"mnist": (28, 28), "mnist14": (14, 14), "freyfaces": (28, 20)}[data]
     vae = built(config, name, model, test.shape[1], 0)
-    vae.load_state_dict(torch.load(WEIGHTS / f"{name} {model} 0.pt"))
+    vae.load_state_dict(torch.load(weights_of(name, model, 0)))
     with torch.no_grad():
         z = vae.eval().prior.sample((40,), generator=stream(0, "pictures"))
         some = test[:10]
@@ -173,14 +203,14 @@ def draw_pictures(config: dict, name: str, model: str, shape: tuple[int, int]) -
         rows = [some / vae.scale, vae.decoder.mean(again), vae.decoder.mean(z)]
     pixels = (torch.cat(rows) * (LEVELS - 1)).round().reshape(-1, 1, *shape)
     grid = image_grid(pixels, columns=10)
-    path = HERE / "pictures" / f"{name}-{model}.png".lower().replace(" ", "-")
+    path = HERE / "pictures" / f"{name}-{model}.png".lower().replace(",", "").replace(" ", "-")
     matplotlib.image.imsave(path, grid, cmap="gray", vmin=0, vmax=255)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
-    parser.add_argument("--sets", nargs="*", default=list(SETS))
+    parser.add_argument("--sets", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--results", type=Path, default=PATH)
@@ -188,28 +218,38 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = yaml.safe_load(arguments.config.read_text())
-    path = arguments.results
-    seeds = arguments.seeds or config["seeds"]
-    for seed in [] if arguments.pictures else seeds:  # pictures are of what has been trained
-        for name in arguments.sets:
-            for model in arguments.models or config["sets"][name]["models"]:
-                rows = list(csv.DictReader(path.open())) if path.exists() else []
-                if (name, model, str(seed)) in {(r["set"], r["model"], r["seed"]) for r in rows}:
-                    continue
-                row = run(config, name, model, seed)
-                print(row, flush=True)
-                with path.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                    if file.tell() == 0:
-                        writer.writeheader()
-                    writer.writerow(row)
+    sets, path = config["sets"], arguments.results
+    models = {
+        name: [*(["common"] if "common" in group else []), *group["models"]]
+        for name, group in sets.items()
+    }
+    cases = [
+        (name, model, seed)
+        for seed in arguments.seeds or config["seeds"]
+        for name in arguments.sets or sets
+        for model in arguments.models or models[name]
+    ]
+    for name, model, seed in [] if arguments.pictures else cases:  # of what has been trained
+        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        if (name, model, str(seed)) in {(r["set"], r["model"], r["seed"]) for r in rows}:
+            continue
+        row = run(config, name, model, seed)
+        print(row, flush=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
     rows = list(csv.DictReader(path.open()))
-    run_sets = [name for name in config["sets"] if any(row["set"] == name for row in rows)]
-    parts = [table(rows, name, list(config["sets"][name]["models"])) for name in run_sets]
-    (HERE / "table.md").write_text("\n\n".join(parts) + "\n")
+    parts = [
+        table(rows, name, models[name], BITS if group["data"] == "freyfaces" else 0)
+        for name, group in sets.items()
+        if any(row["set"] == name for row in rows)
+    ]
+    if path == PATH:
+        (HERE / "table.md").write_text("\n\n".join(parts) + "\n")
     for each in arguments.pictures:
-        name, model = each.split(":")
-        draw_pictures(config, name, model, {"mnist": (28, 28), "freyfaces": (28, 20)}[name])
+        draw_pictures(config, *each.split(":"))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ class VAE(nn.Module):
                 vae._modules[name] = flow.with_solver(solver)
         return vae
 
+    def shared(self) -> nn.ModuleList:
+        """All but the flows, which every model has alike: encoder, decoder and affine maps."""
+        maps = [self.posterior]
+        decoder = self.decoder
+        if isinstance(decoder, FlowDecoder):
+            maps, decoder = [self.posterior, decoder.flow], decoder.net
+        return nn.ModuleList([self.encoder, decoder, *(last_map(flow) for flow in maps)])
+
     @property
     def odes(self) -> int:
         """Number of ODEs that posterior and prior solve."""
@@ -115,6 +123,12 @@ def named(options: Options, dim: int, context: int = 0, **more: Any) -> cnf.Flow
     """
     own = {"preprocess": None, "context_preprocess": None, **more, **options}
     return cnf.models.build(own.pop("name"), dim=dim, context=context, **own)
+
+
+def last_map(flow: cnf.Flow) -> nn.Module:
+    """The affine map at the end of a posterior, or of a flow that is a decoder."""
+    assert isinstance(flow.transform, Compose)
+    return flow.transform.transforms[-1]
 
 
 class Bernoulli(nn.Module):

@@ -17,7 +17,7 @@ demo: $(READY)
 	$(RUN) -m cnf compare pinwheel --seconds 15
 
 test: $(READY)
-	$(RUN) -m pytest $(shell $(RUN) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null)
+	$(RUN) -m pytest $(shell $(RUN) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null)
 
 check: $(READY)
 	$(RUN) -m ruff format --check

@@ -3,10 +3,13 @@
 Rows may be mapped outside of the base's support, and fixed steps may be too few.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from cnf.dynamics.divergence import Divergence, Hutchinson
 from cnf.errors import SolverError, warn
@@ -80,6 +83,38 @@ def warn_of_difference(
         f"{who}: the NLL of {rows} is {mine} nats by the {whose}'s solver ({solvers}) and "
         f"{finer} by twice the steps: the difference is the solver's error, which likelihood "
         "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')"
+    )
+    return True
+
+
+@torch.no_grad()
+def warn_of_other_loss(who: str, module: nn.Module, loss: Callable[[nn.Module], float]) -> bool:
+    """Whether twice the fixed steps of its ODEs give a module another loss, of which it warns.
+
+    It is for what has no NLL of its own, such as an autoencoder with flows inside.
+
+    Args:
+        who: Who warns.
+        module: The module; of one without fixed steps nothing is said.
+        loss: The loss of a module, with the same rows and draws each time; of one that is another
+            the second time nothing is said.
+    """
+    parts = [part for part in module.modules() if isinstance(part, Continuous)]
+    if not any(part.solver.fixed and not part.solver.discrete for part in parts):
+        return False
+    finer = copy.deepcopy(module)
+    for part in finer.modules():
+        if isinstance(part, Continuous):
+            part.solver = part.solver.refined()
+    now, then = loss(module), loss(finer)
+    if now == then or abs(now - then) <= NATS or now != loss(module):
+        return False
+    mine, other = _told_apart(now, then)
+    solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
+    warn(
+        f"{who}: the held-out loss is {mine} by the solver ({solvers}) and {other} by twice the "
+        "steps: the difference is the solver's error, which training learns to exploit; take more "
+        "steps, or an adaptive solver such as Solver('dopri5')"
     )
     return True
 

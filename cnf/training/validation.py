@@ -23,7 +23,7 @@ from cnf.flow import Flow, evaluating
 from cnf.objectives import Batch, Objective
 from cnf.random import stream
 from cnf.training.config import BATCH_SIZE, TrainConfig
-from cnf.training.diagnosis import outside_of_base, warn_of_few_steps
+from cnf.training.diagnosis import outside_of_base, warn_of_few_steps, warn_of_other_loss
 from cnf.training.history import held_out_nll
 from cnf.training.processes import by_first, shared
 from cnf.transforms.continuous import has_discrete_steps, odes_in
@@ -98,9 +98,8 @@ class Validation:
         self.count_done(fraction)
         with evaluating(module), torch.no_grad():
             self.name, score = self._scored(module)
-            if self.name != "val_loss" and self._compares(fraction):
-                assert isinstance(module, Flow)
-                self.compare_solvers(module, self._rows, "held-out")
+            if self._compares(fraction):
+                self._compare(module)
         if self.config.patience is not None:
             self._remember(module, score)
         return score
@@ -221,6 +220,14 @@ class Validation:
     def _compares(self, fraction: float) -> bool:
         """Whether this is the last validation, or the 1st, 2nd, 4th, 8th, and so on."""
         return fraction >= 1 or self.done & (self.done - 1) == 0
+
+    def _compare(self, module: nn.Module) -> None:
+        """Warn, once, where the score is another by twice the steps of fixed solvers."""
+        if self.name != "val_loss":
+            assert isinstance(module, Flow)
+            self.compare_solvers(module, self._rows, "held-out")
+        elif not self.warned:
+            self.warned = warn_of_other_loss("fit", module, self._loss)
 
     def compare_solvers(self, flow: Flow, rows: Batch, kind: str) -> None:
         """Warn, once, where fixed steps, the flow's or the loss's, are too few.

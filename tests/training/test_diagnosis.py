@@ -9,9 +9,10 @@ import torch
 import cnf
 from cnf import MaximumLikelihood
 from cnf.metrics.error_bars import log_prob_with_error
+from cnf.objectives import Loss, Objective
 from cnf.race.judge import Judge
 from cnf.training import diagnosis
-from cnf.training.diagnosis import warn_of_difference, warn_of_few_steps
+from cnf.training.diagnosis import warn_of_difference, warn_of_few_steps, warn_of_other_loss
 from cnf.training.validation import Validation
 
 COARSE = cnf.Solver("rk4", steps=1, gradient="backprop")
@@ -135,3 +136,46 @@ def test_error_bars_and_race_warn_about_too_few_solver_steps(small, points):
     with pytest.warns(UserWarning, match=f"compare: CNF: the {words}"):
         judge.warn_of_few_steps("compare: CNF", flow)
     judge.warn_of_few_steps("compare: CNF", flow.with_solver(cnf.Solver()))
+
+
+# --- a module with a flow inside, and an objective of one's own ---
+
+
+class Inside(torch.nn.Module):
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+
+class Likelihood(Objective):
+    """The negative log-likelihood of the flow inside."""
+
+    def __call__(self, module, batch, generator=None):
+        return Loss(-module.flow.log_prob(batch.x).mean(), {})
+
+
+def test_steps_that_are_too_few_for_the_loss_of_any_module_are_told(small, config, points):
+    told = r"held-out loss is .* by the solver .* twice the steps"
+    settings = config(steps=2, validations=2, lr=1e-9)
+    with pytest.warns(UserWarning, match=told) as record:
+        cnf.fit(Inside(steep(small, solver=COARSE)), Likelihood(), points, settings)
+    assert len(record) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_that_are_enough_for_the_loss_are_not_told(small, config, points):
+    flow = small("cnf", solver=cnf.Solver("rk4", steps=16, gradient="backprop"))
+    cnf.fit(Inside(flow), Likelihood(), points, config(steps=2, validations=2))
+
+
+def test_a_loss_that_is_another_each_time_is_not_judged(small):
+    draws = iter(range(9))
+    assert not warn_of_other_loss("fit", small("cnf"), lambda _: float(next(draws)))
+    assert next(draws) == 3
+
+
+def test_the_solver_of_the_module_stays(small):
+    flow = small("cnf", solver=COARSE)
+    with pytest.warns(UserWarning, match="the held-out loss is 1 by"):
+        warn_of_other_loss("fit", flow, lambda each: each.transform.solver.steps)
+    assert flow.transform.solver == COARSE

@@ -156,13 +156,13 @@ class Validation:
 
     def warn_of_untrained(self) -> None:
         """Warn where early stopping keeps the weights it began with, as none scored better."""
-        if self.best_weights is None or self.best < self.first:
+        if not self.done or self.best_weights is None or self.best < self.first:
             return
         warn(
-            f"fit: no validation was better than the {self.name} of {self.first:.3g} before "
-            "training, so the weights from before training are kept, as patience="
-            f"{self.config.patience} asks; take more steps, a larger patience, another lr, or a "
-            f"faster average of the weights (ema={self.config.ema})"
+            f"fit: early stopping keeps the weights from before training, as no validation was "
+            f"better than their {self.name} of {self.first:.3g}; train for more steps, with a "
+            f"larger patience (now {self.config.patience}), another lr, or a faster average of "
+            f"the weights (ema={self.config.ema})"
         )
 
     @property

@@ -175,7 +175,7 @@ def draw_pictures(config: Row, folder: Path) -> None:
 def table(rows: list[Row], config: Row) -> str:
     """Means over seeds with their standard errors."""
     names = list(dict.fromkeys(row["model"] for row in rows))
-    heads = ["", "bits per sample", "digit heard", "loudness, dB", "spectrum error, dB"]
+    heads = ["", "bits per sample", "digit recognized", "loudness, dB", "spectrum error, dB"]
     heads += ["periodicity", "steps", "parameters", "core seconds"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name in names:

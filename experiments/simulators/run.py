@@ -116,7 +116,7 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(found: dict[str, np.ndarray]) -> None:
-    """The part of ranks at most a, less a: of calibrated posteriors within the grey band."""
+    """The part of ranks at most a, less a: of calibrated posteriors within the gray band."""
     import matplotlib.pyplot as plt
 
     cells = [name.split("/") for name in found]

@@ -63,10 +63,11 @@ def log_evidence(
     expect_counts("log_evidence", draws=draws)
     target = as_log_density(log_density)
     rows = 1 if context is None else max(1, context[..., 0].numel())
+    chunk = max(1, CHUNK // rows)
     parts = []
     with evaluating(flow):
-        for start in range(0, draws, max(1, CHUNK // rows)):
-            n = min(max(1, CHUNK // rows), draws - start)
+        for start in range(0, draws, chunk):
+            n = min(chunk, draws - start)
             x, log_q = flow.sample_and_log_prob(n, context, generator=generator)
             own = [] if context is None else [context.expand(*x.shape[:-1], -1).flatten(0, -2)]
             log_p = target(x.reshape(-1, *flow.event_shape), *own).reshape(log_q.shape)

@@ -10,7 +10,7 @@ class RowScores(NamedTuple):
     """What is said of each row.
 
     Attributes:
-        log_density: In nats, shape (N,).
+        log_density: That of the row, shape (N,), in the unit that was given.
         p_value: Two-sided p-value of the log-density, shape (N,): small where it is lower, or
             higher, than those of almost all held-out rows.
         rank: 1 for the lowest log-density, shape (N,); rows that have none come last.
@@ -24,10 +24,10 @@ class RowScores(NamedTuple):
 def row_scores(log_density: Tensor, reference: Tensor) -> RowScores:
     r"""Score rows by their log-densities, calibrated on those of held-out rows.
 
-    With n rows that the flow was not trained on, the part of them with at most a log-density s is
-    :math:`(1 + \#\{s_i \le s\}) / (n + 1)`, likewise from above, and the p-value is twice the
-    smaller one. Whatever the flow is, a row drawn as the held-out ones were has a p-value of at
-    most a with probability a or less. A log-density that is too high is unusual, too: in many
+    With n rows that the flow was not trained on, the fraction of them with at most a log-density
+    s is :math:`(1 + \#\{s_i \le s\}) / (n + 1)`, likewise from above, and the p-value is twice
+    the smaller one. Whatever the flow is, a row drawn as the held-out ones were has a p-value of
+    at most a with probability a or less. A log-density that is too high is unusual, too: in many
     dimensions the densest points are not where samples are.
 
     >>> scores = row_scores(torch.tensor([-20.0, -2.5, 4.0]), -torch.arange(1.0, 40.0))
@@ -43,7 +43,7 @@ def row_scores(log_density: Tensor, reference: Tensor) -> RowScores:
         reference: Those of rows that were held out from training, shape (n,).
 
     Raises:
-        ValueError: A shape is another, or a reference is NaN.
+        ValueError: An input is not one-dimensional or is empty, or a reference is NaN.
     """
     for name, values in (("log_density", log_density), ("reference", reference)):
         if values.dim() != 1 or not len(values):

@@ -237,11 +237,15 @@ def expect_log_density(who: str, target: Any, x: Tensor, context: Tensor | None)
         )
     bad = (~found.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"{who}: log_density is {found[bad[0]].item()} at {len(bad)} of {len(x)} draws of the "
-            f"flow ({abbreviated(bad)}), first at {x[bad[0]].detach().flatten()[:8].tolist()}; "
+        value = found[bad[0]].item()
+        why = (
             "KL(q ‖ p) is infinite where p = 0: let the flow end inside of p's support, by "
             "preprocess=… or by a change of variables in log_density"
+        )
+        raise ValueError(
+            f"{who}: log_density is {value} at {len(bad)} of {len(x)} draws of the "
+            f"flow ({abbreviated(bad)}), first at {x[bad[0]].detach().flatten()[:8].tolist()}"
+            + (f"; {why}" if value == -math.inf else ", and has to be finite wherever flows go")
         )
     if not found.requires_grad:
         raise ValueError(

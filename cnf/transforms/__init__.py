@@ -1,7 +1,7 @@
 """Transforms: bijections that return their value and log|det Jacobian| together."""
 
 from cnf.transforms.autoregressive import Autoregressive
-from cnf.transforms.base import TRANSFORMS, Compose, Inverse, Transform
+from cnf.transforms.base import TRANSFORMS, Compose, Identity, Inverse, Transform
 from cnf.transforms.context import StandardizeContext
 from cnf.transforms.continuous import Continuous, Integral
 from cnf.transforms.coupling import Coupling
@@ -15,7 +15,7 @@ from cnf.transforms.elementwise import (
     Scheme,
 )
 from cnf.transforms.image import CheckerboardCoupling, ConvCoupling, OnChannels, PerPixel, Squeeze
-from cnf.transforms.linear import LU, Householder, Identity, Permutation, Rotation
+from cnf.transforms.linear import LU, Householder, Permutation, Rotation
 from cnf.transforms.manifolds import UnitVectors, WrappedAngles
 from cnf.transforms.mixture_maps import MixtureOfGaussians, MixtureOfLogistics
 from cnf.transforms.normalization import ActNorm, BatchNorm

@@ -11,26 +11,6 @@ from cnf.precision import no_autocast
 from cnf.transforms.base import TRANSFORMS, Transform
 
 
-@TRANSFORMS.register("identity", example=lambda dim: Identity(dim))
-class Identity(Transform):
-    """x = z; log|det| = 0. With it a flow is its base, preprocessing and dequantization alone.
-
-    Args:
-        event_shape: (D,), (C, H, W) or another shape of z.
-    """
-
-    def __init__(self, event_shape: int | Sequence[int]) -> None:
-        super().__init__(event_shape=event_shape)
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._expect("z", z)
-        return z, z.new_zeros(z.shape[: z.dim() - self.event_dims])
-
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._expect("x", x)
-        return x, x.new_zeros(x.shape[: x.dim() - self.event_dims])
-
-
 @TRANSFORMS.register("permutation", example=lambda dim: Permutation(dim))
 class Permutation(Transform):
     """x_i = z_order[i]; log|det| = 0.

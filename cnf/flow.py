@@ -383,7 +383,7 @@ class Flow(nn.Module):
             generator: Source of the draw; torch's default generator if None.
         """
         z, context = self.draw_base(sample_shape, context, generator, "Flow.sample_and_log_prob")
-        self._expect_density_of_samples("Flow.sample_and_log_prob")
+        self.expect_density_of_samples("Flow.sample_and_log_prob")
         return self._decoded_and_log_prob(z, context)
 
     def _decoded_and_log_prob(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -428,11 +428,16 @@ class Flow(nn.Module):
             z: Base samples, shape (*batch, *event).
             context: Condition, shape (*batch, C) or one that broadcasts to it, or None.
         """
-        self._expect_density_of_samples("Flow.decode_and_log_prob")
+        self.expect_density_of_samples("Flow.decode_and_log_prob")
         context = self._context_of("Flow.decode_and_log_prob", z, context)
         return self._decoded_and_log_prob(z, context)
 
-    def _expect_density_of_samples(self, who: str) -> None:
+    def expect_density_of_samples(self, who: str) -> None:
+        """Raise TypeError for a dequantized flow, whose samples are rounded.
+
+        Args:
+            who: Who asks.
+        """
         if self.dequantization is not None:
             raise TypeError(
                 f"{who}: a dequantized flow has no density of its samples; call sample, then "

@@ -214,3 +214,15 @@ def test_discrete_steps_that_leave_the_sphere_are_refused():
     for call in (flow.log_prob, flow.encode, flow.decode):
         with pytest.raises(TypeError, match="leave the sphere"):
             call(x)
+
+
+def test_vectors_of_nan_are_no_unit_vectors():
+    with pytest.raises(ValueError, match="4 of 4"):
+        UnitVectors(3).fit(torch.full((4, 3), torch.nan))
+
+
+def test_angles_in_degrees_are_told():
+    degrees = 360 * torch.rand(100, 1, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="more than 4 periods of 6.283; give degrees as radians"):
+        WrappedAngles(1).fit(degrees)
+    WrappedAngles(1).fit(degrees.deg2rad())

@@ -10,6 +10,7 @@ from cnf.flow import Flow
 from cnf.metrics import log_evidence
 from cnf.models import MODELS, build
 from cnf.objectives import Batch, ImportanceWeighted, ReverseKL
+from cnf.objectives.reverse_kl import FIRST, BaseDraws
 from cnf.transforms import Transform
 
 F64 = torch.float64
@@ -265,3 +266,36 @@ def test_a_density_that_may_change_is_not_compiled():
     settings = cnf.TrainConfig(steps=2, compile=True, progress=False)
     with pytest.raises(ValueError, match="ReverseKL, of which capturable is False"):
         cnf.fit(gaussian().float(), ReverseKL(quartic), config=settings)
+
+
+@pytest.mark.parametrize("path_gradient", [True, False])
+def test_a_dequantized_flow_whose_samples_are_rounded_is_refused(path_gradient):
+    flow = build("realnvp", dim=2, preprocess="logit", dequantization="uniform")
+    settings = cnf.TrainConfig(steps=1, progress=False)
+    with pytest.raises(TypeError, match="ReverseKL: a dequantized flow has no density of its"):
+        cnf.fit(flow, ReverseKL(quartic, path_gradient=path_gradient), config=settings)
+
+
+def test_a_draw_without_mass_counts_as_nothing_in_the_importance_weighted_bound():
+    def half(x):
+        return torch.where(x[:, 0] > 1, -torch.inf, -x.square().sum(-1))
+
+    flow, z = (
+        gaussian().float(),
+        torch.randn(64, 16, 2, generator=torch.Generator().manual_seed(0)),
+    )
+    batch = BaseDraws(z)
+    along, plain = (
+        ImportanceWeighted(half, draws=16, path_gradient=path)(flow, batch).value
+        for path in (True, False)
+    )
+    assert along.isfinite() and along.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_a_density_of_another_shape_in_later_batches_is_refused():
+    def density(x):  # right for the draws that are looked at before training
+        return -x.square().sum(-1) if len(x) == FIRST else -x.square().sum()
+
+    settings = cnf.TrainConfig(steps=1, batch_size=16, progress=False)
+    with pytest.raises(ValueError, match=r"ReverseKL: expected log_density to give shape \(16,\)"):
+        cnf.fit(gaussian().float(), ReverseKL(density), config=settings)

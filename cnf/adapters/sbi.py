@@ -1,5 +1,6 @@
 """Flows as density estimators of sbi: posteriors and likelihoods of simulators."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -181,12 +182,18 @@ def _estimator(
         )
     context = condition
     if embedding is not None:
-        embedding = nn.Sequential(standardizing_net(condition), embedding)
+        own = copy.deepcopy(embedding)  # not that of another estimator by the same builder
+        embedding = nn.Sequential(standardizing_net(condition), own)
         options = {"context_preprocess": None, **options}  # the embedding is to be trained
         with torch.no_grad():
             context = embedding(condition)
     flow = build(model, dim=x.shape[1], context=context.shape[1], **options)
     goal: Objective = OBJECTIVES.build(objective, "sbi")
+    if not goal.uses_data:
+        raise ValueError(
+            f"sbi: expected an objective that learns from simulations, got {type(goal).__name__}, "
+            "which uses none; take maximum-likelihood or flow-matching"
+        )
     flow, goal = _begun(goal, flow, Batch(x, context))
     return FlowEstimator(flow, goal, embedding, condition.shape[1:])
 

@@ -13,6 +13,7 @@ from cnf.models import build
 from cnf.objectives import Objective
 from cnf.random import preserved, reseed, stream
 from cnf.training import TrainConfig, fit
+from cnf.training.interrupt import Interrupted
 
 DEFAULTS = {"steps": 2_000, "validations": 20, "patience": 4, "progress": False}
 CHUNK = 10_000  # rows at once
@@ -71,6 +72,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
 
         Raises:
             ValueError: Rows that are NaN, too few, or not of two axes; and as of `cnf.fit`.
+            KeyboardInterrupt: A signal, such as that of Ctrl-C, ended training.
         """
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
         seed = int(check_random_state(self.random_state).randint(2**31))
@@ -79,8 +81,10 @@ class FlowDensity(DensityMixin, BaseEstimator):
             self.flow_ = build(self.model, dim=X.shape[1], **(self.options or {}))
         settings = self.config or {}
         if not isinstance(settings, TrainConfig):
-            settings = TrainConfig(**{"seed": seed, **DEFAULTS, **settings})
+            settings = TrainConfig(**{"seed": seed, **_defaults_beside(settings), **settings})
         self.history_ = fit(self.flow_, self.objective, X, settings, weight=sample_weight)
+        if self.history_.signal:  # else a search would go on with a flow that is half trained
+            raise Interrupted(self.history_.signal)
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -122,3 +126,10 @@ class FlowDensity(DensityMixin, BaseEstimator):
             .cpu()
             .numpy()
         )
+
+
+def _defaults_beside(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that the settings leave room for."""
+    left_out = {"steps"} if settings.get("seconds") is not None else set()
+    left_out |= {"patience"} if settings.get("validations") == 0 else set()
+    return {name: value for name, value in DEFAULTS.items() if name not in left_out}

@@ -98,5 +98,6 @@ def _evidence(log_w: Tensor) -> LogEvidence:
             "by ImportanceWeighted, or take more draws"
         )
     ess = 1 / shares.square().sum(0)
-    error = (1 / ess - 1 / n).clamp(min=0).sqrt() * math.sqrt(n / max(1, n - 1))
+    error = (1 / ess - 1 / n).clamp(min=0).sqrt()
+    error = error * math.sqrt(n / (n - 1)) if n > 1 else torch.full_like(error, math.nan)
     return LogEvidence(log_sum - math.log(n), error, ess, log_w.mean(0))

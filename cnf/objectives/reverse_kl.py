@@ -84,9 +84,11 @@ class VariationalObjective(Objective):
         """Look at the log-density of some draws of the flow.
 
         Raises:
+            TypeError: The flow is dequantized: its samples are rounded and have no gradient.
             ValueError: It is not one finite number for each, or without a gradient in x.
         """
         flow = as_flow(type(self).__name__, module)
+        flow.expect_density_of_samples(type(self).__name__)
         batch = rows(FIRST) or Batch(torch.empty(FIRST, 0))
         first = self.prepare(flow, batch.map(lambda value: value.to(flow.device)), generator)
         with torch.no_grad():
@@ -133,6 +135,11 @@ class VariationalObjective(Objective):
         else:
             x, log_q = flow.decode_and_log_prob(z, context)
         log_p = as_log_density(self.log_density)(x, *([] if context is None else [context]))
+        if log_p.shape != log_q.shape:
+            raise ValueError(
+                f"{type(self).__name__}: expected log_density to give shape "
+                f"{tuple(log_q.shape)}, one number a row, got {tuple(log_p.shape)}"
+            )
         return (log_p - log_q).reshape(n, draws)
 
 
@@ -204,7 +211,7 @@ class ImportanceWeighted(VariationalObjective):
         if not self.path_gradient:
             return -bound
         shares = log_w.detach().softmax(1)
-        along = (shares.square() * log_w).sum(1)
+        along = (shares.square() * log_w.masked_fill(shares == 0, 0.0)).sum(1)  # 0 · -inf is 0
         return -(bound.detach() + along - along.detach())
 
 

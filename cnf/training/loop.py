@@ -402,7 +402,8 @@ class _Trainer:
         history.skipped, history.memory = self.learner.skipped, self.peak()
         history.compiled = history.compiled or self.learner.compiled  # a GPU captured it later
         self._save()
-        kept = validation.best_weights or self.learner.ema_module.state_dict()
+        best = validation.best_weights if validation.done else None  # those of the start are none
+        kept = best or self.learner.ema_module.state_dict()
         self.module.load_state_dict(kept)
         if self.folder.folder is not None:
             checkpoint.save(self.module, self.folder.checkpoints)

@@ -156,7 +156,8 @@ class Validation:
 
     def warn_of_untrained(self) -> None:
         """Warn where early stopping keeps the weights it began with, as none scored better."""
-        if not self.done or self.best_weights is None or self.best < self.first:
+        unimproved = self.best >= self.first  # not where the first was NaN
+        if not self.done or self.best_weights is None or not unimproved:
             return
         warn(
             f"fit: early stopping keeps the weights from before training, as no validation was "
@@ -298,7 +299,7 @@ class Validation:
         """Continue from a checkpoint's state."""
         self.done, self.stale = int(state["done"]), int(state["stale"])
         self.best, self.best_weights = float(state["best"]), state["weights"]
-        self.first = float(state["first"])
+        self.first = float(state.get("first", math.inf))
 
 
 def _drawn_by(generator: Generator, divergence: Divergence | None) -> Divergence | None:

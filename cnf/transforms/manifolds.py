@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from cnf.errors import expect_positive
+from cnf.errors import expect_positive, warn
 from cnf.matching.paths import wrapped_angle
 from cnf.transforms.base import Transform
 
 CLOSE = 1e-3  # of the length of data to 1: few digits may be that far off
+TURNS = 4  # periods that angles in radians may span without a warning
 DRIFT = 0.1  # of that of samples, which a coarse solver leaves; `OnSphere` takes any length
 
 
@@ -38,7 +39,7 @@ class UnitVectors(Transform):
         """
         self._expect("x", x)
         length = x.norm(dim=-1)
-        off = (length - 1).abs() > CLOSE
+        off = ~((length - 1).abs() <= CLOSE)  # NaN, too
         if off.any():
             raise ValueError(
                 f"UnitVectors.fit: expected vectors of length 1, got {int(off.sum())} of {len(x)} "
@@ -72,6 +73,21 @@ class WrappedAngles(Transform):
         expect_positive("WrappedAngles", period=period)
         super().__init__(event_shape=(dim,))
         self.period = period
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Look at data x, shape (N, D), of which nothing is kept; warn of what may be degrees.
+
+        Args:
+            x: The training data.
+        """
+        self._expect("x", x)
+        span = float(x.max() - x.min())
+        if span > TURNS * self.period:
+            warn(
+                f"WrappedAngles.fit: the data span {span:.4g}, which is more than {TURNS} periods "
+                f"of {self.period:.4g}; give degrees as radians (torch.deg2rad)"
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, period {self.period:g}"

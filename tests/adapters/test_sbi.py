@@ -84,7 +84,7 @@ def test_embedding_sees_standardized_pictures_and_is_trained():
     before = net[1].weight.clone()
     inference.append_simulations(theta, x)
     estimator = inference.train(max_num_epochs=1)
-    assert not torch.equal(before, net[1].weight)
+    assert not torch.equal(before, estimator.embedding_net[1][1].weight)
     assert estimator.embedding_net[0](x).std() < 1.5
 
 
@@ -125,3 +125,16 @@ def test_errors_name_what_is_missing():
         posterior_estimator()(torch.randn(9, 2), torch.randn(9, 3, 4))
     with pytest.raises(ValueError, match=r"of shape \(N, D\).*got \(9, 3, 4\)"):
         likelihood_estimator()(torch.randn(9, 2), torch.randn(9, 3, 4))
+
+
+def test_two_estimators_of_one_builder_have_embeddings_of_their_own():
+    builder = posterior_estimator("maf", embedding=torch.nn.Linear(3, 4))
+    theta, x = torch.randn(50, 2), torch.randn(50, 3)
+    first, second = builder(theta, x), builder(theta, x)
+    assert first.embedding[1] is not second.embedding[1]
+
+
+def test_an_objective_without_data_is_refused():
+    objective = cnf.ReverseKL(lambda x: -x.square().sum(-1))
+    with pytest.raises(ValueError, match="an objective that learns from simulations"):
+        posterior_estimator("maf", objective)(torch.randn(50, 2), torch.randn(50, 3))

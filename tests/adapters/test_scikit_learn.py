@@ -1,6 +1,7 @@
 """scikit-learn's own checks, searches and pipelines take a flow as they take its estimators."""
 
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import cnf
+from cnf.adapters import scikit_learn
 from cnf.adapters.scikit_learn import FlowDensity
 
 QUICK = {"steps": 3, "batch_size": 64}
@@ -25,7 +27,7 @@ def x():
 
 
 @pytest.mark.filterwarnings("ignore:fit. these data have no bounded density")  # iris is rounded
-@parametrize_with_checks([FlowDensity("maf", config={"steps": 3})])
+@parametrize_with_checks([FlowDensity("maf", config={"steps": 3, "validations": 0})])
 def test_scikit_learns_own_checks(estimator, check):
     if "invariance" in check.func.__name__:
         pytest.skip("asks for 1e-7, and rounding in float32 depends on the batch")
@@ -108,3 +110,20 @@ def test_data_far_from_unit_scale_keep_their_digits():
     density = FlowDensity("realnvp", config=QUICK, random_state=0).fit(x)
     assert density.sample(10).dtype == np.float64
     assert density.score(x) > -8
+
+
+def test_ctrl_c_ends_a_search_and_not_one_fit_of_it(x, monkeypatch):
+    def interrupted(*args, **kwargs):
+        history = fit(*args, **kwargs)
+        history.interrupt(signal.SIGINT)
+        return history
+
+    fit = scikit_learn.fit
+    monkeypatch.setattr(scikit_learn, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cross_val_score(FlowDensity("maf", config=QUICK), x, cv=2)
+
+
+@pytest.mark.parametrize("config", [{"seconds": 0.1}, {"steps": 3, "validations": 0}])
+def test_settings_take_the_place_of_the_defaults_they_exclude(config, x):
+    FlowDensity("maf", config=config).fit(x)

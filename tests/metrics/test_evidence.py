@@ -71,3 +71,10 @@ def test_weights_that_are_no_numbers_are_refused():
         log_evidence(flow, lambda x: x.sum(-1) * 0 - torch.inf, 100)
     half = log_evidence(flow, lambda x: torch.where(x[:, 0] > 0, flow.log_prob(x), -torch.inf))
     assert half.value == pytest.approx(math.log(0.5), abs=0.05) and half.elbo == -torch.inf
+
+
+def test_one_draw_has_no_error():
+    flow = cnf.models.realnvp(2)
+    with pytest.warns(UserWarning, match="one of 1 draws has 100% of all weight"):
+        told = log_evidence(flow, lambda x: -x.square().sum(-1), draws=1)
+    assert told.error.isnan() and told.value.isfinite()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import cnf
 from cnf.objectives import Objective
 from cnf.training import checkpoint
+from cnf.training.validation import Validation
 
 
 def exponential_average(weights, decay):
@@ -308,6 +310,13 @@ def test_skipped_steps_do_not_count_as_steps_of_the_average(config, points):
     assert history.skipped == 3
     raw = [torch.tensor(-0.1 * k, dtype=torch.float64) for k in range(6)]
     assert net.weight[0, 0].item() == pytest.approx(exponential_average(raw, 0.5).item(), abs=1e-7)
+
+
+def test_a_first_score_of_nan_is_no_better_than_what_follows(config):
+    validation = Validation(cnf.FlowMatching(), config(patience=2), None)
+    validation.first, validation.best, validation.best_weights = math.nan, 1.0, {}
+    validation.done = 1
+    validation.warn_of_untrained()  # warnings are errors
 
 
 def test_equal_score_is_not_an_improvement(config, points):

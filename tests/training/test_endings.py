@@ -45,6 +45,16 @@ def test_signal_saves_and_stops_the_run(number, small, config, acting_data, mani
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+def test_interrupted_before_its_first_validation_patience_keeps_what_was_trained(
+    small, config, acting_data, same
+):
+    data, _ = acting_data("toy", lambda: signal.raise_signal(signal.SIGINT))
+    flow = small()
+    history = cnf.fit(flow, cnf.FlowMatching(), data, config(patience=3, validations=1))
+    assert history.reason == "interrupted" and not history.column("val_nll")
+    assert not same(flow, small())
+
+
 def test_hangup_signal_ignored_by_nohup_stays_ignored(small, config, acting_data):
     data, _ = acting_data("toy", lambda: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -60,6 +60,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:fit. early stopping keeps the weights")  # of six steps
 @pytest.mark.parametrize("case", VARIANTS)
 def test_fit_trains_in_every_way(case, config, small, points, device):
     objective, given, settings = VARIANTS[case]

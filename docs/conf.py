@@ -97,7 +97,7 @@ def gather() -> None:
     shown = shutil.ignore_patterns("*.py", "*.json", "__pycache__")
     shutil.rmtree(HERE / "experiments", ignore_errors=True)
     shutil.copytree(ROOT / "experiments", HERE / "experiments", ignore=shown)
-    for path in (HERE / "experiments").glob("*/*.md"):
+    for path in (HERE / "experiments").glob("*/**/*.md"):
         if path.name != "README.md":  # tables that the READMEs link to
             top = f"---\norphan: true\n---\n\n# All numbers of {path.parent.name}\n\n"
             path.write_text(top + path.read_text())

@@ -60,7 +60,8 @@ def _by_name(who: str, item: Any) -> dict[str, Any]:
             return dict(item)
         raise ValueError(
             f"{who}: expected a mapping with x and any of {', '.join(known[1:])}, got "
-            f"{', '.join(map(str, item))}; rename them"
+            f"{', '.join(map(str, item))}; rename those that are meant, and leave out the others "
+            "(dataset.select_columns)"
         )
     pair = isinstance(item, Sequence) and not isinstance(item, str) and not is_rows(item)
     given = item if pair else [item]

@@ -369,5 +369,5 @@ def test_error_names_invalid_batches_of_validation_data(validation, words, confi
 
 
 def test_error_for_a_mapping_lists_its_keys(config):
-    with pytest.raises(ValueError, match="got a, b; rename them"):
+    with pytest.raises(ValueError, match="got a, b; rename those"):
         as_stream({"a": ROWS, "b": CONTEXT}, config())

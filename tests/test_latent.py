@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnf.data import Images
+
 FOLDER = Path(__file__).parent.parent / "experiments" / "latent"
 MODULES = ("attributes", "spaces", "questions")
 
@@ -114,3 +116,15 @@ def test_cut_autoencoder_is_scikit_learns_regression(latent, generator):
     assert z.shape == (60, 4)
     whole = (255 * torch.from_numpy(space.model.predict(rows))).round().clamp(0, 255)
     assert (space.decode(z).flatten(1) - whole).abs().max() <= 1  # codes are float32
+
+
+def test_directions_come_from_even_training_digits_and_move_odd_test_digits(latent):
+    def marked(value):
+        labels = torch.arange(40) % 10
+        return Images(torch.full((40, 1, 2, 2), value, dtype=torch.uint8), "marked", labels)
+
+    data = latent["spaces"].Pictures(marked(1), marked(2), marked(3))
+    learned, moved = latent["questions"].chosen(data, 0, {"directions": 9, "moved": 7})
+    assert (learned.x == 1).all() and (learned.labels % 2 == 0).all() and len(learned.x) == 9
+    assert (moved.x == 3).all() and (moved.labels % 2 == 1).all() and len(moved.x) == 7
+    assert len(set(moved.labels.tolist())) > 1

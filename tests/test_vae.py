@@ -151,3 +151,31 @@ def test_probabilities_of_flow_decoder_sum_to_one(vae, flow):
         total = model.decoder.log_prob(levels, z).exp().sum() / 100
     assert total == pytest.approx(1.0, abs=0.01)
     assert model.decoder.mean(z[:3]).shape == (3, 1)
+
+
+def test_loss_is_minus_the_weighted_mean_of_the_log_weights(vae):
+    torch.manual_seed(0)
+    model = perturbed(vae.VAE(3, 1, 4, (8,), posterior=POSTERIORS["planar"]).double())
+    x, weight = torch.rand(5, 3, dtype=torch.float64).round(), torch.tensor([1.0, 0, 2, 0, 1])
+    rows = vae.NegativeELBO().prepare(model, cnf.objectives.Batch(x, weight=weight.double()))
+    terms = model.log_weights(rows.x, rows.noise)
+    expected = -(terms * weight).sum() / weight.sum()
+    assert vae.NegativeELBO()(model, rows).value.item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+
+
+def test_binarized_pixels_are_one_with_their_probability(vae):
+    model = vae.VAE(3, 1, 4, (8,))
+    x = torch.tensor([0.0, 0.3, 1.0]).expand(4_000, 3)
+    drawn = vae.NegativeELBO(binarize=True).prepare(
+        model, cnf.objectives.Batch(x), torch.Generator().manual_seed(0)
+    )
+    assert set(drawn.x.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(drawn.x.mean(0), x[0], rtol=0, atol=0.03)
+
+
+def test_another_solver_is_that_of_the_posterior_and_not_of_the_original(vae):
+    model = vae.VAE(3, 1, 4, (8,), posterior=POSTERIORS["cnf"])
+    other = model.with_solver(cnf.Solver("euler", steps=1))
+    assert "euler" in str(other.posterior.transform) and "euler" not in str(model)

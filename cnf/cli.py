@@ -186,7 +186,8 @@ def score(run: Path, data: str, output: Path | None = None, reference: str | Non
         which = f" of {known.name}"
     torch.manual_seed(0)  # noise of dequantization
     with status("scoring"):
-        scores = row_scores(*(log_prob_chunked(flow, p.x, p.context) for p in (source, known)))
+        own, held_out = (log_prob_chunked(flow, p.x, p.context) for p in (source, known))
+        scores = row_scores(own, held_out)
     places = torch.arange(len(source.x)) if source.rows is None else source.rows
     output = output or (run if run.is_dir() else run.parent) / f"{source.name}-scores.csv"
     with output.open("w", newline="") as file:
@@ -195,6 +196,7 @@ def score(run: Path, data: str, output: Path | None = None, reference: str | Non
         writer.writerows(zip(places.tolist(), *(part.tolist() for part in scores), strict=True))
     print(f"Calibrated on {len(known.x):,} rows{which}.")
     _print_lowest(places, scores)
+    _print_unusual(scores, held_out)
     if source.incomplete:
         print(f"Left out, as a value is missing: {source.incomplete:,} rows.")
     if (run / "config.yaml").is_file() and Path(data).resolve() == Path(read_config(run)["data"]):
@@ -203,14 +205,24 @@ def score(run: Path, data: str, output: Path | None = None, reference: str | Non
 
 
 def _print_lowest(places: Tensor, scores: RowScores) -> None:
-    """Print the ten rows of lowest log-density, and the part of the rows that are unusual."""
+    """Print the ten rows of lowest log-density."""
     table = optional("rich.table", "cli").Table("rank", "row", "log-density", "p-value", box=None)
     for k in scores.rank.argsort()[:10].tolist():
         told = f"{scores.log_density[k]:.4g}", f"{scores.p_value[k]:.2g}"
         table.add_row(str(int(scores.rank[k])), str(int(places[k])), *told)
     _console().print(table)
-    share = (scores.p_value <= UNUSUAL).double().mean()
-    print(f"{share:.1%} of {len(places):,} rows have a p-value of at most {UNUSUAL}.")
+
+
+def _print_unusual(scores: RowScores, held_out: Tensor) -> None:
+    """Print which parts of the rows have too low a log-density, and too high a one."""
+    unusual = scores.p_value <= UNUSUAL
+    high = unusual & (scores.log_density > held_out.nanmedian())
+    low, high, both = (f"{part.double().mean():.1%}" for part in (unusual & ~high, high, unusual))
+    least = 2 / (len(held_out) + 1)
+    print(
+        f"{both} of {len(unusual):,} rows have a p-value of at most {UNUSUAL}: {low} of low and "
+        f"{high} of high log-density; the least p-value that there can be is {least:.2g}."
+    )
 
 
 def _rows(run: Path, data: str) -> Points:

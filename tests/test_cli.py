@@ -17,6 +17,7 @@ import torch
 
 import cnf
 from cnf import cli
+from cnf.metrics import row_scores
 from cnf.race.contestants import CONTESTANTS, RACE
 from cnf.sampling import guided
 from cnf.training.interrupt import Interrupted
@@ -710,3 +711,11 @@ def test_resume_needs_nothing_but_the_run(how, call, run, tmp_path, monkeypatch)
 
 def test_resume_without_a_run_ends_in_one_line(refused, tmp_path):
     assert "no run to resume" in refused("train", "--resume", tmp_path / "nowhere")
+
+
+def test_unusual_rows_are_counted_by_their_tail(capsys):
+    held_out = -torch.arange(1.0, 100.0)
+    cli._print_unusual(row_scores(torch.tensor([-200.0, -50.0, 50.0, 60.0]), held_out), held_out)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "75.0% of 4 rows" in said and "25.0% of low and 50.0% of high" in said
+    assert said.endswith("there can be is 0.02.")

@@ -525,6 +525,18 @@ class Flow(nn.Module):
         flow.spec = None
         return flow
 
+    def with_dequantization(self, dequantization: Dequantization | None) -> "Flow":
+        """The same weights with other noise of discrete data, or none; `cnf.load` cannot build it.
+
+        Args:
+            dequantization: The noise.
+        """
+        flow = copy.copy(self)
+        flow._modules = {**self._modules}
+        flow.dequantization = dequantization
+        flow.spec = None
+        return flow
+
     def distribution(self, context: Tensor | None = None) -> Distribution:
         """This flow as a `torch.distributions.Distribution`, and Pyro's where Pyro is imported.
 

@@ -108,7 +108,7 @@ def log_prob_with_error(
     told = value.isfinite()
     now, then = (-found[told].double().mean().item() for found in (value, reference))
     if has_fixed_steps(flow.transform) and told.any():
-        warn_of_difference("log_prob_with_error", flow, now, then, f"{told.sum()} rows")
+        warn_of_difference("log_prob_with_error", flow, now, then, f"the NLL of {told.sum()} rows")
     if learned and abs(now - then) > NATS:
         warn(
             f"log_prob_with_error: by the learned divergence the NLL of {told.sum()} rows is "
@@ -126,34 +126,33 @@ class _Drawn(nn.Module):
     """A dequantization whose draw is made already.
 
     Args:
-        y: Points of the cells.
-        weight: Their log-weights.
+        y: Points of the cells, shape (*batch, *event).
+        log_weight: -log q of the noise, shape (*batch,), or a number.
     """
 
-    def __init__(self, y: Tensor, weight: Tensor | float) -> None:
+    def __init__(self, y: Tensor, log_weight: Tensor | float) -> None:
         super().__init__()
-        self.y, self.weight = y, weight
+        self.y, self.log_weight = y, log_weight
 
     def encode(
         self, x: Tensor, generator: Generator | None = None
     ) -> tuple[Tensor, Tensor | float]:
-        weight = self.weight
-        return self.y.to(x.dtype), weight.to(x.dtype) if isinstance(weight, Tensor) else weight
+        told = self.log_weight
+        return self.y.to(x.dtype), told.to(x.dtype) if isinstance(told, Tensor) else told
 
 
 def _with_draw(flow: Flow, x: Tensor, seed: int) -> Flow:
-    """The flow with one draw of its dequantization, as a seed draws others in float64."""
+    """The flow with one draw of its noise, so that float32 and float64 score the same point.
+
+    One seed draws other numbers in each of the two.
+    """
     assert flow.dequantization is not None
     dtype = torch.promote_types(torch.promote_types(x.dtype, flow.dtype), torch.float32)
     whole = x.to(dtype).nan_to_num(0.0, 0.0, 0.0)
     generator = torch.Generator(x.device).manual_seed(seed)
     with evaluating(flow):
         drawn = _Drawn(*flow.dequantization.encode(whole, generator))
-    flow = copy.copy(flow)
-    flow._modules = {**flow._modules}
-    flow.__dict__.pop("dequantization", None)  # one that is no module
-    flow.dequantization = drawn  # pyright: ignore[reportAttributeAccessIssue]
-    return flow
+    return flow.with_dequantization(drawn)  # pyright: ignore[reportArgumentType]
 
 
 def _fixed(

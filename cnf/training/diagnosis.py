@@ -67,20 +67,29 @@ def warn_of_few_steps(
     with evaluating(flow):
         finer = flow.with_transform(refined(flow.transform))  # in the mode that it is made in
         now, then = (_nll(each, rows, divergence) for each in (flow, finer))
-    return warn_of_difference(who, flow, now, then, f"{len(rows.x)} {kind} rows", whose)
+    score = f"the NLL of {len(rows.x)} {kind} rows"
+    return warn_of_difference(who, flow, now, then, score, whose)
 
 
 def warn_of_difference(
-    who: str, flow: Flow, now: float, then: float, rows: str, whose: str = "flow"
+    who: str, module: nn.Module, now: float, then: float, score: str, whose: str = "flow"
 ) -> bool:
-    """Whether the NLL `now` is not that of twice the steps, `then`, of which it warns."""
+    """Whether the score `now` is not that of twice the steps, `then`, of which it warns.
+
+    Args:
+        who: Who warns.
+        module: The flow, or what contains one.
+        now: The score, in nats.
+        then: That by twice the steps of the fixed solvers.
+        score: What it is, in words.
+        whose: Steps they are: the flow's or the loss's.
+    """
     if now == then or abs(now - then) <= NATS:  # NaN is neither
         return False
-    parts = [part for part in flow.modules() if isinstance(part, Continuous)]
     mine, finer = _told_apart(now, then)
-    solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
+    solvers = " and ".join(dict.fromkeys(str(part.solver) for part in _odes_of(module)))
     warn(
-        f"{who}: the NLL of {rows} is {mine} nats by the {whose}'s solver ({solvers}) and "
+        f"{who}: {score} is {mine} nats by the {whose}'s solver ({solvers}) and "
         f"{finer} by twice the steps: the difference is the solver's error, which likelihood "
         "learns to exploit; take more steps, or an adaptive solver such as Solver('dopri5')"
     )
@@ -88,7 +97,9 @@ def warn_of_difference(
 
 
 @torch.no_grad()
-def warn_of_other_loss(who: str, module: nn.Module, loss: Callable[[nn.Module], float]) -> bool:
+def warn_of_other_loss(
+    who: str, module: nn.Module, now: float, loss: Callable[[nn.Module], float]
+) -> bool:
     """Whether twice the fixed steps of its ODEs give a module another loss, of which it warns.
 
     It is for what has no NLL of its own, such as an autoencoder with flows inside.
@@ -96,27 +107,28 @@ def warn_of_other_loss(who: str, module: nn.Module, loss: Callable[[nn.Module], 
     Args:
         who: Who warns.
         module: The module; of one without fixed steps nothing is said.
+        now: The module's loss.
         loss: The loss of a module, with the same rows and draws each time; of one that is another
             the second time nothing is said.
     """
-    parts = [part for part in module.modules() if isinstance(part, Continuous)]
-    if not any(part.solver.fixed and not part.solver.discrete for part in parts):
+    solvers = [
+        each for ode in _odes_of(module) for each in (ode.solver, ode.recipe.solver) if each
+    ]
+    if not any(solver.fixed and not solver.discrete for solver in solvers):
         return False
     finer = copy.deepcopy(module)
-    for part in finer.modules():
-        if isinstance(part, Continuous):
-            part.solver = part.solver.refined()
-    now, then = loss(module), loss(finer)
-    if now == then or abs(now - then) <= NATS or now != loss(module):
+    for ode in _odes_of(finer):
+        ode.solver = ode.solver.refined()
+        if ode.recipe.solver:  # by which some objectives solve
+            ode.recipe = replace(ode.recipe, solver=ode.recipe.solver.refined())
+    then = loss(finer)
+    if abs(now - then) > NATS and now != loss(module):
         return False
-    mine, other = _told_apart(now, then)
-    solvers = " and ".join(dict.fromkeys(str(part.solver) for part in parts))
-    warn(
-        f"{who}: the held-out loss is {mine} by the solver ({solvers}) and {other} by twice the "
-        "steps: the difference is the solver's error, which training learns to exploit; take more "
-        "steps, or an adaptive solver such as Solver('dopri5')"
-    )
-    return True
+    return warn_of_difference(who, module, now, then, "the held-out loss", "module")
+
+
+def _odes_of(module: nn.Module) -> list[Continuous]:
+    return [part for part in module.modules() if isinstance(part, Continuous)]
 
 
 def _told_apart(a: float, b: float) -> tuple[str, str]:

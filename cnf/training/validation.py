@@ -99,7 +99,7 @@ class Validation:
         with evaluating(module), torch.no_grad():
             self.name, score = self._scored(module)
             if self._compares(fraction):
-                self._compare(module)
+                self._compare(module, score)
         if self.config.patience is not None:
             self._remember(module, score)
         return score
@@ -222,13 +222,13 @@ class Validation:
         """Whether this is the last validation, or the 1st, 2nd, 4th, 8th, and so on."""
         return fraction >= 1 or self.done & (self.done - 1) == 0
 
-    def _compare(self, module: nn.Module) -> None:
+    def _compare(self, module: nn.Module, score: float) -> None:
         """Warn, once, where the score is another by twice the steps of fixed solvers."""
         if self.name != "val_loss":
             assert isinstance(module, Flow)
             self.compare_solvers(module, self._rows, "held-out")
         elif not self.warned:
-            self.warned = warn_of_other_loss("fit", module, self._loss)
+            self.warned = warn_of_other_loss("fit", module, score, self._loss)
 
     def compare_solvers(self, flow: Flow, rows: Batch, kind: str) -> None:
         """Warn, once, where fixed steps, the flow's or the loss's, are too few.

@@ -54,7 +54,7 @@ def test_enough_solver_steps_do_not_warn(small, config, points):
 def test_difference_of_a_twentieth_of_a_nat_warns(off, warns, small):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warned = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "rows")
+        warned = diagnosis.warn_of_difference("fit", small(), 1.0, 1.0 + off, "the NLL of rows")
     assert warned == warns
 
 
@@ -124,7 +124,7 @@ def test_joint_objective_trains_with_the_solver_of_its_likelihood(small):
 )
 def test_comparison_of_steps_says_numbers_that_differ(now, then, words, small):
     with pytest.warns(UserWarning, match=words):
-        assert warn_of_difference("who", small(solver=COARSE), now, then, "64 rows")
+        assert warn_of_difference("who", small(solver=COARSE), now, then, "the NLL of 64 rows")
 
 
 def test_error_bars_and_race_warn_about_too_few_solver_steps(small, points):
@@ -155,7 +155,7 @@ class Likelihood(Objective):
 
 
 def test_steps_that_are_too_few_for_the_loss_of_any_module_are_told(small, config, points):
-    told = r"held-out loss is .* by the solver .* twice the steps"
+    told = r"held-out loss is .* nats by the module's solver .* twice the steps"
     settings = config(steps=2, validations=2, lr=1e-9)
     with pytest.warns(UserWarning, match=told) as record:
         cnf.fit(Inside(steep(small, solver=COARSE)), Likelihood(), points, settings)
@@ -170,12 +170,19 @@ def test_steps_that_are_enough_for_the_loss_are_not_told(small, config, points):
 
 def test_a_loss_that_is_another_each_time_is_not_judged(small):
     draws = iter(range(9))
-    assert not warn_of_other_loss("fit", small("cnf"), lambda _: float(next(draws)))
-    assert next(draws) == 3
+    assert not warn_of_other_loss("fit", small("cnf"), -1.0, lambda _: float(next(draws)))
+    assert next(draws) == 2
 
 
 def test_the_solver_of_the_module_stays(small):
     flow = small("cnf", solver=COARSE)
-    with pytest.warns(UserWarning, match="the held-out loss is 1 by"):
-        warn_of_other_loss("fit", flow, lambda each: each.transform.solver.steps)
+    with pytest.warns(UserWarning, match="the held-out loss is 1 nats by"):
+        warn_of_other_loss("fit", flow, 1, lambda each: each.transform.solver.steps)
     assert flow.transform.solver == COARSE
+
+
+def test_the_solver_by_which_a_recipe_trains_is_compared_too(small):
+    flow = small("cnf", solver=cnf.Solver("dopri5"))
+    flow.transform.recipe = cnf.transforms.continuous.Recipe(solver=COARSE)
+    with pytest.warns(UserWarning, match="the held-out loss is 1 nats by"):
+        warn_of_other_loss("fit", flow, 1, lambda each: each.transform.recipe.solver.steps)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cnf.distributions import Base
 from cnf.dynamics.solver import Solver
 from cnf.errors import expect_counts, expect_not_negative, expect_positive
 from cnf.fields import (
@@ -21,6 +22,8 @@ from cnf.models.build import MODELS, Dequantize, Preprocess, assembled
 from cnf.models.scales import Part, at_scales
 from cnf.transforms.base import Transform
 from cnf.transforms.continuous import Continuous, Recipe
+
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}  # by default, of samples and densities
 
 
 @MODELS.register("cnf")
@@ -96,10 +99,10 @@ def cnf(
         field = FlowMap(field, block() if divergence_head else None)
         default, recipe = {"method": "flow-map", "steps": 4}, Recipe()
     else:
-        default = {"rtol": 1e-6, "atol": 1e-6}
+        default = TIGHT
         recipe = Recipe(solver=Solver() if solver is None else None)
     solver = Solver.of(solver or default)
-    return _continuous(
+    return of_field(
         field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
     )
 
@@ -305,12 +308,12 @@ def otflow(
         lr=0.1,
     )
     solver = Solver.of(solver or {"method": "rk4", "steps": 16})
-    return _continuous(
+    return of_field(
         field, solver, preprocess, context_preprocess, dequantization, recipe, null_context
     )
 
 
-def _continuous(
+def of_field(
     field: VectorField,
     solver: Solver,
     preprocess: Preprocess,
@@ -318,9 +321,24 @@ def _continuous(
     dequantization: Dequantize,
     recipe: Recipe,
     null_context: bool,
+    base: Base | None = None,
 ) -> Flow:
+    """The flow of a field, from the standard normal distribution where no base is given.
+
+    Args:
+        field: The vector field.
+        solver: How its ODE is solved.
+        preprocess: As of `assembled`, like the next two.
+        context_preprocess: See there.
+        dequantization: See there.
+        recipe: Defaults for training by likelihood.
+        null_context: Whether a learned vector replaces a missing context.
+        base: The base distribution.
+    """
     transform = Continuous(NullContext(field) if null_context else field, solver, recipe=recipe)
-    return assembled(transform, field.event_shape, preprocess, context_preprocess, dequantization)
+    return assembled(
+        transform, field.event_shape, preprocess, context_preprocess, dequantization, base
+    )
 
 
 def _blocks(block: Callable[[], VectorField], layers: int) -> VectorField:

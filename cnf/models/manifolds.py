@@ -7,11 +7,12 @@ from typing import Any
 from cnf.distributions import Base, UniformAngles, UniformSphere
 from cnf.dynamics.solver import Solver
 from cnf.errors import is_count
-from cnf.fields import MLPField, NullContext, OnSphere, VectorField
+from cnf.fields import MLPField, OnSphere, VectorField
 from cnf.flow import Flow
-from cnf.models.build import MODELS, assembled
+from cnf.models.build import MODELS
+from cnf.models.continuous import TIGHT, of_field
 from cnf.transforms.base import Transform
-from cnf.transforms.continuous import Continuous, Recipe
+from cnf.transforms.continuous import Recipe
 from cnf.transforms.manifolds import UnitVectors, WrappedAngles
 
 
@@ -149,9 +150,7 @@ def _continuous(
     null_context: bool,
 ) -> Flow:
     recipe = Recipe(solver=Solver() if solver is None else None)
-    transform = Continuous(
-        NullContext(field) if null_context else field,
-        Solver.of(solver or {"rtol": 1e-6, "atol": 1e-6}),
-        recipe=recipe,
+    solver = Solver.of(solver or TIGHT)
+    return of_field(
+        field, solver, preprocess, context_preprocess, None, recipe, null_context, base
     )
-    return assembled(transform, field.event_shape, preprocess, context_preprocess, None, base)

@@ -26,9 +26,9 @@ class FlowDensity(DensityMixin, BaseEstimator):
     The score is the mean log-density, as of `GaussianMixture`, so that folds of other sizes can be
     compared. Rounding in float32 depends on the number of rows scored at once.
 
-    >>> import numpy as np
-    >>> x = np.random.default_rng(0).normal(3.0, 2.0, (500, 2))
-    >>> density = FlowDensity("realnvp", config={"steps": 50}, random_state=0).fit(x)
+    >>> from sklearn.datasets import make_moons
+    >>> x, _ = make_moons(500, noise=0.1, random_state=0)
+    >>> density = FlowDensity("realnvp", config={"steps": 100}, random_state=0).fit(x)
     >>> density.score_samples(x[:3]).shape, density.sample(5).shape
     ((3,), (5, 2))
 

@@ -121,6 +121,8 @@ def log_determinant(case: Case) -> list[Outcome]:
                 remedy = _culprit(flow, x, context)
                 error = error if remedy else 0.0
             words = f"the log-determinant of {way} is off by {error:.2g} nats"
+            if flow.transform(z, context)[1].abs().max() <= tolerance:
+                words += "; it is 0, where a wrong sign would not show: check again once trained"
             outcomes.append(Outcome(error, tolerance, words, remedy))
     return outcomes
 

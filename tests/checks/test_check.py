@@ -257,6 +257,16 @@ class WrongAffine(Affine):
         return (x + shift) * (-log_scale).exp(), -log_scale
 
 
+def test_log_determinants_of_zero_are_told_to_show_no_wrong_sign():
+    flow = couplings(OneWayCoupling)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()
+    found = check(flow)["log-determinant"]
+    assert found.passed and "a wrong sign would not show" in found.message
+    assert "would not show" not in check(couplings(Coupling))["log-determinant"].message
+
+
 class WrongInverse(Coupling):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, transformer=WrongAffine(), **kwargs)

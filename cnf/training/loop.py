@@ -405,6 +405,7 @@ class _Trainer:
         best = validation.best_weights if validation.done else None  # those of the start are none
         kept = best or self.learner.ema_module.state_dict()
         self.module.load_state_dict(kept)
+        validation.compare_kept(self.module)
         if self.folder.folder is not None:
             checkpoint.save(self.module, self.folder.checkpoints)
         self._describe(history.reason)

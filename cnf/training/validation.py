@@ -98,7 +98,7 @@ class Validation:
         self.count_done(fraction)
         with evaluating(module), torch.no_grad():
             self.name, score = self._scored(module)
-            if self._compares(fraction):
+            if self._compares(fraction) and not score > self.best:  # else it will not be kept
                 self._compare(module, score)
         if self.config.patience is not None:
             self._remember(module, score)
@@ -165,6 +165,12 @@ class Validation:
             f"larger patience (now {self.config.patience}), another lr, or a faster average of "
             f"the weights (ema={self.config.ema})"
         )
+
+    def compare_kept(self, module: nn.Module) -> None:
+        """Compare the solvers of the weights that early stopping keeps, in the module by now."""
+        if self.done and self.best_weights is not None:
+            with evaluating(module), torch.no_grad():
+                self._compare(module, self.best)
 
     @property
     def exhausted(self) -> bool:

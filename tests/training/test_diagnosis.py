@@ -107,6 +107,17 @@ def test_comparison_uses_training_rows_if_none_are_held_out(likelihood, small, c
     cnf.fit(steep(small, solver=cnf.Solver()), likelihood, points, settings)
 
 
+@pytest.mark.filterwarnings("error")
+def test_steps_are_compared_of_weights_that_early_stopping_keeps(small, points):
+    near, far = small(solver=cnf.Solver("rk4", steps=8)), steep(small, solver=COARSE)
+    settings = cnf.TrainConfig(steps=8, validations=8, patience=3)
+    validation = Validation(MaximumLikelihood(), settings, cnf.Batch(points))
+    best, worse = (validation.score(flow, part) for flow, part in ((near, 0.125), (far, 0.25)))
+    assert best < worse  # and of the worse ones nothing is said
+    with pytest.warns(UserWarning, match="held-out rows.*twice the steps"):
+        validation.compare_kept(far)
+
+
 def test_joint_objective_trains_with_the_solver_of_its_likelihood(small):
     flow, matching = small(solver=cnf.Solver()), cnf.FlowMatching()
     joint = cnf.objectives.Joint((matching, MaximumLikelihood(solver=COARSE)))

@@ -96,7 +96,7 @@ def train(
     if config.folder is None:
         config.folder = free_folder(Path("runs") / f"{source.name}-{model}-{objective}")
     history = fit(flow, goal, source, config)
-    scores = [score for record in history.records if (score := held_out_nll(record)) is not None]
+    scores = [nll for _, nll in history.curve()]
     held_out = f"held-out NLL {scores[-1]:.4f} nats, " if scores else ""
     if scores and flow.dequantization is not None:
         held_out += f"{-scores[-1] / bits_in_nats(flow):.4f} bits/dim, "

@@ -29,7 +29,6 @@ from cnf.race.workers import (
 )
 from cnf.random import VERSION, stream
 from cnf.training import History, TrainConfig, checkpoint
-from cnf.training.history import held_out_nll
 from cnf.training.origin import draws_of, environment, hash_of_rows
 from cnf.training.progress import status
 from cnf.training.stream import DistributionData, validation_draws
@@ -429,7 +428,6 @@ def _curve(histories: list[History], density: Any, seed: int) -> list[tuple[floa
         truth = -float(density.log_prob(held_out).mean())
     curve, before = [], 0.0
     for history in histories:
-        scored = ((record["seconds"], held_out_nll(record)) for record in history.records)
-        curve += [(before + at, nll - truth) for at, nll in scored if nll is not None]
+        curve += [(before + at, nll - truth) for at, nll in history.curve()]
         before += history.seconds
     return curve

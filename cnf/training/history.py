@@ -60,6 +60,16 @@ class History:
         """The values of one metric, where it was logged."""
         return [record[name] for record in self.records if name in record]
 
+    def curve(self, name: str = "val_nll") -> list[tuple[float, float]]:
+        """Pairs of (seconds, value) of one metric, for `cnf.plotting.plot_learning`.
+
+        Args:
+            name: The metric's; val_nll is the held-out NLL by whatever estimator.
+        """
+        get = held_out_nll if name == "val_nll" else lambda record: record.get(name)
+        values = ((record["seconds"], get(record)) for record in self.records)
+        return [(seconds, value) for seconds, value in values if value is not None]
+
     def interrupt(self, number: int) -> None:
         """Note the signal that ends the run."""
         self.reason, self.signal = "interrupted", number

@@ -105,8 +105,9 @@ def test_pictures_are_scored_by_the_estimator_that_trains_them_and_the_name_tell
 
 
 def test_an_estimated_score_is_a_held_out_nll_like_any_other():
-    record = {"step": 3, "val_nll (Hutchinson, 1 probe)": 2.5}
-    history = cnf.training.History([record])
+    record = {"step": 3, "seconds": 1.5, "loss": 4.0, "val_nll (Hutchinson, 1 probe)": 2.5}
+    history = cnf.training.History([{"step": 1, "seconds": 0.5, "loss": 5.0}, record])
+    assert history.curve() == [(1.5, 2.5)] and history.curve("loss") == [(0.5, 5.0), (1.5, 4.0)]
     assert held_out_nll(record) == 2.5 and held_out_nll({"step": 3, "val_loss": 1.0}) is None
     assert "val_nll (Hutchinson, 1 probe) 2.5" in repr(history)
 

@@ -1,6 +1,6 @@
-"""The variational autoencoder of experiments/vae: its weights, its decoder, its pairing."""
+"""The variational autoencoder of experiments/vae: its weights, decoder, pairing and scores."""
 
-import importlib.util
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 import cnf
 
-FILE = Path(__file__).parent.parent / "experiments" / "vae" / "vae.py"
+FOLDER = Path(__file__).parent.parent / "experiments" / "vae"
 LIMIT, POINTS = 12.0, 401  # of the quadratures over noise and latent variable
 STEP = 2 * LIMIT / (POINTS - 1)
 POSTERIORS = {
@@ -22,14 +22,20 @@ POSTERIORS = {
 
 
 @pytest.fixture(scope="module")
-def vae():
+def modules():
+    """The modules of experiments/vae by name."""
+    names = ("vae", "run", "gap")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def vae(modules):
     """The module experiments/vae/vae.py."""
-    spec = importlib.util.spec_from_file_location("vae_of_experiments", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return modules["vae"]
 
 
 def perturbed(model, scale=0.1):
@@ -179,3 +185,30 @@ def test_another_solver_is_that_of_the_posterior_and_not_of_the_original(vae):
     model = vae.VAE(3, 1, 4, (8,), posterior=POSTERIORS["cnf"])
     other = model.with_solver(cnf.Solver("euler", steps=1))
     assert "euler" in str(other.posterior.transform) and "euler" not in str(model)
+
+
+def row_of(model, seed, elbo, of_bound=0.0, bound=0.0, change=0.0):
+    """A row of results.csv, as it is read."""
+    told = {
+        "set": "faces", "model": model, "seed": seed, "negative_elbo": elbo,
+        "negative_elbo_of_bound": of_bound, "negative_bound": bound,
+        "train_solver_change": change, "ms_per_step": 3, "parameters": 1_000,
+    }  # fmt: skip
+    return {key: str(value) for key, value in told.items()}
+
+
+def test_table_pairs_gains_by_seed_and_tells_them_in_the_order_of_the_seeds(modules):
+    """Rows as they were written, seed 2 first; 560 pixels of one bit have 560 log 2 nats."""
+    bit = 560 * math.log(2)
+    rows = [row_of("CNF", 2, bit - 4, of_bound=9, bound=7, change=0.25)]
+    rows += [row_of("Gaussian", seed, bit + seed) for seed in range(3)]
+    rows += [row_of("CNF", seed, bit + seed - 8, 8, 7, 0.25) for seed in range(2)]
+    table = modules["run"].table(rows, "faces", ["Gaussian", "CNF"], modules["run"].BITS)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    gaussian, cnf = (dict(zip(cells[0], line, strict=True)) for line in cells[2:])
+    assert gaussian["bits/dim"].startswith("1.00") and gaussian["each seed"] == "–"
+    assert cnf["each seed"] == "8, 8, 6"
+    gained = cnf["gained over the Gaussian"].split(" ± ")
+    assert [float(each) for each in gained] == pytest.approx([22 / 3, 2 / 3], abs=0.05)
+    assert float(cnf["above its bound"].split(" ± ")[0]) == pytest.approx(4 / 3, abs=0.05)
+    assert cnf["bound of -log p(x)"].startswith("7") and cnf["training's solver"] == "+0.250"

@@ -190,13 +190,13 @@ def test_bands_are_triangles_in_mel_of_the_power_of_each_frequency(audio):
 
 
 def test_spectrum_error_is_of_the_means_of_each_digit(audio):
-    """Digit 3 is √2 as loud, 3.01 dB, and digit 7 as it was: √(3.01² / 2), in any order."""
+    """Digit 3 is twice as loud, 6.02 dB, and digit 7 as it was: √(6.02² / 2), in any order."""
     noise = 128 + 30 * torch.randn(5, 2_048, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([noise[:2], 128 + (noise[2:3] - 128) * math.sqrt(2)])
+    x = torch.cat([noise[:2], 128 + (noise[2:3] - 128) * 2])
     labels, digits = torch.tensor([7, 7, 3]), torch.tensor([3, 7, 5, 7])
     y = torch.stack([noise[2], noise[1], noise[3], noise[0]])
     error = audio["spectra"].spectrum_error(x, labels, y, digits, RATE)
-    assert error == pytest.approx(10 * math.log10(2) / math.sqrt(2), rel=0.01)
+    assert error == pytest.approx(20 * math.log10(2) / math.sqrt(2), rel=0.01)
 
 
 def test_loudness_is_the_mean_of_the_decibels_of_utterances(audio):
@@ -229,9 +229,8 @@ def test_listener_tells_the_part_that_is_heard_as_it_should_be(audio):
     tones = torch.cat([tone(300, 60.0, n=20), tone(900, 60.0, n=20)])
     x, labels = tones + torch.randn(tones.shape, generator=generator), torch.arange(40) // 20
     listener = audio["spectra"].Listener(x, labels, RATE)
-    asked = torch.tensor([1, 1, 1, 0] * 5)  # where 5 of 20 are as they sound
-    assert listener.accuracy(x[:20], asked) == pytest.approx(0.25)
-    assert listener.accuracy(x[20:], asked) == pytest.approx(0.75)
+    asked = torch.tensor([1, 0, 1] * 10)  # as 3 of 10 low and 13 of 20 high tones sound
+    assert listener.accuracy(x[10:], asked) == pytest.approx(16 / 30)
     images = Images(x[:, None, None].round().to(torch.uint8), labels=labels.numpy())
     told = audio["run"].heard(128 + 2 * (tones - 128), labels, images, listener)
     assert float(told["loudness"]) == pytest.approx(20 * math.log10(2), abs=0.05)

@@ -116,7 +116,21 @@ def test_losses_of_rows_have_the_loss_as_their_weighted_mean(objective):
     objective = objective(log_density, draws=3)
     rows = objective.prepare(flow, Batch(torch.empty(4, 0), weight=weight), torch.Generator())
     each = objective.per_row(flow, rows)
-    torch.testing.assert_close(objective(flow, rows).value, (weight * each).sum() / 4)
+    loss = objective(flow, rows)
+    torch.testing.assert_close(loss.value, (weight * each).sum() / 4)
+    elbos = -ReverseKL(log_density, draws=3).per_row(flow, rows)
+    torch.testing.assert_close(loss.metrics["elbo"], (weight * elbos).sum() / 4)
+
+
+def test_each_draw_of_a_row_has_the_context_of_the_row(randomized):
+    flow = randomized(build("maf", dim=2, context=2))
+    context = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    objective = ReverseKL(lambda x, y: -(x - y).square().sum(-1), draws=3)
+    rows = draws_of(objective, flow, 4, context=context)
+    alone = [
+        objective.per_row(flow, BaseDraws(rows.z[k : k + 1], context[k : k + 1])) for k in range(4)
+    ]
+    torch.testing.assert_close(objective.per_row(flow, rows), torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", MODELS.taking("dim"))

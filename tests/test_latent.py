@@ -19,7 +19,7 @@ from cnf.dequantization import UniformDequantization
 from cnf.transforms import Identity
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "latent"
-MODULES = ("attributes", "spaces", "questions")
+MODULES = ("attributes", "spaces", "questions", "pictures", "run")
 
 
 @pytest.fixture(scope="module")
@@ -420,3 +420,20 @@ def test_spaces_are_those_that_are_told(latent, generator, tmp_path):
     assert torch.allclose(z, real.encode(images.x + 0.5).flatten(1), atol=1e-3)
     again = made(model="glow").encode(images.x, generator)
     assert (again - z).abs().max() > 0.1
+
+
+def test_tables_have_means_over_both_sides_and_seeds_and_the_worst_of_a_worst(latent):
+    def rows(question, of, at, number, *values):
+        told = {"space": "A", "question": question, "of": of, "at": at, "number": number}
+        return [{**told, "seed": str(seed), "value": str(v)} for seed, v in enumerate(values)]
+
+    found = rows("round trip", "pictures", "", "max", 1.0, 3.0)
+    found += rows("round trip", "pictures", "", "median", 1.0, 3.0)
+    found += rows(
+        "arithmetic", "slant", "-1.5", "error", 0.2, 0.4, 7.0
+    )  # the other side lacks one
+    found += rows("arithmetic", "slant", "1.5", "error", 0.4, 0.8)
+    text = latent["run"].tables(found, {"spaces": ["A"]})
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| A")]
+    assert lines[0][1:4] == ["2.0 ± 1.0", "3", "–"]
+    assert lines[1][8] == "0.45 ± 0.15" and len(lines) == 2

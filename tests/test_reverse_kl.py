@@ -116,7 +116,21 @@ def test_losses_of_rows_have_the_loss_as_their_weighted_mean(objective):
     objective = objective(log_density, draws=3)
     rows = objective.prepare(flow, Batch(torch.empty(4, 0), weight=weight), torch.Generator())
     each = objective.per_row(flow, rows)
-    torch.testing.assert_close(objective(flow, rows).value, (weight * each).sum() / 4)
+    loss = objective(flow, rows)
+    torch.testing.assert_close(loss.value, (weight * each).sum() / 4)
+    elbos = -ReverseKL(log_density, draws=3).per_row(flow, rows)
+    torch.testing.assert_close(loss.metrics["elbo"], (weight * elbos).sum() / 4)
+
+
+def test_each_draw_of_a_row_has_the_context_of_the_row(randomized):
+    flow = randomized(build("maf", dim=2, context=2))
+    context = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    objective = ReverseKL(lambda x, y: -(x - y).square().sum(-1), draws=3)
+    rows = draws_of(objective, flow, 4, context=context)
+    alone = [
+        objective.per_row(flow, BaseDraws(rows.z[k : k + 1], context[k : k + 1])) for k in range(4)
+    ]
+    torch.testing.assert_close(objective.per_row(flow, rows), torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", MODELS.taking("dim"))
@@ -148,6 +162,19 @@ def test_what_the_path_leaves_out_is_the_gradient_of_the_density_at_the_draws(na
     for a, b, c in zip(along, whole, score, strict=True):
         torch.testing.assert_close(a + c, b, rtol=1e-4, atol=1e-4)
     assert max(c.abs().max() for c in score) > 0.01
+
+
+def test_an_ode_is_solved_as_its_recipe_trains_it(randomized):
+    flow = randomized(build("otflow", dim=2))
+    objective = ReverseKL(log_density, path_gradient=False)
+    rows = draws_of(objective, flow, 20)
+    coarse = flow.with_solver(flow.transform.recipe.solver)
+    own, trained = (
+        (log_q - log_density(x)).mean().item()
+        for x, log_q in (each.decode_and_log_prob(rows.z[:, 0]) for each in (flow, coarse))
+    )
+    assert abs(own - trained) > 1e-6  # 16 steps and 8
+    assert objective(flow, rows).value.item() == pytest.approx(trained, abs=1e-12)
 
 
 MIXING, NOISE = torch.tensor([[1.0, 0.5], [-0.3, 1.5]]), 0.7  # y = A x + noise

@@ -1,6 +1,6 @@
-"""The variational autoencoder of experiments/vae: its weights, its decoder, its pairing."""
+"""The variational autoencoder of experiments/vae: its weights, decoder, pairing and scores."""
 
-import importlib.util
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cnf
+from cnf.data import Images
 
-FILE = Path(__file__).parent.parent / "experiments" / "vae" / "vae.py"
+FOLDER = Path(__file__).parent.parent / "experiments" / "vae"
 LIMIT, POINTS = 12.0, 401  # of the quadratures over noise and latent variable
 STEP = 2 * LIMIT / (POINTS - 1)
 POSTERIORS = {
@@ -22,14 +23,20 @@ POSTERIORS = {
 
 
 @pytest.fixture(scope="module")
-def vae():
+def modules():
+    """The modules of experiments/vae by name."""
+    names = ("vae", "run", "gap")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def vae(modules):
     """The module experiments/vae/vae.py."""
-    spec = importlib.util.spec_from_file_location("vae_of_experiments", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return modules["vae"]
 
 
 def perturbed(model, scale=0.1):
@@ -179,3 +186,139 @@ def test_another_solver_is_that_of_the_posterior_and_not_of_the_original(vae):
     model = vae.VAE(3, 1, 4, (8,), posterior=POSTERIORS["cnf"])
     other = model.with_solver(cnf.Solver("euler", steps=1))
     assert "euler" in str(other.posterior.transform) and "euler" not in str(model)
+
+
+@pytest.fixture
+def scored(vae):
+    """A function of a posterior: a model, three pictures, and log p(x) and the ELBO of each."""
+
+    def build(name):
+        torch.manual_seed(0)
+        model = perturbed(vae.VAE(3, 1, 4, (8,), posterior=POSTERIORS[name]), 0.2)
+        calm(model)
+        x = torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0]])
+        return model, x, *of_noise(model.log_weights, x)
+
+    return build
+
+
+def of_noise(log_weights, rows):
+    """The log mean weight and the mean log-weight of each row, by the trapezoidal rule."""
+    noise = torch.linspace(-LIMIT, LIMIT, POINTS).unsqueeze(-1)
+    log_share = -0.5 * noise.squeeze(-1) ** 2 + math.log(STEP / math.sqrt(2 * math.pi))
+    with torch.no_grad():
+        log_w = torch.stack([log_weights(row.expand(POINTS, -1), noise) for row in rows])
+    return (log_share + log_w).logsumexp(1), (log_share.exp() * log_w).sum(1)
+
+
+DRAWS = {"elbo": 20_000, "bound": 20_000, "pictures": 2, "together": 2}
+
+
+def test_scores_are_the_evidence_and_the_elbo_of_each_picture(modules, scored):
+    """Of all for the ELBO, and of the first two for both bounds; in parts of two."""
+    model, x, exact, elbo = scored("planar")
+    assert (elbo[:, None] - elbo).abs().fill_diagonal_(1).min() > 0.1
+    found = modules["run"].evidence(model, x, 20_000, 0, 2)
+    wanted = torch.stack([elbo, exact]).double()
+    torch.testing.assert_close(torch.stack(found), wanted, atol=0.02, rtol=0)
+    told = modules["run"].scores(
+        model, x, {"draws": DRAWS, "solver": {"method": "rk4", "steps": 1}}, 0
+    )
+    wanted = {
+        "negative_elbo": -elbo.mean(), "error": elbo.std() / math.sqrt(3),
+        "negative_elbo_of_bound": -elbo[:2].mean(), "negative_bound": -exact[:2].mean(),
+        "train_solver_change": 0.0,
+    }  # fmt: skip
+    assert {k: float(v) for k, v in told.items()} == pytest.approx(
+        {k: float(v) for k, v in wanted.items()}, abs=0.02
+    )
+
+
+def test_change_by_the_solver_is_how_much_better_its_elbo_looks(modules, scored):
+    model, x, _, elbo = scored("cnf")
+    coarse = model.with_solver(cnf.Solver("euler", steps=1))
+    _, looks = of_noise(coarse.log_weights, x)
+    config = {
+        "draws": {**DRAWS, "elbo": 4_000, "bound": 10},
+        "solver": {"method": "rk4", "steps": 12},
+    }
+    told = modules["run"].scores(coarse, x, config, 0)
+    change = (looks - elbo)[:2].mean().item()
+    assert abs(change) > 0.02
+    assert float(told["train_solver_change"]) == pytest.approx(change, rel=0.05)
+    assert float(told["negative_elbo"]) == pytest.approx(-elbo.mean().item(), abs=0.05)
+
+
+def test_deviations_by_picture_begin_at_the_posterior_and_keep_the_evidence(modules, scored):
+    model, x, exact, elbo = scored("Gaussian")
+    own, numbers = modules["gap"].PerPicture(model, x), torch.arange(3.0).unsqueeze(-1)
+    for found, wanted in zip(of_noise(own.log_weights, numbers), (exact, elbo), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    perturbed(own.requires_grad_(False), 0.0)
+    generator = torch.Generator().manual_seed(0)
+    own.mean += 0.3 * torch.randn(3, 1, generator=generator)
+    own.log_scale += 0.3 * torch.randn(3, 1, generator=generator)
+    found, less = of_noise(own.log_weights, numbers)
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
+    assert own.elbo(20_000, generator) == pytest.approx(less.mean().item(), abs=0.02)
+
+
+def test_gap_is_told_of_negative_elbos(modules, scored, monkeypatch, tmp_path):
+    """With a training that widens each posterior by a factor e^½."""
+    gap, (model, x, exact, elbo) = modules["gap"], scored("Gaussian")
+    wider = gap.PerPicture(model, x)
+    with torch.no_grad():
+        wider.log_scale += 0.5
+    _, after = of_noise(wider.log_weights, torch.arange(3.0).unsqueeze(-1))
+
+    def fit(own, *_):
+        with torch.no_grad():
+            own.log_scale += 0.5
+
+    torch.save(model.state_dict(), tmp_path / "weights")
+    monkeypatch.setattr(gap, "built", lambda *_: model)
+    monkeypatch.setattr(gap, "weights_of", lambda *_: tmp_path / "weights")
+    monkeypatch.setattr(gap.cnf, "fit", fit)
+    found = gap.gap({"draws": DRAWS}, "set", x, 0)
+    wanted = {"-ELBO": -elbo, "by picture": -after, "bound": -exact}
+    assert found == pytest.approx({k: v.mean().item() for k, v in wanted.items()}, abs=0.02)
+
+
+def test_test_pictures_are_binarized_by_the_means_of_their_pixels(modules, monkeypatch):
+    levels = torch.tensor([[0, 102, 204, 204], [102, 204, 0, 102]]).to(torch.uint8)
+    images = Images(levels.expand(2_000, 1, 2, 4).contiguous(), "gray")
+    images.validation = images.test = images
+    monkeypatch.setattr(modules["run"], "images_of_mnist", lambda: images)
+    x, validation, test = modules["run"].mnist(2)
+    means = torch.tensor([0.4, 0.5])  # of 408 and 510 by 4 · 255
+    for gray in (x, validation):
+        torch.testing.assert_close(gray, means.expand(2_000, 2))
+    assert set(test.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(test.mean(0), means, atol=0.04, rtol=0)
+
+
+def row_of(model, seed, elbo, of_bound=0.0, bound=0.0, change=0.0):
+    """A row of results.csv, as it is read."""
+    told = {
+        "set": "faces", "model": model, "seed": seed, "negative_elbo": elbo,
+        "negative_elbo_of_bound": of_bound, "negative_bound": bound,
+        "train_solver_change": change, "ms_per_step": 3, "parameters": 1_000,
+    }  # fmt: skip
+    return {key: str(value) for key, value in told.items()}
+
+
+def test_table_pairs_gains_by_seed_and_tells_them_in_the_order_of_the_seeds(modules):
+    """Rows as they were written, seed 2 first; 560 pixels of one bit have 560 log 2 nats."""
+    bit = 560 * math.log(2)
+    rows = [row_of("CNF", 2, bit - 4, of_bound=9, bound=7, change=0.25)]
+    rows += [row_of("Gaussian", seed, bit + seed) for seed in range(3)]
+    rows += [row_of("CNF", seed, bit + seed - 8, 8, 7, 0.25) for seed in range(2)]
+    table = modules["run"].table(rows, "faces", ["Gaussian", "CNF"], modules["run"].BITS)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    gaussian, cnf = (dict(zip(cells[0], line, strict=True)) for line in cells[2:])
+    assert gaussian["bits/dim"].startswith("1.00") and gaussian["each seed"] == "–"
+    assert cnf["each seed"] == "8, 8, 6"
+    gained = cnf["gained over the Gaussian"].split(" ± ")
+    assert [float(each) for each in gained] == pytest.approx([22 / 3, 2 / 3], abs=0.05)
+    assert float(cnf["above its bound"].split(" ± ")[0]) == pytest.approx(4 / 3, abs=0.05)
+    assert cnf["bound of -log p(x)"].startswith("7") and cnf["training's solver"] == "+0.250"

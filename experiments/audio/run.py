@@ -137,7 +137,7 @@ def rows_of_predictor(_: str, __: str, images: Images, ___: Listener, config: Ro
 
 
 def rows_of_compressor(name: str, _: str, images: Images, __: Listener, config: Row) -> list[Row]:
-    """Python's compressors, of all test utterances in one file."""
+    """Python's compressors, of all scored test utterances in one file."""
     test = images.test.x[: config["scored"]]
     return [{"model": name, "bits": f"{compressed(name, test):.4f}", "scored": len(test)}]
 

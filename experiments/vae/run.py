@@ -161,6 +161,7 @@ def table(rows: list[dict], name: str, models: list[str], bits: float) -> str:
         "above its bound | bound of -log p(x) | training's solver | ms/step | parameters |",
         f"|---|---:|{'---:|' * bool(bits)}---:|---|---:|---:|---:|---:|---:|",
     ]
+    rows = sorted(rows, key=lambda row: int(row["seed"]))  # they are written as they end
     against = {r["seed"]: r for r in rows if (r["set"], r["model"]) == (name, "Gaussian")}
     for model in models:
         group = {r["seed"]: r for r in rows if (r["set"], r["model"]) == (name, model)}

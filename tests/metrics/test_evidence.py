@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
@@ -78,3 +79,43 @@ def test_one_draw_has_no_error():
     with pytest.warns(UserWarning, match="one of 1 draws has 100% of all weight"):
         told = log_evidence(flow, lambda x: -x.square().sum(-1), draws=1)
     assert told.error.isnan() and told.value.isfinite()
+
+
+def test_few_draws_have_the_error_of_their_mean_weight():
+    """By numpy, of three contexts: the deviation of w, with n - 1, by √n and its mean."""
+    flow, y = build("realnvp", dim=2, context=1), torch.tensor([[0.0], [1.0], [2.0]])
+
+    def joint(x, y):
+        return -(x - y).square().sum(-1)
+
+    with pytest.warns(UserWarning, match="one of 5 draws has .* of all weight"):
+        told = log_evidence(flow, joint, 5, y, generator=torch.Generator().manual_seed(3))
+    x, log_q = flow.sample_and_log_prob(5, y, generator=torch.Generator().manual_seed(3))
+    log_w = (-(x - y).square().sum(-1) - log_q).detach().double().numpy()
+    w = np.exp(log_w)
+    error = w.std(0, ddof=1) / np.sqrt(5) / w.mean(0)
+    expected = np.log(w.mean(0)), error, w.sum(0) ** 2 / (w**2).sum(0), log_w.mean(0)
+    for found, value in zip(told, expected, strict=True):
+        assert found.numpy() == pytest.approx(value, rel=1e-5)
+
+
+def test_a_single_context_that_is_missed_is_told():
+    flow, y = build("realnvp", dim=2, context=1), torch.tensor([[0.0], [1.0]])
+    with pytest.warns(UserWarning, match="one of 500 draws has"):
+        log_evidence(flow, lambda x, y: flow.log_prob(x, y) - 1e3 * y[:, 0] * x[:, 0] ** 2, 500, y)
+    with pytest.raises(ValueError, match="got none; train the flow"):
+        log_evidence(flow, lambda x, y: torch.where(y[:, 0] > 0, -torch.inf, 0 * y[:, 0]), 500, y)
+
+
+class Loose(cnf.transforms.Identity):
+    """The identity, which in training claims to double volumes."""
+
+    def forward(self, z, context=None):
+        z, ladj = super().forward(z, context)
+        return z, ladj + math.log(2) * self.training
+
+
+def test_a_flow_in_training_is_scored_as_it_will_be_used():
+    flow = Flow(None, Loose(2), event_shape=(2,)).train()
+    told = log_evidence(flow, standard().log_prob, 100)
+    assert told.value.abs() < 1e-6 and flow.training

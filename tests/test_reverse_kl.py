@@ -200,7 +200,9 @@ def observed(n, seed=0):
 def test_fit_learns_the_posterior_of_every_observation(name, objective):
     options = {"hidden": (32, 32), "solver": cnf.Solver("rk4", steps=4)} if name == "cnf" else {}
     flow = build(name, dim=2, context=2, **options)
-    config = cnf.TrainConfig(steps=250, batch_size=128, progress=False, compile=False)
+    config = cnf.TrainConfig(
+        steps=250, batch_size=128, validations=1, progress=False, compile=False
+    )
     history = cnf.fit(flow, objective(joint, draws=2), context=observed(2_000), config=config)
     y = observed(50, seed=1)
     told = log_evidence(flow, joint, 500, y)

@@ -329,9 +329,10 @@ def expect_device(who: str, device: str | torch.device) -> None:
 def expect_generator(who: str, generator: Any) -> None:
     """Raise TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
+        seed = generator if is_whole(generator) else 0
         raise TypeError(
             f"{who}: expected generator to be a torch.Generator, got {generator!r}; write "
-            "generator=torch.Generator().manual_seed(3)"
+            f"generator=torch.Generator().manual_seed({seed})"
         )
 
 

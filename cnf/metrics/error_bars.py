@@ -17,7 +17,7 @@ from cnf.dynamics.divergence import (
     number_of_probes,
 )
 from cnf.dynamics.solver import Solver
-from cnf.errors import optional, warn
+from cnf.errors import expect_tensor, optional, warn
 from cnf.flow import Flow, evaluating
 from cnf.random import device_of
 from cnf.training.diagnosis import NATS, warn_of_difference
@@ -89,6 +89,7 @@ def log_prob_with_error(
         raise ValueError(
             f"log_prob_with_error: expected confidence between 0 and 1, got {confidence}"
         )
+    expect_tensor("log_prob_with_error", "x", x)
     divergence = _fixed(flow, x, divergence, generator)
     seed = 0
     if flow.dequantization is not None or isinstance(divergence, Hutchinson):

@@ -25,7 +25,6 @@ from cnf.errors import (
     expect_counts,
     expect_event,
     expect_finite,
-    expect_generator,
     expect_shape,
 )
 from cnf.expectation_maximization import Mixture, fitted_mixture, log_densities
@@ -99,7 +98,6 @@ class Base(nn.Module, ABC):
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw by `torch.randn` or `torch.rand` on the generator's device, and move the result."""
-        expect_generator("sample", generator)
         return draw(sampler, shape, generator, like=self._like)
 
 
@@ -173,11 +171,11 @@ class FromTorch(Base):
         self, sample_shape: Sequence[int] = (), generator: torch.Generator | None = None
     ) -> Tensor:
         shape = torch.Size(expect_shape("sample", sample_shape))
-        expect_generator("sample", generator)
         if generator is None:
             return self.distribution.sample(shape)
         # torch.distributions draw from the global generators only.
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        where = device_of(generator)
+        seed = torch.randint(2**62, (), generator=generator, device=where).item()
         device = self._device()
         with preserved(device):
             reseed(int(seed), device)

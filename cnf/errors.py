@@ -110,6 +110,22 @@ def _requirements(extra: str) -> list[str]:
     return [package.strip() for package, marker in marked if wanted.search(marker)]
 
 
+def expect_tensor(who: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a tensor.
+
+    Args:
+        who: Whose argument it is, for the message.
+        name: Name of the argument.
+        value: The argument.
+    """
+    if not isinstance(value, Tensor):
+        rows = isinstance(getattr(value, "x", None), Tensor)  # of Points, Images, a Batch
+        raise ValueError(
+            f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}; write "
+            + ("its rows, .x" if rows else f"torch.as_tensor({name})")
+        )
+
+
 def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int]) -> None:
     """Raise ValueError unless `value` is a floating tensor of shape (*, *event_shape).
 
@@ -120,11 +136,7 @@ def expect_event(who: str, name: str, value: Tensor, event_shape: Sequence[int])
         event_shape: Shape of an event.
     """
     event_shape = tuple(event_shape)
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{who}: expected {name} to be a torch.Tensor, got {type(value).__name__}; write "
-            f"torch.as_tensor({name})"
-        )
+    expect_tensor(who, name, value)
     if not value.is_floating_point():
         raise ValueError(f"{who}: expected {name} of floating dtype, got {value.dtype}")
     if tuple(value.shape[value.dim() - len(event_shape) :]) != event_shape:
@@ -329,9 +341,10 @@ def expect_device(who: str, device: str | torch.device) -> None:
 def expect_generator(who: str, generator: Any) -> None:
     """Raise TypeError unless `generator` is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
+        seed = generator if is_whole(generator) else 0
         raise TypeError(
             f"{who}: expected generator to be a torch.Generator, got {generator!r}; write "
-            "generator=torch.Generator().manual_seed(3)"
+            f"generator=torch.Generator().manual_seed({seed})"
         )
 
 

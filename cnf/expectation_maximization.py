@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cnf.random import device_of
+
 BYTES = 2**24  # of an intermediate tensor: more do not fit a processor's cache
 
 
@@ -90,7 +92,7 @@ def fitted_mixture(
     factor = torch.linalg.cholesky(whole + ridge * variances.diag())
     white = torch.linalg.solve_triangular(factor, (x - shift).T, upper=False)
     white = white.T.contiguous()
-    order = _shuffled(rows, generator, x.device)
+    order = _shuffled(x, generator)
     weights = x.new_full((components,), 1 / components)
     unit = torch.eye(dim, dtype=x.dtype, device=x.device)
     mixture = Mixture(weights, white[order[:components]], unit.expand(components, -1, -1))
@@ -98,7 +100,7 @@ def fitted_mixture(
     place, size = 0, min(batch_size, rows)
     for step in range(steps):
         if place + size > rows:
-            order, place = _shuffled(rows, generator, x.device), 0
+            order, place = _shuffled(x, generator), 0
         batch = white[order[place : place + size]]
         place += size
         found = _statistics(batch, mixture)
@@ -108,9 +110,9 @@ def fitted_mixture(
     return Mixture(mixture.weights, mixture.means @ factor.T + shift, factor @ mixture.factors)
 
 
-def _shuffled(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    own = generator.device if generator is not None else device
-    return torch.randperm(n, generator=generator, device=own).to(device)
+def _shuffled(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    where = device_of(generator, x)
+    return torch.randperm(len(x), generator=generator, device=where).to(x.device)
 
 
 def _products(x: Tensor) -> Tensor:

@@ -560,6 +560,7 @@ class Flow(nn.Module):
         self, x: Tensor, context: Tensor | None, who: str, generator: torch.Generator | None
     ) -> tuple[FiniteRows | AllFinite, Tensor, Tensor | None, Tensor | float]:
         """Data `inside`, checked, their context, and what that adds to the log-density."""
+        expect_generator(who, generator)
         if self.dequantization is not None and isinstance(x, Tensor):
             # Pixels are uint8; noise on them would be lost in the few digits of bfloat16.
             x = x.to(torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnf.errors import expect_generator
+
 VERSION = 4  # raise it when a stream draws otherwise: runs begun before cannot be resumed
 
 
@@ -50,10 +52,16 @@ def device_of(
 ) -> torch.device | None:
     """Where draws are made: the generator's device, else that of `like`, else torch's default.
 
+    All draws that a user's generator makes ask this.
+
     Args:
         generator: The source of the draws.
         like: A tensor that lies where draws go.
+
+    Raises:
+        TypeError: The generator is something else, such as a seed.
     """
+    expect_generator("random draws", generator)
     if generator is not None:
         return generator.device
     return None if like is None else like.device

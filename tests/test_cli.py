@@ -432,6 +432,19 @@ def test_score_keeps_a_row_of_scores_for_each_complete_row(own, call, tmp_path):
     assert found["rank"][1] == 1 and found["p_value"][1] == pytest.approx(2 / 21)
 
 
+def test_score_takes_one_row_and_refuses_none(own, call, refused, tmp_path):
+    (tmp_path / "one.csv").write_text("kind,income,rate\nb,30,30\n")
+    code, said, errors = call("score", own / "run", tmp_path / "one.csv")
+    assert code == 0 and "0.0% of 1 rows have a p-value of at most" in said, errors
+    (tmp_path / "none.csv").write_text("kind,income,rate\nb,,30\n")
+    assert "expected a row without a missing value" in refused(
+        "score", own / "run", tmp_path / "none.csv"
+    )
+    assert "one: expected 5 rows or more" in refused(
+        "plot", own / "run", "--data", tmp_path / "one.csv"
+    )
+
+
 def test_score_of_a_density_is_calibrated_on_its_draws(run, call, tmp_path):
     np.savetxt(tmp_path / "x.csv", np.zeros((3, 2)), delimiter=",")
     code, said, errors = call("score", run, tmp_path / "x.csv", "--output", tmp_path / "s.csv")

@@ -10,9 +10,13 @@ from torch.distributions import Independent, MultivariateNormal
 
 import cnf
 from cnf import Flow, Hutchinson, Solver
+from cnf.dequantization import UniformDequantization
+from cnf.distributions import Empirical, GaussianMixture
 from cnf.dynamics import record
 from cnf.fields import Adapter
 from cnf.flow import evaluating
+from cnf.matching import COUPLINGS
+from cnf.metrics import sliced_wasserstein2
 from cnf.models import MODELS
 from cnf.transforms import Continuous, Standardize
 
@@ -355,6 +359,14 @@ def test_error_names_a_device_other_than_the_flows(call):
         lambda flow: flow.base.sample((2,), 3),
         lambda flow: cnf.data.toy("moons").sample(2, 3),
         lambda flow: cnf.data.load(torch.ones(9, 2)).sample(2, 3),
+        lambda flow: flow.log_prob(torch.zeros(2, 2), generator=3),
+        lambda flow: flow.encode(torch.zeros(2, 2), generator=3),
+        lambda flow: flow.with_dequantization(UniformDequantization()).inside(torch.ones(1, 2), 3),
+        lambda flow: Empirical(torch.zeros(1, 2)).sample((2,), 3),
+        lambda flow: GaussianMixture.fit(torch.randn(9, 2), 1, generator=3),
+        lambda flow: Hutchinson().draw(torch.zeros(2, 2), 3),
+        lambda flow: sliced_wasserstein2(torch.zeros(2, 2), torch.zeros(2, 2), generator=3),
+        lambda flow: COUPLINGS.build("sinkhorn")(torch.eye(2), torch.eye(2), None, 3),
     ],
 )
 def test_error_names_a_seed_in_place_of_a_generator(draw, small_flow):

@@ -216,6 +216,18 @@ def test_discrete_steps_that_leave_the_sphere_are_refused():
             call(x)
 
 
+def test_held_out_rows_off_the_sphere_are_refused_and_have_a_density_of_zero():
+    flow, config = cnf.models.sphere(hidden=(8,)), cnf.TrainConfig(steps=1, progress=False)
+    x = flow.base.sample((12,), torch.Generator().manual_seed(0))
+    far = x.clone()
+    far[1] *= 2
+    with pytest.raises(ValueError, match="held-out rows to be vectors of length 1, got 1 of 12"):
+        cnf.fit(flow, cnf.FlowMatching(), x, config, validation=far)
+    log_prob = flow.log_prob(far)
+    assert log_prob[1] == -math.inf
+    assert torch.allclose(log_prob[[0, 2]], flow.log_prob(x)[[0, 2]])
+
+
 def test_vectors_of_nan_are_no_unit_vectors():
     with pytest.raises(ValueError, match="4 of 4"):
         UnitVectors(3).fit(torch.full((4, 3), torch.nan))

@@ -96,6 +96,14 @@ def test_the_importance_weighted_bound_is_that_of_the_weights_and_its_gradient()
         torch.testing.assert_close(a, b)
 
 
+def test_a_torch_distribution_that_reads_on_the_host_is_told_what_to_do():
+    target = torch.distributions.MultivariateNormal(torch.ones(2), torch.eye(2))
+    objective = ReverseKL(target, capturable=True)
+    config = cnf.TrainConfig(steps=2, batch_size=8, compile=True, validations=0, progress=False)
+    with pytest.raises(RuntimeError, match="validate_args=False, or .* capturable=False"):
+        cnf.fit(cnf.models.realnvp(2, layers=1, hidden=(4,)), objective, config=config)
+
+
 def test_the_doubly_reparametrized_gradient_has_the_mean_of_the_plain_one():
     flow = gaussian()
     found = {}

@@ -9,6 +9,7 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.utils.sbiutils import standardizing_net
 from torch import Size, Tensor, nn
 
+from cnf.errors import expect_event, expect_finite, expect_shape, expect_tensor
 from cnf.flow import Flow
 from cnf.models import build
 from cnf.objectives import OBJECTIVES, Batch, Objective
@@ -45,12 +46,15 @@ class FlowEstimator(ConditionalDensityEstimator):
         embedding: nn.Module | None = None,
         condition_shape: Size | None = None,
     ) -> None:
-        if not flow.context_dim:
+        if not as_flow("FlowEstimator", flow).context_dim:
             raise ValueError(
                 "FlowEstimator: expected a conditional flow, got one without a context; build it "
                 "with context=, the number of the condition's variables"
             )
-        super().__init__(flow, Size(flow.event_shape), condition_shape or Size([flow.context_dim]))
+        shape = expect_shape(
+            "FlowEstimator", condition_shape or flow.context_dim, "condition_shape"
+        )
+        super().__init__(flow, Size(flow.event_shape), Size(shape))
         self.objective = OBJECTIVES.build(objective, "FlowEstimator")
         self.embedding = embedding
 
@@ -66,12 +70,24 @@ class FlowEstimator(ConditionalDensityEstimator):
             input: Points, shape (samples, batch, \*event) or (batch, \*event).
             condition: Their conditions, shape (batch, \*condition) or (samples, batch,
                 \*condition).
+
+        Raises:
+            ValueError: Shapes that are not these, or do not fit each other.
         """
-        if input.dim() == 1 + len(self.input_shape):
-            input = input[None]
+        expect_event("FlowEstimator.log_prob", "input", input, self.input_shape)
         context = self._context(condition)
-        batch = torch.broadcast_shapes(input.shape[:2], context.shape[:-1])
-        return self.net.log_prob(input.expand(*batch, *self.input_shape), context)
+        rows = input[None] if input.dim() == 1 + len(self.input_shape) else input
+        try:
+            batch = torch.broadcast_shapes(rows.shape[:2], context.shape[:-1])
+        except RuntimeError:
+            batch = ()
+        if not len(batch) == 2 == rows.dim() - len(self.input_shape):
+            raise ValueError(
+                "FlowEstimator.log_prob: expected input of shape (samples, batch, *event), with a "
+                f"condition for each of the batch, got {tuple(input.shape)} and conditions of "
+                f"shape {tuple(condition.shape)}"
+            )
+        return self.net.log_prob(rows.expand(*batch, *self.input_shape), context)
 
     def loss(self, input: Tensor, condition: Tensor) -> Tensor:
         r"""The objective's loss of each row, shape (batch,).
@@ -101,6 +117,7 @@ class FlowEstimator(ConditionalDensityEstimator):
         return self.net.sample_and_log_prob(sample_shape, self._context(condition))
 
     def _context(self, condition: Tensor) -> Tensor:
+        expect_tensor("FlowEstimator", "condition", condition)
         self._check_condition_shape(condition)
         if self.embedding is None:
             return condition
@@ -170,11 +187,12 @@ def _estimator(
     options: dict[str, Any],
 ) -> FlowEstimator:
     """An estimator of p(x | condition), made ready for training on these rows."""
-    if x.dim() != 2:
+    if x.dim() != 2 or not len(x):
         raise ValueError(
-            f"sbi: expected vectors, of shape (N, D), where the density is wanted, got "
+            f"sbi: expected one vector or more, of shape (N, D), where the density is wanted, got "
             f"{tuple(x.shape)}"
         )
+    expect_finite("sbi", "the vectors whose density is wanted", x)
     if embedding is None and condition.dim() != 2:
         raise ValueError(
             f"sbi: expected conditions of shape (N, C), got {tuple(condition.shape)}; give "

@@ -32,6 +32,15 @@ class FlowDensity(DensityMixin, BaseEstimator):
     >>> density.score_samples(x[:3]).shape, density.sample(5).shape
     ((3,), (5, 2))
 
+    `options` and `config` are each one parameter to a search, which tries whole mappings; the
+    names in them, as in `config__steps`, are no parameters. What a mapping leaves out is as below.
+
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> grid = {"config": [{"steps": 1}, {"steps": 20}]}
+    >>> search = GridSearchCV(FlowDensity("maf", random_state=0), grid, cv=2).fit(x)
+    >>> search.best_params_
+    {'config': {'steps': 20}}
+
     Args:
         model: A name in `cnf.models.MODELS`.
         objective: What trains it, or its name.

@@ -51,7 +51,7 @@ class Images(Points):
         test: Those that it holds out as a test, or None.
 
     Raises:
-        ValueError: Other shapes or dtypes, fewer than two pictures, labels of another length.
+        ValueError: Other shapes or dtypes, no pictures, labels of another length.
     """
 
     columns = None
@@ -72,8 +72,6 @@ class Images(Points):
                 "Images: expected pixels of dtype uint8 and shape (N, C, H, W), got "
                 f"{x.dtype} and {tuple(x.shape)}"
             )
-        if len(x) < 2:
-            raise ValueError(f"Images: expected at least 2 pictures, got {len(x)}")
         self.x, self.name, self.levels = x, name, levels
         self.dim = math.prod(x.shape[1:])
         self.context: Tensor | None = None

@@ -34,7 +34,7 @@ class Points:
 
     Args:
         x: The points in rows: floating, integer or boolean tensor, array or table, shape (N, D)
-            or (N,), N at least 2.
+            or (N,), N at least 1; `fit` takes two rows or more.
         name: Name of the data.
         columns: Names of the D columns; those of a data frame if None.
         context: Condition of each row, shape (N, C).
@@ -60,7 +60,7 @@ class Points:
     draws them, and `support` is that of a hundred blocks of rows.
 
     Raises:
-        ValueError: The shape is another, there are fewer than 2 rows, a value is not a finite
+        ValueError: The shape is another, there are no rows, a value is not a finite
             number, or the columns, context or weight do not match the points.
 
     >>> mine = Points(torch.randn(100, 3), "mine")
@@ -216,7 +216,7 @@ def as_points(who: str, values: Any) -> Tensor:
         values: The numbers.
 
     Raises:
-        ValueError: The shape is another, there are fewer than 2 rows, or a value is not a finite
+        ValueError: The shape is another, there are no rows, or a value is not a finite
             number.
     """
     x = as_numbers(who, "x", values)
@@ -225,8 +225,8 @@ def as_points(who: str, values: Any) -> Tensor:
     x = x[:, None] if x.dim() == 1 else x
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{who}: expected points of shape (N, D), got {tuple(x.shape)}")
-    if len(x) < 2:
-        raise ValueError(f"{who}: expected at least 2 rows, got {len(x)}")
+    if not len(x):
+        raise ValueError(f"{who}: expected one row or more, got none")
     x = x.to(
         torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.double
     )
@@ -269,7 +269,7 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The ending is unknown, or the file does not contain at least two rows of
+        ValueError: The ending is unknown, or the file does not contain at least one row of
             finite numbers; the message names columns or rows.
         ImportError: pyarrow, which .parquet needs, is not installed.
     """
@@ -288,10 +288,13 @@ def read_points(path: str | Path, columns: Columns | None = None) -> Points:
     table = TABLES[kind](who, path, (columns and columns.labels) or {})
     reading = (columns or Columns()).resolve(who, table)
     x, context, weight, rows = reading.pick(who, table)
+    total = len(next(iter(table.columns.values())))
+    if not len(rows):
+        raise ValueError(f"{who}: expected a row without a missing value, got none of {total}")
     names = reading.columns if table.named else None
     points = Points(as_points(who, x), path.name[: -len(kind)], names, context, weight)
     points.reading, points.rows = reading, torch.from_numpy(rows)
-    points.incomplete = len(next(iter(table.columns.values()))) - len(rows)
+    points.incomplete = total - len(rows)
     return points
 
 
@@ -314,7 +317,7 @@ def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
         raise ValueError(f"{who}: expected readable text, got {error}") from error
     numbered = [(i, s) for i, s in enumerate(lines, 1) if s.strip() and not s.startswith("#")]
     if not numbered:
-        raise ValueError(f"{who}: expected at least 2 rows, got an empty file")
+        raise ValueError(f"{who}: expected one row or more, got an empty file")
     first = numbered[0][1]
     delimiter = next((mark for mark in ",;" if mark in first), None)
     top = [_split(line, delimiter) for _, line in numbered[:2]]
@@ -322,7 +325,7 @@ def _read_text(who: str, path: Path, labels: Collection[str]) -> Table:
     header = _named(top[0]) if _is_header(top) or _numbers_columns(who, top[0], below) else None
     body = numbered[header is not None :]
     if not body:
-        raise ValueError(f"{who}: expected at least 2 rows, got a header line and none")
+        raise ValueError(f"{who}: expected one row or more, got a header line and none")
     spelled = [k for k, name in enumerate(header or _numbers(top[0])) if name in labels]
     columns = None if spelled else _all_numbers([line for _, line in body], delimiter)
     if columns is None:

@@ -6,10 +6,11 @@ import torch
 from torch import Generator, Tensor
 
 from cnf.dynamics.divergence import Divergence
-from cnf.errors import expect_counts
+from cnf.errors import expect_counts, expect_tensor
 from cnf.flow import Flow, evaluating
 from cnf.metrics.estimate import Estimate
 from cnf.metrics.metric import Score, Trial, metric
+from cnf.objectives.base import as_flow
 
 
 def bits_per_dim(
@@ -49,11 +50,12 @@ def bits_per_dim(
         TypeError: The flow has no dequantization: a density has no bits.
         ValueError: x holds other numbers than the dequantization's levels.
     """
-    if flow.dequantization is None:
+    if as_flow("bits_per_dim", flow).dequantization is None:
         raise TypeError(
             "bits_per_dim: expected a flow of whole numbers, got one without dequantization, "
             "whose density has no code length; build it with dequantization='uniform'"
         )
+    _expect_pictures("bits_per_dim", flow, x, context)
     expect_counts("bits_per_dim", draws=draws, chunk=chunk)
     bound = log_prob_of_draws(
         flow, x, context, draws=draws, chunk=chunk, divergence=divergence, generator=generator
@@ -85,9 +87,11 @@ def log_prob_of_draws(
         generator: Source of the draws; torch's default generator if None.
 
     Raises:
+        TypeError: The flow is none.
         ValueError: x or the context is no tensor with a row for each picture.
     """
-    _expect_pictures(flow, x, context)
+    _expect_pictures("log_prob_of_draws", flow, x, context)
+    expect_counts("log_prob_of_draws", draws=draws, chunk=chunk)
     found = []
     with evaluating(flow):
         for start in range(0, len(x), chunk):
@@ -101,18 +105,17 @@ def log_prob_of_draws(
     return torch.cat(found)
 
 
-def _expect_pictures(flow: Flow, x: Tensor, context: Tensor | None) -> None:
+def _expect_pictures(who: str, flow: Flow, x: Tensor, context: Tensor | None) -> None:
     """Raise ValueError unless there are pictures, and as many contexts, where there are any."""
-    who, event = "bits_per_dim", flow.event_shape
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f"{who}: expected x to be a torch.Tensor, got {type(x).__name__}; write "
-            "torch.as_tensor(x), of Images their x"
-        )
+    event = as_flow(who, flow).event_shape
+    expect_tensor(who, "x", x)
     if x.shape[1:] != event or not len(x):
         wanted = ", ".join(["N", *map(str, event)])
         raise ValueError(f"{who}: expected x of shape ({wanted}), got {tuple(x.shape)}")
-    if context is not None and (context.dim() != 2 or len(context) != len(x)):
+    if context is None:
+        return
+    expect_tensor(who, "context", context)
+    if context.dim() != 2 or len(context) != len(x):
         raise ValueError(
             f"{who}: expected a context of shape ({len(x)}, C), one row for each picture, got "
             f"{tuple(context.shape)}; write context.expand({len(x)}, -1) if it is that of all"

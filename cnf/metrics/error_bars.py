@@ -17,8 +17,9 @@ from cnf.dynamics.divergence import (
     number_of_probes,
 )
 from cnf.dynamics.solver import Solver
-from cnf.errors import optional, warn
+from cnf.errors import expect_tensor, optional, warn
 from cnf.flow import Flow, evaluating
+from cnf.random import device_of
 from cnf.training.diagnosis import NATS, warn_of_difference
 from cnf.transforms.continuous import (
     Continuous,
@@ -88,12 +89,13 @@ def log_prob_with_error(
         raise ValueError(
             f"log_prob_with_error: expected confidence between 0 and 1, got {confidence}"
         )
+    expect_tensor("log_prob_with_error", "x", x)
     divergence = _fixed(flow, x, divergence, generator)
     seed = 0
     if flow.dequantization is not None or isinstance(divergence, Hutchinson):
         source = generator or getattr(divergence, "generator", None)
-        device = "cpu" if source is None else source.device
-        seed = int(torch.randint(2**62, (), generator=source, device=device).item())
+        where = device_of(source)
+        seed = int(torch.randint(2**62, (), generator=source, device=where).item())
     if flow.dequantization is not None:
         flow = _with_draw(flow, x, seed)
     with evaluating(flow), ode.record() as stats:

@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from cnf.errors import expect_counts, warn
 from cnf.flow import Flow, evaluating
-from cnf.objectives.reverse_kl import as_log_density
+from cnf.objectives.base import as_flow
+from cnf.objectives.reverse_kl import log_densities
 
 CHUNK = 10_000  # draws at once
 DOMINANT = 0.1  # share of all weight that one draw may have
@@ -58,20 +59,23 @@ def log_evidence(
         generator: Source of the draws.
 
     Raises:
-        ValueError: A weight is NaN or infinite, or all are 0.
+        TypeError: The flow is none, is dequantized, or the log-density cannot be called.
+        ValueError: A weight is NaN or infinite, or all are 0; or the log-density is not one number
+            for each draw.
     """
     expect_counts("log_evidence", draws=draws)
-    target = as_log_density(log_density)
-    rows = 1 if context is None else max(1, context[..., 0].numel())
-    chunk = max(1, CHUNK // rows)
+    as_flow("log_evidence", flow).expect_density_of_samples("log_evidence")
+    flow.inner_context("log_evidence", context, None)  # raises for one that does not fit
+    chunk = CHUNK if context is None else max(1, CHUNK // max(1, context[..., 0].numel()))
     parts = []
     with evaluating(flow):
         for start in range(0, draws, chunk):
             n = min(chunk, draws - start)
             x, log_q = flow.sample_and_log_prob(n, context, generator=generator)
-            own = [] if context is None else [context.expand(*x.shape[:-1], -1).flatten(0, -2)]
-            log_p = target(x.reshape(-1, *flow.event_shape), *own).reshape(log_q.shape)
-            parts.append((log_p - log_q).double())
+            own = None if context is None else context.expand(*log_q.shape, -1).flatten(0, -2)
+            rows = x.reshape(-1, *flow.event_shape)
+            log_p = log_densities("log_evidence", log_density, rows, own)
+            parts.append((log_p.reshape(log_q.shape) - log_q).double())
     return _evidence(torch.cat(parts))
 
 

@@ -18,7 +18,7 @@ from cnf.data.arrays import as_numbers
 from cnf.dynamics import ode
 from cnf.dynamics.divergence import Divergence
 from cnf.dynamics.regularizers import kinetic_energy
-from cnf.errors import expect_counts, expect_finite
+from cnf.errors import expect_counts, expect_event, expect_finite
 from cnf.flow import Flow, evaluating, require_field
 from cnf.metrics.distances import wasserstein2
 from cnf.metrics.estimate import Estimate
@@ -55,12 +55,19 @@ def log_prob_chunked(
 
     Args:
         flow: A flow, or anything else with a `log_prob`.
-        x: Points, shape (N, *event).
+        x: Points, shape (N, *event), a tensor or an array.
         context: Condition; one with a row for every point follows its points, any other is passed
             on whole.
         chunk: Points evaluated at once.
+
+    Raises:
+        ValueError: x is a single point.
     """
     expect_counts("log_prob_chunked", chunk=chunk)
+    x = as_numbers("log_prob_chunked", "x", x)
+    if x.dim() <= len(getattr(flow, "event_shape", (2,))):
+        raise ValueError(_no_points("log_prob_chunked", "x", x))
+    context = None if context is None else as_numbers("log_prob_chunked", "context", context)
     rowwise = context is not None and context.dim() > 1 and len(context) == len(x)
     contexts = context.split(chunk) if context is not None and rowwise else repeat(context)
     parts = zip(x.split(chunk), contexts, strict=False)
@@ -155,6 +162,8 @@ def normalized_path_energy(
         TypeError: the flow is not continuous.
         ValueError: source and target are the same set, so that there is nothing to normalize by.
     """
+    x0, x1 = (_points("normalized_path_energy", x, f"x{k}") for k, x in enumerate((x0, x1)))
+    expect_event("normalized_path_energy", "x0", x0, flow.event_shape)
     energy = _energy_from("normalized_path_energy", flow, x0, context)
     # The energy is measured where the field lives, and so must the optimum be.
     optimum = wasserstein2(x0, flow.inside(x1)[0]) ** 2
@@ -247,13 +256,19 @@ def round_trip_error(
     return ((back - x) / scale).abs().max().item()
 
 
-def _points(who: str, x: Any) -> Tensor:
+def _points(who: str, x: Any, name: str = "x") -> Tensor:
     """Points as a tensor, from an array or a table too."""
-    x = as_numbers(who, "x", x)
-    if x.numel() == 0:
-        raise ValueError(f"{who}: expected at least one point, got x of shape {tuple(x.shape)}")
-    expect_finite(who, "x", x)
+    x = as_numbers(who, name, x)
+    if x.numel() == 0 or x.dim() < 2:
+        raise ValueError(_no_points(who, name, x))
+    expect_finite(who, name, x)
     return x
+
+
+def _no_points(who: str, name: str, x: Tensor) -> str:
+    hint = f"; of a single point give {name}[None]" if x.dim() == 1 else ""
+    shape = tuple(x.shape)
+    return f"{who}: expected {name} of shape (N, *event), at least one point, got {shape}{hint}"
 
 
 def _starts(who: str, flow: Flow, n: int, generator: Generator | None) -> Tensor:

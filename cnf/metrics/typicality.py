@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cnf.data.arrays import as_numbers
+
 
 class RowScores(NamedTuple):
     """What is said of each row.
@@ -39,12 +41,15 @@ def row_scores(log_density: Tensor, reference: Tensor) -> RowScores:
     al. (2019), https://arxiv.org/abs/1906.02994.
 
     Args:
-        log_density: Log-densities of the rows, shape (N,), in nats or any other unit.
+        log_density: Log-densities of the rows, shape (N,), in nats or any other unit; an array,
+            as of scikit-learn, or a tensor.
         reference: Those of rows that were held out from training, shape (n,).
 
     Raises:
         ValueError: An input is not one-dimensional or is empty, or a reference is NaN.
     """
+    log_density = as_numbers("row_scores", "log_density", log_density)
+    reference = as_numbers("row_scores", "reference", reference)
     for name, values in (("log_density", log_density), ("reference", reference)):
         if values.dim() != 1 or not len(values):
             raise ValueError(
@@ -57,7 +62,7 @@ def row_scores(log_density: Tensor, reference: Tensor) -> RowScores:
             f"{len(reference)}; leave these rows out"
         )
     known, n = reference.double().sort().values, len(reference)
-    rows = log_density.detach().double().contiguous()
+    rows = log_density.double().contiguous()
     below = torch.searchsorted(known, rows, right=True)
     above = n - torch.searchsorted(known, rows)
     p_value = 2 * (1 + torch.minimum(below, above)).double() / (n + 1)

@@ -67,12 +67,7 @@ class VariationalObjective(Objective):
     def __post_init__(self) -> None:
         who = type(self).__name__
         expect_counts(who, draws=self.draws)
-        if not callable(as_log_density(self.log_density)):
-            kind = type(self.log_density).__name__
-            raise TypeError(
-                f"{who}: expected log_density to be a function of x, or to have a log_prob, got "
-                f"{kind if not isinstance(self.log_density, str) else repr(self.log_density)}"
-            )
+        as_log_density(who, self.log_density)
 
     def as_trained(self, flow: Flow) -> Flow:
         """Under the solver of its recipe, as likelihood trains it."""
@@ -134,12 +129,7 @@ class VariationalObjective(Objective):
             log_q = _log_prob_of_constants(flow, x, context)
         else:
             x, log_q = flow.decode_and_log_prob(z, context)
-        log_p = as_log_density(self.log_density)(x, *([] if context is None else [context]))
-        if log_p.shape != log_q.shape:
-            raise ValueError(
-                f"{type(self).__name__}: expected log_density to give shape "
-                f"{tuple(log_q.shape)}, one number a row, got {tuple(log_p.shape)}"
-            )
+        log_p = log_densities(type(self).__name__, self.log_density, x, context)
         return (log_p - log_q).reshape(n, draws)
 
 
@@ -215,13 +205,47 @@ class ImportanceWeighted(VariationalObjective):
         return -(bound.detach() + along - along.detach())
 
 
-def as_log_density(target: Any) -> LogDensity:
+def as_log_density(who: str, target: Any) -> LogDensity:
     """The function that gives log-densities: a `log_prob`, or the target itself.
 
     Args:
+        who: Who asks.
         target: A function, or an object with a `log_prob`.
+
+    Raises:
+        TypeError: It is neither.
     """
-    return getattr(target, "log_prob", target)
+    function: LogDensity = getattr(target, "log_prob", target)
+    if not callable(function):
+        got = repr(target) if isinstance(target, str) else type(target).__name__
+        raise TypeError(
+            f"{who}: expected log_density to be a function of x, or to have a log_prob, got {got}"
+        )
+    return function
+
+
+def log_densities(who: str, target: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    """The log-densities of rows; raise ValueError unless they are one real number for each.
+
+    Args:
+        who: Who asks.
+        target: As of `ReverseKL`.
+        x: Points, shape (N, *event).
+        context: Condition, shape (N, C), or None.
+    """
+    found: Any = as_log_density(who, target)(x, *([] if context is None else [context]))
+    kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.dtype == torch.bool or found.is_complex():
+        raise ValueError(
+            f"{who}: expected log_density to give a torch.Tensor of real numbers, got {kind}"
+        )
+    if found.shape != x.shape[:1]:
+        raise ValueError(
+            f"{who}: expected log_density to give shape ({len(x)},) for x of shape "
+            f"{tuple(x.shape)}, one number a row, got shape {tuple(found.shape)}; of numbers for "
+            "each coordinate take the sum, .sum(-1)"
+        )
+    return found
 
 
 def expect_log_density(who: str, target: Any, x: Tensor, context: Tensor | None) -> None:
@@ -235,13 +259,7 @@ def expect_log_density(who: str, target: Any, x: Tensor, context: Tensor | None)
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        found: Any = as_log_density(target)(x, *([] if context is None else [context]))
-    if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
-        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(
-            f"{who}: expected log_density to give shape ({len(x)},) for x of shape "
-            f"{tuple(x.shape)}, one number a row, got {got}"
-        )
+        found = log_densities(who, target, x, context)
     bad = (~found.isfinite()).nonzero().flatten().tolist()
     if bad:
         value = found[bad[0]].item()

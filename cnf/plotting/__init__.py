@@ -8,12 +8,13 @@ they come by title, and have their colors in that order.
 from cnf.plotting.animation import animate
 from cnf.plotting.curves import plot_learning, plot_nfe_curves
 from cnf.plotting.densities import plot_densities, plot_density
-from cnf.plotting.images import plot_images, plot_interpolations, plot_nearest
+from cnf.plotting.images import arc, plot_images, plot_interpolations, plot_nearest
 from cnf.plotting.samples import plot_samples
 from cnf.plotting.trajectories import layer_path, plot_trajectories
 
 __all__ = [
     "animate",
+    "arc",
     "layer_path",
     "plot_densities",
     "plot_density",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cnf.data import Images, image_grid
-from cnf.errors import expect_counts
+from cnf.data.arrays import as_numbers
+from cnf.errors import expect_counts, is_whole
 from cnf.flow import Flow
 from cnf.plotting.axes import attempt, new_figure, say_failed
 from cnf.plotting.style import styled
@@ -65,7 +66,7 @@ def plot_nearest(
 
 
 def plot_interpolations(
-    data: Images, flows: Mapping[str, Flow], pairs: int = 6, steps: int = 7
+    data: Images, flows: Mapping[str, Flow], pairs: Any = 6, steps: int = 7
 ) -> "Figure":
     """Pictures between pairs of true ones: decoded from an arc between their codes z.
 
@@ -75,25 +76,27 @@ def plot_interpolations(
     Args:
         data: The pictures; with a conditional flow all of a row are under the first one's context.
         flows: Title → flow.
-        pairs: Pairs of pictures, one in a row.
+        pairs: How many pairs are drawn, one in a row; or pairs of one's own, as numbers of rows of
+            the data, such as [(3, 17), (4, 2)].
         steps: Pictures in a row, with both ends; 2 or more.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: There are fewer than two steps.
+        ValueError: There are fewer than two steps, or pairs are none of rows of the data.
     """
     expect_counts("plot_interpolations", 2, steps=steps)
-    true = data.take(data.draw(2 * pairs, torch.Generator().manual_seed(0)))
+    ends = _pairs(data, pairs)
+    true = data.take(ends.flatten())
 
     @torch.no_grad()
     def rows(flow: Flow) -> Tensor:
-        context = None if true.context is None else true.context[:pairs].to(flow.device)
+        context = None if true.context is None else true.context[: len(ends[0])].to(flow.device)
         noise = torch.Generator().manual_seed(0)
         first, last = (
             flow.encode(x.to(flow.device, flow.dtype), context, generator=noise)
-            for x in true.x.split(pairs)
+            for x in true.x.split(len(ends[0]))
         )
         z = torch.stack([arc(first, last, k / (steps - 1)) for k in range(steps)], 1)
         each = None if context is None else context.repeat_interleave(steps, 0)
@@ -102,6 +105,21 @@ def plot_interpolations(
     return _grids(
         {title: attempt(rows, flow) for title, flow in flows.items()}, data.levels, steps
     )
+
+
+def _pairs(data: Images, pairs: Any) -> Tensor:
+    """Numbers of the first pictures and of the last ones, shape (2, pairs)."""
+    if is_whole(pairs):
+        expect_counts("plot_interpolations", pairs=pairs)
+        return data.draw(2 * pairs, torch.Generator().manual_seed(0)).view(2, pairs)
+    rows = as_numbers("plot_interpolations", "pairs", pairs)
+    whole = not rows.is_floating_point() and rows.numel() and rows.dim() == 2
+    if not whole or rows.shape[1] != 2 or rows.min() < 0 or rows.max() >= len(data.x):
+        raise ValueError(
+            "plot_interpolations: expected pairs to be their number, or pairs of numbers of rows "
+            f"below {len(data.x)}, such as [(3, 17), (4, 2)], got {pairs!r}"
+        )
+    return rows.long().T
 
 
 def nearest(x: Tensor, among: Tensor, count: int = 1, chunk: int = 10_000) -> Tensor:
@@ -125,6 +143,9 @@ def nearest(x: Tensor, among: Tensor, count: int = 1, chunk: int = 10_000) -> Te
 
 def arc(z0: Tensor, z1: Tensor, share: float) -> Tensor:
     """The point at a share of the way from z0 to z1, in direction and in length.
+
+    >>> arc(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]]), 0.5)
+    tensor([[2.1213, 2.1213]])
 
     Args:
         z0: Codes, shape (N, *event), none of them 0.

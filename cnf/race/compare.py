@@ -403,6 +403,11 @@ def _prepared(density: Any, test_points: int, w2_points: int) -> tuple[Judge, An
     if density.entropy is not None:
         return Judge(*draw_test_points(density, test_points), density, w2_points), density
     train, test = density.split(0.2)
+    if not len(test.x):
+        raise ValueError(
+            f"{density.name}: expected 5 rows or more, a fifth of which is for the scores, got "
+            f"{len(train.x)}"
+        )
     if isinstance(density, Images):
         test = test.take(
             torch.randperm(len(test.x), generator=stream(0, "test pictures"))[:TEST_PICTURES]

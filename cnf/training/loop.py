@@ -29,7 +29,7 @@ from cnf.training.interrupt import interruptible
 from cnf.training.manifest import Manifest
 from cnf.training.memory import peak_memory
 from cnf.training.origin import Origin, configuration, objective_name
-from cnf.training.preprocessing import fit_preprocessing
+from cnf.training.preprocessing import expect_held_out_in_support, fit_preprocessing
 from cnf.training.progress import ProgressBar
 from cnf.training.run import Part, Run, restore
 from cnf.training.shards import Shards, one_shard, shards_of
@@ -159,6 +159,7 @@ class _Trainer:
             own = self.main and not isinstance(self.stream, DensityStream)
             check_columns(module, self.stream.head, self.placed, data, own)
             fit_preprocessing(module, self.stream.head)
+            expect_held_out_in_support(module, self.stream.validation)
         self.module = module = objective.settle(module)
         self.learner = learner_for(module, objective, config, self.fabric)
         self.origin = Origin(

@@ -12,6 +12,7 @@ from cnf.flow import Flow
 from cnf.objectives import Batch
 from cnf.random import stream
 from cnf.transforms.base import Compose, Transform
+from cnf.transforms.manifolds import UnitVectors
 from cnf.transforms.normalization import ActNorm, BatchNorm
 from cnf.transforms.preprocessing import Standardize
 from cnf.transforms.squashing import Sigmoid
@@ -54,7 +55,25 @@ def fit_preprocessing(module: nn.Module, head: Batch | None) -> None:
                 module.warn_once(name, text)
 
 
-def _expect_in_support(preprocess: Transform, rows: Tensor) -> None:
+@torch.no_grad()
+def expect_held_out_in_support(module: nn.Module, held_out: Batch | None) -> None:
+    """Raise ValueError for held-out rows that would be refused as training rows.
+
+    Their density is 0, and the held-out NLL would be infinite.
+
+    Args:
+        module: A flow, or another module, for which nothing is done.
+        held_out: The rows; None for none.
+    """
+    if held_out is None or not isinstance(module, Flow) or module.dequantization is not None:
+        return  # which looks at pixels itself
+    if isinstance(module.preprocess, UnitVectors):
+        module.preprocess.expect_unit_vectors("held-out rows", held_out.x)
+    elif module.preprocess is not None:
+        _expect_in_support(module.preprocess, held_out.x.to(module.device), "held-out rows")
+
+
+def _expect_in_support(preprocess: Transform, rows: Tensor, name: str = "rows") -> None:
     """Raise ValueError for rows that a part of the preprocessing, such as a logit, cannot map."""
     parts: Any = preprocess.transforms if isinstance(preprocess, Compose) else [preprocess]
     if not any(isinstance(part, Sigmoid) for part in parts):
@@ -65,8 +84,8 @@ def _expect_in_support(preprocess: Transform, rows: Tensor) -> None:
         if outside:
             low, high = part.support
             raise ValueError(
-                f"fit: {outside} of {len(rows)} rows are outside of the interval from {low:g} to "
-                f"{high:g} that the logit of preprocess maps, with numbers from "
+                f"fit: {outside} of {len(rows)} {name} are outside of the interval from {low:g} "
+                f"to {high:g} that the logit of preprocess maps, with numbers from "
                 f"{rows.min():g} to {rows.max():g}: their density is 0; give the logit levels=…, "
                 "or build a model of pixels with dequantization='uniform'"
             )

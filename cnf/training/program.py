@@ -81,7 +81,16 @@ class Program:
                 gradient = gradient * (clip / (norm + 1e-6)).clamp(max=1.0)
             return found.value.detach(), norm, gradient, *found.metrics.values()
 
-        self._graph = _recorded(step, [*self._tensors.values(), *_dense(rows)])
+        try:
+            self._graph = _recorded(step, [*self._tensors.values(), *_dense(rows)])
+        except RuntimeError as error:
+            if "tracing tensor" not in str(error):
+                raise
+            raise RuntimeError(
+                "the loss reads a number on the host, which cannot be recorded; build the "
+                "torch.distributions in a log-density with validate_args=False, or give "
+                "ReverseKL capturable=False"
+            ) from error
         self.size = len(self._graph.graph.nodes)
         self._call: Any = self._graph
 

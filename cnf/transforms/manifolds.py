@@ -15,7 +15,7 @@ DRIFT = 0.1  # of that of samples, which a coarse solver leaves; `OnSphere` take
 
 
 class UnitVectors(Transform):
-    """The identity on unit vectors, which refuses others in `fit`.
+    """The identity on unit vectors, which refuses others in training and held-out data.
 
     Elsewhere one whose length is off by more than 1/10 has a log-density of -inf. Nothing is
     standardized: as a flow's `preprocess` it keeps data on the sphere.
@@ -37,14 +37,24 @@ class UnitVectors(Transform):
         Raises:
             ValueError: Rows are no unit vectors.
         """
+        self.expect_unit_vectors("x", x)
+
+    def expect_unit_vectors(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless all rows of data have a length of 1.
+
+        Args:
+            name: What the data are, for the message.
+            x: The data, shape (N, D).
+        """
         self._expect("x", x)
         length = x.norm(dim=-1)
         off = ~((length - 1).abs() <= CLOSE)  # NaN, too
         if off.any():
             raise ValueError(
-                f"UnitVectors.fit: expected vectors of length 1, got {int(off.sum())} of {len(x)} "
-                f"rows of other lengths, from {length.min():.3g} to {length.max():.3g}; give "
-                "x / x.norm(dim=1, keepdim=True), or, of latitude a and longitude b in radians, "
+                f"UnitVectors.fit: expected {name} to be vectors of length 1, got "
+                f"{int(off.sum())} of {len(x)} rows of other lengths, from {length.min():.3g} to "
+                f"{length.max():.3g}; give x / x.norm(dim=1, keepdim=True), or, of latitude a and "
+                "longitude b in radians, "
                 "(cos a cos b, cos a sin b, sin a)"
             )
 

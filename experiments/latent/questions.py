@@ -17,7 +17,7 @@ import cnf
 from cnf.data import Images
 from cnf.dynamics.divergence import Hutchinson
 from cnf.metrics import bits_per_dim
-from cnf.plotting.images import arc
+from cnf.plotting import arc
 from cnf.random import stream
 from cnf.transforms.continuous import is_continuous
 

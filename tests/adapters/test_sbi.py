@@ -127,6 +127,32 @@ def test_errors_name_what_is_missing():
         likelihood_estimator()(torch.randn(9, 2), torch.randn(9, 3, 4))
 
 
+@pytest.mark.parametrize(
+    ("x", "condition", "words"),
+    [
+        (torch.zeros(2), torch.zeros(3), r"\(samples, batch, .*got \(2,\)"),
+        (torch.zeros(4, 2), torch.zeros(5, 3), r"got \(4, 2\) and conditions of shape \(5, 3\)"),
+        (torch.zeros(1, 1, 4, 2), torch.zeros(4, 3), r"got \(1, 1, 4, 2\)"),
+        (torch.zeros(4, 5), torch.zeros(4, 3), r"input of shape \(\*, 2\), got \(4, 5\)"),
+        (torch.zeros(4, 2), None, "condition to be a torch.Tensor, got NoneType"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, condition, words):
+    estimator = FlowEstimator(cnf.models.nsf(2, context=3, **HIDDEN))
+    with pytest.raises(ValueError, match=f"^FlowEstimator.*: expected .*{words}"):
+        estimator.log_prob(x, condition)
+
+
+def test_simulations_that_are_empty_or_nan_are_refused():
+    with pytest.raises(ValueError, match=r"sbi: expected one vector or more, .* got \(0, 2\)"):
+        posterior_estimator()(torch.zeros(0, 2), torch.zeros(0, 3))
+    theta = torch.eye(9)[:, :2].log()
+    with pytest.raises(ValueError, match="sbi: .* to be finite, got NaN or infinity in 9 of 9"):
+        posterior_estimator()(theta, torch.zeros(9, 3))
+    with pytest.raises(TypeError, match="FlowEstimator: expected a cnf.Flow, got str"):
+        FlowEstimator("nsf")  # pyright: ignore
+
+
 def test_two_estimators_of_one_builder_have_embeddings_of_their_own():
     builder = posterior_estimator("maf", embedding=torch.nn.Linear(3, 4))
     theta, x = torch.randn(50, 2), torch.randn(50, 3)

@@ -286,7 +286,7 @@ def test_a_palette_and_one_bit_are_pictures_too(tmp_path):
     [
         (PIXELS.astype(np.float32), None, "dtype uint8"),
         (PIXELS[:, 0], None, "shape .N, C, H, W."),
-        (PIXELS[:1], None, "at least 2 pictures"),
+        (PIXELS[:0], None, r"and shape \(N, C, H, W\), got .*\(0, "),
         (PIXELS, [0, 1], r"each of 6 pictures in labels, got torch.int64 of shape \(2,\)"),
         (PIXELS, [0.5] * 6, "whole number"),
         (PIXELS, [-1] * 6, "from 0"),

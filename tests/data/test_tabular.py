@@ -86,7 +86,6 @@ BAD_TEXT = {
     "empty": ("", "got an empty file"),
     "comments": ("# a\n# b\n", "got an empty file"),
     "header": ("a,b\n", "got a header line and none"),
-    "one row": ("1,2\n", "expected at least 2 rows, got 1"),
 }
 
 
@@ -97,6 +96,12 @@ def test_malformed_text_is_refused_with_a_one_line_message(text, case):
         read_table(text(content))
     assert str(caught.value).startswith("read_table(t.csv): expected")
     assert "\n" not in str(caught.value)
+
+
+def test_one_row_is_read_and_none_is_refused(text):
+    assert read_table(text("a,b\n1,2\n")).tolist() == [[1.0, 2.0]]
+    with pytest.raises(ValueError, match="a row without a missing value, got none of 2"):
+        load(text("a,b\n1,\n,2\n"), Columns(drop_missing=True))
 
 
 def test_objects_are_never_unpickled(tmp_path):
@@ -179,7 +184,7 @@ def test_log_prob_of_points_is_refused():
         (torch.zeros(3, 2, 2), r"of shape \(N, D\), got \(3, 2, 2\)"),
         (torch.zeros(()), r"of shape \(N, D\), got \(\)"),
         (torch.zeros(3, 0), r"of shape \(N, D\), got \(3, 0\)"),
-        (torch.zeros(1, 2), "at least 2 rows, got 1"),
+        (torch.zeros(0, 2), "one row or more, got none"),
         (torch.tensor([[0.0], [float("nan")]]), "finite, got NaN or infinity in 1 of 2 rows"),
         (torch.zeros(3, 2, dtype=torch.complex64), "real numbers"),
         (np.array([["a"], ["b"]]), "array of numbers"),

@@ -87,22 +87,25 @@ def test_chunks_and_modes_change_nothing_and_contexts_do(randomized):
         (torch.zeros(2), None, r"x of shape \(N, 2\), got \(2,\)"),
         (torch.zeros(0, 2), None, r"x of shape \(N, 2\), got \(0, 2\)"),
         (torch.zeros(4, 2), torch.zeros(8, 1), r"context of shape \(4, C\), .*got \(8, 1\)"),
+        (torch.zeros(4, 2), [[1.0]] * 4, r"context to be a torch.Tensor, got list"),
         (torch.zeros(4, 2), torch.zeros(1), r"context of shape \(4, C\), .*got \(1,\)"),
     ],
 )
-def test_other_things_than_rows_of_pictures_are_refused(x, context, words):
+@pytest.mark.parametrize("function", [bits_per_dim, log_prob_of_draws])
+def test_other_things_than_rows_of_pictures_are_refused(function, x, context, words):
     size = 0 if context is None else 1
     body = cnf.models.realnvp(2, layers=1, hidden=(4,), context=size)
     flow = Flow(None, body.transform, dequantization=UniformDequantization(4), event_shape=(2,))
-    with pytest.raises(ValueError, match=f"^bits_per_dim: expected .*{words}"):
-        bits_per_dim(flow, x, context, chunk=4)
+    with pytest.raises(ValueError, match=f"^{function.__name__}: expected .*{words}"):
+        function(flow, x, context, chunk=4)
 
 
 def test_density_without_dequantization_has_no_bits():
     with pytest.raises(TypeError, match="without dequantization.*dequantization='uniform'"):
         bits_per_dim(cnf.models.realnvp(2), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="draws > 0, got 0"):
-        bits_per_dim(normal_flow(), torch.zeros(3, 2), draws=0)
+    for function in (bits_per_dim, log_prob_of_draws):
+        with pytest.raises(ValueError, match=f"^{function.__name__}: expected draws > 0, got 0"):
+            function(normal_flow(), torch.zeros(3, 2), draws=0)
 
 
 def test_estimated_traces_give_the_bits_of_exact_ones_on_average(randomized):

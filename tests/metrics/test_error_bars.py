@@ -197,6 +197,11 @@ def test_a_compose_has_the_errors_of_the_odes_in_it(randomized, x):
     assert (error < 2 * estimated.trace_error).all() and estimated.trace_error.min() > 1e-3
 
 
+def test_a_list_is_refused(small_flow):
+    with pytest.raises(ValueError, match="log_prob_with_error: expected x to be a torch.Tensor"):
+        log_prob_with_error(small_flow("realnvp"), [[0.0, 0.0]])  # pyright: ignore
+
+
 @pytest.mark.parametrize("confidence", [0.0, 1.0, -0.1, math.nan])
 def test_a_confidence_outside_its_range_is_refused(confidence, small_flow, x):
     with pytest.raises(ValueError, match="confidence between 0 and 1"):

@@ -74,6 +74,34 @@ def test_weights_that_are_no_numbers_are_refused():
     assert half.value == pytest.approx(math.log(0.5), abs=0.05) and half.elbo == -torch.inf
 
 
+@pytest.mark.parametrize(
+    ("log_density", "error", "words"),
+    [
+        (lambda x: x.sum(), ValueError, r"give shape \(10,\) .*got shape \(\)"),
+        (lambda x: -x.square(), ValueError, r"got shape \(10, 2\); of numbers .*\.sum\(-1\)"),
+        (lambda x: x.sum(-1, keepdim=True), ValueError, r"got shape \(10, 1\)"),
+        (lambda x: x.sum(-1) > 0, ValueError, "of real numbers, got torch.bool"),
+        (lambda x: 3.0, ValueError, "of real numbers, got float"),
+        (None, TypeError, "a function of x, or to have a log_prob, got NoneType"),
+    ],
+)
+def test_other_things_than_one_number_a_draw_are_refused(log_density, error, words):
+    with pytest.raises(error, match=f"^log_evidence: expected log_density to .*{words}"):
+        log_evidence(standard(), log_density, 10)
+
+
+def test_flow_and_context_are_looked_at_first():
+    flow = cnf.models.realnvp(2, context=3)
+    for context, words in (
+        (torch.ones(()), r"shape \(\*, 3\), got"),
+        ([1.0], "torch.Tensor, got"),
+    ):
+        with pytest.raises(ValueError, match=f"^log_evidence: expected context .*{words}"):
+            log_evidence(flow, wide, 10, context)  # pyright: ignore
+    with pytest.raises(TypeError, match="^log_evidence: expected a cnf.Flow, got function"):
+        log_evidence(wide, wide)  # pyright: ignore
+
+
 def test_one_draw_has_no_error():
     flow = cnf.models.realnvp(2)
     with pytest.warns(UserWarning, match="one of 1 draws has 100% of all weight"):

@@ -274,6 +274,23 @@ def test_empty_data_is_refused():
         nll(discrete_flow(), torch.zeros(0, 2))
 
 
+@pytest.mark.parametrize("measure", [nll, log_prob_chunked, round_trip_error])
+def test_a_single_point_is_refused(measure):
+    with pytest.raises(ValueError, match=r"got \(2,\); of a single point give x\[None\]"):
+        measure(discrete_flow(), torch.zeros(2))
+
+
+def test_starts_of_paths_are_points_of_the_flow():
+    with pytest.raises(ValueError, match=r"normalized_path_energy: .*\(\*, 2\), got \(8, 3\)"):
+        normalized_path_energy(continuous_flow(0.8), torch.zeros(8, 3), torch.ones(8, 2))
+
+
+def test_contexts_are_arrays_too():
+    flow = cnf.models.realnvp(2, layers=1, hidden=(4,), context=1)
+    x, context = torch.zeros(9, 2), torch.linspace(0, 1, 9)[:, None]
+    assert nll(flow, x, context.numpy()) == nll(flow, x, context)  # pyright: ignore
+
+
 def test_error_of_a_weighted_mean_is_that_of_its_rows_shares(generator):
     """√Σ s²(x - mean)²: of equal weights the plain one with N instead of N - 1 under the root."""
     draws = torch.randn(50, generator=generator, dtype=torch.float64)

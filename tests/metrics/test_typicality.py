@@ -32,6 +32,12 @@ def test_a_small_p_value_is_as_rare_as_it_says_whatever_the_number_of_held_out_r
         assert sum(least) / len(least) <= 0.2 + 3 * math.sqrt(0.2 * 0.8 / 4_000)
 
 
+def test_arrays_of_scikit_learn_are_scored_as_tensors():
+    rows, reference = torch.tensor([2.5, 11.0]), torch.arange(1.0, 10.0)
+    found = row_scores(rows.double().numpy(), reference.numpy())  # pyright: ignore
+    assert torch.equal(found.p_value, row_scores(rows, reference).p_value)
+
+
 def test_ties_make_a_row_no_more_unusual():
     scores = row_scores(torch.tensor([2.0]), torch.full((99,), 2.0))
     assert scores.p_value.item() == 1

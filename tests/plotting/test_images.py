@@ -7,8 +7,8 @@ import torch
 
 import cnf
 from cnf.data import Images
-from cnf.plotting import plot_interpolations, plot_nearest
-from cnf.plotting.images import arc, nearest
+from cnf.plotting import arc, plot_interpolations, plot_nearest
+from cnf.plotting.images import nearest
 
 F64 = torch.float64
 
@@ -65,6 +65,21 @@ def test_interpolations_begin_and_end_with_the_pictures(pictures):
     corners = [grid[:4, :4], grid[5:9, :4], grid[:4, 10:14], grid[5:9, 10:14]]
     for corner, picture in zip(corners, true, strict=True):
         assert (corner.int() - picture.int()).abs().max() <= 1  # rounding in float32
+
+
+def test_pairs_of_ones_own_are_shown_in_their_order(pictures):
+    flow = cnf.models.glow(**pictures.sizes, layers=2, levels=1, hidden=(4, 4)).eval()
+    shown = plot_interpolations(pictures, {"Glow": flow}, pairs=[(3, 17), (4, 2)], steps=3)
+    grid = torch.as_tensor(shown.axes[0].get_images()[0].get_array())
+    corners = [grid[:4, :4], grid[:4, 10:14], grid[5:9, :4], grid[5:9, 10:14]]
+    for corner, row in zip(corners, (3, 17, 4, 2), strict=True):
+        assert (corner.int() - pictures.x[row, 0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("pairs", [[(3, 30)], [3, 17], [(0.5, 1.0)], [(1, 2, 3)], [(-1, 2)], []])
+def test_other_things_than_pairs_of_rows_are_refused(pictures, pairs):
+    with pytest.raises(ValueError, match=r"pairs of numbers of rows below 30, such as .*, got \["):
+        plot_interpolations(pictures, {}, pairs=pairs)
 
 
 def test_interpolations_are_the_same_each_time(pictures):

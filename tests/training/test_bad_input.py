@@ -320,10 +320,10 @@ def test_objective_without_defaults_trains_with_a_folder(config, tmp_path):
 
 
 def test_data_outside_of_the_logits_interval_are_refused_before_training():
-    def fit(x, **options):
+    def fit(x, validation=None, **options):
         flow = cnf.models.build("realnvp", dim=2, layers=1, hidden=(4,), **options)
         config = cnf.TrainConfig(steps=2, batch_size=20, validations=0, progress=False)
-        cnf.fit(flow, MaximumLikelihood(), x, config)
+        cnf.fit(flow, MaximumLikelihood(), x, config, validation=validation)
 
     inside = X.sigmoid()
     fit(inside, preprocess=["logit", "standardize"])
@@ -332,5 +332,7 @@ def test_data_outside_of_the_logits_interval_are_refused_before_training():
     words = "1 of 100 rows are outside of the interval from -1e-06 to 1 that the logit .* to 3:"
     for preprocess in ("logit", ["logit", "standardize"]):
         refused(lambda p=preprocess: fit(beyond, preprocess=p), words)
+        held_out = words.replace("rows", "held-out rows")
+        refused(lambda p=preprocess: fit(inside, beyond, preprocess=p), held_out)
     logit = {"name": "logit", "levels": 4}
     fit(beyond, preprocess=[logit, "standardize"])

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from cnf.errors import expect_counts, warn
 from cnf.flow import Flow, evaluating
 from cnf.objectives.base import as_flow
-from cnf.objectives.reverse_kl import log_densities
+from cnf.objectives.target import log_densities
 
 CHUNK = 10_000  # draws at once
 DOMINANT = 0.1  # share of all weight that one draw may have

@@ -13,7 +13,7 @@ from cnf.objectives.joint import Joint
 from cnf.objectives.likelihood import LikelihoodRows, MaximumLikelihood
 from cnf.objectives.matching import FlowMatching, MatchedPairs
 from cnf.objectives.multiscale import MultiscaleMatching, ScalePairs
-from cnf.objectives.reverse_kl import ImportanceWeighted, ReverseKL
+from cnf.objectives.variational import ImportanceWeighted, ReverseKL
 
 __all__ = [
     "OBJECTIVES",

@@ -10,7 +10,7 @@ from cnf.flow import Flow
 from cnf.metrics import log_evidence
 from cnf.models import MODELS, build
 from cnf.objectives import Batch, ImportanceWeighted, ReverseKL
-from cnf.objectives.reverse_kl import FIRST, BaseDraws
+from cnf.objectives.variational import FIRST, BaseDraws
 from cnf.transforms import Transform
 
 F64 = torch.float64

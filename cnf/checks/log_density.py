@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnf.checks.case import NATS, Case, NotApplicable, Outcome, reference
 from cnf.checks.one_probe import OneProbe
+from cnf.distributions import UniformAngles
 from cnf.flow import Flow
 from cnf.metrics.flows import log_prob_chunked
 from cnf.transforms.base import Compose, Transform
@@ -43,7 +44,13 @@ def mass(case: Case) -> Outcome:
 
 
 def _wide(case: Case, samples: Tensor) -> Tensor:
-    """The samples spread by half again, inside the support that preprocessing may bound."""
+    """The samples spread by half again, inside the support that preprocessing may bound.
+
+    Of angles, whose density repeats, the ends of one period.
+    """
+    if isinstance(case.flow.base, UniformAngles):
+        half = samples.new_full(samples.shape[1:], case.flow.base.period / 2)
+        return torch.stack([-half, half])
     y, _ = case.flow.inside(samples)
     return case.flow.outside(y.mean(0) + 1.5 * (y - y.mean(0)))[0]
 

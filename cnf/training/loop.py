@@ -189,7 +189,14 @@ class _Trainer:
             restore(self.config.folder, self._parts())
             self.recorded_at = self.budget.fraction  # of the budget as it is now
             self.validation.count_done(self.recorded_at)
-            self.bar.say(f"Going on from step {self.budget.step} in {self.config.folder}.")
+            words = f"Going on from step {self.budget.step} in {self.config.folder}."
+            if self.validation.exhausted:
+                words = (
+                    f"Nothing is left to train in {self.config.folder}: patience="
+                    f"{self.config.patience} ended the run at step {self.budget.step}; give a "
+                    "larger one, or none, to go on."
+                )
+            self.bar.say(words)
         self.first_step = self.budget.step
         self.manifest.begin(self.budget)
         self._describe("running")

@@ -98,6 +98,13 @@ def test_every_model_passes_with_random_weights(name, context, dim):
     assert any("context" in note for note in report.notes) == bool(context)
 
 
+@pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
+def test_density_of_angles_integrates_to_one_over_a_period(name):
+    angles = {"period": 2 * math.pi, "preprocess": None, "between": None}
+    found = check(perturbed(cnf.models.build(name, dim=2, hidden=(16,), **angles), 0.05))["mass"]
+    assert found.passed and found.measured < 1e-3
+
+
 @pytest.mark.parametrize("name", ["cnf", "realnvp"])
 def test_fitted_preprocessing_and_data_pass(name):
     flow = perturbed(cnf.models.build(name, dim=2, hidden=(16, 16)))

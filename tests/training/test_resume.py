@@ -153,16 +153,20 @@ def test_config_of_an_interrupted_run_keeps_its_budget_in_seconds(
     assert written["seconds"] == 30.0  # else resuming from this file would end at once
 
 
-def test_resuming_a_finished_run_changes_nothing(small, config, points, same, tmp_path):
+def test_resuming_a_finished_run_changes_nothing_and_says_so(
+    small, config, points, same, tmp_path, capsys
+):
     flow = small()
     settings = {"folder": tmp_path / "run", "patience": 1, "validations": 50, "lr": 0.02}
     data = {"data": points, "validation": points[:30]}
     first = cnf.fit(flow, cnf.FlowMatching(), config=config(steps=200, **settings), **data)
     assert first.reason == "patience"
-    again, settings = small(), config(steps=200, resume=True, **settings)
+    again, settings = small(), config(steps=200, resume=True, **{**settings, "progress": True})
     second = cnf.fit(again, cnf.FlowMatching(), config=settings, **data)
     assert (second.steps, second.reason) == (first.steps, "patience")
     assert same(flow, again)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Nothing is left to train" in said and f"at step {first.steps};" in said
 
 
 def test_finished_run_with_a_longer_budget_continues_logs_and_scores(

@@ -9,10 +9,12 @@ from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from cnf.data.arrays import as_numbers
 from cnf.models import build
 from cnf.objectives import Objective
 from cnf.random import preserved, reseed, stream
 from cnf.training import TrainConfig, fit
+from cnf.training.config import as_config
 from cnf.training.interrupt import Interrupted
 
 DEFAULTS = {"steps": 2_000, "validations": 20, "patience": 4, "progress": False}
@@ -90,7 +92,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
             self.flow_ = build(self.model, dim=X.shape[1], **(self.options or {}))
         settings = self.config or {}
         if not isinstance(settings, TrainConfig):
-            settings = TrainConfig(**{"seed": seed, **_defaults_beside(settings), **settings})
+            settings = as_config({"seed": seed, **_defaults_beside(settings), **settings})
         self.history_ = fit(self.flow_, self.objective, X, settings, weight=sample_weight)
         if self.history_.signal:  # else a search would go on with a flow that is half trained
             raise Interrupted(self.history_.signal)
@@ -104,7 +106,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        rows = torch.as_tensor(X).split(CHUNK)
+        rows = as_numbers("FlowDensity", "X", X).split(CHUNK)
         with torch.no_grad():
             parts = [self.flow_.log_prob(part.to(self.flow_.device)).cpu() for part in rows]
         return torch.cat(parts).double().numpy()

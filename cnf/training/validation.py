@@ -83,10 +83,20 @@ class Validation:
     def begin(self, module: nn.Module) -> None:
         """With early stopping, score the weights before training and keep them as the best.
 
+        Without held-out rows, which it needs, warn.
+
         Args:
             module: The module that is to be trained.
         """
-        if self.config.patience is None or self.config.validations == 0 or self.held_out is None:
+        patience = self.config.patience
+        if patience is None or self.config.validations == 0:
+            return
+        if self.held_out is None:
+            warn(
+                f"fit: expected held-out rows, by which patience={patience} ends training early, "
+                "got none, so that the whole budget is taken; give validation=…, or ten rows or "
+                "more of data"
+            )
             return
         with evaluating(module), torch.no_grad():
             self.name, self.first = self._scored(module)

@@ -127,3 +127,14 @@ def test_ctrl_c_ends_a_search_and_not_one_fit_of_it(x, monkeypatch):
 @pytest.mark.parametrize("config", [{"seconds": 0.1}, {"steps": 3, "validations": 0}])
 def test_settings_take_the_place_of_the_defaults_they_exclude(config, x):
     FlowDensity("maf", config=config).fit(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_rows_are_scored_and_a_misspelled_setting_is_named():
+    x = np.random.default_rng(0).normal(size=(20, 2))
+    density = FlowDensity("maf", config={"steps": 2, "patience": None}).fit(x)
+    expected = density.score_samples(x)
+    x.setflags(write=False)
+    assert (density.score_samples(x) == expected).all()
+    with pytest.raises(ValueError, match="unknown option 'step'.*Did you mean 'steps'"):
+        FlowDensity("maf", config={"step": 2}).fit(x)

@@ -133,6 +133,11 @@ def test_each_epoch_has_every_row_once_in_a_new_order(config, points, square):
     assert not torch.equal(first, second)
 
 
+def test_patience_without_held_out_rows_is_told(small, config, points):
+    with pytest.warns(UserWarning, match="expected held-out rows, by which patience=2"):
+        cnf.fit(small(), cnf.FlowMatching(), points[:9], config(steps=2, batch_size=4, patience=2))
+
+
 def test_patience_stops_and_returns_the_best_weights(small, config, points):
     flow = small()
     held_out = points[:30]

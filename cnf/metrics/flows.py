@@ -65,7 +65,7 @@ def log_prob_chunked(
     """
     expect_counts("log_prob_chunked", chunk=chunk)
     x = as_numbers("log_prob_chunked", "x", x)
-    if x.dim() <= len(getattr(flow, "event_shape", (2,))):
+    if x.dim() <= len(getattr(flow, "event_shape", (1,))):
         raise ValueError(_no_points("log_prob_chunked", "x", x))
     context = None if context is None else as_numbers("log_prob_chunked", "context", context)
     rowwise = context is not None and context.dim() > 1 and len(context) == len(x)

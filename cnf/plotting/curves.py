@@ -27,8 +27,8 @@ def plot_learning(
     A line is the mean over seeds, its band the least and the most of them.
 
     Args:
-        curves: Title → a curve for each seed, of (seconds, score): that of `cnf.fit` is
-            `history.curve()`.
+        curves: Title → a list of curves of (seconds, score), one for each seed; of one `cnf.fit`
+            {"nsf": [history.curve()]}.
         ylabel: Name of the score.
         log: Whether its axis is logarithmic, and around zero linear where a score is negative.
 

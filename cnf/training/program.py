@@ -87,7 +87,7 @@ class Program:
             if "tracing tensor" not in str(error):
                 raise
             raise RuntimeError(
-                "the loss reads a number on the host, which cannot be recorded; build the "
+                "fit: the loss reads a number on the host, which cannot be recorded; build the "
                 "torch.distributions in a log-density with validate_args=False, or give "
                 "ReverseKL capturable=False"
             ) from error

@@ -94,8 +94,8 @@ class Validation:
         if self.held_out is None:
             warn(
                 f"fit: expected held-out rows, by which patience={patience} ends training early, "
-                "got none, so that the whole budget is taken; give validation=…, or ten rows or "
-                "more of data"
+                "got none, so that the whole budget is taken; give validation=…, ten rows or "
+                "more, or no patience"
             )
             return
         with evaluating(module), torch.no_grad():
@@ -116,11 +116,17 @@ class Validation:
 
     def _scored(self, module: nn.Module) -> tuple[str, float]:
         """What the score is called, and the score."""
-        by_density = self.objective.scores_density
-        if by_density and isinstance(module, Flow) and module.base.has_density:
-            self.may_fold = has_discrete_steps(module.transform)
-            return self._nll(module)
-        return "val_loss", self._loss(module)
+        flow = self._with_density(module)
+        if flow is None:
+            return "val_loss", self._loss(module)
+        self.may_fold = has_discrete_steps(flow.transform)
+        return self._nll(flow)
+
+    def _with_density(self, module: nn.Module) -> Flow | None:
+        """The flow whose NLL is the score; None where the score is the loss."""
+        if self.objective.scores_density and isinstance(module, Flow) and module.base.has_density:
+            return module
+        return None
 
     def _remember(self, module: nn.Module, score: float) -> None:
         """Keep the weights if their score is the best so far; else count one more without."""
@@ -240,9 +246,9 @@ class Validation:
 
     def _compare(self, module: nn.Module, score: float) -> None:
         """Warn, once, where the score is another by twice the steps of fixed solvers."""
-        if self.name != "val_loss":
-            assert isinstance(module, Flow)
-            self.compare_solvers(module, self._rows, "held-out")
+        flow = self._with_density(module)
+        if flow is not None:
+            self.compare_solvers(flow, self._rows, "held-out")
         elif not self.warned:
             self.warned = warn_of_other_loss("fit", module, score, self._loss)
 

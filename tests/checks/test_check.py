@@ -98,10 +98,11 @@ def test_every_model_passes_with_random_weights(name, context, dim):
     assert any("context" in note for note in report.notes) == bool(context)
 
 
-@pytest.mark.parametrize("name", ["nsf", "nsf-ar"])
-def test_density_of_angles_integrates_to_one_over_a_period(name):
+@pytest.mark.parametrize("name, dim", [("nsf", 2), ("nsf-ar", 2), ("nsf-ar", 1)])
+def test_density_of_angles_integrates_to_one_over_a_period(name, dim):
     angles = {"period": 2 * math.pi, "preprocess": None, "between": None}
-    found = check(perturbed(cnf.models.build(name, dim=2, hidden=(16,), **angles), 0.05))["mass"]
+    flow = perturbed(cnf.models.build(name, dim=dim, hidden=(16,), **angles), 0.05)
+    found = check(flow)["mass"]
     assert found.passed and found.measured < 1e-3
 
 
@@ -264,6 +265,16 @@ class WrongAffine(Affine):
         return (x + shift) * (-log_scale).exp(), -log_scale
 
 
+class Silent(Coupling):
+    """Its log-determinant is missing."""
+
+    def forward(self, z, context=None):
+        return super().forward(z, context)[0], z.new_zeros(z.shape[:-1])
+
+    def inverse(self, x, context=None):
+        return super().inverse(x, context)[0], x.new_zeros(x.shape[:-1])
+
+
 def test_log_determinants_of_zero_are_told_to_show_no_wrong_sign():
     flow = couplings(OneWayCoupling)
     with torch.no_grad():
@@ -272,6 +283,8 @@ def test_log_determinants_of_zero_are_told_to_show_no_wrong_sign():
     found = check(flow)["log-determinant"]
     assert found.passed and "a wrong sign would not show" in found.message
     assert "would not show" not in check(couplings(Coupling))["log-determinant"].message
+    missing = check(couplings(Silent))["log-determinant"]
+    assert not missing.passed and "would not show" not in missing.message
 
 
 class WrongInverse(Coupling):

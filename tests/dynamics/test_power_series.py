@@ -71,9 +71,9 @@ def test_its_gradient_is_unbiased():
     of = (flow.transform.field.net.a, x)
     exact = torch.autograd.grad(flow.log_prob(x).sum(), of)
     generator = torch.Generator().manual_seed(1)
-    estimator = Hutchinson(100, generator=generator)
+    estimator = Hutchinson(200, generator=generator)
     found = [
-        torch.autograd.grad(flow.log_prob(x, divergence=estimator).sum(), of) for _ in range(20)
+        torch.autograd.grad(flow.log_prob(x, divergence=estimator).sum(), of) for _ in range(40)
     ]
     for true, each in zip(exact, map(torch.stack, zip(*found, strict=True)), strict=True):
         error = each.std(0) / len(found) ** 0.5
@@ -173,7 +173,7 @@ def test_any_shape_of_a_batch_is_estimated_the_same_by_one_generator(flow_map):
     x = points(4, 4).reshape(2, 2, 4)
     first, again = (estimate(flow, x, 2) for _ in range(2))
     assert first.shape == (2, 2) and torch.equal(first, again)
-    torch.testing.assert_close(estimate(flow, x, 1000), flow.log_prob(x), rtol=0, atol=0.1)
+    torch.testing.assert_close(estimate(flow, x, 4000), flow.log_prob(x), rtol=0, atol=0.05)
 
 
 def test_error_bars_do_not_take_the_terms_for_the_solvers_error():

@@ -118,6 +118,16 @@ def test_steps_are_compared_of_weights_that_early_stopping_keeps(small, points):
         validation.compare_kept(far)
 
 
+def test_a_finished_run_has_its_steps_compared_when_it_is_resumed(small, config, points, tmp_path):
+    settings = {"steps": 200, "validations": 50, "patience": 1, "lr": 0.02, "folder": tmp_path}
+    data = {"data": points, "validation": points[:30]}
+    for resume in (False, True):
+        own = config(**settings, resume=resume)
+        with pytest.warns(UserWarning, match="NLL of 30 held-out rows.*by twice the steps"):
+            history = cnf.fit(steep(small, solver=COARSE), "flow-matching", config=own, **data)
+        assert history.reason == "patience"
+
+
 def test_joint_objective_trains_with_the_solver_of_its_likelihood(small):
     flow, matching = small(solver=cnf.Solver()), cnf.FlowMatching()
     joint = cnf.objectives.Joint((matching, MaximumLikelihood(solver=COARSE)))

@@ -43,7 +43,7 @@ def log_evidence(
     """The log of the integral of a density, by draws of the flow with the weights p(x) / q(x).
 
     No error tells of mass where the flow never draws: log Z is then too low, with a large ESS
-    as well. Compare flows that were trained from other seeds or by `ImportanceWeighted`.
+    as well. Compare other models, and flows trained from other seeds or by `ImportanceWeighted`.
 
     >>> import cnf
     >>> flow = cnf.models.build("realnvp", dim=2)
